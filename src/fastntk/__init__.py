@@ -1,0 +1,28 @@
+"""Remove the influence of chosen training data from a fine-tuned vision model, without retraining it."""
+
+from fastntk.errors import InputError
+from fastntk.loss import SquaredLoss
+from fastntk.memory import Certificate, Forgotten, Memory, load, prepare
+from fastntk.models import load_model
+from fastntk.report import Report, at, evaluate
+from fastntk.training import Fit, Recipe, fit
+from fastntk.tunable import snapshot, tune
+
+__all__ = [
+    "Certificate",
+    "Fit",
+    "Forgotten",
+    "InputError",
+    "Memory",
+    "Recipe",
+    "Report",
+    "SquaredLoss",
+    "at",
+    "evaluate",
+    "fit",
+    "load",
+    "load_model",
+    "prepare",
+    "snapshot",
+    "tune",
+]

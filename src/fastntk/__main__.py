@@ -1,0 +1,5 @@
+"""``python -m fastntk``."""
+
+from fastntk.cli import main
+
+main()

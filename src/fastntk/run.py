@@ -1,0 +1,198 @@
+"""A run folder: what the command line leaves on disk between its commands, enough to replay each of them.
+
+    run.json               model, data, selection and recipe, as given
+    initial.safetensors    the tuned parameters before fitting
+    model.safetensors      the whole model as fitted
+    memory.safetensors     the memory; samples that were forgotten are gone from it
+    unlearned.safetensors  the whole model after everything forgotten so far
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from fastntk.comparison import compare, references
+from fastntk.data import Images, in_memory, load_data
+from fastntk.errors import InputError
+from fastntk.files import read_json, read_tensors, writable, write_json, write_tensors
+from fastntk.loss import SquaredLoss
+from fastntk.memory import Forgotten, Memory, load, prepare
+from fastntk.methods import Method, Problem, Unlearned
+from fastntk.models import Preprocessing, load_model, load_weights
+from fastntk.report import Report
+from fastntk.training import Fit, Recipe, fit
+from fastntk.tunable import tune
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What ``run.json`` holds."""
+
+    model: str
+    data: str
+    root: str | None
+    classes: list[str]
+    select: list[str]
+    size: int
+    recipe: dict[str, float]
+
+    def data_source(self, preprocessing: Preprocessing, source: str | None = None, split: str = "train") -> Images:
+        """The training data, or another source read in the same way."""
+        return load_data(source or self.data, preprocessing, split=split, root=Path(self.root) if self.root else None)
+
+
+def parse_device(name: str) -> torch.device:
+    """A device that is there.
+
+    Raises:
+        InputError: it is not.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {name!r} is not there ({str(error).splitlines()[0]}). Use 'cpu'.") from error
+    return device
+
+
+class Run:
+    """One run folder, open on one device."""
+
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
+        self.folder, self.device = folder, parse_device(device)
+
+    def _model(self, settings: Settings, file: str | None, weights: str | None = None, seed: int = 0) -> tuple[nn.Module, Preprocessing]:
+        model, preprocessing = load_model(
+            settings.model, len(settings.classes), weights=weights, size=settings.size or None, seed=seed
+        )
+        if file:
+            load_weights(model, read_tensors(self.folder / file)[0], with_head=True)
+        return model.to(self.device), preprocessing
+
+    def settings(self) -> Settings:
+        """What the run was made with.
+
+        Raises:
+            InputError: the folder holds no run.
+        """
+        if not (self.folder / "run.json").is_file():
+            raise InputError(f"{self.folder} holds no run. Make one with: fastntk fit {self.folder} --model ... --data ...")
+        try:
+            return Settings(**read_json(self.folder / "run.json"))  # type: ignore[arg-type]
+        except TypeError as error:
+            raise InputError(f"{self.folder / 'run.json'} does not describe a run ({error}).") from error
+
+    def recipe(self, settings: Settings) -> Recipe:
+        """How the model was fitted."""
+        return Recipe(**{**settings.recipe, "loss": SquaredLoss(**settings.recipe["loss"])})  # type: ignore[arg-type]
+
+    def fit(
+        self,
+        model: str,
+        data: str,
+        *,
+        weights: str | None,
+        root: str | None,
+        select: Sequence[str],
+        size: int | None,
+        recipe: Recipe,
+    ) -> Fit:
+        """Fit a model and write the run."""
+        writable(self.folder)
+        _, preprocessing = load_model(model, 2, size=size)
+        images = load_data(data, preprocessing, root=Path(root) if root else None)
+        settings = Settings(model, data, root, images.classes, list(select), preprocessing.size, asdict(recipe))
+        module, _ = self._model(settings, None, weights, recipe.seed)
+        tune(module, *select)
+        done = fit(module, in_memory(images), recipe)
+        write_tensors(self.folder / "initial.safetensors", done.initial)
+        write_tensors(self.folder / "model.safetensors", module.state_dict())
+        write_json(self.folder / "run.json", asdict(settings))
+        for stale in ("memory.safetensors", "unlearned.safetensors"):
+            (self.folder / stale).unlink(missing_ok=True)
+        return done
+
+    def _opened(self) -> tuple[Settings, nn.Module, Images, Dataset]:
+        """Settings, the fitted model and its training data."""
+        settings = self.settings()
+        model, preprocessing = self._model(settings, "model.safetensors")
+        tune(model, *settings.select)
+        images = settings.data_source(preprocessing)
+        if images.classes != settings.classes:
+            raise InputError(f"{settings.data} now has other classes than when the run was made: {images.classes}.")
+        return settings, model, images, in_memory(images)
+
+    def _initial(self) -> dict[str, Tensor]:
+        tensors, _ = read_tensors(self.folder / "initial.safetensors")
+        return {name: tensor.to(self.device) for name, tensor in tensors.items()}
+
+    def prepare(self, ridge: float | str, form: str) -> Memory:
+        """Prepare the memory and write it."""
+        writable(self.folder)
+        settings, model, _, train = self._opened()
+        loss = self.recipe(settings).loss
+        memory = prepare(model, train, self._initial(), ridge=ridge, form=form, loss=loss)
+        memory.save(self.folder / "memory.safetensors")
+        return memory
+
+    def forget(self, ids: Sequence[int] | None, class_name: str | None, dry_run: bool) -> Forgotten:
+        """Answer a request for ids or for a whole class; writes the memory and the model without them."""
+        writable(self.folder)
+        _, model, images, train = self._opened()
+        memory = load(self.folder / "memory.safetensors", model, train)
+        wanted = list(ids) if ids is not None else members(images, class_name or "", memory.present)
+        if dry_run:
+            return memory.preview(wanted)
+        answer = memory.forget(wanted)
+        write_tensors(self.folder / "unlearned.safetensors", {**model.state_dict(), **answer.parameters})
+        memory.save(self.folder / "memory.safetensors")
+        return answer
+
+    def evaluate(self, test: str | None, retrain: bool) -> Report:
+        """The fitted and the unlearned model beside two that are retrained without what was forgotten."""
+        settings, model, images, train = self._opened()
+        memory = load(self.folder / "memory.safetensors", model, train)
+        held_out = in_memory(settings.data_source(images.preprocessing, test, split="test"))
+        forget = (~memory.present).nonzero()[:, 0]
+        if not len(forget):
+            raise InputError("nothing has been forgotten in this run yet. Use: fastntk forget RUN --ids ...")
+        problem = Problem(model, self._initial(), train, forget, self.recipe(settings), memory)
+        methods: dict[str, Method] = references(problem.recipe.seed) if retrain else {}
+        return compare(problem, held_out, {**methods, "fastntk": _as_remembered})[0]
+
+
+def _as_remembered(problem: Problem) -> Unlearned:
+    """The method that answers with what earlier requests left."""
+    return Unlearned(problem.memory.parameters, None)
+
+
+def members(images: Images, class_name: str, present: Tensor) -> list[int]:
+    """The ids of a class's samples that are still present.
+
+    Raises:
+        InputError: there is no such class, or none of its samples is left.
+    """
+    if class_name not in images.classes:
+        raise InputError(f"there is no class {class_name!r}. The classes are: {', '.join(images.classes)}.")
+    ids = ((images.labels == images.classes.index(class_name)) & present).nonzero()[:, 0].tolist()
+    if not ids:
+        raise InputError(f"no sample of class {class_name!r} is in the memory: it was forgotten already.")
+    return ids
+
+
+def read_ids(text: str) -> list[int]:
+    """Ids from text: whole numbers separated by commas, spaces or lines.
+
+    Raises:
+        InputError: something else stands there.
+    """
+    words = text.replace(",", " ").split()
+    for word in words:
+        if not word.isdecimal():
+            raise InputError(f"{word!r} is not an id: ids are whole numbers, the samples' places in the training set.")
+    return [int(word) for word in words]
+

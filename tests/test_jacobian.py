@@ -1,0 +1,79 @@
+import oracles
+import pytest
+import torch
+from cases import CASES, Convolutional
+from torch import nn
+
+import fastntk
+from fastntk.jacobian import PerSampleJacobian, concatenate
+from fastntk.tunable import snapshot, tuned
+
+
+def setup(name, count=5):
+    case = CASES[name]
+    model = case.model()
+    parameters = snapshot(tuned(model))
+    return model, parameters, PerSampleJacobian(model, parameters), case.images(count)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_torch_func(name):
+    model, parameters, jacobian, images = setup(name)
+    expected = oracles.jacobian(model, parameters, jacobian.layout(images), images)
+    torch.testing.assert_close(jacobian(images).dense(), expected, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(jacobian(images).logits, model(images).detach())
+
+
+@pytest.mark.parametrize("name", ["bn+head", "ln+head", "shared"])
+def test_equals_finite_differences(name):
+    model, parameters, jacobian, images = setup(name, 3)
+    expected = oracles.finite_differences(model, parameters, jacobian.layout(images), images)
+    torch.testing.assert_close(jacobian(images).dense(), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_fast_rules_cover_norms_linear_layers_and_the_head():
+    layout = {name: setup(name)[2].layout(setup(name)[3]) for name in ("bn+head", "fused bn+head", "ln+head", "shared")}
+    for name in ("bn+head", "fused bn+head", "ln+head"):
+        assert not layout[name].slow
+        assert len(layout[name].head) == 2
+    assert layout["shared"].slow == ("linear.weight",)
+    assert layout["shared"].head == ()
+
+
+@pytest.mark.parametrize("name", ["bn+head", "bias", "head"])
+def test_products_are_those_of_the_dense_jacobian(name):
+    _, _, jacobian, images = setup(name)
+    j, dense = jacobian(images), jacobian(images).dense()
+    vector, cotangent = torch.randn(j.size, dtype=torch.float64), torch.randn(dense.shape[:2], dtype=torch.float64)
+    torch.testing.assert_close(j.matvec(vector), dense @ vector)
+    torch.testing.assert_close(j.rmatvec(cotangent), torch.einsum("ncp,nc->p", dense, cotangent))
+    torch.testing.assert_close(concatenate([j[:2], j[2:]]).dense(), dense)
+
+
+def test_a_batch_is_its_samples():
+    _, _, jacobian, images = setup("bn+head")
+    torch.testing.assert_close(torch.cat([jacobian(image[None]).dense() for image in images]), jacobian(images).dense())
+
+
+def test_layout_goes_back_and_forth():
+    _, parameters, jacobian, images = setup("bn+head")
+    layout = jacobian.layout(images)
+    again = layout.unflatten(layout.flatten(parameters), parameters)
+    assert list(again) == list(parameters)
+    for name, tensor in parameters.items():
+        assert torch.equal(again[name], tensor)
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_training_mode_is_refused(dropout):
+    model = nn.Sequential(Convolutional(), nn.Dropout(0.5)).double().eval()
+    fastntk.tune(model, "head")
+    (model[1] if dropout else model[0].body[1]).train()
+    with pytest.raises(fastntk.InputError, match=r"training mode.*model.eval\(\)"):
+        PerSampleJacobian(model, snapshot(tuned(model)))(torch.randn(4, 3, 8, 8, dtype=torch.float64))
+
+
+def test_output_must_be_logits():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.Unflatten(1, (2, 2)))
+    with pytest.raises(fastntk.InputError, match=r"\[batch, classes\]"):
+        PerSampleJacobian(model, dict(model.named_parameters()))(torch.randn(3, 3, 2, 2))
