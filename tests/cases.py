@@ -63,6 +63,22 @@ class SharedScale(nn.Module):
         return 2 * self.head(h)
 
 
+class Prompted(nn.Module):
+    """A class token ``[1, 1, d]`` and prompts ``[k, d]``, repeated for every sample, before attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Attention()
+        self.token = nn.Parameter(torch.randn(1, 1, 8))
+        self.prompts = nn.Parameter(torch.randn(2, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.inner.patches(x).flatten(2).transpose(1, 2)
+        extra = [self.token.expand(len(x), -1, -1), self.prompts.expand([len(x), -1, -1])]
+        tokens = self.inner.before(torch.cat([*extra, tokens], 1))
+        return self.inner.head(tokens[:, 0] + self.inner.attention(tokens, tokens, tokens)[0][:, 0])
+
+
 class LinearInTuned(nn.Module):
     """Frozen features, a tuned head: exactly linear in what is tuned."""
 
@@ -122,5 +138,6 @@ CASES = {
     "ln+head": Case(Attention, ("ln", "head")),
     "bias": Case(Attention, ("bias",)),
     "all of attention": Case(Attention, ("all",)),
+    "prompts+head": Case(Prompted, (r"token|prompts", "head")),
     "shared": Case(SharedScale, ("all",)),
 }

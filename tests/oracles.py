@@ -22,7 +22,9 @@ def jacobian(model: nn.Module, parameters: dict[str, Tensor], layout: Layout, im
     return torch.stack([flat_parameters(layout, jacrev(logits)(parameters, image)) for image in images])
 
 
-def finite_differences(model: nn.Module, parameters: dict[str, Tensor], layout: Layout, images: Tensor, size: float = 1e-6) -> Tensor:
+def finite_differences(
+    model: nn.Module, parameters: dict[str, Tensor], layout: Layout, images: Tensor, size: float = 1e-6
+) -> Tensor:
     """``[n, C, p]`` by central differences."""
     vector = layout.flatten(parameters)
     columns = []

@@ -8,6 +8,8 @@ import fastntk
 from fastntk.jacobian import PerSampleJacobian, concatenate
 from fastntk.tunable import snapshot, tuned
 
+FAST = ["bn+head", "fused bn+head", "ln+head", "prompts+head"]
+
 
 def setup(name, count=5):
     case = CASES[name]
@@ -32,8 +34,8 @@ def test_equals_finite_differences(name):
 
 
 def test_fast_rules_cover_norms_linear_layers_and_the_head():
-    layout = {name: setup(name)[2].layout(setup(name)[3]) for name in ("bn+head", "fused bn+head", "ln+head", "shared")}
-    for name in ("bn+head", "fused bn+head", "ln+head"):
+    layout = {name: setup(name)[2].layout(setup(name)[3]) for name in [*FAST, "shared"]}
+    for name in FAST:
         assert not layout[name].slow
         assert len(layout[name].head) == 2
     assert layout["shared"].slow == ("linear.weight",)

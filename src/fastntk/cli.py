@@ -67,11 +67,16 @@ def fit(
     model: Annotated[str, typer.Option(help="A timm or torchvision name; torchvision/NAME where both have it.")],
     data: Annotated[str, typer.Option(help="A folder of class folders, an .npz (x, y), or a torchvision dataset.")],
     data_root: Annotated[str | None, typer.Option(help="The folder that a torchvision dataset lies in.")] = None,
-    weights: Annotated[str | None, typer.Option(help="A local state dict (.safetensors, .pt), or 'pretrained'.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="A local state dict (.safetensors, .pt), or 'pretrained'.")
+    ] = None,
     select: Annotated[
-        list[str], typer.Option(help="What to tune: bn, ln, norm, bias, head, all, or a regular expression; repeatable.")
+        list[str],
+        typer.Option(help="What to tune: bn, ln, norm, bias, head, all, or a regular expression; repeatable."),
     ] = ["bn", "head"],  # noqa: B006
-    image_size: Annotated[int | None, typer.Option(help="Side of the input in pixels; the model's own by default.")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="Side of the input in pixels; the model's own by default.")
+    ] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the data.")] = 12,
     batch_size: Annotated[int, typer.Option(help="Images a step.")] = 32,
     learning_rate: Annotated[float, typer.Option(help="Adam's first; it falls to 0 along a cosine.")] = 1e-3,
@@ -98,7 +103,9 @@ def fit(
 @app.command()
 def prepare(
     run: Folder,
-    ridge: Annotated[str, typer.Option(help="'auto', or the total L2 pull toward the parameters before fitting.")] = "auto",
+    ridge: Annotated[
+        str, typer.Option(help="'auto', or the total L2 pull toward the parameters before fitting.")
+    ] = "auto",
     form: Annotated[str, typer.Option(help="'primal' (p x p), 'dual' (nC x nC), or 'auto'.")] = "auto",
     device: Device = "cpu",
     as_json: Json = False,

@@ -42,5 +42,7 @@ def compare(
         models[name], seconds[name] = at(problem.model, done.parameters), done.seconds
         if done.note:
             notes[name] = done.note
-    sets = {"retain": problem.retain, "forget": problem.forgotten, "test": test}
-    return evaluate(models, **sets, seconds=seconds, device=device), notes
+    report = evaluate(
+        models, retain=problem.retain, forget=problem.forgotten, test=test, seconds=seconds, device=device
+    )
+    return report, notes

@@ -64,7 +64,9 @@ class _Folder:
             with Image.open(self.paths[index]) as image:
                 return image.convert("RGB")
         except (OSError, SyntaxError) as error:
-            raise InputError(f"{self.paths[index]} does not decode as an image ({error}). Replace or remove it.") from error
+            raise InputError(
+                f"{self.paths[index]} does not decode as an image ({error}). Replace or remove it."
+            ) from error
 
 
 def load_data(source: str, preprocessing: Preprocessing, *, split: str = "train", root: Path | None = None) -> Images:
@@ -113,11 +115,15 @@ def _from_npz(path: Path, preprocessing: Preprocessing, split: str) -> Images:
     except (zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{path} cannot be read as an .npz file ({error}). It may be truncated: copy it again.") from error
+        raise InputError(
+            f"{path} cannot be read as an .npz file ({error}). It may be truncated: copy it again."
+        ) from error
     if x.dtype != np.uint8 or x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[3] != 3):
         raise InputError(f"{path}: images must be uint8 [N, H, W] or [N, H, W, 3], not {x.dtype} {list(x.shape)}.")
     if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer) or len(x) != len(y) or not len(y):
-        raise InputError(f"{path}: needs one integer label an image, not {y.dtype} {list(y.shape)} for {len(x)} images.")
+        raise InputError(
+            f"{path}: needs one integer label an image, not {y.dtype} {list(y.shape)} for {len(x)} images."
+        )
     return Images(x, y.tolist(), names or [str(c) for c in range(int(y.max()) + 1)], preprocessing)
 
 

@@ -78,4 +78,6 @@ def _package(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise InputError(f"the demo needs the package {error.name}. Install it: pip install 'fastntk[demo]'.") from error
+        raise InputError(
+            f"the demo needs the package {error.name}. Install it: pip install 'fastntk[demo]'."
+        ) from error

@@ -5,6 +5,7 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -51,7 +52,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str
     write(path, lambda file: save_file(plain, file, {"fastntk": json.dumps(record or {})}))
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What ``write_tensors`` wrote.
 
     Raises:
@@ -75,7 +76,7 @@ def write_json(path: Path, document: Mapping[str, object]) -> None:
     write(path, lambda file: file.write_text(json.dumps(document, indent=2) + "\n"))
 
 
-def read_json(path: Path) -> dict[str, object]:
+def read_json(path: Path) -> dict[str, Any]:
     """A JSON object.
 
     Raises:

@@ -1,10 +1,10 @@
 """Per-sample Jacobians of the logits with respect to the tuned parameters.
 
 The model runs unchanged, on a batch, while a function mode answers each functional call that uses a tuned parameter
-(``batch_norm``, ``layer_norm``, ``linear``) with a version whose parameter has one copy a sample. The copies take no
-memory (they are expanded views); their gradients are the per-sample Jacobians. One forward and C ordinary backward
-passes give all of ``J``. It does not matter which library's module makes the call. A parameter that is used in any
-other way is noticed by a trial run and differentiated by ``torch.func`` instead, slower and just as exact.
+(``batch_norm``, ``layer_norm``, ``linear``, ``expand``) with a version whose parameter has one copy a sample. The
+copies take no memory (they are expanded views); their gradients are the per-sample Jacobians. One forward and C
+ordinary backward passes give all of ``J``. It does not matter which library's module makes the call. A parameter that
+is used in any other way is noticed by a trial run and differentiated by ``torch.func`` instead, slower and as exact.
 """
 
 from collections.abc import Callable, Mapping
@@ -70,6 +70,44 @@ class Jacobian:
 def concatenate(parts: list[Jacobian]) -> Jacobian:
     """The Jacobian of several batches as one."""
     return Jacobian(*(torch.cat([getattr(part, name) for part in parts]) for name in ("rest", "features", "logits")))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each tuned parameter lies in the flat ``theta``: ``fast``, then ``slow``, then the ``head`` as a matrix.
+
+    ``fast`` parameters have a per-sample rule, ``slow`` ones are left to ``torch.func``; ``head`` is the weight and the
+    bias (whichever are tuned) of the linear layer whose output the logits are.
+    """
+
+    fast: tuple[str, ...]
+    slow: tuple[str, ...]
+    head: tuple[str, ...]
+    shapes: Mapping[str, torch.Size]
+
+    @property
+    def size(self) -> int:
+        """``p``: the number of tuned parameters."""
+        return sum(shape.numel() for shape in self.shapes.values())
+
+    def flatten(self, parameters: Mapping[str, Tensor]) -> Float[Tensor, " p"]:
+        """The parameters by name as one float64 vector."""
+        rest = [parameters[name].detach().flatten() for name in (*self.fast, *self.slow)]
+        head = [parameters[name].detach().reshape(self.shapes[name][0], -1) for name in self.head]
+        return torch.cat([*rest, *([torch.cat(head, 1).flatten()] if head else [])]).double()
+
+    def unflatten(self, vector: Float[Tensor, " p"], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The vector as parameters by name, in the dtypes and the order of ``like``."""
+        names = (*self.fast, *self.slow)
+        sizes = [self.shapes[name].numel() for name in names]
+        *parts, head = vector.split([*sizes, self.size - sum(sizes)])
+        result = {name: part.view(self.shapes[name]) for name, part in zip(names, parts, strict=True)}
+        if self.head:
+            classes = self.shapes[self.head[0]][0]
+            widths = [self.shapes[name][1:].numel() for name in self.head]
+            columns = head.view(classes, sum(widths)).split(widths, 1)
+            result |= {name: part.reshape(self.shapes[name]) for name, part in zip(self.head, columns, strict=True)}
+        return {name: result[name].to(like[name]) for name in like}
 
 
 def _sum(tensor: Tensor, axes: tuple[int, ...]) -> Tensor:
@@ -144,11 +182,11 @@ class _Linear(torch.autograd.Function):
 class _PerSample(TorchFunctionMode):
     """While active, calls that use a tuned parameter use its per-sample copies."""
 
-    def __init__(self, tuned: Mapping[str, Tensor], batch: int, head: tuple[str, ...] = ()) -> None:
+    def __init__(self, tuned: Mapping[str, Tensor], batch: int, layout: Layout | None = None) -> None:
         super().__init__()
         self.names = {id(tensor): name for name, tensor in tuned.items()}
         self.batch = batch
-        self.head = head
+        self.layout = layout
         self.copies: dict[str, Tensor] = {}
         self.linear_calls: list[tuple[Tensor, Tensor, tuple[str, ...]]] = []
 
@@ -169,39 +207,52 @@ class _PerSample(TorchFunctionMode):
         rule = _RULES.get(func)
         return func(*args, **(kwargs or {})) if rule is None else rule(self, *args, **(kwargs or {}))
 
-    def _fits(self, x: Tensor) -> bool:
-        """Samples must lie along the first axis; a module that regroups them is left to ``torch.func``."""
-        return x.ndim > 1 and x.shape[0] == self.batch
+    def _fits(self, x: Tensor | None, *parameters: Tensor | None) -> bool:
+        """Whether a rule applies: one of the parameters is tuned and samples lie along the first axis of ``x``.
 
-    def batch_norm(
-        self, x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
-    ):  # type: ignore[no-untyped-def]
+        A module that regroups samples is noticed in the trial run, and its parameters are left to ``torch.func``.
+        """
+        names = [name for name in map(self._name, parameters) if name]
+        fits = x is not None and x.ndim > 1 and x.shape[0] == self.batch
+        if names and not fits and self.layout:
+            raise InputError(f"parameter {names[0]!r} is used along another axis than the batch in some batches only.")
+        return bool(names) and fits
+
+    def batch_norm(self, x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):  # type: ignore[no-untyped-def]
         if training:
             raise InputError(
                 "a batch norm layer is in training mode: it couples the samples of a batch, so per-sample Jacobians do "
                 "not exist. Call model.eval() first."
             )
-        copies = self._copy(weight), self._copy(bias)
-        if copies == (None, None) or not self._fits(x):
+        if not self._fits(x, weight, bias):
             return F.batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
+        copies = self._copy(weight), self._copy(bias)
         return _BatchNorm.apply(x, _data(weight), _data(bias), running_mean, running_var, eps, *copies)
 
     def layer_norm(self, x, normalized_shape, weight=None, bias=None, eps=1e-5):  # type: ignore[no-untyped-def]
-        copies = self._copy(weight), self._copy(bias)
-        if copies == (None, None) or not self._fits(x) or x.ndim == len(normalized_shape):
+        if not self._fits(x if x.ndim > len(normalized_shape) else None, weight, bias):
             return F.layer_norm(x, normalized_shape, weight, bias, eps)
+        copies = self._copy(weight), self._copy(bias)
         return _LayerNorm.apply(x, tuple(normalized_shape), _data(weight), _data(bias), eps, *copies)
 
     def linear(self, x, weight, bias=None):  # type: ignore[no-untyped-def]
-        names = tuple(name for name in (self._name(weight), self._name(bias)) if name)
-        if not names or not self._fits(x):
+        if not self._fits(x, weight, bias):
             return F.linear(x, weight, bias)
-        if names == self.head:
-            out = F.linear(x, _data(weight), _data(bias))
+        names = tuple(name for name in (self._name(weight), self._name(bias)) if name)
+        if self.layout and names == self.layout.head:
+            out = F.linear(x, weight.detach(), _data(bias))
         else:
             out = _Linear.apply(x, _data(weight), _data(bias), self._copy(weight), self._copy(bias))
         self.linear_calls.append((out, x, names))
         return out
+
+    def expand(self, tensor, *sizes):  # type: ignore[no-untyped-def]
+        """A parameter that is repeated for every sample: a class token or a visual prompt."""
+        out = tensor.expand(*sizes)
+        per_sample = out.ndim > tensor.ndim or (tensor.ndim > 1 and tensor.shape[0] == 1 and out.ndim == tensor.ndim)
+        if not per_sample or not self._fits(out, tensor):
+            return out
+        return self._copy(tensor).reshape(out.shape)  # type: ignore[union-attr]
 
     def dropout(self, x, p=0.5, training=True, inplace=False):  # type: ignore[no-untyped-def]
         if training and p > 0:
@@ -213,51 +264,13 @@ _RULES: dict[Any, Callable[..., Any]] = {
     F.batch_norm: _PerSample.batch_norm,
     F.layer_norm: _PerSample.layer_norm,
     F.linear: _PerSample.linear,
+    Tensor.expand: _PerSample.expand,
     F.dropout: _PerSample.dropout,
 }
 
 
 def _data(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach()
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where each tuned parameter lies in the flat ``theta``: ``fast``, then ``slow``, then the ``head`` as a matrix.
-
-    ``fast`` parameters have a per-sample rule, ``slow`` ones are left to ``torch.func``; ``head`` is the weight and the
-    bias (whichever are tuned) of the linear layer whose output the logits are.
-    """
-
-    fast: tuple[str, ...]
-    slow: tuple[str, ...]
-    head: tuple[str, ...]
-    shapes: Mapping[str, torch.Size]
-
-    @property
-    def size(self) -> int:
-        """``p``: the number of tuned parameters."""
-        return sum(shape.numel() for shape in self.shapes.values())
-
-    def flatten(self, parameters: Mapping[str, Tensor]) -> Float[Tensor, " p"]:
-        """The parameters by name as one float64 vector."""
-        rest = [parameters[name].detach().flatten() for name in (*self.fast, *self.slow)]
-        head = [parameters[name].detach().flatten(1) if parameters[name].ndim > 1 else parameters[name].detach()[:, None]
-                for name in self.head]  # fmt: skip
-        return torch.cat([*rest, *([torch.cat(head, 1).flatten()] if head else [])]).double()
-
-    def unflatten(self, vector: Float[Tensor, " p"], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The vector as parameters by name, in the dtypes and the order of ``like``."""
-        names = (*self.fast, *self.slow)
-        sizes = [self.shapes[name].numel() for name in names]
-        *parts, head = vector.split([*sizes, self.size - sum(sizes)])
-        result = {name: part.view(self.shapes[name]) for name, part in zip(names, parts, strict=True)}
-        if self.head:
-            classes = self.shapes[self.head[0]][0]
-            widths = [self.shapes[name][1:].numel() for name in self.head]
-            columns = head.view(classes, sum(widths)).split(widths, 1)
-            result |= {name: part.reshape(self.shapes[name]) for name, part in zip(self.head, columns, strict=True)}
-        return {name: result[name].to(like[name]) for name in like}
 
 
 class PerSampleJacobian:
@@ -316,13 +329,13 @@ class PerSampleJacobian:
         """The Jacobian and logits of a batch ``x`` of images, ``[batch, ...]``."""
         layout = self.layout(x)
         mapped = {name: self.parameters[name] for name in (*layout.fast, *layout.head)}
-        mode = _PerSample(mapped, len(x), layout.head)
+        mode = _PerSample(mapped, len(x), layout)
         with torch.enable_grad():
             logits = self._forward(x, self.parameters, mode)
             rest = self._backward(logits, [mode.copies[name] for name in layout.fast])
         if layout.slow:
             rest = torch.cat([rest, self._functional(x, layout.slow)], 2)
-        return Jacobian(rest, self._features(logits, mode), logits.detach())
+        return Jacobian(rest, self._features(logits, layout.head, mode), logits.detach())
 
     def _backward(self, logits: Tensor, copies: list[Tensor]) -> Tensor:
         """One backward pass a class."""
@@ -344,10 +357,10 @@ class PerSampleJacobian:
         jacobians = vmap(jacrev(logits), (None, 0))(free, x)
         return torch.cat([jacobians[name].flatten(2).detach() for name in names], 2)
 
-    def _features(self, logits: Tensor, mode: _PerSample) -> Tensor:
+    def _features(self, logits: Tensor, head: tuple[str, ...], mode: _PerSample) -> Tensor:
         """The head's input, with a 1 appended for its bias: one column a tuned parameter and class."""
-        if not mode.head:
+        if not head:
             return logits.new_empty(len(logits), 0)
-        inputs = next(x for _, x, names in mode.linear_calls if names == mode.head).detach()
+        inputs = next(x for _, x, names in mode.linear_calls if names == head).detach()
         ones = inputs.new_ones(len(inputs), 1)
-        return torch.cat([inputs if self.parameters[name].ndim == 2 else ones for name in mode.head], 1)
+        return torch.cat([inputs if self.parameters[name].ndim == 2 else ones for name in head], 1)

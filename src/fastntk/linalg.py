@@ -40,11 +40,13 @@ def cholesky(matrix: Float[Tensor, "n n"], ridge: float) -> Float[Tensor, "n n"]
     """The lower Cholesky factor of ``matrix + ridge I``. Raises like ``ridge_inverse``."""
     shifted = matrix.clone()
     shifted.diagonal().add_(ridge)
-    factor, info = torch.linalg.cholesky_ex(shifted, out=(shifted, torch.empty(0, dtype=torch.int32, device=matrix.device)))
+    factor, info = torch.linalg.cholesky_ex(
+        shifted, out=(shifted, torch.empty(0, dtype=torch.int32, device=matrix.device))
+    )
     if info != 0:
         raise InputError(
-            f"the Gram matrix plus the ridge {ridge:.3g} is not positive definite in floating point. Use a larger ridge, "
-            "or 'auto'."
+            f"the Gram matrix plus the ridge {ridge:.3g} is not positive definite in floating point. Use a larger "
+            "ridge, or 'auto'."
         )
     return factor
 
@@ -75,7 +77,7 @@ def conjugate_gradients(
         rho, previous = residual @ z, rho
         direction = z + rho / previous * direction
     raise InputError(
-        f"the solve did not converge in {limit} steps: its ridge is too far from the one prepared. Prepare with it instead."
+        f"the solve did not converge in {limit} steps: its ridge is too far from the one prepared. Prepare with it."
     )
 
 

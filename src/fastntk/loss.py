@@ -35,7 +35,9 @@ class SquaredLoss:
         onehot = torch.nn.functional.one_hot(labels.long(), classes)
         return self.scale * (onehot.to(torch.get_default_dtype()) - 1 / classes)
 
-    def residual(self, logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]) -> Float[Tensor, "batch classes"]:
+    def residual(
+        self, logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]
+    ) -> Float[Tensor, "batch classes"]:
         """``r_i = t_i - f(x_i)``, the negative gradient of the loss with respect to the logits."""
         return self.targets(labels, logits.shape[1]).to(logits) - logits
 

@@ -25,12 +25,12 @@ from fastntk.loss import SquaredLoss
 from fastntk.plan import Form, choose_form, free_bytes
 from fastntk.progress import track
 from fastntk.ridge import Calibration, calibrate
-from fastntk.statistics import Rows, Sums
+from fastntk.statistics import Rows, Sums, total
 from fastntk.step import DualSolution, PrimalSolution, Solution
 from fastntk.tunable import snapshot, tuned
 
 TRUSTED = 0.5
-"""The network is trusted to have moved as predicted while its departure is at most this share of the move."""
+"""The network is trusted to have moved as predicted while it departs by at most this share of the predicted change."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,9 @@ class Certificate:
 
     The new parameters are exact for the network linearised at the anchor, with squared loss and the given ridge: they
     are those of training it on the retained samples alone. For the network itself the agreement is measured:
-    ``departure = rms |f(theta_new) - f(theta_old) - J (theta_new - theta_old)| / rms |J (theta_new - theta_old)|``,
-    on the forgotten samples and on a fixed probe of retained ones; 0 is perfect agreement.
+    ``departure = rms_S |f(theta_new) - f(theta_old) - J (theta_new - theta_old)| / rms_F |J (theta_new - theta_old)|``
+    with S the forgotten samples F, or a fixed probe of retained ones; 0 is perfect agreement. The unit is in both cases
+    the change that was predicted, and asked for, on the forgotten samples.
     """
 
     forgotten: int
@@ -58,8 +59,9 @@ class Certificate:
     def verdict(self) -> str:
         """The measurement in a sentence."""
         measured = (
-            f"the network departs from the linear prediction by {self.departure_forgotten:.0%} of the predicted change on "
-            f"the forgotten samples and {self.departure_retained:.0%} on a probe of retained ones (limit {TRUSTED:.0%})"
+            f"the network departs from the linear prediction by {self.departure_forgotten:.0%} on the forgotten "
+            f"samples and {self.departure_retained:.0%} on a probe of retained ones, in units of the change predicted "
+            f"for the forgotten ones (limit {TRUSTED:.0%})"
         )
         if self.trusted:
             return f"trusted: {measured}."
@@ -72,7 +74,7 @@ class Certificate:
 
 @dataclass(frozen=True)
 class Forgotten:
-    """The answer to a request: the tuned parameters without the forgotten samples, how long it took, and how sure it is.
+    """The answer to a request: the tuned parameters without the samples, the time it took, and how sure it is.
 
     ``model.load_state_dict(forgotten.parameters, strict=False)`` puts them into the model.
     """
@@ -150,13 +152,21 @@ class Memory:
             self._vector = self._vector + change
         return answer
 
-    def preview(self, ids: Iterable[int]) -> Forgotten:
-        """What ``forget`` would answer, leaving the memory as it is."""
+    def preview(self, ids: Iterable[int], *, ridge: float | None = None) -> Forgotten:
+        """What ``forget`` would answer, leaving the memory as it is.
+
+        ``ridge`` is another total than the memory's: both solves are then made by conjugate gradients, preconditioned
+        by the memory's own solution.
+        """
         started = time.perf_counter()
-        return self._answer(self._positions(ids), started)[1]
+        return self._answer(self._positions(ids), started, ridge)[1]
 
     def save(self, path: Path) -> None:
-        """Write the memory to one file, whole or not at all."""
+        """Write the memory to one file, whole or not at all.
+
+        Raises:
+            InputError: it cannot be written; what was there is unchanged.
+        """
         tensors = {
             **{f"anchor.{name}": tensor for name, tensor in self.anchor.items()},
             **{f"solution.{name}": tensor for name, tensor in self.solution.tensors().items()},
@@ -170,15 +180,22 @@ class Memory:
             "loss": asdict(self.loss),
             "calibration": asdict(self.calibration) if self.calibration else None,
             "layout": {name: list(getattr(self._layout, name)) for name in ("fast", "slow", "head")},
+            "names": list(self.anchor),
             "model": digest(self.model, self.anchor),
         }
         write_tensors(path, tensors, record)
 
-    def _answer(self, positions: Tensor, started: float) -> tuple[Rows, Forgotten, Tensor]:
+    def _answer(self, positions: Tensor, started: float, ridge: float | None = None) -> tuple[Rows, Forgotten, Tensor]:
         rows = self.rows(positions)
-        change = self.solution.difference(rows, positions) if len(positions) else torch.zeros_like(self._vector)
+        if not len(positions):
+            change = torch.zeros_like(self._vector)
+        elif ridge is None or ridge == self.ridge:
+            change = self.solution.difference(rows, positions)
+        else:
+            step = self.resolve(positions, self.displacement, ridge)
+            change = step - self.resolve(positions[:0], self.displacement, ridge)
         parameters = self._layout.unflatten(self._vector + change, self.anchor)
-        certificate = self._certify(rows.jacobian, positions, change, parameters)
+        certificate = self._certify(rows.jacobian, positions, change, parameters, ridge or self.ridge)
         return rows, Forgotten(parameters, time.perf_counter() - started, certificate), change
 
     def resolve(self, positions: Tensor, displacement: Tensor, ridge: float) -> Float[Tensor, " p"]:
@@ -215,28 +232,32 @@ class Memory:
         return torch.tensor(sorted(wanted), dtype=torch.long)
 
     def _certify(
-        self, forgotten: Jacobian, positions: Tensor, change: Tensor, parameters: Mapping[str, Tensor]
+        self, forgotten: Jacobian, positions: Tensor, change: Tensor, parameters: Mapping[str, Tensor], ridge: float
     ) -> Certificate:
         retained = self.probe[self.present[self.probe] & ~torch.isin(self.probe, positions)]
+        size = _rms(forgotten.matvec(change))
         return Certificate(
             forgotten=len(positions),
             retained=int(self.present.sum()) - len(positions),
-            ridge=self.ridge,
-            departure_forgotten=self._departure(positions, forgotten, change, parameters),
-            departure_retained=self._departure(retained, self.rows(retained).jacobian, change, parameters),
+            ridge=ridge,
+            departure_forgotten=self._departure(positions, forgotten, change, parameters) / size if size else 0.0,
+            departure_retained=self._departure(retained, self.rows(retained).jacobian, change, parameters) / size
+            if size and len(retained)
+            else 0.0,
         )
 
     def _departure(
         self, positions: Tensor, jacobian: Jacobian, change: Tensor, parameters: Mapping[str, Tensor]
     ) -> float:
-        """How far the network's change of logits is from ``J change``, relative to the latter; 0 if nothing changes."""
-        predicted = jacobian.matvec(change)
-        size = float(predicted.norm())
-        if size == 0:
-            return 0.0
+        """How far the network's change of logits is from ``J change``: root mean square over samples."""
         samples = Subset(self.train, positions.tolist())
         actual = logits(self.model, samples, parameters) - logits(self.model, samples, self.parameters)
-        return float((actual - predicted).norm()) / size
+        return _rms(actual - jacobian.matvec(change))
+
+
+def _rms(vectors: Float[Tensor, "samples classes"]) -> float:
+    """The root mean square length; 0 for no vectors."""
+    return float(vectors.square().sum(1).mean().sqrt()) if len(vectors) else 0.0
 
 
 def load(path: Path | str, model: nn.Module, train: Dataset) -> Memory:
@@ -253,15 +274,18 @@ def load(path: Path | str, model: nn.Module, train: Dataset) -> Memory:
     tensors, record = read_tensors(Path(path))
     device = next(model.parameters()).device
     tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-    part = {key: _under(tensors, f"{key}.") for key in ("anchor", "solution")}
-    if record["model"] != digest(model, part["anchor"]):
-        raise InputError(f"the memory {path} belongs to another model: the frozen weights differ. Open it with its own.")
+    solution = _under(tensors, "solution.")
+    anchor = {name: tensors[f"anchor.{name}"] for name in record["names"]}
+    if record["model"] != digest(model, anchor):
+        raise InputError(
+            f"the memory {path} belongs to another model: the frozen weights differ. Open it with its own."
+        )
     present, probe = tensors["present"].cpu(), tensors["probe"].cpu()
     if len(present) != len(train):  # type: ignore[arg-type]
         raise InputError(f"the memory {path} is of {len(present)} samples, the training set has {len(train)}.")  # type: ignore[arg-type]
     layout = Layout(
         **{name: tuple(names) for name, names in record["layout"].items()},
-        shapes={name: tensor.shape for name, tensor in part["anchor"].items()},
+        shapes={name: tensor.shape for name, tensor in anchor.items()},
     )
     make = PrimalSolution if record["form"] == "primal" else DualSolution
     calibration = Calibration(**record["calibration"]) if record["calibration"] else None
@@ -269,9 +293,9 @@ def load(path: Path | str, model: nn.Module, train: Dataset) -> Memory:
         model,
         train,
         SquaredLoss(**record["loss"]),
-        PerSampleJacobian(model, part["anchor"], layout),
+        PerSampleJacobian(model, anchor, layout),
         layout,
-        make.from_tensors(part["solution"], record["ridge"]),
+        make.from_tensors(solution, record["ridge"]),
         calibration,
         present,
         probe,
@@ -363,7 +387,9 @@ def prepare(
     statistics = _collect(stream, plan.form)
     solution, calibration = _solve(statistics, displacement, ridge)
     chosen = torch.linspace(0, count - 1, min(probe, count)).round().long().unique()
-    return Memory(model, train, loss, jacobian, layout, solution, calibration, torch.ones(count, dtype=torch.bool), chosen)
+    return Memory(
+        model, train, loss, jacobian, layout, solution, calibration, torch.ones(count, dtype=torch.bool), chosen
+    )
 
 
 def _solve(statistics: Sums | Rows, displacement: Tensor, ridge: float | str) -> tuple[Solution, Calibration | None]:
@@ -390,13 +416,7 @@ def _collect(stream: Iterable[tuple[Jacobian, Tensor]], form: Form) -> Sums | Ro
     if form == "dual":
         parts = list(stream)
         return Rows(concatenate([j for j, _ in parts]), torch.cat([r for _, r in parts]))
-    sums = None
-    for j, r in stream:
-        part = Sums.of(j, r)
-        sums = part if sums is None else sums.add_(part)
-    if sums is None:
-        raise InputError("the training set is empty.")
-    return sums
+    return total(Sums.of(j, r) for j, r in stream)
 
 
 def _check_initial(initial: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
@@ -405,7 +425,9 @@ def _check_initial(initial: Mapping[str, Tensor], parameters: Mapping[str, nn.Pa
         raise InputError(f"`initial` does not hold the model's tuned parameters: they differ in {odd!r}.")
     for name, parameter in parameters.items():
         if initial[name].shape != parameter.shape:
-            raise InputError(f"`initial` has shape {list(initial[name].shape)} for {name!r}, not {list(parameter.shape)}.")
+            raise InputError(
+                f"`initial` has shape {list(initial[name].shape)} for {name!r}, not {list(parameter.shape)}."
+            )
     if all(initial[name].data_ptr() == parameters[name].data_ptr() for name in parameters):
         raise InputError(
             "`initial` is the model's own parameters, not a copy from before fitting. Pass fit(...).initial, or take "

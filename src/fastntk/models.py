@@ -18,7 +18,7 @@ from fastntk.tunable import head_name
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What turns an image into the model's input: side length in pixels, then ``(x / 255 - mean) / std`` per channel."""
+    """What turns an image into the model's input: side in pixels, then ``(x / 255 - mean) / std`` per channel."""
 
     size: int
     mean: tuple[float, float, float]
@@ -59,7 +59,7 @@ def load_model(
     if weights is not None and not pretrained:
         load_weights(model, read_weights(Path(weights)))
     reset_head(model, seed)
-    return model.eval().to(memory_format=torch.channels_last), preprocessing
+    return model.eval().to(memory_format=torch.channels_last), preprocessing  # type: ignore[call-overload]
 
 
 def _similar(name: str) -> str:
@@ -92,11 +92,12 @@ def _from_torchvision(name: str, classes: int, size: int | None, pretrained: boo
 def reset_head(model: nn.Module, seed: int) -> None:
     """Draw the head anew, in place: weights N(0, 0.01^2), bias 0."""
     head = model.get_submodule(head_name(model))
+    assert isinstance(head, nn.Linear)  # head_name finds no other
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * 0.01)  # type: ignore[union-attr, operator, arg-type]
+        head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * 0.01)
         if head.bias is not None:
-            head.bias.zero_()  # type: ignore[union-attr, operator]
+            head.bias.zero_()
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -155,7 +156,7 @@ def _in_head(name: str, head: str | None) -> bool:
 
 
 def rename_by_order(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The backbone tensors of ``state`` under ``model``'s names, for weights of the same architecture under other names.
+    """The backbone tensors of ``state`` under ``model``'s names, for weights that were saved under other names.
 
     Tensors are paired in order, batch counters skipped, and every pair must agree in shape; what ``state`` holds beyond
     the backbone (a head) is left out.
@@ -175,6 +176,8 @@ def rename_by_order(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, 
     renamed = {}
     for (name, tensor), (source, value) in zip(wanted.items(), given, strict=False):
         if tensor.shape != value.shape:
-            raise InputError(f"the weights do not fit: {source!r} has shape {list(value.shape)}, {name!r} {list(tensor.shape)}.")
+            raise InputError(
+                f"the weights do not fit: {source!r} has shape {list(value.shape)}, {name!r} {list(tensor.shape)}."
+            )
         renamed[name] = value
     return renamed

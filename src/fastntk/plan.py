@@ -48,7 +48,7 @@ def choose_form(
     rest: int,
     features: int,
     free: int,
-    form: Form | Literal["auto"] = "auto",
+    form: str = "auto",
     itemsize: int = 4,
 ) -> Plan:
     """The form with the fewer operations among those that fit into ``free`` bytes, or the one asked for if it fits.
@@ -56,17 +56,17 @@ def choose_form(
     Raises:
         InputError: nothing fits; the message says what is needed, what there is, and what to choose instead.
     """
-    forms: tuple[Form, ...] = ("primal", "dual") if form == "auto" else (form,)
-    if not set(forms) <= {"primal", "dual"}:
+    forms: dict[str, tuple[Form, ...]] = {"auto": ("primal", "dual"), "primal": ("primal",), "dual": ("dual",)}
+    if form not in forms:
         raise InputError(f"form must be 'auto', 'primal' or 'dual', not {form!r}.")
-    plans = [price(each, samples, classes, rest, features, itemsize) for each in forms]
+    plans = [price(each, samples, classes, rest, features, itemsize) for each in forms[form]]
     fitting = [plan for plan in plans if plan.bytes <= free]
     if fitting:
         return min(fitting, key=lambda plan: plan.operations)
     parameters = rest + classes * features
     needs = " and ".join(f"the {plan.form} form {plan.bytes / 1e9:.1f} GB" for plan in plans)
     raise InputError(
-        f"the sums do not fit into memory: for {parameters:,} tuned parameters, {samples:,} samples and {classes} classes "
-        f"{needs} would be needed, {free / 1e9:.1f} GB are free. Tune fewer parameters (for example 'bn' alone or the "
-        "head alone: primal grows with their square), or train on fewer samples (dual grows with their square)."
+        f"the sums do not fit into memory: for {parameters:,} tuned parameters, {samples:,} samples and {classes} "
+        f"classes {needs} would be needed, {free / 1e9:.1f} GB are free. Tune fewer parameters (for example "
+        "'bn' or the head alone: primal grows with their square), or train on fewer samples (dual grows with their square)."
     )

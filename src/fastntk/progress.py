@@ -14,6 +14,4 @@ console = Console(stderr=True)
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
     """``items`` as they are, with a bar on standard error while they last if that is a terminal."""
-    return rich_track(
-        items, description, total, console=console, transient=True, disable=not console.is_terminal
-    )
+    return rich_track(items, description, total, console=console, transient=True, disable=not console.is_terminal)

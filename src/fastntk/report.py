@@ -1,4 +1,4 @@
-"""Evidence: models side by side with one retrained without the forgotten data, as a table, JSON and a page to look at."""
+"""Evidence: models side by side with one retrained without the forgotten data, as a table, JSON and a page."""
 
 import io
 import platform
@@ -167,9 +167,7 @@ def html(title: str, reports: Mapping[str, Report], notes: Mapping[str, str]) ->
             "name": name,
             "note": notes.get(name, ""),
             "reference": report.reference,
-            "rows": {
-                model: [_cell(row[column], column) for column in COLUMNS] for model, row in report.rows.items()
-            },
+            "rows": {model: [_cell(row[column], column) for column in COLUMNS] for model, row in report.rows.items()},
             "figures": [svg(draw_accuracies(report)), svg(draw_margins(report))],
         }
         for name, report in reports.items()

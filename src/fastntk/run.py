@@ -1,15 +1,16 @@
 """A run folder: what the command line leaves on disk between its commands, enough to replay each of them.
 
-    run.json               model, data, selection and recipe, as given
-    initial.safetensors    the tuned parameters before fitting
-    model.safetensors      the whole model as fitted
-    memory.safetensors     the memory; samples that were forgotten are gone from it
-    unlearned.safetensors  the whole model after everything forgotten so far
+run.json               model, data, selection and recipe, as given
+initial.safetensors    the tuned parameters before fitting
+model.safetensors      the whole model as fitted
+memory.safetensors     the memory; samples that were forgotten are gone from it
+unlearned.safetensors  the whole model after everything forgotten so far
 """
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ class Settings:
     classes: list[str]
     select: list[str]
     size: int
-    recipe: dict[str, float]
+    recipe: dict[str, Any]
 
     def data_source(self, preprocessing: Preprocessing, source: str | None = None, split: str = "train") -> Images:
         """The training data, or another source read in the same way."""
@@ -65,7 +66,9 @@ class Run:
     def __init__(self, folder: Path, device: str = "cpu") -> None:
         self.folder, self.device = folder, parse_device(device)
 
-    def _model(self, settings: Settings, file: str | None, weights: str | None = None, seed: int = 0) -> tuple[nn.Module, Preprocessing]:
+    def _model(
+        self, settings: Settings, file: str | None, weights: str | None = None, seed: int = 0
+    ) -> tuple[nn.Module, Preprocessing]:
         model, preprocessing = load_model(
             settings.model, len(settings.classes), weights=weights, size=settings.size or None, seed=seed
         )
@@ -80,15 +83,18 @@ class Run:
             InputError: the folder holds no run.
         """
         if not (self.folder / "run.json").is_file():
-            raise InputError(f"{self.folder} holds no run. Make one with: fastntk fit {self.folder} --model ... --data ...")
+            raise InputError(
+                f"{self.folder} holds no run. Make one with: fastntk fit {self.folder} --model ... --data ..."
+            )
         try:
-            return Settings(**read_json(self.folder / "run.json"))  # type: ignore[arg-type]
+            return Settings(**read_json(self.folder / "run.json"))
         except TypeError as error:
             raise InputError(f"{self.folder / 'run.json'} does not describe a run ({error}).") from error
 
     def recipe(self, settings: Settings) -> Recipe:
         """How the model was fitted."""
-        return Recipe(**{**settings.recipe, "loss": SquaredLoss(**settings.recipe["loss"])})  # type: ignore[arg-type]
+        fields: dict[str, Any] = dict(settings.recipe)
+        return Recipe(**{**fields, "loss": SquaredLoss(**fields["loss"])})
 
     def fit(
         self,
@@ -195,4 +201,3 @@ def read_ids(text: str) -> list[int]:
         if not word.isdecimal():
             raise InputError(f"{word!r} is not an id: ids are whole numbers, the samples' places in the training set.")
     return [int(word) for word in words]
-

@@ -1,4 +1,4 @@
-"""What a set of samples contributes to the unlearning step: additive, so that sets can be streamed, split and subtracted.
+"""What a set of samples contributes to the unlearning step: additive, so that sets can be streamed and subtracted.
 
 Two forms carry the same information about a set S. ``Sums`` holds the p x p Gram matrix ``G_S = sum J_i'J_i`` and
 ``b_S = sum J_i'r_i`` and does not grow with the number of samples; ``Rows`` holds every ``J_i`` and ``r_i`` and does
@@ -6,7 +6,8 @@ not grow with p squared. ``Sums`` add up entry by entry, ``Rows`` by concatenati
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -91,7 +92,7 @@ class Rows:
     def __add__(self, other: "Rows") -> "Rows":
         return Rows(concatenate([self.jacobian, other.jacobian]), torch.cat([self.residual, other.residual]))
 
-    def __getitem__(self, samples: Tensor) -> "Rows":
+    def __getitem__(self, samples: Any) -> "Rows":
         return Rows(self.jacobian[samples], self.residual[samples])
 
     def kernel(self) -> Float[Tensor, "rows rows"]:
@@ -120,10 +121,9 @@ class Rows:
 
 
 def total(parts: Iterable[Sums]) -> Sums:
-    """The sum of many, adding in place to a copy of the first."""
+    """The sum of many, added up in the first one's place, so that two exist at a time."""
     iterator = iter(parts)
-    first = next(iterator)
-    result = replace(first, **{f.name: getattr(first, f.name).clone() for f in fields(first)})
+    result = next(iterator)
     for part in iterator:
         result.add_(part)
     return result

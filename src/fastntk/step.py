@@ -151,7 +151,11 @@ class DualSolution:
 
     @classmethod
     def of(
-        cls, rows: Rows, displacement: Float[Tensor, " p"], ridge: float, kernel: Float[Tensor, "rows rows"] | None = None
+        cls,
+        rows: Rows,
+        displacement: Float[Tensor, " p"],
+        ridge: float,
+        kernel: Float[Tensor, "rows rows"] | None = None,
     ) -> "DualSolution":
         """Solve for the set whose ``rows`` are given, and its ``kernel`` where that is known already."""
         kernel = rows.kernel() if kernel is None else kernel
@@ -190,7 +194,12 @@ class DualSolution:
         for square in (self.inverse, self.kernel):
             square[rows] = 0
             square[:, rows] = 0
-        for stored in (self.rows.jacobian.rest, self.rows.jacobian.features, self.rows.jacobian.logits, self.rows.residual):
+        for stored in (
+            self.rows.jacobian.rest,
+            self.rows.jacobian.features,
+            self.rows.jacobian.logits,
+            self.rows.residual,
+        ):
             stored[positions] = 0
         return change
 

@@ -29,7 +29,7 @@ class Recipe:
     batch_size: int = 32
     weight_decay: float = 1e-4
     seed: int = 0
-    loss: SquaredLoss = SquaredLoss()
+    loss: SquaredLoss = SquaredLoss()  # noqa: RUF009 (frozen)
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 1 or self.learning_rate <= 0 or self.weight_decay < 0:

@@ -21,7 +21,9 @@ def head_name(model: nn.Module) -> str:
     """
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if not linear:
-        raise InputError("the model has no linear layer that could be its head. Tune other parameters, for example 'bn'.")
+        raise InputError(
+            "the model has no linear layer that could be its head. Tune other parameters, for example 'bn'."
+        )
     return linear[-1]
 
 

@@ -11,9 +11,14 @@ class FastNTK:
 
     Source: Li et al. 2023, "Fast-NTK" (arXiv 2312.14923), for the step over parameter-efficient parameters; anchored at
     the parameters before fitting by this project.
+
+    Attributes:
+        ridge: a total; None takes the memory's own, which is quicker.
     """
+
+    ridge: float | None = None
 
     def __call__(self, problem: Problem) -> Unlearned:
         """Answer the request from the forgotten samples alone."""
-        answer = problem.memory.preview(problem.forget.tolist())
+        answer = problem.memory.preview(problem.forget.tolist(), ridge=self.ridge)
         return Unlearned(answer.parameters, answer.seconds, answer.certificate.verdict)

@@ -48,8 +48,8 @@ class Problem:
 
 @dataclass(frozen=True)
 class Unlearned:
-    """The tuned parameters that a method arrived at, the seconds it took from a prepared memory if that was measured, and
-    what it says of its own result, if anything."""
+    """The tuned parameters that a method arrived at, the seconds it took from a prepared memory if that was measured,
+    and what it says of its own result, if anything."""
 
     parameters: dict[str, Tensor]
     seconds: float | None

@@ -1,0 +1,26 @@
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin
+
+.PHONY: install demo test check clean
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)/pip install --constraint constraints.txt --editable ".[demo,test]"
+	touch $@
+
+demo: install
+	$(RUN)/fastntk demo
+
+test: install
+	$(RUN)/python -m pytest
+
+check: install
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,150 @@
+"""MobileNetV2 (ImageNet backbone) on CIFAR-10, batch norm and head tuned: every ridge, beside retrained models.
+
+    python benchmarks/quality.py --quick --data cifar10.npz      60 images a class at 128 px, one seed
+    python benchmarks/quality.py --data cifar10.npz              100 images a class at 128 px, three seeds
+
+The .npz holds x_train, y_train, x_test, y_test. Fits are stored under --out and taken from there when the command is
+given again, so an interrupted run goes on. Prints a table, then one line of JSON.
+"""
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pretrained import cifar10, fingerprint, mobilenet_v2
+from rich.console import Console
+from torch.utils.data import Subset
+
+import fastntk
+from fastntk.comparison import compare, references
+from fastntk.data import labels_of
+from fastntk.files import read_tensors, writable, write_tensors
+from fastntk.methods import FastNTK, Golatkar, Method, Problem, Unlearned
+from fastntk.training import Fit, Recipe
+
+FACTORS = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A method whose answers are kept on disk."""
+
+    method: Method
+    path: Path
+    key: str
+
+    def __call__(self, problem: Problem) -> Unlearned:
+        if self.path.exists():
+            tensors, record = read_tensors(self.path)
+            if record["key"] == self.key:
+                return Unlearned(tensors, float(record["seconds"]))
+        done = self.method(problem)
+        write_tensors(self.path, done.parameters, {"key": self.key, "seconds": done.seconds})
+        return done
+
+
+@dataclass(frozen=True)
+class RetainStepAlone:
+    """``theta* + s(R)`` without taking off ``s(D)``."""
+
+    ridge: float
+
+    def __call__(self, problem: Problem) -> Unlearned:
+        step = problem.memory.resolve(problem.forget, problem.memory.displacement, self.ridge)
+        return Unlearned(problem.memory.assemble(step), None)
+
+
+def fitted(model, train, recipe: Recipe, path: Path, key: str) -> Fit:
+    """Fit, or take the stored fit; the model ends up fitted either way."""
+    if path.exists():
+        tensors, record = read_tensors(path)
+        if record["key"] == key:
+            initial = fastntk.snapshot({n: p for n, p in model.named_parameters() if p.requires_grad})
+            model.load_state_dict(tensors, strict=False)
+            return Fit(initial, [], recipe, float(record["seconds"]))
+    done = fastntk.fit(model, train, recipe)
+    state = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
+    write_tensors(path, state, {"key": key, "seconds": done.seconds})
+    return done
+
+
+def methods(scale: float, samples: int) -> dict[str, Method]:
+    """Every row but the references; ridges as multiples of the kernel's mean diagonal ``scale``."""
+    rows: dict[str, Method] = {"fastntk (automatic ridge)": FastNTK()}
+    rows |= {f"fastntk {factor:g}": FastNTK(ridge=factor * scale) for factor in FACTORS}
+    for factor in (1e-3, 1e-2, 1e-1):
+        decay = factor * scale / samples
+        rows[f"golatkar {factor:g}"] = Golatkar(decay)
+        rows[f"golatkar_trapezium {factor:g}"] = Golatkar(decay, trapezium=True)
+    return rows | {"retain step alone 0.1": RetainStepAlone(0.1 * scale)}
+
+
+def one_seed(arguments: argparse.Namespace, per_class: int, seed: int) -> dict[str, dict]:
+    """Both requests under one seed; prints their tables."""
+    model, preprocessing = mobilenet_v2(arguments.size, seed)
+    train, test = cifar10(arguments.data, preprocessing, per_class)
+    key = fingerprint(preprocessing, per_class, seed, Path(arguments.data).stat().st_size)
+    fastntk.tune(model, "bn", "head")
+    recipe = Recipe(seed=seed)
+    fit = fitted(model, train, recipe, arguments.out / f"original-{seed}.safetensors", key)
+    memory = fastntk.prepare(model, train, fit.initial)
+    scale = memory.calibration.ridge / memory.calibration.factor
+    labels = labels_of(train)
+    tenth = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[: len(train) // 10]
+    staying = Subset(test, (labels_of(test) != 0).nonzero()[:, 0].tolist())
+    results = {}
+    for name, forget, held_out in (
+        ("class", (labels == 0).nonzero()[:, 0], staying),
+        ("random", tenth.sort().values, test),
+    ):
+        problem = Problem(model, fit.initial, train, forget, recipe, memory)
+        stored = {
+            row: Stored(method, arguments.out / f"{name}-{row}-{seed}.safetensors", key)
+            for row, method in references(seed).items()
+        }
+        report, notes = compare(problem, held_out, {**stored, **methods(scale, len(train))}, fit.seconds)
+        Console().print(report.table(f"{name}, seed {seed}"))
+        Console().print(f"ridge {memory.calibration}\n{notes['fastntk (automatic ridge)']}\n")
+        results[name] = {"rows": report.rows, "ridge_factor": memory.calibration.factor, "notes": notes}
+    return results
+
+
+def summary(results: dict[str, dict]) -> dict[str, dict]:
+    """The automatic ridge against the best fixed one, and against the retrained models."""
+    figures = {}
+    for name, result in results.items():
+        rows = result["rows"]
+        automatic = rows["fastntk (automatic ridge)"]
+        best = min(rows[f"fastntk {factor:g}"]["forget_distance"] for factor in FACTORS)
+        retrained = [rows[row]["forget_accuracy"] for row in references(0)]
+        figures[name] = {
+            "ridge_factor": result["ridge_factor"],
+            "distance_over_best_fixed": automatic["forget_distance"] / best,
+            "forget_accuracy_gap": automatic["forget_accuracy"] - sum(retrained) / len(retrained),
+            "distance_over_floor": automatic["forget_distance"] / rows["retrain_other_seed"]["forget_distance"],
+        }
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="CIFAR-10 as .npz")
+    parser.add_argument("--quick", action="store_true", help="60 images a class and one seed")
+    parser.add_argument("--size", type=int, default=128, help="side of the images in pixels")
+    parser.add_argument("--out", type=Path, default=Path("runs/quality"), help="where fits and results are kept")
+    arguments = parser.parse_args()
+    torch.set_flush_denormal(True)
+    arguments.out = writable(arguments.out / ("quick" if arguments.quick else "full"))
+    per_class, seeds = (60, 1) if arguments.quick else (100, 3)
+    document = {}
+    for seed in range(seeds):
+        results = one_seed(arguments, per_class, seed)
+        document[f"seed {seed}"] = {"scenarios": results, "summary": summary(results)}
+        (arguments.out / "results.json").write_text(json.dumps(document, indent=2) + "\n")
+    print(json.dumps({seed: entry["summary"] for seed, entry in document.items()}))
+
+
+if __name__ == "__main__":
+    main()

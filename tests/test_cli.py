@@ -1,0 +1,153 @@
+"""The command line as a user types it, in processes of its own."""
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+MODEL = ["--model", "mobilenetv3_small_050", "--image-size", "32"]
+
+
+def fastntk(*arguments):
+    command = [sys.executable, "-m", "fastntk", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+
+
+def succeed(*arguments):
+    done = fastntk(*arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def refuse(message, *arguments):
+    done = fastntk(*arguments)
+    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
+    assert re.search(message, done.stderr.replace("\n", " ")), done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Three classes that colour tells apart."""
+    path = tmp_path_factory.mktemp("data") / "colours.npz"
+    generator = np.random.default_rng(0)
+    y = np.arange(36) % 3
+    x = generator.integers(0, 60, (36, 32, 32, 3), dtype=np.uint8)
+    x[np.arange(36), :, :, y] += 150
+    np.savez(path, x_train=x[:30], y_train=y[:30], x_test=x[30:], y_test=y[30:], classes=["red", "green", "blue"])
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    """A run that was fitted and prepared."""
+    folder = tmp_path_factory.mktemp("runs") / "colours"
+    text = succeed("fit", folder, *MODEL, "--data", data, "--epochs", 4)
+    assert "Next: fastntk prepare" in text
+    assert "Next: fastntk forget" in succeed("prepare", folder)
+    return folder
+
+
+def copied(run, tmp_path):
+    import shutil
+
+    return shutil.copytree(run, tmp_path / "run")
+
+
+def test_the_whole_job(run, tmp_path):
+    folder = copied(run, tmp_path)
+    before = load_file(folder / "model.safetensors")
+    preview = json.loads(succeed("forget", folder, "--ids", "3,17", "--dry-run", "--json"))
+    assert not (folder / "unlearned.safetensors").exists()
+    answer = json.loads(succeed("forget", folder, "--ids", "3,17", "--json"))
+    assert {**answer, "seconds": 0, "dry_run": True} == {**preview, "seconds": 0}
+    assert answer["forgotten"] == 2
+    assert answer["retained"] == 28
+    after = load_file(folder / "unlearned.safetensors")
+    changed = {name for name in before if not (before[name] == after[name]).all()}
+    assert changed
+    assert all(re.search(r"bn|norm|classifier", name) for name in changed)
+    assert "running" not in "".join(changed)
+    (tmp_path / "ids.txt").write_text("0\n5 6\n")
+    assert "Forgot 3 samples" in succeed("forget", folder, "--ids-file", tmp_path / "ids.txt")
+    refuse("id 17 has been forgotten already", "forget", folder, "--ids", "17")
+    text = succeed("forget", folder, "--class-name", "green")
+    assert "Forgot 9 samples" in text
+    assert "Verdict:" in text
+    refuse("no sample of class 'green'", "forget", folder, "--class-name", "green")
+    report = json.loads(succeed("evaluate", folder, "--json"))
+    rows = report["scenarios"]["forgotten"]["rows"]
+    assert list(rows) == ["original", "retrain", "retrain_other_seed", "fastntk"]
+    assert json.loads((folder / "report.json").read_text())["scenarios"] == report["scenarios"]
+    assert "<svg" in (folder / "report.html").read_text()
+    assert not list(folder.glob(".*"))
+
+
+def test_seed_repeats_a_fit(run, data, tmp_path):
+    succeed("fit", tmp_path / "again", *MODEL, "--data", data, "--epochs", 4)
+    left, right = (load_file(folder / "model.safetensors") for folder in (run, tmp_path / "again"))
+    assert all((left[name] == right[name]).all() for name in left)
+
+
+@pytest.mark.parametrize("command", [[], ["demo"], ["fit"], ["prepare"], ["forget"], ["evaluate"]])
+def test_help_explains_every_command(command):
+    text = succeed(*command, "--help")
+    assert "Usage" in text
+    assert "--json" in text or not command
+
+
+@pytest.mark.parametrize(
+    ("message", "arguments"),
+    [
+        ("id 99 is unknown: the training set has ids 0 .. 29", ["--ids", "99"]),
+        ("id 3 stands twice", ["--ids", "3,4,3"]),
+        ("'x' is not an id", ["--ids", "3,x"]),
+        ("every sample", ["--ids", ",".join(map(str, range(30)))]),
+        ("no class 'mauve'. The classes are: red, green, blue", ["--class-name", "mauve"]),
+        ("exactly one of --ids, --ids-file and --class-name", []),
+        ("cannot be read as text", ["--ids-file", "/nowhere.txt"]),
+        ("device 'cuda:7' is not there", ["--ids", "1", "--device", "cuda:7"]),
+        ("device 'abacus' is not there", ["--ids", "1", "--device", "abacus"]),
+    ],
+)
+def test_bad_requests_change_no_file(message, arguments, run):
+    before = {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
+    refuse(message, "forget", run, *arguments)
+    assert {path.name: path.stat().st_mtime_ns for path in run.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("message", "arguments"),
+    [
+        ("neither timm nor torchvision has a model 'mobilenetv9'", ["--model", "mobilenetv9"]),
+        ("no weights file", ["--weights", "/nowhere.pt"]),
+        ("'ln' matches no parameter of this model. It offers: bn", ["--select", "ln"]),
+        ("epochs .* at least 1", ["--epochs", "0"]),
+        ("neither a folder, an .npz file", ["--data", "CIFAR11"]),
+        ("Invalid value|not a valid", ["--epochs", "many"]),
+    ],
+)
+def test_bad_fits_leave_no_file(message, arguments, data, tmp_path):
+    refuse(message, "fit", tmp_path / "new", *MODEL, "--data", data, *arguments)
+    assert not list((tmp_path / "new").glob("*"))
+
+
+def test_bad_folders_and_files(run, data, tmp_path):
+    refuse("holds no run", "prepare", tmp_path)
+    refuse("holds no run", "evaluate", tmp_path / "none")
+    (tmp_path / "file").write_text("")
+    refuse("cannot be written", "fit", tmp_path / "file" / "run", *MODEL, "--data", data)
+    refuse("nothing has been forgotten", "evaluate", run)
+    refuse("must be 'auto' or a number", "prepare", run, "--ridge", "big")
+    refuse("ridge must be a positive number", "prepare", run, "--ridge", "-1")
+    folder = copied(run, tmp_path)
+    memory = folder / "memory.safetensors"
+    memory.write_bytes(memory.read_bytes()[:-9])
+    refuse("memory.safetensors cannot be read", "forget", folder, "--ids", "1")
+    (folder / "run.json").write_text("{")
+    refuse("run.json cannot be read as JSON", "forget", folder, "--ids", "1")

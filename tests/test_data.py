@@ -1,0 +1,130 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import Subset, TensorDataset
+
+import fastntk
+from fastntk.data import batches, in_memory, labels_of, load_data
+from fastntk.models import Preprocessing
+
+PLAIN = Preprocessing(8, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+def pixels(count, size=8, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+
+
+def test_npz_gives_normalised_images(tmp_path):
+    x, y = pixels(3), np.array([0, 1, 1])
+    np.savez(tmp_path / "d.npz", x=x, y=y, classes=np.array(["cat", "dog"]))
+    data = load_data(str(tmp_path / "d.npz"), PLAIN)
+    image, label = data[2]
+    assert label == 1
+    assert data.classes == ["cat", "dog"]
+    np.testing.assert_allclose(image.permute(1, 2, 0).numpy(), x[2] / 127.5 - 1, atol=1e-6)
+
+
+def test_npz_with_splits_and_grey_images(tmp_path):
+    np.savez(
+        tmp_path / "d.npz", x_train=pixels(4)[..., 0], y_train=[0, 1, 0, 1], x_test=pixels(2)[..., 0], y_test=[1, 0]
+    )
+    train, test = (load_data(str(tmp_path / "d.npz"), PLAIN, split=split) for split in ("train", "test"))
+    assert (len(train), len(test)) == (4, 2)
+    image = train[0][0]
+    assert image.shape == (3, 8, 8)
+    assert torch.equal(image[0], image[2])
+
+
+def folder(path):
+    for c, name in enumerate(("apple", "pear")):
+        (path / name).mkdir(parents=True)
+        for i in range(3):
+            Image.fromarray(pixels(1, 12, 3 * c + i)[0]).save(path / name / f"{i}.png")
+    return path
+
+
+def test_folder_of_class_folders(tmp_path):
+    data = load_data(str(folder(tmp_path)), PLAIN)
+    assert data.classes == ["apple", "pear"]
+    assert labels_of(data).tolist() == [0, 0, 0, 1, 1, 1]
+    assert data[5][0].shape == (3, 8, 8)
+
+
+def test_image_that_does_not_decode_is_named(tmp_path):
+    broken = folder(tmp_path) / "pear" / "1.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    with pytest.raises(fastntk.InputError, match=r"pear/1.png does not decode"):
+        in_memory(load_data(str(tmp_path), PLAIN))
+
+
+def test_torchvision_dataset_by_name(tmp_path):
+    from fastntk.compat import torchvision
+
+    (tmp_path / "MNIST" / "raw").mkdir(parents=True)
+    for part in ("train", "t10k"):
+        images, labels = pixels(5, 28)[..., 0], np.array([0, 1, 2, 9, 4], dtype=np.uint8)
+        header = np.array([2051, 5, 28, 28], dtype=">i4").tobytes()
+        (tmp_path / "MNIST/raw" / f"{part}-images-idx3-ubyte").write_bytes(header + images.tobytes())
+        (tmp_path / "MNIST/raw" / f"{part}-labels-idx1-ubyte").write_bytes(
+            np.array([2049, 5], dtype=">i4").tobytes() + labels.tobytes()
+        )
+    data = load_data("MNIST", PLAIN, root=tmp_path)
+    assert labels_of(data).tolist() == [0, 1, 2, 9, 4]
+    assert data[3][0].shape == (3, 8, 8)
+    assert torchvision().datasets.MNIST(tmp_path, train=False).targets.tolist() == [0, 1, 2, 9, 4]
+    with pytest.raises(fastntk.InputError, match="cannot open CIFAR10 under"):
+        load_data("CIFAR10", PLAIN, root=tmp_path)
+    with pytest.raises(fastntk.InputError, match="needs the folder"):
+        load_data("CIFAR10", PLAIN)
+
+
+def test_memory_copy_is_the_same_data(tmp_path):
+    np.savez(tmp_path / "d.npz", x=pixels(5, 12), y=[0, 1, 2, 0, 1])
+    data = load_data(str(tmp_path / "d.npz"), PLAIN)
+    copy = in_memory(data)
+    assert isinstance(copy, TensorDataset)
+    assert all(torch.equal(copy[i][0], data[i][0]) and copy[i][1] == data[i][1] for i in range(5))
+    assert in_memory(data, limit=10) is data
+
+
+def test_labels_and_batches_of_any_dataset():
+    data = TensorDataset(torch.arange(4.0)[:, None], torch.tensor([3, 1, 0, 2]))
+    assert labels_of(Subset(data, [2, 0])).tolist() == [0, 3]
+    assert torch.cat([labels for _, labels in batches(data, 3)]).tolist() == [3, 1, 0, 2]
+    shuffled = [
+        torch.cat([y for _, y in batches(data, 3, torch.Generator().manual_seed(1))]).tolist() for _ in range(2)
+    ]
+    assert shuffled[0] == shuffled[1]
+    assert sorted(shuffled[0]) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"images": pixels(2)}, "no array 'x_train'; it holds images"),
+        ({"x": pixels(2).astype(float), "y": [0, 1]}, "must be uint8"),
+        ({"x": pixels(2)[:, 0, 0], "y": [0, 1]}, r"not uint8 \[2, 3\]"),
+        ({"x": pixels(2), "y": [0, 1, 1]}, "one integer label an image"),
+        ({"x": pixels(2), "y": [0.5, 1.0]}, "one integer label"),
+        ({"x": pixels(2), "y": [0, -1]}, "label -1 is outside"),
+        ({"x": pixels(2), "y": [0, 2], "classes": ["a", "b"]}, "label 2 is outside the 2 classes"),
+    ],
+)
+def test_bad_arrays(arrays, message, tmp_path):
+    np.savez(tmp_path / "d.npz", **arrays)
+    with pytest.raises(fastntk.InputError, match=message):
+        load_data(str(tmp_path / "d.npz"), PLAIN)
+
+
+def test_bad_sources(tmp_path):
+    np.savez(tmp_path / "d.npz", x=pixels(20), y=[0] * 20)
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "d.npz").read_bytes()[:500])
+    with pytest.raises(fastntk.InputError, match=r"cut.npz cannot be read"):
+        load_data(str(tmp_path / "cut.npz"), PLAIN)
+    with pytest.raises(fastntk.InputError, match="there is no file"):
+        load_data(str(tmp_path / "none.npz"), PLAIN)
+    with pytest.raises(fastntk.InputError, match="neither a folder"):
+        load_data("CIFAR11", PLAIN)
+    with pytest.raises(fastntk.InputError, match="not a folder of class folders"):
+        load_data(str(tmp_path), PLAIN)

@@ -1,0 +1,231 @@
+import copy
+
+import oracles
+import pytest
+import torch
+from cases import CASES, Case, LinearInTuned
+from torch.func import functional_call
+from torch.utils.data import Subset, TensorDataset
+
+import fastntk
+from fastntk.memory import Memory
+from fastntk.tunable import snapshot, tuned
+
+LINEAR = Case(LinearInTuned, ("head",))
+
+
+def moved(model, seed=5, size=0.05):
+    """Parameters some way off the model's, as if before fitting."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: tensor + size * torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
+        for name, tensor in snapshot(tuned(model)).items()
+    }
+
+
+def prepared(name="bn+head", form="auto", ridge=0.5, **options) -> Memory:
+    case = CASES[name]
+    model = case.model()
+    return fastntk.prepare(model, case.data(), moved(model), ridge=ridge, form=form, **options)
+
+
+def close(left, right, tolerance=1e-9):
+    assert list(left) == list(right)
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("form", ["primal", "dual"])
+def test_a_model_linear_in_its_tuned_parameters_is_returned_as_retrained(form):
+    model, data, ridge = LINEAR.model(), LINEAR.data(20), 0.7
+    images, labels = data.tensors
+    with torch.no_grad():
+        features = torch.cat([model.body(images), torch.ones(20, 1, dtype=torch.float64)], 1)
+    targets = fastntk.SquaredLoss().targets(labels, 3).double()
+    initial = moved(model)
+    start = torch.cat([initial["head.weight"], initial["head.bias"][:, None]], 1)
+    fitted = oracles.retrained_head(features, targets, start, ridge)
+    with torch.no_grad():
+        model.head.weight.copy_(fitted[:, :-1])
+        model.head.bias.copy_(fitted[:, -1])
+    memory = fastntk.prepare(model, data, initial, ridge=ridge, form=form)
+    for request, gone in (([3, 11], [3, 11]), ([0, 19, 5], [3, 11, 0, 19, 5])):
+        answer = memory.forget(request)
+        keep = [i for i in range(20) if i not in gone]
+        expected = oracles.retrained_head(features[keep], targets[keep], start, ridge)
+        close(answer.parameters, {"head.weight": expected[:, :-1], "head.bias": expected[:, -1]})
+        assert answer.certificate.departure_forgotten < 1e-9
+        assert answer.certificate.departure_retained < 1e-9
+        assert answer.certificate.trusted
+
+
+@pytest.mark.parametrize("name", ["bn+head", "ln+head", "bias", "shared"])
+def test_primal_is_dual(name):
+    left, right = prepared(name, "primal"), prepared(name, "dual")
+    for request in ([1, 12], [4]):
+        close(left.forget(request).parameters, right.forget(request).parameters)
+
+
+@pytest.mark.parametrize("form", ["primal", "dual"])
+def test_order_grouping_and_batches_of_requests_do_not_matter(form):
+    memories = [prepared(form=form), prepared(form=form), prepared(form=form, batch_size=3)]
+    memories[0].forget([2])
+    memories[0].forget([9, 5])
+    memories[1].forget([5, 2, 9])
+    memories[2].forget([9])
+    memories[2].forget([5])
+    memories[2].forget([2])
+    for memory in memories[1:]:
+        close(memory.parameters, memories[0].parameters)
+
+
+def test_order_of_the_samples_does_not_matter():
+    case = CASES["bn+head"]
+    model, data, order = case.model(), case.data(), torch.randperm(14)
+    shuffled = TensorDataset(*(tensor[order] for tensor in data.tensors))
+    left = fastntk.prepare(model, data, moved(model), ridge=0.5)
+    right = fastntk.prepare(model, shuffled, moved(model), ridge=0.5)
+    right.forget([order.tolist().index(i) for i in (1, 8)])
+    close(left.forget([1, 8]).parameters, right.parameters)
+
+
+@pytest.mark.parametrize("form", ["primal", "dual"])
+def test_what_forgets_equals_what_never_saw(form):
+    case = CASES["bn+head"]
+    model, data, initial = case.model(), case.data(), moved(case.model())
+    memory = fastntk.prepare(model, data, initial, ridge=0.5, form=form)
+    memory.forget([4, 13])
+    never = fastntk.prepare(
+        model, Subset(data, [i for i in range(14) if i not in (4, 13)]), initial, ridge=0.5, form=form
+    )
+    torch.testing.assert_close(memory.solution.step, never.solution.step, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("form", ["primal", "dual"])
+def test_empty_request_changes_nothing(form):
+    memory = prepared(form=form)
+    before = memory.parameters
+    answer = memory.forget([])
+    for name, tensor in before.items():
+        assert torch.equal(tensor, answer.parameters[name])
+        assert torch.equal(tensor, memory.parameters[name])
+    assert answer.certificate.departure_forgotten == 0
+    assert int(memory.present.sum()) == 14
+
+
+def test_the_model_and_its_data_are_not_touched():
+    case = CASES["fused bn+head"]
+    model, data = case.model(), case.data()
+    state = copy.deepcopy(model.state_dict())
+    flags = [(p.requires_grad, p.grad) for p in model.parameters()]
+    images = data.tensors[0].clone()
+    fastntk.prepare(model, data, moved(model), ridge=0.5).forget([0, 3])
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+    assert [(p.requires_grad, p.grad) for p in model.parameters()] == flags
+    assert not model.training
+    assert torch.equal(images, data.tensors[0])
+
+
+def test_preview_is_forget_without_the_change():
+    memory = prepared()
+    previewed, before = memory.preview([3, 4]), memory.parameters
+    close(memory.parameters, before)
+    close(memory.forget([3, 4]).parameters, previewed.parameters)
+
+
+def test_certificate_measures_what_it_says():
+    memory = prepared()
+    certificate = memory.preview([3, 4]).certificate
+    new, old = memory.preview([3, 4]).parameters, memory.parameters
+    images = memory.train.tensors[0]
+    change = functional_call(memory.model, new, (images,)) - functional_call(memory.model, old, (images,))
+    dense = oracles.jacobian(memory.model, old, memory._layout, images)
+    step = memory._layout.flatten(new) - memory._layout.flatten(old)
+    predicted = dense @ step
+    forgotten, retained = torch.tensor([3, 4]), torch.tensor([i for i in range(14) if i not in (3, 4)])
+
+    def rms(values):
+        return values.square().sum(1).mean().sqrt().item()
+
+    unit = rms(predicted[forgotten])
+    assert certificate.departure_forgotten == pytest.approx(rms((change - predicted)[forgotten]) / unit)
+    assert certificate.departure_retained == pytest.approx(rms((change - predicted)[retained]) / unit)
+    assert certificate.forgotten == 2
+    assert certificate.retained == 12
+
+
+@pytest.mark.parametrize("form", ["primal", "dual"])
+def test_saved_and_loaded_it_goes_on(form, tmp_path):
+    memory = prepared(form=form, ridge="auto")
+    memory.forget([1])
+    memory.save(tmp_path / "memory.safetensors")
+    again = fastntk.load(tmp_path / "memory.safetensors", memory.model, memory.train)
+    assert again.calibration == memory.calibration
+    close(again.parameters, memory.parameters, 0)
+    close(again.forget([2, 6]).parameters, memory.forget([2, 6]).parameters, 1e-13)
+    with pytest.raises(fastntk.InputError, match="id 1 has been forgotten already"):
+        again.forget([1])
+
+
+def test_memory_of_another_model_or_training_set_is_refused(tmp_path):
+    memory = prepared()
+    memory.save(tmp_path / "m")
+    with pytest.raises(fastntk.InputError, match="another model"):
+        fastntk.load(tmp_path / "m", CASES["bn+head"].model(seed=9), memory.train)
+    with pytest.raises(fastntk.InputError, match="14 samples, the training set has 13"):
+        fastntk.load(tmp_path / "m", memory.model, CASES["bn+head"].data(13))
+
+
+@pytest.mark.parametrize("damage", ["truncate", "garbage", "missing"])
+def test_damaged_memory_is_refused(damage, tmp_path):
+    memory, path = prepared(), tmp_path / "m"
+    memory.save(path)
+    if damage == "truncate":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif damage == "garbage":
+        path.write_bytes(b"not tensors")
+    else:
+        path.unlink()
+    with pytest.raises(fastntk.InputError, match=str(path)):
+        fastntk.load(path, memory.model, memory.train)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([99], "id 99 is unknown.*0 .. 13"),
+        ([-1], "id -1 is unknown"),
+        ([2, 2], "id 2 stands twice"),
+        (range(14), "every sample"),
+    ],
+)
+def test_bad_requests_change_nothing(ids, message):
+    memory = prepared()
+    before = memory.parameters
+    with pytest.raises(fastntk.InputError, match=message):
+        memory.forget(ids)
+    close(memory.parameters, before, 0)
+    assert memory.present.all()
+
+
+def test_bad_preparations():
+    case = CASES["bn+head"]
+    model, data = case.model(), case.data()
+    initial = moved(model)
+    for ridge in (0.0, -1.0, float("nan"), "large"):
+        with pytest.raises(fastntk.InputError, match="ridge must be"):
+            fastntk.prepare(model, data, initial, ridge=ridge)
+    with pytest.raises(fastntk.InputError, match="own parameters, not a copy"):
+        fastntk.prepare(model, data, dict(tuned(model)))
+    with pytest.raises(fastntk.InputError, match="differ in"):
+        fastntk.prepare(model, data, {})
+    with pytest.raises(fastntk.InputError, match="form must be"):
+        fastntk.prepare(model, data, initial, form="best")
+    with pytest.raises(fastntk.InputError, match="training mode"):
+        fastntk.prepare(copy.deepcopy(model).train(), data, initial)
+    broken = TensorDataset(data.tensors[0].clone(), data.tensors[1])
+    broken.tensors[0][11, 0, 0, 0] = float("nan")
+    with pytest.raises(fastntk.InputError, match="NaN"):
+        fastntk.prepare(model, broken, initial)
+    with pytest.raises(fastntk.InputError, match="label . is outside"):
+        fastntk.prepare(model, TensorDataset(data.tensors[0], data.tensors[1] + 5), initial)

@@ -1,0 +1,112 @@
+"""One contract for every method, and what each method's paper says on cases that can be solved otherwise."""
+
+import copy
+
+import oracles
+import pytest
+import torch
+from cases import CASES
+
+import fastntk
+from fastntk.comparison import compare, one_shot, references
+from fastntk.data import labels_of
+from fastntk.methods import FastNTK, Golatkar, Problem, Retrain
+from fastntk.methods.golatkar import trapezium_factor
+from fastntk.training import Recipe
+from fastntk.tunable import snapshot, tuned
+
+METHODS = {"retrain": Retrain(), "retrain other seed": Retrain(1), "ridge": FastNTK(ridge=0.9), **one_shot()}
+
+
+def problem(form="auto", ridge=0.6) -> Problem:
+    case = CASES["bn+head"]
+    model, data, recipe = case.model(), case.data(20), Recipe(epochs=3, batch_size=5)
+    done = fastntk.fit(model, data, recipe)
+    memory = fastntk.prepare(model, data, done.initial, ridge=ridge, form=form)
+    return Problem(model, done.initial, data, torch.tensor([2, 9, 15]), recipe, memory)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_contract(name):
+    given = problem()
+    state, memory = copy.deepcopy(given.model.state_dict()), given.memory.parameters
+    first, second = METHODS[name](given), METHODS[name](given)
+    assert first.seconds > 0
+    assert list(first.parameters) == list(tuned(given.model))
+    for key, tensor in first.parameters.items():
+        assert torch.isfinite(tensor).all()
+        assert tensor.shape == tuned(given.model)[key].shape
+        torch.testing.assert_close(tensor, second.parameters[key])
+    assert any(not torch.equal(tensor, memory[key]) for key, tensor in first.parameters.items())
+    assert all(torch.equal(tensor, state[key]) for key, tensor in given.model.state_dict().items())
+    assert all(torch.equal(tensor, memory[key]) for key, tensor in given.memory.parameters.items())
+    assert given.memory.present.all()
+
+
+def dense(given):
+    layout = given.memory._layout
+    jacobian = oracles.jacobian(given.model, given.memory.anchor, layout, given.train.tensors[0])
+    residual = given.memory.loss.residual(given.model(given.train.tensors[0]).detach(), labels_of(given.train))
+    u = layout.flatten(given.memory.anchor) - layout.flatten(given.initial)
+    keep = ~torch.isin(torch.arange(20), given.forget)
+    return (
+        jacobian,
+        residual,
+        u,
+        keep,
+        lambda done: layout.flatten(done.parameters) - layout.flatten(given.memory.anchor),
+    )
+
+
+@pytest.mark.parametrize("form", ["primal", "dual"])
+@pytest.mark.parametrize("ridge", [None, 0.2])
+def test_fast_ntk_is_the_difference_of_two_least_squares_solutions(form, ridge):
+    given = problem(form)
+    jacobian, residual, u, keep, moved = dense(given)
+    total = ridge or 0.6
+    step = oracles.anchored_step(jacobian[keep], residual[keep], u, total) - oracles.anchored_step(
+        jacobian, residual, u, total
+    )
+    torch.testing.assert_close(moved(FastNTK(ridge)(given)), step, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("form", ["primal", "dual"])
+def test_golatkar_solves_twice_with_a_ridge_per_sample_and_no_anchor(form):
+    given = problem(form)
+    jacobian, residual, u, keep, moved = dense(given)
+    retain = oracles.anchored_step(jacobian[keep], residual[keep], 0 * u, 0.02 * 17)
+    step = retain - oracles.anchored_step(jacobian, residual, 0 * u, 0.02 * 20)
+    torch.testing.assert_close(moved(Golatkar(0.02)(given)), step, rtol=1e-8, atol=1e-9)
+    factor = trapezium_factor(step, u - retain)
+    assert factor > 1
+    torch.testing.assert_close(moved(Golatkar(0.02, trapezium=True)(given)), factor * step, rtol=1e-8, atol=1e-9)
+    torch.testing.assert_close(moved(Golatkar()(given)), moved(Golatkar(0.03)(given)))
+
+
+def test_retrain_is_fitting_without_the_forgotten():
+    given = problem()
+    model = copy.deepcopy(given.model)
+    model.load_state_dict(given.initial, strict=False)
+    fastntk.fit(model, given.retain, given.recipe)
+    for name, tensor in Retrain()(given).parameters.items():
+        assert torch.equal(tensor, snapshot(tuned(model))[name])
+    assert len(given.retain) == 17
+    assert not set(given.retain.indices) & {2, 9, 15}
+
+
+def test_comparison_measures_every_method_beside_the_original():
+    given = problem()
+    report, notes = compare(given, given.train, references(0) | one_shot(), 3.0)
+    assert list(report.rows) == [
+        "original",
+        "retrain",
+        "retrain_other_seed",
+        "fastntk",
+        "golatkar",
+        "golatkar_trapezium",
+    ]
+    assert report.rows["original"]["seconds"] == 3.0
+    assert report.rows["retrain"]["forget_distance"] == 0
+    assert report.rows["retrain_other_seed"]["forget_distance"] > 0
+    assert notes.keys() == {"fastntk"}
+    assert "trusted: the network departs" in notes["fastntk"]

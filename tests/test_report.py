@@ -1,0 +1,92 @@
+import json
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import fastntk
+from fastntk.metrics import accuracy, logit_distance, margins
+from fastntk.report import document, write_report
+
+LOGITS = torch.tensor([[3.0, 1.0, 0.0], [0.0, 2.0, 5.0], [1.0, 0.0, -1.0]])
+LABELS = torch.tensor([0, 1, 2])
+
+
+def test_metrics_by_hand():
+    assert accuracy(LOGITS, LABELS) == pytest.approx(100 / 3)
+    assert margins(LOGITS, LABELS).tolist() == [2, -3, -2]
+    assert logit_distance(LOGITS, LOGITS) == 0
+    assert logit_distance(LOGITS, LOGITS + torch.tensor([3.0, 0.0, 4.0])) == pytest.approx(5)
+    assert logit_distance(torch.zeros(2, 2), torch.tensor([[0.0, 0.0], [0.0, 2.0]])) == pytest.approx(2**0.5)
+
+
+def reported():
+    generator = torch.Generator().manual_seed(0)
+    data = [
+        TensorDataset(torch.randn(n, 4, generator=generator), torch.randint(3, (n,), generator=generator))
+        for n in (6, 4, 5)
+    ]
+    torch.manual_seed(0)
+    models = {name: nn.Linear(4, 3) for name in ("original", "retrain", "fastntk")}
+    return (
+        models,
+        data,
+        fastntk.evaluate(models, retain=data[0], forget=data[1], test=data[2], seconds={"fastntk": 0.5}),
+    )
+
+
+def test_evaluate_measures_on_each_set():
+    models, data, report = reported()
+    for name, model in models.items():
+        logits = [model(part.tensors[0]).detach() for part in data]
+        row = report.rows[name]
+        assert row["retain_accuracy"] == accuracy(logits[0], data[0].tensors[1])
+        assert row["forget_accuracy"] == accuracy(logits[1], data[1].tensors[1])
+        assert row["test_accuracy"] == accuracy(logits[2], data[2].tensors[1])
+        reference = models["retrain"](data[1].tensors[0]).detach()
+        assert row["forget_distance"] == pytest.approx(logit_distance(logits[1], reference))
+        torch.testing.assert_close(report.margins(name), margins(logits[1], data[1].tensors[1]))
+    assert report.rows["fastntk"]["seconds"] == 0.5
+    assert report.rows["original"]["seconds"] is None
+
+
+def test_parameters_at_which_a_model_is_evaluated_do_not_change_it():
+    model, images = nn.Linear(4, 3), torch.randn(2, 4)
+    before = model(images)
+    zero = fastntk.at(model, {"weight": torch.zeros(3, 4), "bias": torch.ones(3)})
+    assert torch.equal(zero(images), torch.ones(2, 3))
+    assert torch.equal(model(images), before)
+
+
+def test_files_hold_the_numbers_and_need_nothing_else(tmp_path):
+    _, _, report = reported()
+    write_report(tmp_path, "A title", {"class": report}, {"class": "A verdict."})
+    stored = json.loads((tmp_path / "report.json").read_text())
+    assert stored["scenarios"]["class"]["rows"] == report.rows
+    assert stored["environment"]["torch"] == torch.__version__
+    assert document({"class": report})["scenarios"]["class"]["reference"] == "retrain"
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<svg") == 2
+    assert "A verdict." in page
+    assert f"{report.rows['fastntk']['forget_distance']:.2f}" in page
+    assert not re.search(r"<(script|link|img|iframe)", page)
+    assert not re.search(r"""(src|href)=["']https?:""", page)
+
+
+def test_without_a_reference_there_are_no_distances():
+    models, data, _ = reported()
+    del models["retrain"]
+    report = fastntk.evaluate(models, retain=data[0], forget=data[1], test=data[2])
+    assert report.rows["fastntk"]["forget_distance"] is None
+    assert report.table().row_count == 2
+
+
+def test_nothing_to_measure_is_refused():
+    models, data, _ = reported()
+    with pytest.raises(fastntk.InputError, match="no model"):
+        fastntk.evaluate({}, retain=data[0], forget=data[1], test=data[2])
+    empty = TensorDataset(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long))
+    with pytest.raises(fastntk.InputError, match="the forget set is empty"):
+        fastntk.evaluate(models, retain=data[0], forget=empty, test=data[2])
