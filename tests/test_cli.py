@@ -1,7 +1,10 @@
-"""The command line as a user types it, in processes of its own."""
+"""The command line as a user types it."""
 
+import contextlib
+import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -9,12 +12,32 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
+from fastntk.cli import main
+
 MODEL = ["--model", "mobilenetv3_small_050", "--image-size", "32"]
 
 
 def fastntk(*arguments):
-    command = [sys.executable, "-m", "fastntk", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    """The command in this process: exit status, standard output, standard error."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main([str(argument) for argument in arguments])
+            status = 0
+        except SystemExit as exit_:
+            status = exit_.code or 0
+    return subprocess.CompletedProcess(arguments, status, out.getvalue(), err.getvalue())
+
+
+def test_a_process_of_its_own(tmp_path):
+    command = [sys.executable, "-m", "fastntk"]
+    done = subprocess.run([*command, "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "prepare" in done.stdout
+    done = subprocess.run([*command, "prepare", str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "holds no run" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def succeed(*arguments):
@@ -54,8 +77,6 @@ def run(data, tmp_path_factory):
 
 
 def copied(run, tmp_path):
-    import shutil
-
     return shutil.copytree(run, tmp_path / "run")
 
 
@@ -77,7 +98,7 @@ def test_the_whole_job(run, tmp_path):
     assert "Forgot 3 samples" in succeed("forget", folder, "--ids-file", tmp_path / "ids.txt")
     refuse("id 17 has been forgotten already", "forget", folder, "--ids", "17")
     text = succeed("forget", folder, "--class-name", "green")
-    assert "Forgot 9 samples" in text
+    assert "Forgot 10 samples" in text
     assert "Verdict:" in text
     refuse("no sample of class 'green'", "forget", folder, "--class-name", "green")
     report = json.loads(succeed("evaluate", folder, "--json"))

@@ -156,7 +156,7 @@ class _First:
         return self.dataset[index][0]
 
 
-def in_memory(data: Images, limit: float = 2e9) -> Dataset:
+def in_memory(data: Images, limit: int = 2_000_000_000) -> Dataset:
     """``data`` preprocessed once and kept as tensors if that takes at most ``limit`` bytes, else ``data`` itself."""
     if len(data) * 3 * data.preprocessing.size**2 * 4 > limit:
         return data

@@ -68,5 +68,5 @@ def choose_form(
     raise InputError(
         f"the sums do not fit into memory: for {parameters:,} tuned parameters, {samples:,} samples and {classes} "
         f"classes {needs} would be needed, {free / 1e9:.1f} GB are free. Tune fewer parameters (for example "
-        "'bn' or the head alone: primal grows with their square), or train on fewer samples (dual grows with their square)."
+        "'bn' or the head alone: primal grows with their square), or train on fewer samples (dual grows with theirs)."
     )

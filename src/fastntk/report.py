@@ -11,6 +11,7 @@ import jinja2
 import matplotlib
 import torch
 from jaxtyping import Float, Int
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 from torch import Tensor, nn
@@ -25,11 +26,11 @@ from fastntk.metrics import accuracy, logit_distance, margins
 Model = nn.Module | Callable[[Tensor], Tensor]
 REFERENCE = "retrain"
 COLUMNS = {
-    "retain_accuracy": "retain acc. %",
-    "forget_accuracy": "forget acc. %",
-    "test_accuracy": "test acc. %",
-    "forget_distance": "distance, forget",
-    "test_distance": "distance, test",
+    "retain_accuracy": "retain %",
+    "forget_accuracy": "forget %",
+    "test_accuracy": "test %",
+    "forget_distance": "d(forget)",
+    "test_distance": "d(test)",
     "seconds": "seconds",
 }
 
@@ -66,8 +67,9 @@ class Report:
 
     def table(self, title: str = "") -> Table:
         """For a terminal."""
-        caption = f"distances: root mean square logit distance to {self.reference}"
-        table = Table("model", title=title, caption=caption, caption_justify="left")
+        caption = f"%: accuracy; d: root mean square logit distance to {self.reference}"
+        table = Table(title=title, caption=caption, caption_justify="left")
+        table.add_column("model", no_wrap=True)
         for heading in COLUMNS.values():
             table.add_column(heading, justify="right")
         for name, row in self.rows.items():
@@ -154,8 +156,11 @@ def document(reports: Mapping[str, Report]) -> dict[str, object]:
 
 
 def write_report(folder: Path, title: str, reports: Mapping[str, Report], notes: Mapping[str, str]) -> None:
-    """``report.json`` and ``report.html`` in ``folder``; ``notes`` stand above the tables."""
+    """``report.json``, ``report.html`` and a drawing a report in ``folder``; ``notes`` stand above the tables."""
     write_json(folder / "report.json", document(reports))
+    for name, report in reports.items():
+        drawing = svg(draw(report))
+        write(folder / f"{name}.svg", lambda file, text=drawing: file.write_text(text))  # type: ignore[misc]
     write(folder / "report.html", lambda file: file.write_text(html(title, reports, notes)))
 
 
@@ -168,7 +173,7 @@ def html(title: str, reports: Mapping[str, Report], notes: Mapping[str, str]) ->
             "note": notes.get(name, ""),
             "reference": report.reference,
             "rows": {model: [_cell(row[column], column) for column in COLUMNS] for model, row in report.rows.items()},
-            "figures": [svg(draw_accuracies(report)), svg(draw_margins(report))],
+            "figure": svg(draw(report)),
         }
         for name, report in reports.items()
     ]
@@ -185,44 +190,46 @@ COLOURS = {
 }
 
 
-def draw_accuracies(report: Report) -> Figure:
-    """Bars: accuracy on the three sets, a colour a model."""
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    axes = figure.subplots()
-    width = 0.8 / len(report.rows)
+def draw(report: Report) -> Figure:
+    """Above, accuracies on the three sets; below, the logit margins of every forgotten image."""
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.subplot_mosaic([["accuracies", "accuracies"], ["margins", "spread"]])
+    _draw_accuracies(report, axes["accuracies"])
+    _draw_margins(report, axes["margins"], axes["spread"])
+    for each in axes.values():
+        each.spines[["top", "right"]].set_visible(False)
+    axes["accuracies"].legend(ncols=6, frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    return figure
+
+
+def _draw_accuracies(report: Report, axes: Axes) -> None:
+    """Bars, a colour a model."""
+    parts, width = ("retain", "forget", "test"), 0.8 / len(report.rows)
     for place, (name, row) in enumerate(report.rows.items()):
-        heights = [row[f"{part}_accuracy"] or 0.0 for part in ("retain", "forget", "test")]
-        bars = axes.bar([i + (place - len(report.rows) / 2 + 0.5) * width for i in range(3)], heights, width * 0.92,
-                        label=name, color=COLOURS.get(name))  # fmt: skip
-        axes.bar_label(bars, [f"{height:.0f}" for height in heights], fontsize=7, padding=1)
-    axes.set_xticks(range(3), ["retained", "forgotten", "test"])
+        left = [i + (place - (len(report.rows) - 1) / 2) * width for i in range(len(parts))]
+        heights = [row[f"{part}_accuracy"] or 0.0 for part in parts]
+        bars = axes.bar(left, heights, width * 0.92, label=name, color=COLOURS.get(name))
+        axes.bar_label(bars, [f"{height:.0f}" for height in heights], fontsize=8, padding=1)
+    axes.set_xticks(range(len(parts)), ["retained images", "forgotten images", "test images"])
     axes.set_ylabel("accuracy, %")
     axes.set_ylim(0, 112)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
-    return figure
 
 
-def draw_margins(report: Report) -> Figure:
-    """Per forgotten image: the label's logit less the largest other, as sorted curves and as histograms."""
+def _draw_margins(report: Report, curves: Axes, spread: Axes) -> None:
+    """Per forgotten image: the label's logit less the largest other, image by image and as histograms."""
     shown = [name for name in ("original", "fastntk", "retrain", "retrain_other_seed") if name in report.rows]
-    figure = Figure(figsize=(9, 3.0), layout="constrained")
-    curves, spread = figure.subplots(1, 2)
     values = {name: report.margins(name) for name in shown}
     order = values[report.reference if report.reference in values else shown[0]].argsort()
-    low, high = (float(f(torch.cat(list(values.values())))) for f in (torch.min, torch.max))
+    everything = torch.cat(list(values.values()))
     for name, margin in values.items():
-        colour = COLOURS.get(name)
-        curves.plot(margin[order], ".", markersize=4, color=colour, label=name)
-        spread.hist(margin, bins=24, range=(low, high), histtype="step", linewidth=1.6, color=colour)
-    for axes, label in ((curves, f"forgotten images, by margin under {report.reference}"), (spread, "logit margin")):
-        axes.set_xlabel(label)
-        axes.spines[["top", "right"]].set_visible(False)
+        curves.plot(margin[order], ".", markersize=5, color=COLOURS.get(name))
+        limits = (float(everything.min()), float(everything.max()))
+        spread.hist(margin, bins=24, range=limits, histtype="step", linewidth=1.6, color=COLOURS.get(name))
     curves.axhline(0, color="#cccccc", linewidth=0.8, zorder=0)
-    curves.set_ylabel("logit margin")
-    spread.set_ylabel("images")
-    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
-    return figure
+    curves.set_xlabel(f"forgotten images, in order of their margin under {report.reference}")
+    curves.set_ylabel("logit margin of the right class")
+    spread.set_xlabel("logit margin of the right class")
+    spread.set_ylabel("forgotten images")
 
 
 def svg(figure: Figure) -> str:

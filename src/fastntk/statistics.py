@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastntk.jacobian import Jacobian, concatenate
 from fastntk.linalg import add_product_
+from fastntk.progress import track
 
 # The kernel's products run in the Jacobian's own dtype, over this many parameters at a time, and add up in float64.
 _COLUMNS = 4096
@@ -104,7 +105,7 @@ class Rows:
         rest, features = self.jacobian.rest.flatten(0, 1), self.jacobian.features
         n, classes = self.residual.shape
         kernel = torch.zeros(n * classes, n * classes, dtype=torch.float64, device=rest.device)
-        for columns in rest.split(_COLUMNS, 1):
+        for columns in track(rest.split(_COLUMNS, 1), "kernel"):
             columns = columns.contiguous()
             add_product_(kernel, columns, columns)
         head = (features @ features.T).double()

@@ -206,7 +206,8 @@ class DualSolution:
     def _rows(self, positions: Tensor) -> Tensor:
         """The rows of the kernel that belong to the samples at ``positions``."""
         classes = self.rows.residual.shape[1]
-        return (positions[:, None] * classes + torch.arange(classes).to(positions)).flatten()
+        first = positions.to(self.inverse.device)[:, None] * classes
+        return (first + torch.arange(classes, device=first.device)).flatten()
 
     def _leave_out(self, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The change of the step and of ``a``, ``A_SF``, and the Cholesky factor of ``A_FF``."""

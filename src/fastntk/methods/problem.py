@@ -1,8 +1,7 @@
 """What every unlearning method is given, and what it gives back."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from jaxtyping import Int
@@ -56,9 +55,5 @@ class Unlearned:
     note: str = ""
 
 
-class Method(Protocol):
-    """A method is a frozen dataclass whose fields are its hyper-parameters."""
-
-    def __call__(self, problem: Problem) -> Unlearned:
-        """Answer the request."""
-        ...
+Method = Callable[[Problem], Unlearned]
+"""A method answers a request. It is a frozen dataclass whose fields are its hyper-parameters."""
