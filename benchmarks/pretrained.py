@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset
 
 from fastntk.compat import timm
 from fastntk.data import Images, in_memory, load_data
@@ -115,12 +115,15 @@ def vit_from_onnx(path: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def cifar10(path: str, preprocessing: Preprocessing, per_class: int) -> tuple[TensorDataset, TensorDataset]:
-    """The first ``per_class`` training images of each class, and the whole test split of the file, in memory."""
-    train = load_data(path, preprocessing)
-    chosen = torch.cat([(train.labels == c).nonzero()[:per_class, 0] for c in range(10)]).sort().values
-    part = Images(train.source[chosen.numpy()], train.labels[chosen], train.classes, preprocessing)
-    return in_memory(part), in_memory(load_data(path, preprocessing, split="test"))
+def cifar10(path: str, preprocessing: Preprocessing, train: int, test: int = 100) -> tuple[Dataset, Dataset]:
+    """The first ``train`` training and ``test`` test images of each class of the file, in memory."""
+    parts = []
+    for split, count in (("train", train), ("test", test)):
+        data = load_data(path, preprocessing, split=split)
+        chosen = torch.cat([(data.labels == c).nonzero()[:count, 0] for c in range(10)]).sort().values
+        part = Images(data.source[chosen.numpy()], data.labels[chosen].tolist(), data.classes, preprocessing)
+        parts.append(in_memory(part))
+    return parts[0], parts[1]
 
 
 def fingerprint(*parts: object) -> str:

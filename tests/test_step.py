@@ -157,7 +157,8 @@ def test_krylov_methods_are_the_dense_solves():
     close(inverse @ (matrix + 0.1 * torch.eye(40, dtype=torch.float64)), torch.eye(40, dtype=torch.float64))
     solved = conjugate_gradients(lambda v: matrix @ v + 0.1 * v, start, lambda v: v)
     torch.testing.assert_close(solved, inverse @ start, rtol=1e-8, atol=1e-9)
-    diagonal, off = lanczos(lambda v: matrix @ v, start, 40)
-    small = torch.diag(diagonal) + torch.diag(off, 1) + torch.diag(off, -1)
-    quadratic = start.square().sum() * ridge_inverse(small, 0.1)[0, 0]
-    torch.testing.assert_close(quadratic, start @ inverse @ start)
+    basis, small = lanczos(lambda v: matrix @ v, start, 40)
+    close(basis.T @ basis, torch.eye(40, dtype=torch.float64))
+    close(basis.T @ matrix @ basis, small)
+    first = start.norm() * torch.eye(40, dtype=torch.float64)[0]
+    torch.testing.assert_close(basis @ (ridge_inverse(small, 0.1) @ first), inverse @ start)

@@ -83,23 +83,24 @@ def conjugate_gradients(
 
 def lanczos(
     apply: Callable[[Tensor], Tensor], start: Float[Tensor, " n"], steps: int
-) -> tuple[Float[Tensor, " m"], Float[Tensor, " m-1"]]:
-    """Diagonal and off-diagonal of ``T``, the symmetric operator in the Krylov basis of ``start``, m <= ``steps``.
+) -> tuple[Float[Tensor, "n m"], Float[Tensor, "m m"]]:
+    """An orthonormal basis ``Q`` of the Krylov space of a symmetric operator at ``start``, and ``T = Q' operator Q``.
 
-    ``start' f(operator) start = |start|^2 f(T)_11`` up to an error that falls fast with the number of steps (Golub and
-    Meurant 2010, "Matrices, Moments and Quadrature"). The basis is orthogonalised in full.
+    ``f(operator) start`` is approximated by ``|start| Q f(T) e_1``, with an error that falls fast with the number of
+    steps, m <= ``steps``. The basis is orthogonalised in full.
     """
-    basis = [start / start.norm()]
-    diagonal, off = [], []
+    basis, projected = [start / start.norm()], []
     for _ in range(min(steps, len(start))):
         image = apply(basis[-1])
-        diagonal.append(image @ basis[-1])
         stacked = torch.stack(basis)
-        for _ in range(2):
-            image = image - stacked.T @ (stacked @ image)
-        size = image.norm()
-        if float(size) <= 1e-12 * float(diagonal[0]):
+        coefficients = stacked @ image
+        projected.append(coefficients)
+        image = image - stacked.T @ coefficients
+        image = image - stacked.T @ (stacked @ image)
+        if float(image.norm()) <= 1e-10 * float(projected[0].norm()):
             break
-        off.append(size)
-        basis.append(image / size)
-    return torch.stack(diagonal), torch.stack(off)[: len(diagonal) - 1] if off else diagonal[0].new_empty(0)
+        basis.append(image / image.norm())
+    size = len(projected)
+    upper = torch.stack([torch.nn.functional.pad(column, (0, size - len(column))) for column in projected], 1)
+    lower = upper.triu(1).T
+    return torch.stack(basis[:size], 1), upper.triu() + lower

@@ -1,13 +1,14 @@
 """The ridge, found from the fitted model alone: no retrained model, no held-out data, no request.
 
 Fitting stops long before its own explicit weight decay is felt, so the ridge that describes the fitted network as a
-minimiser has to be found. Let ``F_ridge(theta) = 1/2 sum_D |f(x_i; theta) - t_i|^2 + ridge/2 |theta - theta_0|^2``,
-linearised at ``theta*``. For the wrong ridge the fitted parameters are far from optimal; ``calibrate`` takes the ridge
-for which they are nearest to it:
+minimiser has to be found. ``s(D)`` of ``fastntk.step`` leads from the fitted parameters to the optimum that the
+linearised network has under a ridge. ``calibrate`` takes the ridge whose optimum has the outputs nearest to those that
+the network really has on its training data:
 
-    ridge = argmax  min_theta F_ridge(theta) / F_ridge(theta*).
+    ridge = argmin |J s(D; ridge)|.
 
-docs/benchmarks.md compares this rule with others on several models, against what is best in hindsight.
+With too small a ridge the linearised optimum fits the training data better than the network did, with too large a one
+worse. docs/benchmarks.md compares this rule with six others on several models, against what is best in hindsight.
 """
 
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from torch import Tensor
 from fastntk.linalg import lanczos
 from fastntk.statistics import Rows, Sums
 
-_STEPS = 100
+_STEPS = 120
 _FACTORS = torch.logspace(-4, 2, 601, dtype=torch.float64)
 
 
@@ -30,54 +31,46 @@ class Calibration:
     Attributes:
         ridge: the total.
         factor: ``ridge`` over the mean diagonal of ``J J'``, which compares between models.
-        optimality: ``min F / F(theta*)`` at that ridge: 1 if the fitted parameters are optimal for the linearised
-            problem; low values say that no ridge describes the fit well.
+        mismatch: ``|J s(D)| / |J u|`` at that ridge: how far the linearised optimum's outputs lie from the network's,
+            as a share of what fitting changed to first order. 0 if the fitted parameters are that optimum.
     """
 
     ridge: float
     factor: float
-    optimality: float
+    mismatch: float
 
     def __str__(self) -> str:
-        return f"automatic: {self.factor:.3f} of the kernel's mean diagonal, optimality {self.optimality:.2f}"
+        return f"automatic: {self.factor:.3f} of the kernel's mean diagonal, mismatch {self.mismatch:.2f}"
 
 
 def calibrate(
     statistics: Sums | Rows, displacement: Float[Tensor, " p"], kernel: Float[Tensor, "rows rows"] | None = None
 ) -> Calibration:
-    """The ridge that maximises ``min F / F(theta*)``.
+    """The ridge that minimises ``|J s(D)|``.
 
     Args:
         statistics: of the whole training set, at ``theta*``.
         displacement: ``u = theta* - theta_0``.
-        kernel: ``J J'``, where the statistics are ``Rows`` and it is known already.
+        kernel: ``K = J J'``, where the statistics are ``Rows`` and it is known already.
 
-    With ``y = r + J u``, ``2 min F = ridge y'(K + ridge I)^-1 y = y'y - w'(G + ridge I)^-1 w``, ``w = b + G u``; both
-    quadratic forms come for all ridges from one Lanczos run.
+    ``J s = K (K + ridge I)^-1 (r + J u) - J u``, and ``s = (G + ridge I)^-1 (b + G u) - u``: for all ridges at once
+    from one Krylov space of K at ``r + J u``, or of G at ``b + G u``.
     """
-    squares = displacement @ displacement
     if isinstance(statistics, Rows):
-        kernel = statistics.kernel() if kernel is None else kernel
-        fitted = statistics.residual.double().square().sum()
-        target = (statistics.residual.double() + statistics.jacobian.matvec(displacement)).flatten()
-        rows = statistics.residual.numel()
-        ridges = _FACTORS.to(target) * statistics.trace / rows
-        least = ridges * _quadratic_forms(lambda v: kernel @ v, target, ridges)
+        matrix = statistics.kernel() if kernel is None else kernel
+        moved, rows = statistics.jacobian.matvec(displacement).flatten(), statistics.residual.numel()
+        basis, projected = lanczos(lambda v: matrix @ v, statistics.residual.double().flatten() + moved, _STEPS)
+        start = basis.T @ (statistics.residual.double().flatten() + moved)
+        square, power, cross = moved.square().sum(), 2, projected @ (basis.T @ moved)
     else:
-        fitted = statistics.square
-        image = statistics.matvec(displacement)
-        rows = int(statistics.count) * statistics.cross.shape[1]
-        ridges = _FACTORS.to(image) * statistics.trace / rows
-        whole = fitted + 2 * displacement @ statistics.rhs + displacement @ image
-        least = whole - _quadratic_forms(statistics.matvec, statistics.rhs + image, ridges)
-    optimality = least / (fitted + ridges * squares)
-    best = int(optimality.argmax())
-    return Calibration(float(ridges[best]), float(_FACTORS[best]), float(optimality[best]))
-
-
-def _quadratic_forms(apply, start: Tensor, ridges: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-    """``start' (operator + ridge I)^-1 start`` for every ridge."""
-    diagonal, off = lanczos(apply, start, _STEPS)
-    values, vectors = torch.linalg.eigh(torch.diag(diagonal) + torch.diag(off, 1) + torch.diag(off, -1))
-    weights = start.square().sum() * vectors[0].square()
-    return (weights / (values + ridges[:, None])).sum(1)
+        image, rows = statistics.matvec(displacement), int(statistics.count) * statistics.cross.shape[1]
+        basis, projected = lanczos(statistics.matvec, statistics.rhs + image, _STEPS)
+        start = basis.T @ (statistics.rhs + image)
+        square, power, cross = displacement @ image, 1, basis.T @ image
+    ridges = _FACTORS.to(start) * statistics.trace / rows
+    values, vectors = torch.linalg.eigh(projected)
+    solved = (vectors.T @ start) / (values + ridges[:, None])
+    misses = (solved.square() * values**power).sum(1) - 2 * solved @ (vectors.T @ cross) + square
+    best = int(misses.argmin())
+    mismatch = float((misses[best].clamp_min(0) / square).sqrt())
+    return Calibration(float(ridges[best]), float(_FACTORS[best]), mismatch)
