@@ -54,10 +54,11 @@ def one_seed(arguments: argparse.Namespace, per_class: int, seed: int) -> dict[s
     """Both requests under one seed; prints their tables."""
     model, preprocessing = mobilenet_v2(arguments.size, seed)
     train, test = cifar10(arguments.data, preprocessing, per_class)
-    key = fingerprint(preprocessing, per_class, seed, Path(arguments.data).stat().st_size)
+    key = fingerprint(preprocessing, per_class, seed)
+    fits = writable(arguments.out / "fits" / f"mobilenet_v2-{key}")
     fastntk.tune(model, "bn", "head")
     recipe = Recipe(seed=seed)
-    fit = fitted(model, train, recipe, arguments.out / f"original-{seed}.safetensors", key)
+    fit = fitted(model, train, recipe, fits / "original.safetensors", key)
     memory = fastntk.prepare(model, train, fit.initial)
     scale = memory.calibration.ridge / memory.calibration.factor
     labels = labels_of(train)
@@ -70,8 +71,7 @@ def one_seed(arguments: argparse.Namespace, per_class: int, seed: int) -> dict[s
     ):
         problem = Problem(model, fit.initial, train, forget, recipe, memory)
         stored = {
-            row: Stored(method, arguments.out / f"{name}-{row}-{seed}.safetensors", key)
-            for row, method in references(seed).items()
+            row: Stored(method, fits / f"{name}-{row}.safetensors", key) for row, method in references(seed).items()
         }
         report, notes = compare(problem, held_out, {**stored, **methods(scale, len(train))}, fit.seconds)
         Console().print(report.table(f"{name}, seed {seed}"))
@@ -102,16 +102,16 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="CIFAR-10 as .npz")
     parser.add_argument("--quick", action="store_true", help="60 images a class and one seed")
     parser.add_argument("--size", type=int, default=128, help="side of the images in pixels")
-    parser.add_argument("--out", type=Path, default=Path("runs/quality"), help="where fits and results are kept")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="where fits and results are kept")
     arguments = parser.parse_args()
     torch.set_flush_denormal(True)
-    arguments.out = writable(arguments.out / ("quick" if arguments.quick else "full"))
+    target = writable(arguments.out) / f"quality-{'quick' if arguments.quick else 'full'}.json"
     per_class, seeds = (60, 1) if arguments.quick else (100, 3)
     document = {}
     for seed in range(seeds):
         results = one_seed(arguments, per_class, seed)
         document[f"seed {seed}"] = {"scenarios": results, "summary": summary(results)}
-        (arguments.out / "results.json").write_text(json.dumps(document, indent=2) + "\n")
+        target.write_text(json.dumps(document, indent=2) + "\n")
     print(json.dumps({seed: entry["summary"] for seed, entry in document.items()}))
 
 

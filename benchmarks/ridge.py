@@ -135,7 +135,8 @@ def judged(name: str, arguments: argparse.Namespace) -> tuple[dict[str, float], 
     else:
         train, test = cifar10(arguments.data, preprocessing, 60, 30)
     fastntk.tune(model, *select)
-    recipe, out, key = Recipe(), writable(arguments.out / name), fingerprint(preprocessing, select, len(train))
+    recipe, key = Recipe(), fingerprint(preprocessing, len(train) // 10, 0)
+    out = writable(arguments.out / "fits" / f"{name}-{key}")
     fit = fitted(model, train, recipe, out / "original.safetensors", key)
     memory = fastntk.prepare(model, train, fit.initial, form="dual")
     scale, labels, reports = memory.ridge / memory.calibration.factor, labels_of(train), {}
@@ -158,14 +159,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="CIFAR-10 as .npz")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--out", type=Path, default=Path("runs/ridge"), help="where fits and results are kept")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="where fits and results are kept")
     arguments = parser.parse_args()
     torch.set_flush_denormal(True)
     factors = {}
     for name in arguments.models:
         factors[name], reports = judged(name, arguments)
         document = {"factors": factors[name], "reports": reports}
-        (arguments.out / f"{name}.json").write_text(json.dumps(document, indent=2) + "\n")
+        (arguments.out / f"ridge-{name}.json").write_text(json.dumps(document, indent=2) + "\n")
     table = Table("rule", *factors, title="ridge over the kernel's mean diagonal, as every rule chooses it")
     for rule in next(iter(factors.values())):
         table.add_row(rule, *(f"{factors[name][rule]:.3f}" for name in factors))

@@ -1,10 +1,13 @@
 """Remove the influence of chosen training data from a fine-tuned vision model, without retraining it."""
 
+from fastntk.certificate import Certificate
 from fastntk.errors import InputError
 from fastntk.loss import SquaredLoss
-from fastntk.memory import Certificate, Forgotten, Memory, load, prepare
+from fastntk.memory import Forgotten, Memory, load
 from fastntk.models import load_model
-from fastntk.report import Report, at, evaluate
+from fastntk.outputs import at
+from fastntk.preparation import prepare
+from fastntk.report import Report, evaluate
 from fastntk.training import Fit, Recipe, fit
 from fastntk.tunable import snapshot, tune
 

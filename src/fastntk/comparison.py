@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from torch.utils.data import Dataset
 
 from fastntk.methods import FastNTK, Golatkar, Method, Problem, Retrain
+from fastntk.outputs import at
 from fastntk.progress import track
-from fastntk.report import Report, at, evaluate
+from fastntk.report import Report, evaluate
 
 
 def references(seed: int) -> dict[str, Method]:

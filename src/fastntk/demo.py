@@ -12,9 +12,9 @@ from fastntk.comparison import compare, one_shot, references
 from fastntk.data import Images, in_memory, labels_of
 from fastntk.errors import InputError
 from fastntk.files import writable
-from fastntk.memory import prepare
 from fastntk.methods import Problem
 from fastntk.models import Preprocessing, load_model, load_weights, read_weights, rename_by_order
+from fastntk.preparation import prepare
 from fastntk.progress import console
 from fastntk.report import Report, write_report
 from fastntk.training import Recipe, fit

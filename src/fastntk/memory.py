@@ -14,62 +14,17 @@ from pathlib import Path
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils.data import Dataset, Subset
 
-from fastntk.data import batches, checked
+from fastntk.certificate import Certificate, departure, rms
 from fastntk.errors import InputError
 from fastntk.files import read_tensors, write_tensors
-from fastntk.jacobian import Jacobian, Layout, PerSampleJacobian, concatenate
+from fastntk.jacobian import Jacobian, Layout, PerSampleJacobian
 from fastntk.loss import SquaredLoss
-from fastntk.plan import Form, choose_form, free_bytes
-from fastntk.progress import busy, track
-from fastntk.ridge import Calibration, calibrate
-from fastntk.statistics import Rows, Sums, total
+from fastntk.plan import Form
+from fastntk.ridge import Calibration
+from fastntk.statistics import Rows, stream
 from fastntk.step import DualSolution, PrimalSolution, Solution
-from fastntk.tunable import snapshot, tuned
-
-TRUSTED = 0.5
-"""The network is trusted to have moved as predicted while it departs by at most this share of the predicted change."""
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """What is known of one request.
-
-    The new parameters are exact for the network linearised at the anchor, with squared loss and the given ridge: they
-    are those of training it on the retained samples alone. For the network itself the agreement is measured:
-    ``departure = rms_S |f(theta_new) - f(theta_old) - J (theta_new - theta_old)| / rms_F |J (theta_new - theta_old)|``
-    with S the forgotten samples F, or a fixed probe of retained ones; 0 is perfect agreement. The unit is in both cases
-    the change that was predicted, and asked for, on the forgotten samples.
-    """
-
-    forgotten: int
-    retained: int
-    ridge: float
-    departure_forgotten: float
-    departure_retained: float
-
-    @property
-    def trusted(self) -> bool:
-        """Whether both departures are at most ``TRUSTED``."""
-        return max(self.departure_forgotten, self.departure_retained) <= TRUSTED
-
-    @property
-    def verdict(self) -> str:
-        """The measurement in a sentence."""
-        measured = (
-            f"the network departs from the linear prediction by {self.departure_forgotten:.0%} on the forgotten "
-            f"samples and {self.departure_retained:.0%} on a probe of retained ones, in units of the change predicted "
-            f"for the forgotten ones (limit {TRUSTED:.0%})"
-        )
-        if self.trusted:
-            return f"trusted: {measured}."
-        return f"not trusted: {measured}. Retrain, or forget fewer samples with a larger ridge."
-
-    def to_dict(self) -> dict[str, object]:
-        """For JSON."""
-        return {**asdict(self), "trusted": self.trusted, "verdict": self.verdict}
 
 
 @dataclass(frozen=True)
@@ -210,10 +165,9 @@ class Memory:
         """The Jacobians and residuals, at the anchor, of the samples at ``positions``: stored (dual) or computed."""
         if isinstance(self.solution, DualSolution):
             return self.solution.rows[positions]
-        if not len(positions):
-            positions = self.probe[:1]
-            return _rows(self._jacobian, Subset(self.train, positions.tolist()), self.loss)[:0]
-        return _rows(self._jacobian, Subset(self.train, positions.tolist()), self.loss)
+        wanted = positions if len(positions) else self.probe[:1]
+        computed = Rows.of(stream(self._jacobian, Subset(self.train, wanted.tolist()), self.loss, 64, "Jacobians"))
+        return computed[: len(positions)]
 
     def _positions(self, ids: Iterable[int]) -> Int[Tensor, " some"]:
         """The request as indices, checked."""
@@ -235,29 +189,19 @@ class Memory:
         self, forgotten: Jacobian, positions: Tensor, change: Tensor, parameters: Mapping[str, Tensor], ridge: float
     ) -> Certificate:
         retained = self.probe[self.present[self.probe] & ~torch.isin(self.probe, positions)]
-        size = _rms(forgotten.matvec(change))
+        size = rms(forgotten.matvec(change))
+
+        def relative(samples: Tensor, jacobian: Jacobian) -> float:
+            subset = Subset(self.train, samples.tolist())
+            return departure(self.model, subset, jacobian, change, self.parameters, parameters) / size if size else 0.0
+
         return Certificate(
             forgotten=len(positions),
             retained=int(self.present.sum()) - len(positions),
             ridge=ridge,
-            departure_forgotten=self._departure(positions, forgotten, change, parameters) / size if size else 0.0,
-            departure_retained=self._departure(retained, self.rows(retained).jacobian, change, parameters) / size
-            if size and len(retained)
-            else 0.0,
+            departure_forgotten=relative(positions, forgotten),
+            departure_retained=relative(retained, self.rows(retained).jacobian),
         )
-
-    def _departure(
-        self, positions: Tensor, jacobian: Jacobian, change: Tensor, parameters: Mapping[str, Tensor]
-    ) -> float:
-        """How far the network's change of logits is from ``J change``: root mean square over samples."""
-        samples = Subset(self.train, positions.tolist())
-        actual = logits(self.model, samples, parameters) - logits(self.model, samples, self.parameters)
-        return _rms(actual - jacobian.matvec(change))
-
-
-def _rms(vectors: Float[Tensor, "samples classes"]) -> float:
-    """The root mean square length; 0 for no vectors."""
-    return float(vectors.square().sum(1).mean().sqrt()) if len(vectors) else 0.0
 
 
 def load(path: Path | str, model: nn.Module, train: Dataset) -> Memory:
@@ -315,126 +259,3 @@ def digest(model: nn.Module, tuned: Mapping[str, Tensor]) -> str:
             state.update(name.encode())
             state.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return state.hexdigest()
-
-
-def logits(model: nn.Module, samples: Dataset, parameters: Mapping[str, Tensor], batch_size: int = 64) -> Tensor:
-    """The logits of a model at other tuned parameters, ``[samples, C]``."""
-    device = next(iter(parameters.values())).device
-    with torch.no_grad():
-        parts = [
-            functional_call(model, dict(parameters), (images.to(device),)) for images, _ in batches(samples, batch_size)
-        ]
-    return torch.cat(parts)
-
-
-def _rows(jacobian: PerSampleJacobian, samples: Dataset, loss: SquaredLoss, batch_size: int = 64) -> Rows:
-    """The Jacobians and residuals of all samples."""
-    parts = list(_stream(jacobian, samples, loss, batch_size, "Jacobians"))
-    return Rows(concatenate([j for j, _ in parts]), torch.cat([r for _, r in parts]))
-
-
-def _stream(
-    jacobian: PerSampleJacobian, samples: Dataset, loss: SquaredLoss, batch_size: int, description: str
-) -> Iterable[tuple[Jacobian, Tensor]]:
-    """Jacobian and residual, batch by batch."""
-    device = next(iter(jacobian.parameters.values())).device
-    for images, labels in track(batches(samples, batch_size), description):
-        j = jacobian(checked(images).to(device))
-        yield j, loss.residual(j.logits, labels.to(device))
-
-
-def prepare(
-    model: nn.Module,
-    train: Dataset,
-    initial: Mapping[str, Tensor],
-    *,
-    ridge: float | str = "auto",
-    form: str = "auto",
-    loss: SquaredLoss = SquaredLoss(),
-    batch_size: int = 64,
-    probe: int = 64,
-) -> Memory:
-    """One pass over the training data, after which ``memory.forget`` needs only the forgotten samples.
-
-    Denormal numbers are flushed to zero in this process from then on (``torch.set_flush_denormal``): on some processors
-    they make Jacobians ten times slower.
-
-    Args:
-        model: fitted, in eval mode, with the tuned parameters requiring gradients. It is not changed.
-        train: the map-style dataset it was fitted to; a sample's id is its index.
-        initial: the tuned parameters before fitting, ``fit(...).initial``.
-        ridge: the total L2 pull toward ``initial``, or ``"auto"``: see ``fastntk.ridge.calibrate``.
-        form: ``"primal"``, ``"dual"`` or ``"auto"``: see ``fastntk.plan.choose_form``.
-        loss: the one it was fitted with.
-        batch_size: images a batch of Jacobians.
-        probe: how many samples, spread evenly over the training set, serve to check every request.
-
-    Raises:
-        InputError: ``initial`` does not belong to the model, a layer is in training mode, the data are not fit for use,
-            or neither form fits into memory.
-    """
-    if ridge != "auto" and not (isinstance(ridge, float | int) and 0 < ridge < float("inf")):
-        raise InputError(f"the ridge must be a positive number or 'auto', not {ridge!r}.")
-    torch.set_flush_denormal(True)
-    anchor = snapshot(tuned(model))
-    _check_initial(initial, tuned(model))
-    if len(train) < 2:  # type: ignore[arg-type]
-        raise InputError("the training set needs at least 2 samples.")
-    jacobian = PerSampleJacobian(model, anchor)
-    device = next(iter(anchor.values())).device
-    image = checked(torch.as_tensor(train[0][0]))[None].to(device)
-    layout, count = jacobian.layout(image), len(train)  # type: ignore[arg-type]
-    rest, features, classes, itemsize = _sizes(jacobian(image))
-    plan = choose_form(count, classes, rest, features, free_bytes(device), form, itemsize)
-    displacement = layout.flatten(anchor) - layout.flatten(initial)
-    stream = _stream(jacobian, train, loss, batch_size, f"one pass, {plan.form} form, {plan.bytes / 1e9:.1f} GB")
-    statistics = _collect(stream, plan.form)
-    solution, calibration = _solve(statistics, displacement, ridge)
-    chosen = torch.linspace(0, count - 1, min(probe, count)).round().long().unique()
-    return Memory(
-        model, train, loss, jacobian, layout, solution, calibration, torch.ones(count, dtype=torch.bool), chosen
-    )
-
-
-def _solve(statistics: Sums | Rows, displacement: Tensor, ridge: float | str) -> tuple[Solution, Calibration | None]:
-    """The solution at the given ridge, or at the calibrated one."""
-    kernel = statistics.kernel() if isinstance(statistics, Rows) else None
-    with busy("choosing the ridge, solving"):
-        calibration = calibrate(statistics, displacement, kernel) if ridge == "auto" else None
-        total = calibration.ridge if calibration else float(ridge)
-        if isinstance(statistics, Rows):
-            return DualSolution.of(statistics, displacement, total, kernel), calibration
-        return PrimalSolution.of(statistics, displacement, total), calibration
-
-
-def _sizes(jacobian: Jacobian) -> tuple[int, int, int, int]:
-    return (
-        jacobian.rest.shape[2],
-        jacobian.features.shape[1],
-        jacobian.rest.shape[1],
-        jacobian.rest.element_size(),
-    )
-
-
-def _collect(stream: Iterable[tuple[Jacobian, Tensor]], form: Form) -> Sums | Rows:
-    """The statistics of a set, streamed (primal) or stored (dual)."""
-    if form == "dual":
-        parts = list(stream)
-        return Rows(concatenate([j for j, _ in parts]), torch.cat([r for _, r in parts]))
-    return total(Sums.of(j, r) for j, r in stream)
-
-
-def _check_initial(initial: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
-    if set(initial) != set(parameters):
-        odd = sorted(set(initial) ^ set(parameters))[0]
-        raise InputError(f"`initial` does not hold the model's tuned parameters: they differ in {odd!r}.")
-    for name, parameter in parameters.items():
-        if initial[name].shape != parameter.shape:
-            raise InputError(
-                f"`initial` has shape {list(initial[name].shape)} for {name!r}, not {list(parameter.shape)}."
-            )
-    if all(initial[name].data_ptr() == parameters[name].data_ptr() for name in parameters):
-        raise InputError(
-            "`initial` is the model's own parameters, not a copy from before fitting. Pass fit(...).initial, or take "
-            "fastntk.snapshot(params) before your own loop."
-        )

@@ -2,7 +2,7 @@
 
 import io
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,16 +14,15 @@ from jaxtyping import Float, Int
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 from torch.utils.data import Dataset
 
-from fastntk.data import batches, labels_of
+from fastntk.data import labels_of
 from fastntk.errors import InputError
 from fastntk.files import write, write_json
 from fastntk.metrics import accuracy, logit_distance, margins
+from fastntk.outputs import Model, logits_of
 
-Model = nn.Module | Callable[[Tensor], Tensor]
 REFERENCE = "retrain"
 COLUMNS = {
     "retain_accuracy": "retain %",
@@ -33,11 +32,6 @@ COLUMNS = {
     "test_distance": "d(test)",
     "seconds": "seconds",
 }
-
-
-def at(model: nn.Module, parameters: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
-    """``model`` as a function of images, with some of its parameters replaced; the model itself is not changed."""
-    return lambda images: functional_call(model, dict(parameters), (images,))
 
 
 @dataclass(frozen=True)
@@ -116,15 +110,11 @@ def evaluate(
             raise InputError(f"the {name} set is empty: there is nothing to measure on it.")
     labels = {name: labels_of(part) for name, part in sets.items()}
     logits = {
-        name: {part: _logits(model, data, device) for part, data in sets.items()} for name, model in models.items()
+        name: {part: logits_of(model, data, device).cpu() for part, data in sets.items()}
+        for name, model in models.items()
     }
     rows = {name: _row(logits[name], labels, logits.get(reference), (seconds or {}).get(name)) for name in models}
     return Report(rows, logits, labels, reference)
-
-
-def _logits(model: Model, data: Dataset, device: torch.device | str) -> Tensor:
-    with torch.no_grad():
-        return torch.cat([model(images.to(device)).cpu() for images, _ in batches(data, 100)])
 
 
 def _row(

@@ -21,9 +21,10 @@ from fastntk.data import Images, in_memory, load_data
 from fastntk.errors import InputError
 from fastntk.files import read_json, read_tensors, writable, write_json, write_tensors
 from fastntk.loss import SquaredLoss
-from fastntk.memory import Forgotten, Memory, load, prepare
+from fastntk.memory import Forgotten, Memory, load
 from fastntk.methods import Method, Problem, Unlearned
 from fastntk.models import Preprocessing, load_model, load_weights
+from fastntk.preparation import prepare
 from fastntk.report import Report
 from fastntk.training import Fit, Recipe, fit
 from fastntk.tunable import tune

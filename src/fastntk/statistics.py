@@ -5,16 +5,19 @@ Two forms carry the same information about a set S. ``Sums`` holds the p x p Gra
 not grow with p squared. ``Sums`` add up entry by entry, ``Rows`` by concatenation.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils.data import Dataset
 
-from fastntk.jacobian import Jacobian, concatenate
+from fastntk.data import batches, checked
+from fastntk.jacobian import Jacobian, PerSampleJacobian, concatenate
 from fastntk.linalg import add_product_
+from fastntk.loss import SquaredLoss
 from fastntk.progress import track
 
 # The kernel's products run in the Jacobian's own dtype, over this many parameters at a time, and add up in float64.
@@ -90,6 +93,12 @@ class Rows:
     jacobian: Jacobian
     residual: Float[Tensor, "samples classes"]
 
+    @classmethod
+    def of(cls, batches: Iterable[tuple[Jacobian, Tensor]]) -> "Rows":
+        """The rows of at least one batch."""
+        parts = list(batches)
+        return cls(concatenate([jacobian for jacobian, _ in parts]), torch.cat([residual for _, residual in parts]))
+
     def __add__(self, other: "Rows") -> "Rows":
         return Rows(concatenate([self.jacobian, other.jacobian]), torch.cat([self.residual, other.residual]))
 
@@ -128,3 +137,17 @@ def total(parts: Iterable[Sums]) -> Sums:
     for part in iterator:
         result.add_(part)
     return result
+
+
+def stream(
+    jacobian: PerSampleJacobian, samples: Dataset, loss: SquaredLoss, batch_size: int, description: str
+) -> Iterator[tuple[Jacobian, Tensor]]:
+    """The Jacobian and residual of every sample, batch by batch.
+
+    Raises:
+        InputError: a pixel is not finite, or a label is outside the classes.
+    """
+    device = next(iter(jacobian.parameters.values())).device
+    for images, labels in track(batches(samples, batch_size), description):
+        batch = jacobian(checked(images).to(device))
+        yield batch, loss.residual(batch.logits, labels.to(device))

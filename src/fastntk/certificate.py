@@ -1,0 +1,74 @@
+"""What is known of one request: what is exact, and how far the network did as the linear prediction said."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from fastntk.jacobian import Jacobian
+from fastntk.outputs import at, logits_of
+
+TRUSTED = 0.5
+"""The network is trusted to have moved as predicted while it departs by at most this share of the predicted change."""
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What is known of one request.
+
+    The new parameters are exact for the network linearised at the anchor, with squared loss and the given ridge: they
+    are those of training it on the retained samples alone. For the network itself the agreement is measured:
+    ``departure = rms_S |f(theta_new) - f(theta_old) - J (theta_new - theta_old)| / rms_F |J (theta_new - theta_old)|``
+    with S the forgotten samples F, or a fixed probe of retained ones; 0 is perfect agreement. The unit is in both cases
+    the change that was predicted, and asked for, on the forgotten samples.
+    """
+
+    forgotten: int
+    retained: int
+    ridge: float
+    departure_forgotten: float
+    departure_retained: float
+
+    @property
+    def trusted(self) -> bool:
+        """Whether both departures are at most ``TRUSTED``."""
+        return max(self.departure_forgotten, self.departure_retained) <= TRUSTED
+
+    @property
+    def verdict(self) -> str:
+        """The measurement in a sentence."""
+        measured = (
+            f"the network departs from the linear prediction by {self.departure_forgotten:.0%} on the forgotten "
+            f"samples and {self.departure_retained:.0%} on a probe of retained ones, in units of the change predicted "
+            f"for the forgotten ones (limit {TRUSTED:.0%})"
+        )
+        if self.trusted:
+            return f"trusted: {measured}."
+        return f"not trusted: {measured}. Retrain, or forget fewer samples with a larger ridge."
+
+    def to_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return {**asdict(self), "trusted": self.trusted, "verdict": self.verdict}
+
+
+def departure(
+    model: nn.Module,
+    samples: Dataset,
+    jacobian: Jacobian,
+    change: Float[Tensor, " p"],
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+) -> float:
+    """``rms |f(after) - f(before) - J change|`` over the samples, in logits; 0 for no samples."""
+    if not len(jacobian.logits):
+        return 0.0
+    device = jacobian.logits.device
+    actual = logits_of(at(model, after), samples, device) - logits_of(at(model, before), samples, device)
+    return rms(actual - jacobian.matvec(change))
+
+
+def rms(vectors: Float[Tensor, "samples classes"]) -> float:
+    """The root mean square length; 0 for no vectors."""
+    return float(vectors.square().sum(1).mean().sqrt()) if len(vectors) else 0.0
