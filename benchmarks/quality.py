@@ -71,7 +71,7 @@ def one_seed(arguments: argparse.Namespace, per_class: int, seed: int) -> dict[s
     ):
         problem = Problem(model, fit.initial, train, forget, recipe, memory)
         stored = {
-            row: Stored(method, fits / f"{name}-{row}.safetensors", key) for row, method in references(seed).items()
+            row: Stored(method, fits / f"{name}-{row}.safetensors", key) for row, method in references(seed + 1).items()
         }
         report, notes = compare(problem, held_out, {**stored, **methods(scale, len(train))}, fit.seconds)
         Console().print(report.table(f"{name}, seed {seed}"))
@@ -87,7 +87,7 @@ def summary(results: dict[str, dict]) -> dict[str, dict]:
         rows = result["rows"]
         automatic = rows["fastntk (automatic ridge)"]
         best = min(rows[f"fastntk {factor:g}"]["forget_distance"] for factor in FACTORS)
-        retrained = [rows[row]["forget_accuracy"] for row in references(0)]
+        retrained = [rows[row]["forget_accuracy"] for row in references(1)]
         figures[name] = {
             "ridge_factor": result["ridge_factor"],
             "distance_over_best_fixed": automatic["forget_distance"] / best,

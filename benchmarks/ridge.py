@@ -146,7 +146,7 @@ def judged(name: str, arguments: argparse.Namespace) -> tuple[dict[str, float], 
         forget = (labels == forgotten_class).nonzero()[:, 0] if request == "class" else tenth
         staying = (labels_of(test) != forgotten_class).nonzero()[:, 0].tolist()
         problem = Problem(model, fit.initial, train, forget, recipe, memory)
-        kept = {row: Stored(method, out / f"{request}-{row}.safetensors", key) for row, method in references(0).items()}
+        kept = {row: Stored(method, out / f"{request}-{row}.safetensors", key) for row, method in references(1).items()}
         ridges = {"automatic": FastNTK()} | {f"{factor:g}": FastNTK(ridge=factor * scale) for factor in JUDGED}
         report, notes = compare(problem, Subset(test, staying) if request == "class" else test, {**kept, **ridges})
         Console(width=120).print(report.table(f"{name}, {request}"))

@@ -1,6 +1,7 @@
 """The command line. It parses, calls the library, and prints; it holds no logic of its own."""
 
 import json
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.logging import RichHandler
 
 from fastntk.errors import InputError
 from fastntk.progress import console
@@ -107,12 +109,13 @@ def prepare(
     ] = "auto",
     form: Annotated[str, typer.Option(help="'primal' (p x p), 'dual' (nC x nC), or 'auto'.")] = "auto",
     device: Device = "cpu",
+    seed: Annotated[int, typer.Option(help="Of the draw of retained samples that check every request.")] = 0,
     as_json: Json = False,
 ) -> None:
     """One pass over the training data; from then on forgetting needs only the forgotten samples."""
     from fastntk.run import Run
 
-    memory = Run(run, device).prepare(ridge if ridge == "auto" else _number(ridge), form)
+    memory = Run(run, device).prepare(ridge if ridge == "auto" else _number(ridge), form, seed)
     document = {"run": str(run), "form": memory.form, "ridge": memory.ridge, "samples": int(memory.present.sum())}
     found = f" ({memory.calibration})" if memory.calibration else " (given)"
     text = f"The memory holds {document['samples']:,} samples, {memory.form} form, ridge {memory.ridge:.4g}{found}."
@@ -151,13 +154,16 @@ def evaluate(
     test: Annotated[str | None, typer.Option(help="Held-out data; by default the test split of the run's own.")] = None,
     retrain: Annotated[bool, typer.Option(help="Retrain twice without the forgotten samples, to compare with.")] = True,
     device: Device = "cpu",
+    seed: Annotated[
+        int | None, typer.Option(help="Of the second retrained model; the run's own + 1 by default.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show the unlearned model beside the original and two models retrained without the forgotten samples."""
     from fastntk.report import document, write_report
     from fastntk.run import Run
 
-    report = Run(run, device).evaluate(test, retrain)
+    report = Run(run, device).evaluate(test, retrain, seed)
     write_report(run, "What was forgotten, and how well", {"forgotten": report}, {})
     if as_json:
         print(json.dumps(document({"forgotten": report})))
@@ -185,6 +191,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: in place of the process's own.
     """
+    handler = RichHandler(console=console, show_time=False, show_level=False, show_path=False)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
     try:
         app(arguments)
     except InputError as error:

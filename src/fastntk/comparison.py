@@ -10,9 +10,9 @@ from fastntk.progress import track
 from fastntk.report import Report, evaluate
 
 
-def references(seed: int) -> dict[str, Method]:
+def references(other_seed: int) -> dict[str, Method]:
     """Two models retrained without the data, the second with another seed: the yardstick and its noise floor."""
-    return {"retrain": Retrain(), "retrain_other_seed": Retrain(seed + 1)}
+    return {"retrain": Retrain(), "retrain_other_seed": Retrain(other_seed)}
 
 
 def one_shot() -> dict[str, Method]:

@@ -46,7 +46,7 @@ def run(out: Path, device: torch.device | str = "cpu", seed: int = 0) -> tuple[d
     for name, forget in requests.items():
         console.print(f"forgetting, and retraining twice to compare: {name}")
         problem = Problem(model, fitted.initial, train, forget, fitted.recipe, memory)
-        methods = references(seed) | one_shot()
+        methods = references(seed + 1) | one_shot()
         reports[name], notes = compare(problem, staying if name == "class" else test, methods, fitted.seconds)
         verdicts[name] = notes["fastntk"]
     write_report(out, "Forgetting MNIST digits with EfficientNet-Lite0", reports, verdicts)

@@ -1,5 +1,6 @@
 """The one pass over the training data."""
 
+import logging
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -11,12 +12,14 @@ from fastntk.errors import InputError
 from fastntk.jacobian import Jacobian, PerSampleJacobian
 from fastntk.loss import SquaredLoss
 from fastntk.memory import Memory
-from fastntk.plan import Form, choose_form, free_bytes
+from fastntk.plan import Form, Plan, choose_form, free_bytes
 from fastntk.progress import busy
 from fastntk.ridge import Calibration, calibrate
 from fastntk.statistics import Rows, Sums, stream, total
 from fastntk.step import DualSolution, PrimalSolution, Solution
 from fastntk.tunable import snapshot, tuned
+
+log = logging.getLogger(__name__)
 
 
 def prepare(
@@ -29,6 +32,7 @@ def prepare(
     loss: SquaredLoss = SquaredLoss(),
     batch_size: int = 64,
     probe: int = 64,
+    seed: int = 0,
 ) -> Memory:
     """One pass over the training data, after which ``memory.forget`` needs only the forgotten samples.
 
@@ -43,7 +47,8 @@ def prepare(
         form: ``"primal"``, ``"dual"`` or ``"auto"``: see ``fastntk.plan.choose_form``.
         loss: the one it was fitted with.
         batch_size: images a batch of Jacobians.
-        probe: how many samples, spread evenly over the training set, serve to check every request.
+        probe: how many samples, drawn at random, serve to check every request.
+        seed: of that draw.
 
     Raises:
         InputError: ``initial`` does not belong to the model, a layer is in training mode, the data are not fit for use,
@@ -60,13 +65,11 @@ def prepare(
     device = next(iter(anchor.values())).device
     image = checked(torch.as_tensor(train[0][0]))[None].to(device)
     layout, count = jacobian.layout(image), len(train)  # type: ignore[arg-type]
-    rest, features, classes, itemsize = _sizes(jacobian(image))
-    plan = choose_form(count, classes, rest, features, free_bytes(device), form, itemsize)
+    plan = _plan(jacobian(image), count, free_bytes(device), form)
     displacement = layout.flatten(anchor) - layout.flatten(initial)
-    batches = stream(jacobian, train, loss, batch_size, f"one pass, {plan.form} form, {plan.bytes / 1e9:.1f} GB")
-    statistics = _collect(batches, plan.form)
+    statistics = _collect(stream(jacobian, train, loss, batch_size, "one pass over the training data"), plan.form)
     solution, calibration = _solve(statistics, displacement, ridge)
-    chosen = torch.linspace(0, count - 1, min(probe, count)).round().long().unique()
+    chosen = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:probe].sort().values
     return Memory(
         model, train, loss, jacobian, layout, solution, calibration, torch.ones(count, dtype=torch.bool), chosen
     )
@@ -83,13 +86,12 @@ def _solve(statistics: Sums | Rows, displacement: Tensor, ridge: float | str) ->
         return PrimalSolution.of(statistics, displacement, total), calibration
 
 
-def _sizes(jacobian: Jacobian) -> tuple[int, int, int, int]:
-    return (
-        jacobian.rest.shape[2],
-        jacobian.features.shape[1],
-        jacobian.rest.shape[1],
-        jacobian.rest.element_size(),
-    )
+def _plan(one: Jacobian, samples: int, free: int, form: str) -> Plan:
+    """The form to take, logged with its memory, given the Jacobian of one image."""
+    _, classes, rest = one.rest.shape
+    plan = choose_form(samples, classes, rest, one.features.shape[1], free, form, one.rest.element_size())
+    log.info("%s form: up to %.1f GB of memory, of %.1f GB free", plan.form, plan.bytes / 1e9, free / 1e9)
+    return plan
 
 
 def _collect(batches: Iterable[tuple[Jacobian, Tensor]], form: Form) -> Sums | Rows:

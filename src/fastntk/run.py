@@ -137,12 +137,12 @@ class Run:
         tensors, _ = read_tensors(self.folder / "initial.safetensors")
         return {name: tensor.to(self.device) for name, tensor in tensors.items()}
 
-    def prepare(self, ridge: float | str, form: str) -> Memory:
+    def prepare(self, ridge: float | str, form: str, seed: int = 0) -> Memory:
         """Prepare the memory and write it."""
         writable(self.folder)
         settings, model, _, train = self._opened()
         loss = self.recipe(settings).loss
-        memory = prepare(model, train, self._initial(), ridge=ridge, form=form, loss=loss)
+        memory = prepare(model, train, self._initial(), ridge=ridge, form=form, loss=loss, seed=seed)
         memory.save(self.folder / "memory.safetensors")
         return memory
 
@@ -159,7 +159,7 @@ class Run:
         memory.save(self.folder / "memory.safetensors")
         return answer
 
-    def evaluate(self, test: str | None, retrain: bool) -> Report:
+    def evaluate(self, test: str | None, retrain: bool, seed: int | None = None) -> Report:
         """The fitted and the unlearned model beside two that are retrained without what was forgotten."""
         settings, model, images, train = self._opened()
         memory = load(self.folder / "memory.safetensors", model, train)
@@ -168,7 +168,8 @@ class Run:
         if not len(forget):
             raise InputError("nothing has been forgotten in this run yet. Use: fastntk forget RUN --ids ...")
         problem = Problem(model, self._initial(), train, forget, self.recipe(settings), memory)
-        methods: dict[str, Method] = references(problem.recipe.seed) if retrain else {}
+        other = problem.recipe.seed + 1 if seed is None else seed
+        methods: dict[str, Method] = references(other) if retrain else {}
         return compare(problem, held_out, {**methods, "fastntk": _as_remembered})[0]
 
 
