@@ -78,7 +78,7 @@ def test_the_form_that_fits_is_chosen():
 def test_what_does_not_fit_says_what_to_do():
     from fastntk import InputError
 
-    message = r"100,000 tuned.*90,000 samples.*primal form 240\.0 GB and the dual form .* 8\.0 GB are free.*Tune fewer"
+    message = r"100,000 tuned.*90,000 samples.*primal form 320\.0 GB and the dual form .* 8\.0 GB are free.*Tune fewer"
     with pytest.raises(InputError, match=message):
         choose_form(90_000, 10, 100_000, 0, 8 * 10**9)
     with pytest.raises(InputError, match=r"would be needed"):

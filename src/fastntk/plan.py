@@ -31,13 +31,13 @@ def price(form: Form, samples: int, classes: int, rest: int, features: int, item
     """What a form costs for n ``samples`` and C ``classes``.
 
     The tuned parameters number ``p = rest + C features`` (``features``: the head's inputs, 0 if it is frozen). Primal:
-    three p x p matrices of float64 (sums, inverse, workspace), ``nC rest^2`` operations for the sums (half of them by
-    symmetry, two each) and ``p^3`` for the inverse. Dual: three nC x nC matrices of float64 and the n Jacobians of
-    ``itemsize`` bytes a number; ``(nC)^2 rest`` and ``(nC)^3`` operations.
+    four p x p matrices of float64 (sums, Gram matrix, factor, inverse); ``nC rest^2`` operations for the sums (half of
+    them by symmetry, two each) and ``p^3`` for the inverse. Dual: three nC x nC matrices of float64 (kernel, factor,
+    inverse) and twice the n Jacobians of ``itemsize`` bytes a number; ``(nC)^2 rest`` and ``(nC)^3`` operations.
     """
     rows, parameters = samples * classes, rest + classes * features
     if form == "primal":
-        return Plan(form, 3 * 8 * parameters**2, rows * float(rest) ** 2 + float(parameters) ** 3)
+        return Plan(form, 4 * 8 * parameters**2, rows * float(rest) ** 2 + float(parameters) ** 3)
     stored = itemsize * (rows * rest + samples * features)
     return Plan(form, 3 * 8 * rows**2 + 2 * stored, float(rows) ** 2 * rest + float(rows) ** 3)
 

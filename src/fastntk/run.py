@@ -116,11 +116,11 @@ class Run:
         module, _ = self._model(settings, None, weights, recipe.seed)
         tune(module, *select)
         done = fit(module, in_memory(images), recipe)
+        for stale in ("memory.safetensors", "unlearned.safetensors"):
+            (self.folder / stale).unlink(missing_ok=True)
         write_tensors(self.folder / "initial.safetensors", done.initial)
         write_tensors(self.folder / "model.safetensors", module.state_dict())
         write_json(self.folder / "run.json", asdict(settings))
-        for stale in ("memory.safetensors", "unlearned.safetensors"):
-            (self.folder / stale).unlink(missing_ok=True)
         return done
 
     def _opened(self) -> tuple[Settings, nn.Module, Images, Dataset]:
