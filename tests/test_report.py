@@ -91,3 +91,14 @@ def test_nothing_to_measure_is_refused():
     empty = TensorDataset(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long))
     with pytest.raises(fastntk.InputError, match="the forget set is empty"):
         fastntk.evaluate(models, retain=data[0], forget=empty, test=data[2])
+
+
+@pytest.mark.parametrize(
+    ("forgotten", "retained", "trusted"), [(0.5, 0.15, True), (0.51, 0.0, False), (0.1, 0.16, False)]
+)
+def test_a_certificate_is_trusted_within_both_limits(forgotten, retained, trusted):
+    certificate = fastntk.Certificate(1, 2, 3.0, forgotten, retained)
+    assert certificate.trusted == trusted
+    assert certificate.verdict.startswith("trusted" if trusted else "not trusted")
+    assert f"{retained:.0%}" in certificate.verdict
+    assert certificate.to_dict()["trusted"] == trusted

@@ -10,8 +10,9 @@ from torch.utils.data import Dataset
 from fastntk.jacobian import Jacobian
 from fastntk.outputs import at, logits_of
 
-TRUSTED = 0.5
-"""The network is trusted to have moved as predicted while it departs by at most this share of the predicted change."""
+LIMIT_FORGOTTEN, LIMIT_RETAINED = 0.5, 0.15
+"""The departures, on the forgotten and on the retained samples, up to which an answer is trusted. They were chosen on
+the models of docs/benchmarks.md: good answers stay below both, ridges that harm other classes exceed the second."""
 
 
 @dataclass(frozen=True)
@@ -33,16 +34,16 @@ class Certificate:
 
     @property
     def trusted(self) -> bool:
-        """Whether both departures are at most ``TRUSTED``."""
-        return max(self.departure_forgotten, self.departure_retained) <= TRUSTED
+        """Whether both departures are within their limits."""
+        return self.departure_forgotten <= LIMIT_FORGOTTEN and self.departure_retained <= LIMIT_RETAINED
 
     @property
     def verdict(self) -> str:
         """The measurement in a sentence."""
         measured = (
             f"the network departs from the linear prediction by {self.departure_forgotten:.0%} on the forgotten "
-            f"samples and {self.departure_retained:.0%} on a probe of retained ones, in units of the change predicted "
-            f"for the forgotten ones (limit {TRUSTED:.0%})"
+            f"samples (limit {LIMIT_FORGOTTEN:.0%}) and {self.departure_retained:.0%} on a probe of retained ones "
+            f"(limit {LIMIT_RETAINED:.0%}), in units of the change predicted for the forgotten ones"
         )
         if self.trusted:
             return f"trusted: {measured}."
