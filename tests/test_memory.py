@@ -154,6 +154,14 @@ def test_certificate_measures_what_it_says():
     assert certificate.retained == 12
 
 
+def test_a_request_is_checked_on_retained_samples_whichever_they_are():
+    """Also when the request holds the very samples that were drawn first."""
+    memory = prepared(probe=3)
+    first = memory._order[:5].tolist()
+    assert memory.forget(first).certificate.departure_retained > 0
+    assert memory.forget(memory._order[5:8].tolist()).certificate.departure_retained > 0
+
+
 @pytest.mark.parametrize("form", ["primal", "dual"])
 def test_saved_and_loaded_it_goes_on(form, tmp_path):
     memory = prepared(form=form, ridge="auto")

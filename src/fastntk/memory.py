@@ -59,11 +59,13 @@ class Memory:
         solution: Solution,
         calibration: Calibration | None,
         present: Bool[Tensor, " samples"],
-        probe: Int[Tensor, " probe"],
+        order: Int[Tensor, " samples"],
+        probe: int,
         vector: Float[Tensor, " p"] | None = None,
     ) -> None:
         self.model, self.train, self.loss = model, train, loss
-        self.solution, self.calibration, self.present, self.probe = solution, calibration, present, probe
+        self.solution, self.calibration, self.present = solution, calibration, present
+        self._order, self._probe = order, probe
         self._jacobian, self._layout = jacobian, layout
         self.anchor = jacobian.parameters
         self._vector = layout.flatten(self.anchor) if vector is None else vector
@@ -127,11 +129,12 @@ class Memory:
             **{f"solution.{name}": tensor for name, tensor in self.solution.tensors().items()},
             "vector": self._vector,
             "present": self.present,
-            "probe": self.probe,
+            "order": self._order,
         }
         record = {
             "form": self.form,
             "ridge": self.ridge,
+            "probe": self._probe,
             "loss": asdict(self.loss),
             "calibration": asdict(self.calibration) if self.calibration else None,
             "layout": {name: list(getattr(self._layout, name)) for name in ("fast", "slow", "head")},
@@ -165,7 +168,7 @@ class Memory:
         """The Jacobians and residuals, at the anchor, of the samples at ``positions``: stored (dual) or computed."""
         if isinstance(self.solution, DualSolution):
             return self.solution.rows[positions]
-        wanted = positions if len(positions) else self.probe[:1]
+        wanted = positions if len(positions) else self._order[:1]
         computed = Rows.of(stream(self._jacobian, Subset(self.train, wanted.tolist()), self.loss, 64, "Jacobians"))
         return computed[: len(positions)]
 
@@ -188,7 +191,8 @@ class Memory:
     def _certify(
         self, forgotten: Jacobian, positions: Tensor, change: Tensor, parameters: Mapping[str, Tensor], ridge: float
     ) -> Certificate:
-        retained = self.probe[self.present[self.probe] & ~torch.isin(self.probe, positions)]
+        staying = self.present[self._order] & ~torch.isin(self._order, positions)
+        retained = self._order[staying][: self._probe]
         size = rms(forgotten.matvec(change))
 
         def relative(samples: Tensor, jacobian: Jacobian) -> float:
@@ -224,7 +228,7 @@ def load(path: Path | str, model: nn.Module, train: Dataset) -> Memory:
         raise InputError(
             f"the memory {path} belongs to another model: the frozen weights differ. Open it with its own."
         )
-    present, probe = tensors["present"].cpu(), tensors["probe"].cpu()
+    present = tensors["present"].cpu()
     if len(present) != len(train):  # type: ignore[arg-type]
         raise InputError(f"the memory {path} is of {len(present)} samples, the training set has {len(train)}.")  # type: ignore[arg-type]
     layout = Layout(
@@ -242,7 +246,8 @@ def load(path: Path | str, model: nn.Module, train: Dataset) -> Memory:
         make.from_tensors(solution, record["ridge"]),
         calibration,
         present,
-        probe,
+        tensors["order"].cpu(),
+        record["probe"],
         tensors["vector"],
     )
 

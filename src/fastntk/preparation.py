@@ -47,7 +47,8 @@ def prepare(
         form: ``"primal"``, ``"dual"`` or ``"auto"``: see ``fastntk.plan.choose_form``.
         loss: the one it was fitted with.
         batch_size: images a batch of Jacobians.
-        probe: how many samples, drawn at random, serve to check every request.
+        probe: how many retained samples serve to check every request: the first ones that are still there, in an
+            order drawn once.
         seed: of that draw.
 
     Raises:
@@ -69,10 +70,9 @@ def prepare(
     displacement = layout.flatten(anchor) - layout.flatten(initial)
     statistics = _collect(stream(jacobian, train, loss, batch_size, "one pass over the training data"), plan.form)
     solution, calibration = _solve(statistics, displacement, ridge)
-    chosen = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:probe].sort().values
-    return Memory(
-        model, train, loss, jacobian, layout, solution, calibration, torch.ones(count, dtype=torch.bool), chosen
-    )
+    present = torch.ones(count, dtype=torch.bool)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return Memory(model, train, loss, jacobian, layout, solution, calibration, present, order, probe)
 
 
 def _solve(statistics: Sums | Rows, displacement: Tensor, ridge: float | str) -> tuple[Solution, Calibration | None]:

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -62,7 +63,7 @@ class Report:
     def table(self, title: str = "") -> Table:
         """For a terminal."""
         caption = f"%: accuracy; d: root mean square logit distance to {self.reference}"
-        table = Table(title=title, caption=caption, caption_justify="left")
+        table = Table(title=title, caption=caption, caption_justify="left", box=SIMPLE_HEAD, pad_edge=False)
         table.add_column("model", no_wrap=True)
         for heading in COLUMNS.values():
             table.add_column(heading, justify="right")
