@@ -63,7 +63,7 @@ class Report:
     def table(self, title: str = "") -> Table:
         """For a terminal."""
         caption = f"%: accuracy; d: root mean square logit distance to {self.reference}"
-        table = Table(title=title, caption=caption, caption_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+        table = Table(title=title, caption=caption, caption_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         table.add_column("model", no_wrap=True)
         for heading in COLUMNS.values():
             table.add_column(heading, justify="right")
