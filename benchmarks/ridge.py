@@ -1,4 +1,4 @@
-"""Seven rules for choosing the ridge, each from the fitted model alone, against what is best in hindsight.
+"""Eight rules for choosing the ridge, each from the fitted model alone, against what is best in hindsight.
 
     python benchmarks/ridge.py --data cifar10.npz [--models mobilenet_v2 efficientnet_lite0 vit_s14]
 
@@ -72,6 +72,12 @@ def shortest_step(s: Spectrum, ridge: float) -> float:
     return -float((a.square() * s.values).sum() - 2 * (a * s.image).sum() + s.pull)
 
 
+def least_squares_stationarity(s: Spectrum, ridge: float) -> float:
+    """``-|b_D - ridge u|``: the gradient at the trained parameters is nearest to zero, at ``u'b_D / u'u``."""
+    best = float(s.image @ s.residual) / s.pull
+    return -abs(ridge - best)
+
+
 def residual_match(s: Spectrum, ridge: float) -> float:
     """The linear optimum leaves the training residual that the network has."""
     left = (ridge * s.target / (s.values + ridge)).square().sum()
@@ -109,6 +115,7 @@ RULES: dict[str, Callable[[Spectrum, float], float]] = {
         shortest_step,
         relative_optimality,
         residual_match,
+        least_squares_stationarity,
         leave_one_out,
         generalised_cross_validation,
         evidence,
