@@ -46,7 +46,9 @@ def test_contract(name):
 def dense(given):
     layout = given.memory._layout
     jacobian = oracles.jacobian(given.model, given.memory.anchor, layout, given.train.tensors[0])
-    residual = given.memory.loss.residual(given.model(given.train.tensors[0]).detach(), labels_of(given.train))
+    residual = given.memory.linearised.loss.residual(
+        given.model(given.train.tensors[0]).detach(), labels_of(given.train)
+    )
     u = layout.flatten(given.memory.anchor) - layout.flatten(given.initial)
     keep = ~torch.isin(torch.arange(20), given.forget)
     return (

@@ -5,11 +5,12 @@ import pytest
 import torch
 from cases import CASES
 
+import fastntk
 from fastntk.jacobian import PerSampleJacobian
-from fastntk.linalg import add_product_, conjugate_gradients, lanczos, ridge_inverse
+from fastntk.linalg import add_product_, conjugate_gradients, invert_, lanczos, mirror_, ridge_inverse
 from fastntk.methods.golatkar import trapezium_factor
-from fastntk.statistics import Rows, Sums, total
-from fastntk.step import DualSolution, PrimalSolution, dual_step, primal_step
+from fastntk.statistics import Rows, Sums, accumulate
+from fastntk.step import DualSolution, PrimalSolution
 from fastntk.tunable import snapshot, tuned
 
 RIDGE = 0.3
@@ -23,7 +24,7 @@ def problem(name, count=9):
     data = case.data(count)
     jacobian = PerSampleJacobian(model, snapshot(tuned(model)))(data.tensors[0])
     generator = torch.Generator().manual_seed(3)
-    residual = torch.randn(jacobian.logits.shape, generator=generator, dtype=torch.float64)
+    residual = torch.randn(jacobian.rest.shape[:2], generator=generator, dtype=torch.float64)
     displacement = torch.randn(jacobian.size, generator=generator, dtype=torch.float64)
     return Rows(jacobian, residual), jacobian.dense(), displacement
 
@@ -40,8 +41,8 @@ def close(left, right):
 def test_primal_and_dual_are_the_least_squares_solution(name):
     rows, dense, u = problem(name)
     expected = oracles.anchored_step(dense, rows.residual, u, RIDGE)
-    close(primal_step(sums_of(rows), u, RIDGE), expected)
-    close(dual_step(rows, u, RIDGE), expected)
+    close(PrimalSolution.of(sums_of(rows), u, RIDGE).step, expected)
+    close(DualSolution.of(rows, u, RIDGE).step, expected)
 
 
 @pytest.mark.parametrize(
@@ -54,10 +55,11 @@ def test_leaving_is_solving_without(name, make):
     close(solution.step, oracles.anchored_step(dense, rows.residual, u, RIDGE))
     before, gone = solution.step.clone(), []
     for request in (torch.tensor([4, 7]), torch.tensor([0])):
-        leaving = rows[request]
-        previewed = solution.difference(leaving, request)
-        change = solution.leave(leaving, request)
-        close(previewed, change)
+        untouched = solution.step.clone()
+        removal = solution.removal(request, rows.__getitem__)
+        change = removal.change
+        assert torch.equal(solution.step, untouched)
+        solution.remove_(removal)
         gone += request.tolist()
         keep = torch.tensor([i not in gone for i in range(len(dense))])
         expected = oracles.anchored_step(dense[keep], rows.residual[keep], u, RIDGE)
@@ -74,13 +76,13 @@ def test_resolving_at_another_ridge_is_solving_without(form, ridge):
     for request in (torch.tensor([2, 5, 6]), torch.tensor([], dtype=torch.long)):
         keep = ~torch.isin(torch.arange(len(dense)), request)
         expected = oracles.anchored_step(dense[keep], rows.residual[keep], 0 * u, ridge)
-        close(solution.resolve(rows[request], request, 0 * u, ridge), expected)
+        close(solution.resolve(request, rows.__getitem__, 0 * u, ridge), expected)
 
 
 def test_dual_leaves_nothing_of_the_forgotten_behind():
     rows, _, u = problem("bn+head")
     solution = DualSolution.of(Rows(rows.jacobian[:], rows.residual.clone()), u, RIDGE)
-    solution.leave(rows[torch.tensor([3])], torch.tensor([3]))
+    solution.remove_(solution.removal(torch.tensor([3]), rows.__getitem__))
     assert not solution.rows.jacobian.dense()[3].any()
     assert not solution.rows.residual[3].any()
     for square in (solution.kernel, solution.inverse):
@@ -93,13 +95,13 @@ def test_two_solves_of_the_published_step_are_pmv(name):
     rows, dense, u = problem(name)
     forget = torch.tensor([1, 6])
     keep = ~torch.isin(torch.arange(len(dense)), forget)
-    two_solves = dual_step(rows[keep], 0 * u, RIDGE) - dual_step(rows, 0 * u, RIDGE)
+    two_solves = DualSolution.of(rows[keep], 0 * u, RIDGE).step - DualSolution.of(rows, 0 * u, RIDGE).step
     close(two_solves, oracles.projected_step(dense, rows.residual, forget, RIDGE))
 
 
 def test_anchor_is_what_sets_the_steps_apart():
     rows, _, u = problem("bn+head")
-    assert not torch.allclose(dual_step(rows, u, RIDGE), dual_step(rows, 0 * u, RIDGE), rtol=1e-3)
+    assert not torch.allclose(DualSolution.of(rows, u, RIDGE).step, DualSolution.of(rows, 0 * u, RIDGE).step, rtol=1e-3)
 
 
 def test_trapezium_factor_by_hand():
@@ -119,7 +121,8 @@ def test_sums_are_the_dense_ones_and_a_group(name):
     assert int(whole.count) == len(dense)
     order = torch.tensor([8, 2, 0, 5, 1, 7, 3, 6, 4])
     for parts in ([[0, 3], [3, 9]], [[0, 1], [1, 2], [2, 9]]):
-        shuffled = total(sums_of(rows[order[a:b]]) for a, b in parts)
+        batches = [rows[order[a:b]] for a, b in parts]
+        shuffled = accumulate(((b.jacobian, b.residual) for b in batches), Sums.zero(rows.jacobian)).complete_()
         close(shuffled.gram(), whole.gram())
         close(shuffled.square, whole.square)
     close((whole - sums_of(rows[:4])).gram(), sums_of(rows[4:]).gram())
@@ -134,13 +137,27 @@ def test_kernel_is_the_dense_one(name):
     assert rows.trace == pytest.approx(float(flat.square().sum()))
 
 
+@pytest.mark.parametrize("size", [3, 513, 1500])
+def test_inverses_in_place(size):
+    generator = torch.Generator().manual_seed(0)
+    factor = torch.randn(size, size // 2, generator=generator, dtype=torch.float64)
+    matrix = factor @ factor.T + 0.1 * torch.eye(size, dtype=torch.float64)
+    expected = torch.linalg.inv(matrix)
+    lower = matrix.tril()
+    torch.testing.assert_close(invert_(lower), expected, rtol=1e-8, atol=1e-8)
+    assert torch.equal(lower, lower.T)
+    matrix[-1, -1] = -1
+    with pytest.raises(fastntk.InputError, match="not positive definite"):
+        invert_(matrix)
+
+
 @pytest.mark.parametrize("size", [1, 2048, 2500])
 def test_symmetric_products_across_blocks(size):
     generator = torch.Generator().manual_seed(0)
     factor = torch.randn(size, 3, generator=generator, dtype=torch.float64)
     weight = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
     matrix = torch.eye(size, dtype=torch.float64)
-    add_product_(matrix, factor, factor * weight, sign=-1)
+    mirror_(add_product_(matrix, factor, factor * weight, sign=-1))
     close(matrix, torch.eye(size, dtype=torch.float64) - factor * weight @ factor.T)
 
 

@@ -6,6 +6,7 @@ from fastntk.loss import SquaredLoss
 from fastntk.memory import Forgotten, Memory, load
 from fastntk.models import load_model
 from fastntk.outputs import at
+from fastntk.planning import Plan, plan
 from fastntk.preparation import prepare
 from fastntk.report import Report, evaluate
 from fastntk.training import Fit, Recipe, fit
@@ -17,6 +18,7 @@ __all__ = [
     "Forgotten",
     "InputError",
     "Memory",
+    "Plan",
     "Recipe",
     "Report",
     "SquaredLoss",
@@ -25,6 +27,7 @@ __all__ = [
     "fit",
     "load",
     "load_model",
+    "plan",
     "prepare",
     "snapshot",
     "tune",

@@ -1,13 +1,13 @@
 """What is known of one request: what is exact, and how far the network did as the linear prediction said."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from jaxtyping import Float
-from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch import Tensor
+from torch.utils.data import Subset
 
-from fastntk.jacobian import Jacobian
+from fastntk.linearised import Linearised
 from fastntk.outputs import at, logits_of
 
 LIMIT_FORGOTTEN, LIMIT_RETAINED = 0.5, 0.15
@@ -23,7 +23,8 @@ class Certificate:
     are those of training it on the retained samples alone. For the network itself the agreement is measured:
     ``departure = rms_S |f(theta_new) - f(theta_old) - J (theta_new - theta_old)| / rms_F |J (theta_new - theta_old)|``
     with S the forgotten samples F, or a fixed probe of retained ones; 0 is perfect agreement. The unit is in both cases
-    the change that was predicted, and asked for, on the forgotten samples.
+    the change that was predicted, and asked for, on the forgotten samples. In the matrix-free form the linear solve is
+    not exact either: ``residual`` is the relative residual of its normal equations (None in the other forms).
     """
 
     forgotten: int
@@ -31,6 +32,7 @@ class Certificate:
     ridge: float
     departure_forgotten: float
     departure_retained: float
+    residual: float | None = None
 
     @property
     def trusted(self) -> bool:
@@ -54,20 +56,21 @@ class Certificate:
         return {**asdict(self), "trusted": self.trusted, "verdict": self.verdict}
 
 
-def departure(
-    model: nn.Module,
-    samples: Dataset,
-    jacobian: Jacobian,
+def changes(
+    linearised: Linearised,
+    ids: Sequence[int],
+    *,
     change: Float[Tensor, " p"],
     before: Mapping[str, Tensor],
     after: Mapping[str, Tensor],
-) -> float:
-    """``rms |f(after) - f(before) - J change|`` over the samples, in logits; 0 for no samples."""
-    if not len(jacobian.logits):
-        return 0.0
-    device = jacobian.logits.device
-    actual = logits_of(at(model, after), samples, device) - logits_of(at(model, before), samples, device)
-    return rms(actual - jacobian.matvec(change))
+) -> tuple[Float[Tensor, "samples classes"], Float[Tensor, "samples classes"]]:
+    """What a change of the parameters does to the logits of some samples: as predicted, ``J change``, and really."""
+    model, subset = linearised.jacobian.model, Subset(linearised.train, ids)
+    predicted = linearised.tangent(ids, change)
+    if not len(ids):
+        return predicted, predicted
+    real = [logits_of(at(model, where), subset, linearised.device) for where in (before, after)]
+    return predicted, (real[1] - real[0]).to(predicted)
 
 
 def rms(vectors: Float[Tensor, "samples classes"]) -> float:

@@ -174,9 +174,12 @@ def labels_of(dataset: Dataset) -> Int[Tensor, " samples"]:
     return torch.tensor([int(dataset[i][1]) for i in range(len(dataset))])  # type: ignore[arg-type]
 
 
-def batches(dataset: Dataset, batch_size: int, shuffle: torch.Generator | None = None) -> DataLoader:
-    """Batches of ``(images, labels)``, in order, or in the order that ``shuffle`` draws."""
-    return DataLoader(dataset, batch_size, shuffle=shuffle is not None, generator=shuffle)
+def batches(dataset: Dataset, batch_size: int, shuffle: torch.Generator | None = None, workers: int = 0) -> DataLoader:
+    """Batches of ``(images, labels)``, in order, or in the order that ``shuffle`` draws.
+
+    With ``workers`` that many processes read images ahead while others are worked on.
+    """
+    return DataLoader(dataset, batch_size, shuffle=shuffle is not None, generator=shuffle, num_workers=workers)
 
 
 def checked(images: Tensor) -> Tensor:

@@ -1,12 +1,14 @@
 """Writing whole files or none, and reading what was written."""
 
+import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -52,8 +54,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str
     write(path, lambda file: save_file(plain, file, {"fastntk": json.dumps(record or {})}))
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What ``write_tensors`` wrote.
+def read_tensors(path: Path, names: Sequence[str] | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What ``write_tensors`` wrote: the tensors of the given names (None: all), and the record.
 
     Raises:
         InputError: the file is missing, corrupt, truncated, or not of this kind.
@@ -63,7 +65,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, "pt") as file:
             record = (file.metadata() or {}).get("fastntk")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in (file.keys() if names is None else names)}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} cannot be read ({error}). It may be truncated: copy it again.") from error
     if record is None:
@@ -91,3 +93,12 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise InputError(f"{path} does not hold a JSON object.")
     return document
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """A SHA-256 of names and values."""
+    state = hashlib.sha256()
+    for name, tensor in tensors.items():
+        state.update(name.encode())
+        state.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return state.hexdigest()

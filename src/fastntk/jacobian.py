@@ -1,25 +1,22 @@
 """Per-sample Jacobians of the logits with respect to the tuned parameters.
 
-The model runs unchanged, on a batch, while a function mode answers each functional call that uses a tuned parameter
-(``batch_norm``, ``layer_norm``, ``linear``, ``expand``) with a version whose parameter has one copy a sample. The
-copies take no memory (they are expanded views); their gradients are the per-sample Jacobians. One forward and C
-ordinary backward passes give all of ``J``. It does not matter which library's module makes the call. A parameter that
-is used in any other way is noticed by a trial run and differentiated by ``torch.func`` instead, slower and as exact.
+The model runs unchanged, on a batch, while ``fastntk.rules`` gives every tuned parameter one copy a sample. One forward
+and C ordinary backward passes then give all of ``J``. A parameter that is used in a way that no rule covers is noticed
+by a trial run and differentiated by ``torch.func`` instead, slower and as exact.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.func import functional_call, jacrev, vmap
-from torch.overrides import TorchFunctionMode
 
 from fastntk.errors import InputError
+from fastntk.rules import PerSample
 
 
 @dataclass(frozen=True)
@@ -33,7 +30,6 @@ class Jacobian:
 
     rest: Float[Tensor, "batch classes rest"]
     features: Float[Tensor, "batch features"]
-    logits: Float[Tensor, "batch classes"]
 
     @property
     def size(self) -> int:
@@ -45,10 +41,20 @@ class Jacobian:
         rest = self.rest.shape[2]
         return vector[:rest], vector[rest:].view(self.rest.shape[1], self.features.shape[1])
 
+    def __len__(self) -> int:
+        return len(self.rest)
+
     def matvec(self, vector: Float[Tensor, " p"]) -> Float[Tensor, "batch classes"]:
         """``J v``: the change of the logits that a change ``v`` of the parameters causes, to first order."""
         rest, head = self.split(vector.to(self.rest))
         return (self.rest @ rest + self.features @ head.T).to(vector)
+
+    def matmat(self, vectors: Float[Tensor, "p m"]) -> Float[Tensor, "batch classes m"]:
+        """``J V`` for several vectors, in their dtype."""
+        _, classes, rest = self.rest.shape
+        upper, lower = vectors[:rest], vectors[rest:].unflatten(0, (classes, -1))
+        image = self.rest.to(vectors) @ upper
+        return image + torch.einsum("nf,cfm->ncm", self.features.to(vectors), lower) if len(lower[0]) else image
 
     def rmatvec(self, cotangent: Float[Tensor, "batch classes"]) -> Float[Tensor, " p"]:
         """``J' a``, summed over samples and classes."""
@@ -64,12 +70,12 @@ class Jacobian:
 
     def __getitem__(self, samples: Any) -> "Jacobian":
         """The Jacobian of some of the samples (an index tensor, a mask or a slice)."""
-        return Jacobian(self.rest[samples], self.features[samples], self.logits[samples])
+        return Jacobian(self.rest[samples], self.features[samples])
 
 
 def concatenate(parts: list[Jacobian]) -> Jacobian:
     """The Jacobian of several batches as one."""
-    return Jacobian(*(torch.cat([getattr(part, name) for part in parts]) for name in ("rest", "features", "logits")))
+    return Jacobian(*(torch.cat([getattr(part, name) for part in parts]) for name in ("rest", "features")))
 
 
 @dataclass(frozen=True)
@@ -110,169 +116,6 @@ class Layout:
         return {name: result[name].to(like[name]) for name in like}
 
 
-def _sum(tensor: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """The sum over the axes inside a sample; over no axes, the tensor itself."""
-    return tensor.sum(axes) if axes else tensor
-
-
-class _BatchNorm(torch.autograd.Function):
-    """Batch norm with running statistics, whose scale and shift have one copy a sample in the backward pass."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, mean, var, eps, scales, shifts):  # type: ignore[no-untyped-def]
-        ctx.rstd = torch.rsqrt(var + eps)
-        ctx.scale = ctx.rstd if weight is None else ctx.rstd * weight
-        ctx.save_for_backward(x, mean)
-        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g):  # type: ignore[no-untyped-def]
-        x, mean = ctx.saved_tensors
-        of_x, *_, of_scales, of_shifts = ctx.needs_input_grad
-        inner = tuple(range(2, x.ndim))
-        shift, scale = _sum(g, inner), None
-        if of_scales:
-            scale = (_sum(g * x, inner) - mean * shift) * ctx.rstd
-        broadcast = ctx.scale.view(1, -1, *(1 for _ in inner))
-        return g * broadcast if of_x else None, *[None] * 5, scale, shift if of_shifts else None
-
-
-class _LayerNorm(torch.autograd.Function):
-    """Layer norm whose scale and shift have one copy a sample in the backward pass."""
-
-    @staticmethod
-    def forward(ctx, x, shape, weight, bias, eps, scales, shifts):  # type: ignore[no-untyped-def]
-        out, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
-        ctx.shape, ctx.weight, ctx.bias = shape, weight, bias
-        ctx.save_for_backward(x, mean, rstd)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g):  # type: ignore[no-untyped-def]
-        x, mean, rstd = ctx.saved_tensors
-        *_, of_scales, of_shifts = ctx.needs_input_grad
-        inner = tuple(range(1, x.ndim - len(ctx.shape)))
-        scale = _sum(g * ((x - mean) * rstd), inner) if of_scales else None
-        grad, _, _ = torch.ops.aten.native_layer_norm_backward(
-            g.contiguous(), x, list(ctx.shape), mean, rstd, ctx.weight, ctx.bias, [True, False, False]
-        )
-        return grad, *[None] * 4, scale, _sum(g, inner) if of_shifts else None
-
-
-class _Linear(torch.autograd.Function):
-    """A linear layer whose weight and bias have one copy a sample in the backward pass."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, weights, biases):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(x, weight)
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g):  # type: ignore[no-untyped-def]
-        x, weight = ctx.saved_tensors
-        of_x, _, _, of_weights, of_biases = ctx.needs_input_grad
-        weights = torch.einsum("b...o,b...i->boi", g, x) if of_weights else None
-        biases = _sum(g, tuple(range(1, x.ndim - 1))) if of_biases else None
-        return g @ weight if of_x else None, None, None, weights, biases
-
-
-class _PerSample(TorchFunctionMode):
-    """While active, calls that use a tuned parameter use its per-sample copies."""
-
-    def __init__(self, tuned: Mapping[str, Tensor], batch: int, layout: Layout | None = None) -> None:
-        super().__init__()
-        self.names = {id(tensor): name for name, tensor in tuned.items()}
-        self.batch = batch
-        self.layout = layout
-        self.copies: dict[str, Tensor] = {}
-        self.linear_calls: list[tuple[Tensor, Tensor, tuple[str, ...]]] = []
-
-    def _name(self, tensor: Tensor | None) -> str | None:
-        return self.names.get(id(tensor))
-
-    def _copy(self, tensor: Tensor | None) -> Tensor | None:
-        """The per-sample copies of a tuned parameter; None for a frozen one."""
-        name = self._name(tensor)
-        if name is None or tensor is None:
-            return None
-        if name not in self.copies:
-            copy = tensor.detach().expand(self.batch, *tensor.shape)
-            self.copies[name] = copy.requires_grad_()
-        return self.copies[name]
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        rule = _RULES.get(func)
-        return func(*args, **(kwargs or {})) if rule is None else rule(self, *args, **(kwargs or {}))
-
-    def _fits(self, x: Tensor | None, *parameters: Tensor | None) -> bool:
-        """Whether a rule applies: one of the parameters is tuned and samples lie along the first axis of ``x``.
-
-        A module that regroups samples is noticed in the trial run, and its parameters are left to ``torch.func``.
-        """
-        names = [name for name in map(self._name, parameters) if name]
-        fits = x is not None and x.ndim > 1 and x.shape[0] == self.batch
-        if names and not fits and self.layout:
-            raise InputError(f"parameter {names[0]!r} is used along another axis than the batch in some batches only.")
-        return bool(names) and fits
-
-    def batch_norm(self, x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):  # type: ignore[no-untyped-def]
-        if training:
-            raise InputError(
-                "a batch norm layer is in training mode: it couples the samples of a batch, so per-sample Jacobians do "
-                "not exist. Call model.eval() first."
-            )
-        if not self._fits(x, weight, bias):
-            return F.batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
-        copies = self._copy(weight), self._copy(bias)
-        return _BatchNorm.apply(x, _data(weight), _data(bias), running_mean, running_var, eps, *copies)
-
-    def layer_norm(self, x, normalized_shape, weight=None, bias=None, eps=1e-5):  # type: ignore[no-untyped-def]
-        if not self._fits(x if x.ndim > len(normalized_shape) else None, weight, bias):
-            return F.layer_norm(x, normalized_shape, weight, bias, eps)
-        copies = self._copy(weight), self._copy(bias)
-        return _LayerNorm.apply(x, tuple(normalized_shape), _data(weight), _data(bias), eps, *copies)
-
-    def linear(self, x, weight, bias=None):  # type: ignore[no-untyped-def]
-        if not self._fits(x, weight, bias):
-            return F.linear(x, weight, bias)
-        names = tuple(name for name in (self._name(weight), self._name(bias)) if name)
-        if self.layout and names == self.layout.head:
-            out = F.linear(x, weight.detach(), _data(bias))
-        else:
-            out = _Linear.apply(x, _data(weight), _data(bias), self._copy(weight), self._copy(bias))
-        self.linear_calls.append((out, x, names))
-        return out
-
-    def expand(self, tensor, *sizes):  # type: ignore[no-untyped-def]
-        """A parameter that is repeated for every sample: a class token or a visual prompt."""
-        out = tensor.expand(*sizes)
-        per_sample = out.ndim > tensor.ndim or (tensor.ndim > 1 and tensor.shape[0] == 1 and out.ndim == tensor.ndim)
-        if not per_sample or not self._fits(out, tensor):
-            return out
-        return self._copy(tensor).reshape(out.shape)  # type: ignore[union-attr]
-
-    def dropout(self, x, p=0.5, training=True, inplace=False):  # type: ignore[no-untyped-def]
-        if training and p > 0:
-            raise InputError("a dropout layer is in training mode: the logits are random. Call model.eval() first.")
-        return x
-
-
-_RULES: dict[Any, Callable[..., Any]] = {
-    F.batch_norm: _PerSample.batch_norm,
-    F.layer_norm: _PerSample.layer_norm,
-    F.linear: _PerSample.linear,
-    Tensor.expand: _PerSample.expand,
-    F.dropout: _PerSample.dropout,
-}
-
-
-def _data(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach()
-
-
 class PerSampleJacobian:
     """``x -> Jacobian`` at fixed parameters of a model.
 
@@ -301,7 +144,7 @@ class PerSampleJacobian:
 
     def _trial(self, x: Tensor) -> Layout:
         trial = {name: tensor.clone().requires_grad_() for name, tensor in self.parameters.items()}
-        mode = _PerSample(trial, len(x))
+        mode = PerSample(trial, len(x))
         with torch.enable_grad():
             logits = self._forward(x, trial, mode)
             grads = torch.autograd.grad(logits.sum(), list(trial.values()), allow_unused=True, materialize_grads=False)
@@ -318,46 +161,68 @@ class PerSampleJacobian:
             shapes={name: tensor.shape for name, tensor in trial.items()},
         )
 
-    def _forward(self, x: Tensor, parameters: Mapping[str, Tensor], mode: _PerSample) -> Tensor:
+    def _forward(self, x: Tensor, parameters: Mapping[str, Tensor], mode: AbstractContextManager) -> Tensor:
         with mode:
             logits = functional_call(self.model, dict(parameters), (x,))
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x):
             raise InputError("the model must return logits of shape [batch, classes]. Wrap it in a module that does.")
         return logits
 
+    def classes(self, x: Tensor) -> int:
+        """C, from the logits of one image of the batch ``x``."""
+        with torch.no_grad():
+            return self._forward(x[:1], self.parameters, nullcontext()).shape[1]
+
     def __call__(self, x: Tensor) -> Jacobian:
-        """The Jacobian and logits of a batch ``x`` of images, ``[batch, ...]``."""
+        """The Jacobian of a batch ``x`` of images, ``[batch, ...]``."""
+        return self.with_logits(x)[0]
+
+    def with_logits(
+        self, x: Tensor, probes: Float[Tensor, "batch classes probes"] | None = None
+    ) -> tuple[Jacobian, Float[Tensor, "batch classes"]]:
+        """The Jacobian and the logits of a batch ``x`` of images.
+
+        With ``probes`` V the Jacobian is that of ``V_i' f(x_i)``: one backward pass a probe in place of one a class.
+        The head's part then has no Kronecker structure left and is written out among the ``rest``.
+        """
         layout = self.layout(x)
         mapped = {name: self.parameters[name] for name in (*layout.fast, *layout.head)}
-        mode = _PerSample(mapped, len(x), layout)
+        mode = PerSample(mapped, len(x), layout)
         with torch.enable_grad():
             logits = self._forward(x, self.parameters, mode)
-            rest = self._backward(logits, [mode.copies[name] for name in layout.fast])
+            outputs = logits if probes is None else torch.einsum("nck,nc->nk", probes.to(logits), logits)
+            rest = self._backward(outputs, [mode.copies[name] for name in layout.fast])
         if layout.slow:
-            rest = torch.cat([rest, self._functional(x, layout.slow)], 2)
-        return Jacobian(rest, self._features(logits, layout.head, mode), logits.detach())
+            rest = torch.cat([rest, self._functional(x, layout.slow, probes)], 2)
+        features = self._features(logits, layout.head, mode)
+        if probes is not None and layout.head:
+            head = torch.einsum("nck,nf->nkcf", probes.to(features), features).flatten(2)
+            rest, features = torch.cat([rest, head], 2), features[:, :0]
+        return Jacobian(rest, features), logits.detach()
 
-    def _backward(self, logits: Tensor, copies: list[Tensor]) -> Tensor:
-        """One backward pass a class."""
-        batch, classes = logits.shape
-        out = logits.new_empty(batch, classes, sum(copy[0].numel() for copy in copies))
-        for c in range(classes if copies else 0):
-            grads = torch.autograd.grad(logits[:, c].sum(), copies, retain_graph=c + 1 < classes)
-            out[:, c] = torch.cat([grad.flatten(1) for grad in grads], 1)
-        return out.detach()
+    def _backward(self, outputs: Tensor, copies: list[Tensor]) -> Tensor:
+        """One backward pass an output."""
+        batch, count = outputs.shape
+        dtype = copies[0].dtype if copies else outputs.dtype
+        result = outputs.new_empty(batch, count, sum(copy[0].numel() for copy in copies), dtype=dtype)
+        for k in range(count if copies else 0):
+            grads = torch.autograd.grad(outputs[:, k].sum(), copies, retain_graph=k + 1 < count)
+            torch.cat([grad.flatten(1) for grad in grads], 1, out=result[:, k])
+        return result.detach()
 
-    def _functional(self, x: Tensor, names: tuple[str, ...]) -> Tensor:
+    def _functional(self, x: Tensor, names: tuple[str, ...], probes: Tensor | None) -> Tensor:
         """``torch.func`` for the parameters that no rule covers."""
         fixed = {name: tensor for name, tensor in self.parameters.items() if name not in names}
 
-        def logits(parameters: dict[str, Tensor], sample: Tensor) -> Tensor:
-            return functional_call(self.model, {**fixed, **parameters}, (sample[None],))[0]
+        def outputs(parameters: dict[str, Tensor], sample: Tensor, probe: Tensor | None) -> Tensor:
+            logits = functional_call(self.model, {**fixed, **parameters}, (sample[None],))[0]
+            return logits if probe is None else logits @ probe.to(logits)
 
         free = {name: self.parameters[name] for name in names}
-        jacobians = vmap(jacrev(logits), (None, 0))(free, x)
+        jacobians = vmap(jacrev(outputs), (None, 0, None if probes is None else 0))(free, x, probes)
         return torch.cat([jacobians[name].flatten(2).detach() for name in names], 2)
 
-    def _features(self, logits: Tensor, head: tuple[str, ...], mode: _PerSample) -> Tensor:
+    def _features(self, logits: Tensor, head: tuple[str, ...], mode: PerSample) -> Tensor:
         """The head's input, with a 1 appended for its bias: one column a tuned parameter and class."""
         if not head:
             return logits.new_empty(len(logits), 0)

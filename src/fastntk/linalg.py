@@ -1,4 +1,4 @@
-"""Symmetric matrices: products at half the arithmetic, ridge inverses, and two Krylov methods."""
+"""Symmetric matrices: products and inverses at the rate of matrix products, and two Krylov methods."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,12 @@ from torch import Tensor
 
 from fastntk.errors import InputError
 
-_BLOCK = 2048
+_BLOCK = 512
+
+
+def _halves(size: int) -> int:
+    """Where to split a matrix in two: near the middle, at a multiple of the block."""
+    return (size // 2 + _BLOCK - 1) // _BLOCK * _BLOCK
 
 
 def add_product_(
@@ -17,38 +22,86 @@ def add_product_(
     right: Float[Tensor, "n k"],
     sign: int = 1,
 ) -> Float[Tensor, "n n"]:
-    """``matrix += sign * left right'`` in place, for a product known to be symmetric: blocks on and below the diagonal
-    are multiplied, the others mirrored. The product is taken in the dtype of the factors."""
-    for start in range(0, len(matrix), _BLOCK):
-        rows = slice(start, start + _BLOCK)
-        block = left[rows] @ right[: rows.stop].T
-        matrix[rows, : rows.stop] += block if sign > 0 else -block
-        matrix[:start, rows] = matrix[rows, :start].T
+    """The lower triangle of ``matrix += sign * left right'``, in place, for a product known to be symmetric.
+
+    Square blocks below the diagonal are multiplied, halving the arithmetic; what lies above the diagonal is left
+    undefined (see ``mirror_``). The product is taken in the dtype of the factors.
+    """
+    if len(matrix) <= _BLOCK:
+        return _add(matrix, left, right, sign)
+    half = _halves(len(matrix))
+    add_product_(matrix[:half, :half], left[:half], right[:half], sign)
+    _add(matrix[half:, :half], left[half:], right[:half], sign)
+    add_product_(matrix[half:, half:], left[half:], right[half:], sign)
     return matrix
 
 
-def ridge_inverse(matrix: Float[Tensor, "n n"], ridge: float) -> Float[Tensor, "n n"]:
-    """``(matrix + ridge I)^-1`` for a positive semidefinite matrix, by Cholesky. ``ridge`` is a total.
+def _add(block: Tensor, left: Tensor, right: Tensor, sign: int) -> Tensor:
+    if block.dtype == left.dtype:
+        return block.addmm_(left, right.T, alpha=sign)
+    return block.add_(left @ right.T, alpha=sign)
+
+
+def mirror_(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    """Copy the lower triangle over the upper one, in place."""
+    for start in range(0, len(matrix), _BLOCK):
+        rows = slice(start, start + _BLOCK)
+        matrix[:start, rows] = matrix[rows, :start].T
+        square = matrix[rows, rows]
+        square.copy_(square.tril() + square.tril(-1).T)
+    return matrix
+
+
+def invert_(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    """The inverse of a positive definite matrix, in place; only its lower triangle is read.
+
+    ``L L' = matrix`` by Cholesky, then ``W = L^-1`` and ``W'W`` by halves, where all but small blocks is matrix
+    products: LAPACK's own routine for the latter two runs at a fraction of their rate. Beside the matrix itself, half
+    its size is needed for a while.
 
     Raises:
-        InputError: the shifted matrix is not positive definite in floating point.
+        InputError: the matrix is not positive definite in floating point.
     """
-    return torch.cholesky_inverse(cholesky(matrix, ridge))
-
-
-def cholesky(matrix: Float[Tensor, "n n"], ridge: float) -> Float[Tensor, "n n"]:
-    """The lower Cholesky factor of ``matrix + ridge I``. Raises like ``ridge_inverse``."""
-    shifted = matrix.clone()
-    shifted.diagonal().add_(ridge)
-    factor, info = torch.linalg.cholesky_ex(
-        shifted, out=(shifted, torch.empty(0, dtype=torch.int32, device=matrix.device))
-    )
+    info = torch.empty(0, dtype=torch.int32, device=matrix.device)
+    _, info = torch.linalg.cholesky_ex(matrix, out=(matrix, info))
     if info != 0:
         raise InputError(
-            f"the Gram matrix plus the ridge {ridge:.3g} is not positive definite in floating point. Use a larger "
-            "ridge, or 'auto'."
+            "the Gram matrix plus the ridge is not positive definite in floating point. Use a larger ridge, 'auto', or "
+            "float64 sums."
         )
-    return factor
+    return mirror_(_square_(_invert_triangle_(matrix)))
+
+
+def _invert_triangle_(lower: Tensor) -> Tensor:
+    """The inverse of a lower triangle with zeros above it; that of ``[[A, 0], [B, D]]`` is
+    ``[[A^-1, 0], [-D^-1 B A^-1, D^-1]]``."""
+    if len(lower) <= _BLOCK:
+        eye = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+        return lower.copy_(torch.linalg.solve_triangular(lower, eye, upper=False))
+    half = _halves(len(lower))
+    first, below, last = lower[:half, :half], lower[half:, :half], lower[half:, half:]
+    right = below @ _invert_triangle_(first)
+    below.copy_((_invert_triangle_(last) @ right).neg_())
+    return lower
+
+
+def _square_(lower: Tensor) -> Tensor:
+    """The lower triangle of ``W'W`` for a lower triangle W: ``[[A'A + B'B, .], [D'B, D'D]]``."""
+    if len(lower) <= _BLOCK:
+        return lower.copy_(lower.T @ lower)
+    half = _halves(len(lower))
+    first, below, last = lower[:half, :half], lower[half:, :half], lower[half:, half:]
+    add_product_(_square_(first), below.T, below.T)
+    below.copy_(last.T @ below)
+    _square_(last)
+    return lower
+
+
+def ridge_inverse(matrix: Float[Tensor, "n n"], ridge: float) -> Float[Tensor, "n n"]:
+    """``(matrix + ridge I)^-1`` for a positive semidefinite matrix. ``ridge`` is a total. Raises like ``invert_``."""
+    shifted = matrix.clone()
+    shifted.diagonal().add_(ridge)
+    return invert_(shifted)
 
 
 def conjugate_gradients(
@@ -89,18 +142,20 @@ def lanczos(
     ``f(operator) start`` is approximated by ``|start| Q f(T) e_1``, with an error that falls fast with the number of
     steps, m <= ``steps``. The basis is orthogonalised in full.
     """
-    basis, projected = [start / start.norm()], []
-    for _ in range(min(steps, len(start))):
-        image = apply(basis[-1])
-        stacked = torch.stack(basis)
-        coefficients = stacked @ image
-        projected.append(coefficients)
-        image = image - stacked.T @ coefficients
-        image = image - stacked.T @ (stacked @ image)
-        if float(image.norm()) <= 1e-10 * float(projected[0].norm()):
+    steps = min(steps, len(start))
+    basis, projected = start.new_empty(steps, len(start)), start.new_zeros(steps, steps)
+    basis[0] = start / start.norm()
+    size = 0
+    while size < steps:
+        image = apply(basis[size])
+        size += 1
+        for _ in range(2):  # once more, for what rounding left
+            coefficients = basis[:size] @ image
+            projected[:size, size - 1] += coefficients
+            image = image - basis[:size].T @ coefficients
+        if float(image.norm()) <= 1e-10 * float(projected[0, 0].abs()):
             break
-        basis.append(image / image.norm())
-    size = len(projected)
-    upper = torch.stack([torch.nn.functional.pad(column, (0, size - len(column))) for column in projected], 1)
-    lower = upper.triu(1).T
-    return torch.stack(basis[:size], 1), upper.triu() + lower
+        if size < steps:
+            basis[size] = image / image.norm()
+    upper = projected[:size, :size].triu()
+    return basis[:size].T, upper + upper.triu(1).T

@@ -5,26 +5,32 @@ of the linear problem over all samples that are still in it. Forgetting takes sa
 ones are not computed again.
 """
 
-import hashlib
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 
-from fastntk.certificate import Certificate, departure, rms
+from fastntk.certificate import Certificate, changes, rms
 from fastntk.errors import InputError
-from fastntk.files import read_tensors, write_tensors
-from fastntk.jacobian import Jacobian, Layout, PerSampleJacobian
+from fastntk.files import digest, read_tensors, write_tensors
+from fastntk.jacobian import Layout, PerSampleJacobian
+from fastntk.linearised import Linearised
 from fastntk.loss import SquaredLoss
-from fastntk.plan import Form
+from fastntk.matrix_free import GramOperator, MatrixFreeSolution
+from fastntk.planning import Form
+from fastntk.probes import ClassProbes
 from fastntk.ridge import Calibration
-from fastntk.statistics import Rows, stream
-from fastntk.step import DualSolution, PrimalSolution, Solution
+from fastntk.statistics import Rows
+from fastntk.step import DualSolution, PrimalSolution
+
+Solution = PrimalSolution | DualSolution | MatrixFreeSolution
+"""The linear problem over the samples that are left, solved, in one of its forms."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +57,7 @@ class Memory:
 
     def __init__(
         self,
-        model: nn.Module,
-        train: Dataset,
-        loss: SquaredLoss,
-        jacobian: PerSampleJacobian,
-        layout: Layout,
+        linearised: Linearised,
         solution: Solution,
         calibration: Calibration | None,
         present: Bool[Tensor, " samples"],
@@ -63,12 +65,28 @@ class Memory:
         probe: int,
         vector: Float[Tensor, " p"] | None = None,
     ) -> None:
-        self.model, self.train, self.loss = model, train, loss
-        self.solution, self.calibration, self.present = solution, calibration, present
+        self.linearised, self.solution, self.calibration, self.present = linearised, solution, calibration, present
         self._order, self._probe = order, probe
-        self._jacobian, self._layout = jacobian, layout
-        self.anchor = jacobian.parameters
-        self._vector = layout.flatten(self.anchor) if vector is None else vector
+        self._vector = self._layout.flatten(self.anchor) if vector is None else vector
+
+    @property
+    def model(self) -> nn.Module:
+        """The fitted model; its tuned parameters may have moved since."""
+        return self.linearised.jacobian.model
+
+    @property
+    def train(self) -> Dataset:
+        """The training set, whose indices are the ids."""
+        return self.linearised.train
+
+    @property
+    def anchor(self) -> dict[str, Tensor]:
+        """``theta*``: the tuned parameters of the fitted model, where it is linearised."""
+        return self.linearised.jacobian.parameters
+
+    @property
+    def _layout(self) -> Layout:
+        return self.linearised.layout
 
     @property
     def ridge(self) -> float:
@@ -82,7 +100,7 @@ class Memory:
 
     @property
     def form(self) -> Form:
-        """``"primal"`` (p x p) or ``"dual"`` (nC x nC)."""
+        """``"primal"`` (p x p), ``"dual"`` (nC x nC) or ``"matrix-free"``."""
         return self.solution.form
 
     @property
@@ -102,11 +120,12 @@ class Memory:
         """
         started = time.perf_counter()
         positions = self._positions(ids)
-        rows, answer, change = self._answer(positions, started)
-        if len(positions):
-            self.solution.leave(rows, positions)
+        removal = self.solution.removal(positions, self.rows) if len(positions) else None
+        answer = self._answer(positions, removal.change if removal else None, started)
+        if removal:
+            self.solution.remove_(removal)
             self.present[positions] = False
-            self._vector = self._vector + change
+            self._vector = self._vector + removal.change
         return answer
 
     def preview(self, ids: Iterable[int], *, ridge: float | None = None) -> Forgotten:
@@ -116,7 +135,13 @@ class Memory:
         by the memory's own solution.
         """
         started = time.perf_counter()
-        return self._answer(self._positions(ids), started, ridge)[1]
+        positions, change = self._positions(ids), None
+        if len(positions) and (ridge is None or ridge == self.ridge):
+            change = self.solution.removal(positions, self.rows).change
+        elif len(positions) and ridge is not None:
+            step = self.resolve(positions, self.displacement, ridge)
+            change = step - self.resolve(positions[:0], self.displacement, ridge)
+        return self._answer(positions, change, started, ridge)
 
     def save(self, path: Path) -> None:
         """Write the memory to one file, whole or not at all.
@@ -131,46 +156,42 @@ class Memory:
             "present": self.present,
             "order": self._order,
         }
+        linearised = self.linearised
         record = {
             "form": self.form,
             "ridge": self.ridge,
             "probe": self._probe,
-            "loss": asdict(self.loss),
+            "loss": asdict(linearised.loss),
+            "precision": linearised.precision,
+            "batch_size": linearised.batch_size,
+            "class_probes": asdict(linearised.probes) if linearised.probes else None,
             "calibration": asdict(self.calibration) if self.calibration else None,
             "layout": {name: list(getattr(self._layout, name)) for name in ("fast", "slow", "head")},
             "names": list(self.anchor),
-            "model": digest(self.model, self.anchor),
+            "model": _frozen(self.model, self.anchor),
         }
         write_tensors(path, tensors, record)
 
-    def _answer(self, positions: Tensor, started: float, ridge: float | None = None) -> tuple[Rows, Forgotten, Tensor]:
-        rows = self.rows(positions)
-        if not len(positions):
-            change = torch.zeros_like(self._vector)
-        elif ridge is None or ridge == self.ridge:
-            change = self.solution.difference(rows, positions)
-        else:
-            step = self.resolve(positions, self.displacement, ridge)
-            change = step - self.resolve(positions[:0], self.displacement, ridge)
+    def _answer(
+        self, positions: Tensor, change: Tensor | None, started: float, ridge: float | None = None
+    ) -> Forgotten:
+        """The answer that a change of the parameters (None: none) gives."""
+        change = torch.zeros_like(self._vector) if change is None else change
         parameters = self._layout.unflatten(self._vector + change, self.anchor)
-        certificate = self._certify(rows.jacobian, positions, change, parameters, ridge or self.ridge)
-        return rows, Forgotten(parameters, time.perf_counter() - started, certificate), change
+        certificate = self._certify(positions, change, parameters, ridge or self.ridge)
+        return Forgotten(parameters, time.perf_counter() - started, certificate)
 
     def resolve(self, positions: Tensor, displacement: Tensor, ridge: float) -> Float[Tensor, " p"]:
         """``s(R)`` without the samples at ``positions``, solved anew; with a displacement of zeros, Golatkar's step."""
-        return self.solution.resolve(self.rows(positions), positions, displacement, ridge)
+        return self.solution.resolve(positions, self.rows, displacement, ridge)
 
     def assemble(self, change: Float[Tensor, " p"]) -> dict[str, Tensor]:
         """The current parameters moved by ``change``."""
         return self._layout.unflatten(self._vector + change, self.anchor)
 
     def rows(self, positions: Int[Tensor, " some"]) -> Rows:
-        """The Jacobians and residuals, at the anchor, of the samples at ``positions``: stored (dual) or computed."""
-        if isinstance(self.solution, DualSolution):
-            return self.solution.rows[positions]
-        wanted = positions if len(positions) else self._order[:1]
-        computed = Rows.of(stream(self._jacobian, Subset(self.train, wanted.tolist()), self.loss, 64, "Jacobians"))
-        return computed[: len(positions)]
+        """The Jacobians and residuals, at the anchor, of the samples at ``positions``, computed now."""
+        return self.linearised.rows(positions.tolist())
 
     def _positions(self, ids: Iterable[int]) -> Int[Tensor, " some"]:
         """The request as indices, checked."""
@@ -189,22 +210,21 @@ class Memory:
         return torch.tensor(sorted(wanted), dtype=torch.long)
 
     def _certify(
-        self, forgotten: Jacobian, positions: Tensor, change: Tensor, parameters: Mapping[str, Tensor], ridge: float
+        self, positions: Tensor, change: Tensor, parameters: Mapping[str, Tensor], ridge: float
     ) -> Certificate:
         staying = self.present[self._order] & ~torch.isin(self._order, positions)
         retained = self._order[staying][: self._probe]
-        size = rms(forgotten.matvec(change))
-
-        def relative(samples: Tensor, jacobian: Jacobian) -> float:
-            subset = Subset(self.train, samples.tolist())
-            return departure(self.model, subset, jacobian, change, self.parameters, parameters) / size if size else 0.0
-
+        moved = partial(changes, self.linearised, change=change, before=self.parameters, after=parameters)
+        predicted, actual = moved(positions.tolist())
+        size = rms(predicted)
+        expected, seen = moved(retained.tolist()) if size else (predicted, actual)
         return Certificate(
             forgotten=len(positions),
             retained=int(self.present.sum()) - len(positions),
             ridge=ridge,
-            departure_forgotten=relative(positions, forgotten),
-            departure_retained=relative(retained, self.rows(retained).jacobian),
+            departure_forgotten=rms(actual - predicted) / size if size else 0.0,
+            departure_retained=rms(seen - expected) / size if size else 0.0,
+            residual=self.solution.residual,
         )
 
 
@@ -222,45 +242,38 @@ def load(path: Path | str, model: nn.Module, train: Dataset) -> Memory:
     tensors, record = read_tensors(Path(path))
     device = next(model.parameters()).device
     tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-    solution = _under(tensors, "solution.")
     anchor = {name: tensors[f"anchor.{name}"] for name in record["names"]}
-    if record["model"] != digest(model, anchor):
+    if record["model"] != _frozen(model, anchor):
         raise InputError(
             f"the memory {path} belongs to another model: the frozen weights differ. Open it with its own."
         )
     present = tensors["present"].cpu()
     if len(present) != len(train):  # type: ignore[arg-type]
         raise InputError(f"the memory {path} is of {len(present)} samples, the training set has {len(train)}.")  # type: ignore[arg-type]
-    layout = Layout(
-        **{name: tuple(names) for name, names in record["layout"].items()},
-        shapes={name: tensor.shape for name, tensor in anchor.items()},
-    )
-    make = PrimalSolution if record["form"] == "primal" else DualSolution
-    calibration = Calibration(**record["calibration"]) if record["calibration"] else None
-    return Memory(
-        model,
+    shapes = {name: tensor.shape for name, tensor in anchor.items()}
+    layout = Layout(**{name: tuple(names) for name, names in record["layout"].items()}, shapes=shapes)
+    linearised = Linearised(
+        PerSampleJacobian(model, anchor, layout),
         train,
         SquaredLoss(**record["loss"]),
-        PerSampleJacobian(model, anchor, layout),
-        layout,
-        make.from_tensors(solution, record["ridge"]),
-        calibration,
-        present,
-        tensors["order"].cpu(),
-        record["probe"],
-        tensors["vector"],
+        batch_size=record["batch_size"],
+        precision=record["precision"],
+        probes=ClassProbes(**record["class_probes"]) if record["class_probes"] else None,
+    )
+    parts = {name.removeprefix("solution."): tensor for name, tensor in tensors.items() if name.startswith("solution.")}
+    solution: Solution
+    if record["form"] == "matrix-free":
+        operator = GramOperator(linearised, present.nonzero()[:, 0].tolist())
+        solution = MatrixFreeSolution.from_tensors(parts, record["ridge"], operator)
+    else:
+        make = PrimalSolution if record["form"] == "primal" else DualSolution
+        solution = make.from_tensors(parts, record["ridge"])
+    calibration = Calibration(**record["calibration"]) if record["calibration"] else None
+    return Memory(
+        linearised, solution, calibration, present, tensors["order"].cpu(), record["probe"], tensors["vector"]
     )
 
 
-def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def digest(model: nn.Module, tuned: Mapping[str, Tensor]) -> str:
-    """A SHA-256 of everything in the model's state that is not tuned."""
-    state = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        if name not in tuned:
-            state.update(name.encode())
-            state.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return state.hexdigest()
+def _frozen(model: nn.Module, tuned: Mapping[str, Tensor]) -> str:
+    """A digest of everything in the model's state that is not tuned."""
+    return digest({name: tensor for name, tensor in model.state_dict().items() if name not in tuned})

@@ -1,22 +1,28 @@
 """The one pass over the training data."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from fastntk.data import checked
+from fastntk import distributed, probes
+from fastntk.collection import Checkpoint, collect_rows, collect_sums, key
 from fastntk.errors import InputError
-from fastntk.jacobian import Jacobian, PerSampleJacobian
+from fastntk.jacobian import PerSampleJacobian
+from fastntk.linearised import Linearised
 from fastntk.loss import SquaredLoss
-from fastntk.memory import Memory
-from fastntk.plan import Form, Plan, choose_form, free_bytes
+from fastntk.matrix_free import GramOperator, MatrixFreeSolution
+from fastntk.memory import Memory, Solution
+from fastntk.planning import Form, choose_form, free_bytes, workload
+from fastntk.probes import ClassProbes
 from fastntk.progress import busy
 from fastntk.ridge import Calibration, calibrate
-from fastntk.statistics import Rows, Sums, stream, total
-from fastntk.step import DualSolution, PrimalSolution, Solution
+from fastntk.statistics import Rows, Sums
+from fastntk.step import DualSolution, PrimalSolution
 from fastntk.tunable import snapshot, tuned
 
 log = logging.getLogger(__name__)
@@ -31,74 +37,135 @@ def prepare(
     form: str = "auto",
     loss: SquaredLoss = SquaredLoss(),
     batch_size: int = 64,
+    workers: int = 0,
+    dtype: torch.dtype = torch.float64,
+    precision: str = "full",
+    class_probes: int | None = None,
     probe: int = 64,
     seed: int = 0,
+    checkpoint: Path | None = None,
 ) -> Memory:
     """One pass over the training data, after which ``memory.forget`` needs only the forgotten samples.
 
     Denormal numbers are flushed to zero in this process from then on (``torch.set_flush_denormal``): on some processors
-    they make Jacobians ten times slower.
+    they make Jacobians ten times slower. In a job of several processes (``fastntk.distributed``) each takes its share
+    of the samples, and all end with the same memory.
 
     Args:
         model: fitted, in eval mode, with the tuned parameters requiring gradients. It is not changed.
         train: the map-style dataset it was fitted to; a sample's id is its index.
         initial: the tuned parameters before fitting, ``fit(...).initial``.
         ridge: the total L2 pull toward ``initial``, or ``"auto"``: see ``fastntk.ridge.calibrate``.
-        form: ``"primal"``, ``"dual"`` or ``"auto"``: see ``fastntk.plan.choose_form``.
+        form: ``"primal"``, ``"dual"``, ``"matrix-free"`` or ``"auto"``: see ``fastntk.planning.choose_form``.
         loss: the one it was fitted with.
-        batch_size: images a batch of Jacobians.
+        batch_size: images a batch of Jacobians, at most; fewer where a batch's Jacobians would take over 1 GiB.
+        workers: processes that read images ahead.
+        dtype: of the primal form's sums and products. ``torch.float32`` halves memory and time; what it costs in
+            accuracy is in docs/benchmarks.md.
+        precision: of the network's arithmetic, ``"full"``, ``"tf32"`` or ``"bf16"``: see ``fastntk.precision``.
+        class_probes: replace the C logits of each sample by this many random combinations: see ``fastntk.probes``.
+            The error of the Gram matrix is measured on the first samples and logged.
         probe: how many retained samples serve to check every request: the first ones that are still there, in an
             order drawn once.
-        seed: of that draw.
+        seed: of that draw, and of the class probes.
+        checkpoint: a folder for the primal form's partial sums. A preparation that was cut off and is called again
+            goes on from there. They are removed when the pass is complete.
 
     Raises:
         InputError: ``initial`` does not belong to the model, a layer is in training mode, the data are not fit for use,
-            or neither form fits into memory.
+            or no form fits into memory.
     """
     if ridge != "auto" and not (isinstance(ridge, float | int) and 0 < ridge < float("inf")):
         raise InputError(f"the ridge must be a positive number or 'auto', not {ridge!r}.")
     torch.set_flush_denormal(True)
     anchor = snapshot(tuned(model))
     _check_initial(initial, tuned(model))
-    if len(train) < 2:  # type: ignore[arg-type]
+    count = len(train)  # type: ignore[arg-type]
+    if count < 2:
         raise InputError("the training set needs at least 2 samples.")
-    jacobian = PerSampleJacobian(model, anchor)
-    device = next(iter(anchor.values())).device
-    image = checked(torch.as_tensor(train[0][0]))[None].to(device)
-    layout, count = jacobian.layout(image), len(train)  # type: ignore[arg-type]
-    plan = _plan(jacobian(image), count, free_bytes(device), form)
-    displacement = layout.flatten(anchor) - layout.flatten(initial)
-    statistics = _collect(stream(jacobian, train, loss, batch_size, "one pass over the training data"), plan.form)
-    solution, calibration = _solve(statistics, displacement, ridge)
+    draws = None if class_probes is None else ClassProbes(class_probes, seed)
+    linearised = Linearised(PerSampleJacobian(model, anchor), train, loss, batch_size, workers, precision, draws)
+    linearised, chosen = _planned(linearised, form, dtype)
+    displacement = linearised.layout.flatten(anchor) - linearised.layout.flatten(initial)
+    given = None if ridge == "auto" else float(ridge)
+    partial = Checkpoint(checkpoint, key(linearised, count, dtype)) if checkpoint and chosen == "primal" else None
+    solution, calibration = _solve(linearised, chosen, displacement, given, dtype, partial)
     present = torch.ones(count, dtype=torch.bool)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    return Memory(model, train, loss, jacobian, layout, solution, calibration, present, order, probe)
+    return Memory(linearised, solution, calibration, present, order, probe)
 
 
-def _solve(statistics: Sums | Rows, displacement: Tensor, ridge: float | str) -> tuple[Solution, Calibration | None]:
-    """The solution at the given ridge, or at the calibrated one."""
+def _planned(linearised: Linearised, form: str, dtype: torch.dtype) -> tuple[Linearised, Form]:
+    """The form to take, and the batches that fit; logged with the memory that they need."""
+    free = free_bytes(linearised.device)
+    plan = choose_form(workload(linearised, dtype), free, form)
+    log.info("%s form: up to %.1f GB of memory, of %.1f GB free", plan.form, plan.bytes / 1e9, free / 1e9)
+    if linearised.probes:
+        if plan.form == "matrix-free":
+            raise InputError("the matrix-free form has no use for class probes: it makes no backward pass a class.")
+        log.info("class probes: %s", _probe_error(linearised))
+    return replace(linearised, batch_size=plan.workload.batch_size), plan.form
+
+
+def _probe_error(linearised: Linearised) -> str:
+    """How far the probed Gram matrix is off, on a few samples, in words."""
+    ids = range(min(16, len(linearised.train)))  # type: ignore[arg-type]
+    exact, probed = replace(linearised, probes=None).rows(ids).jacobian, linearised.rows(ids).jacobian
+    return (
+        f"the Gram matrix of the first {len(ids)} samples is off by {probes.error(exact, probed):.0%} (Frobenius norm, "
+        "against all classes); the error falls with the square root of the number of samples"
+    )
+
+
+def _solve(
+    linearised: Linearised,
+    form: Form,
+    displacement: Tensor,
+    ridge: float | None,
+    dtype: torch.dtype,
+    checkpoint: Checkpoint | None,
+) -> tuple[Solution, Calibration | None]:
+    """The solution over all samples, at the given ridge or the calibrated one (None)."""
+    count = len(linearised.train)  # type: ignore[arg-type]
+    if form == "matrix-free":
+        operator = GramOperator(linearised, range(count))
+        return MatrixFreeSolution.of(operator, displacement, ridge, linearised.dtype)
+    statistics: Sums | Rows
+    if form == "dual":
+        statistics = collect_rows(linearised, count)
+    else:
+        statistics = collect_sums(linearised, count, dtype, checkpoint)
+    solved = _direct(statistics, displacement, ridge) if distributed.rank() == 0 else None
+    if checkpoint:
+        checkpoint.clear()
+    return solved if solved and not distributed.active() else _shared(solved, linearised.device)
+
+
+def _direct(statistics: Sums | Rows, displacement: Tensor, ridge: float | None) -> tuple[Solution, Calibration | None]:
+    """The solution of a linear problem whose statistics are complete."""
     kernel = statistics.kernel() if isinstance(statistics, Rows) else None
     with busy("choosing the ridge, solving"):
-        calibration = calibrate(statistics, displacement, kernel) if ridge == "auto" else None
-        total = calibration.ridge if calibration else float(ridge)
+        calibration = calibrate(statistics, displacement, kernel) if ridge is None else None
+        total = calibration.ridge if calibration else float(ridge or 0)
         if isinstance(statistics, Rows):
             return DualSolution.of(statistics, displacement, total, kernel), calibration
         return PrimalSolution.of(statistics, displacement, total), calibration
 
 
-def _plan(one: Jacobian, samples: int, free: int, form: str) -> Plan:
-    """The form to take, logged with its memory, given the Jacobian of one image."""
-    _, classes, rest = one.rest.shape
-    plan = choose_form(samples, classes, rest, one.features.shape[1], free, form, one.rest.element_size())
-    log.info("%s form: up to %.1f GB of memory, of %.1f GB free", plan.form, plan.bytes / 1e9, free / 1e9)
-    return plan
-
-
-def _collect(batches: Iterable[tuple[Jacobian, Tensor]], form: Form) -> Sums | Rows:
-    """The statistics of a set, streamed (primal) or stored (dual)."""
-    if form == "dual":
-        return Rows.of(batches)
-    return total(Sums.of(j, r) for j, r in batches)
+def _shared(
+    solved: tuple[Solution, Calibration | None] | None, device: torch.device
+) -> tuple[Solution, Calibration | None]:
+    """What the first process solved, for every process."""
+    parcel, tensors = None, {}
+    if solved:
+        solution, calibration = solved
+        tensors = {name: tensor.contiguous() for name, tensor in solution.tensors().items()}
+        parcel = type(solution), solution.ridge, calibration, {n: (t.shape, t.dtype) for n, t in tensors.items()}
+    make, ridge, calibration, kinds = distributed.shared(parcel)
+    if not solved:
+        tensors = {name: torch.empty(shape, dtype=kind, device=device) for name, (shape, kind) in kinds.items()}
+    distributed.share_(tensors.values())
+    return make.from_tensors(tensors, ridge), calibration
 
 
 def _check_initial(initial: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from fastntk.linalg import lanczos
 from fastntk.statistics import Rows, Sums
 
-_STEPS = 120
+STEPS = 120
 _FACTORS = torch.logspace(-4, 2, 601, dtype=torch.float64)
 
 
@@ -59,15 +59,37 @@ def calibrate(
     if isinstance(statistics, Rows):
         matrix = statistics.kernel() if kernel is None else kernel
         moved, rows = statistics.jacobian.matvec(displacement).flatten(), statistics.residual.numel()
-        basis, projected = lanczos(lambda v: matrix @ v, statistics.residual.double().flatten() + moved, _STEPS)
+        basis, projected = lanczos(lambda v: matrix @ v, statistics.residual.double().flatten() + moved, STEPS)
         start = basis.T @ (statistics.residual.double().flatten() + moved)
         square, power, cross = moved.square().sum(), 2, projected @ (basis.T @ moved)
     else:
-        image, rows = statistics.matvec(displacement), int(statistics.count) * statistics.cross.shape[1]
-        basis, projected = lanczos(statistics.matvec, statistics.rhs + image, _STEPS)
+        image, rows = statistics.matvec(displacement), int(statistics.count) * len(statistics.cross)
+        basis, projected = lanczos(statistics.matvec, statistics.rhs + image, STEPS)
         start = basis.T @ (statistics.rhs + image)
         square, power, cross = displacement @ image, 1, basis.T @ image
-    ridges = _FACTORS.to(start) * statistics.trace / rows
+    return closest_outputs(projected, start, cross, square, power, statistics.trace / rows)
+
+
+def closest_outputs(
+    projected: Float[Tensor, "m m"],
+    start: Float[Tensor, " m"],
+    cross: Float[Tensor, " m"],
+    square: Float[Tensor, ""],
+    power: int,
+    scale: float,
+) -> Calibration:
+    """The ridge that minimises ``a(ridge)' M^power a(ridge) - 2 a(ridge)'cross + square``, where
+    ``a = (M + ridge I)^-1 start``.
+
+    Args:
+        projected: M, the kernel or Gram matrix in a Krylov space.
+        start: ``r + J u`` (kernel, ``power`` 2) or ``b + G u`` (Gram matrix, ``power`` 1) in that space.
+        cross: ``K J u`` or ``G u`` there.
+        square: ``|J u|^2``.
+        power: of M in the quadratic term.
+        scale: the kernel's mean diagonal, in whose multiples ridges are tried.
+    """
+    ridges = _FACTORS.to(start) * scale
     values, vectors = torch.linalg.eigh(projected)
     solved = (vectors.T @ start) / (values + ridges[:, None])
     misses = (solved.square() * values**power).sum(1) - 2 * solved @ (vectors.T @ cross) + square

@@ -1,6 +1,6 @@
 """What a set of samples contributes to the unlearning step: additive, so that sets can be streamed and subtracted.
 
-Two forms carry the same information about a set S. ``Sums`` holds the p x p Gram matrix ``G_S = sum J_i'J_i`` and
+Two forms carry the same information about a set S. ``Sums`` holds the Gram matrix ``G_S = sum J_i'J_i`` and
 ``b_S = sum J_i'r_i`` and does not grow with the number of samples; ``Rows`` holds every ``J_i`` and ``r_i`` and does
 not grow with p squared. ``Sums`` add up entry by entry, ``Rows`` by concatenation.
 """
@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from fastntk.data import batches, checked
-from fastntk.jacobian import Jacobian, PerSampleJacobian, concatenate
-from fastntk.linalg import add_product_
-from fastntk.loss import SquaredLoss
+from fastntk.jacobian import Jacobian, concatenate
+from fastntk.linalg import add_product_, mirror_
 from fastntk.progress import track
 
+# Rows that are multiplied at once: enough for the products to run at full rate.
+ROWS = 2048
 # The kernel's products run in the Jacobian's own dtype, over this many parameters at a time, and add up in float64.
 _COLUMNS = 4096
 
@@ -29,29 +28,57 @@ class Sums:
     """The sums over a set of samples that the primal step needs. ``+`` and ``-`` act on every field.
 
     The head's blocks keep their structure: head-head is ``I_C (x) head`` and rest-head is C products, none of whose
-    zeros are stored.
+    zeros are stored. Products are taken and added up in the dtype of the fields, float64 unless asked otherwise.
     """
 
     rest: Float[Tensor, "rest rest"]
-    cross: Float[Tensor, "rest classes features"]
+    cross: Float[Tensor, "classes rest features"]
     head: Float[Tensor, "features features"]
     rhs: Float[Tensor, " p"]
     square: Float[Tensor, ""]
     count: Int[Tensor, ""]
 
     @classmethod
+    def zero(cls, like: Jacobian, dtype: torch.dtype = torch.float64) -> "Sums":
+        """The sums over no samples, for Jacobians of the sizes of ``like``; vectors are float64 in any case."""
+        _, classes, rest = like.rest.shape
+        features = like.features.shape[1]
+        zeros = like.rest.new_zeros
+        return cls(
+            rest=zeros(rest, rest, dtype=dtype),
+            cross=zeros(classes, rest, features, dtype=dtype),
+            head=zeros(features, features, dtype=dtype),
+            rhs=zeros(like.size, dtype=torch.float64),
+            square=zeros((), dtype=torch.float64),
+            count=zeros((), dtype=torch.long),
+        )
+
+    @classmethod
     def of(cls, jacobian: Jacobian, residual: Float[Tensor, "batch classes"]) -> "Sums":
         """The sums of one batch: ``rhs = sum J'r`` and ``square = sum |r|^2`` with ``residual`` r, in float64."""
-        j, h = jacobian.rest, jacobian.features
-        rows = j.flatten(0, 1)
-        return cls(
-            rest=(rows.T @ rows).double(),
-            cross=torch.einsum("ncq,nf->qcf", j, h).double(),
-            head=(h.T @ h).double(),
-            rhs=jacobian.rmatvec(residual).double(),
-            square=residual.double().square().sum(),
-            count=torch.tensor(len(j)),
-        )
+        return cls.zero(jacobian).observe_(jacobian, residual).complete_()
+
+    def observe_(self, jacobian: Jacobian, residual: Float[Tensor, "batch classes"], sign: int = 1) -> "Sums":
+        """Add a batch (or take it away again, with a ``sign`` of -1), in place.
+
+        Of the symmetric blocks only the lower triangles are brought up to date: ``complete_`` does the rest.
+        """
+        j, h = jacobian.rest.to(self.rest.dtype), jacobian.features.to(self.rest.dtype)
+        rows = j.flatten(0, 1).T
+        add_product_(self.rest, rows, rows, sign)
+        for c, block in enumerate(self.cross if h.numel() else ()):
+            block.addmm_(j[:, c].T, h, alpha=sign)
+        add_product_(self.head, h.T, h.T, sign)
+        self.rhs.add_(jacobian.rmatvec(residual.double()), alpha=sign)
+        self.square.add_(residual.double().square().sum(), alpha=sign)
+        self.count.add_(sign * len(j))
+        return self
+
+    def complete_(self) -> "Sums":
+        """Mirror the lower triangles of the symmetric blocks, in place, once all batches are in."""
+        mirror_(self.rest)
+        mirror_(self.head)
+        return self
 
     def __add__(self, other: "Sums") -> "Sums":
         return Sums(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
@@ -60,30 +87,33 @@ class Sums:
         return Sums(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
 
     def add_(self, other: "Sums") -> "Sums":
-        """``+`` in place, for streaming."""
+        """``+`` in place."""
         for f in fields(self):
             getattr(self, f.name).add_(getattr(other, f.name))
         return self
 
     def gram(self) -> Float[Tensor, "p p"]:
-        """``G`` written out: ``[[rest, cross], [cross', I_C (x) head]]``."""
-        classes = self.cross.shape[1]
-        cross = self.cross.flatten(1)
+        """``G`` written out, zeros included: ``[[rest, cross], [cross', I_C (x) head]]``. Large; for inspection."""
+        classes = len(self.cross)
+        cross = self.cross.transpose(0, 1).flatten(1)
         head = torch.block_diag(*[self.head] * classes) if self.head.numel() else self.head
         return torch.cat([torch.cat([self.rest, cross], 1), torch.cat([cross.T, head], 1)], 0)
 
     def matvec(self, vector: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
         """``G v`` from the blocks."""
-        rest, classes, features = self.cross.shape
-        cross = self.cross.flatten(1)
-        upper, lower = vector[:rest], vector[rest:]
-        head = (lower.view(classes, features) @ self.head).flatten()
-        return torch.cat([self.rest @ upper + cross @ lower, cross.T @ upper + head])
+        classes, rest, features = self.cross.shape
+        v = vector.to(self.rest.dtype)
+        upper, lower = v[:rest], v[rest:].view(classes, features)
+        first = self.rest @ upper
+        if features:
+            first = first + torch.einsum("cqf,cf->q", self.cross, lower)
+        second = torch.einsum("cqf,q->cf", self.cross, upper) + lower @ self.head
+        return torch.cat([first, second.flatten()]).to(vector.dtype)
 
     @property
     def trace(self) -> float:
         """``tr G = sum |J_i|^2``."""
-        return float(self.rest.trace() + self.cross.shape[1] * self.head.trace())
+        return float(self.rest.trace() + len(self.cross) * self.head.trace())
 
 
 @dataclass(frozen=True)
@@ -117,6 +147,7 @@ class Rows:
         for columns in track(rest.split(_COLUMNS, 1), "kernel"):
             columns = columns.contiguous()
             add_product_(kernel, columns, columns)
+        mirror_(kernel)
         head = (features @ features.T).double()
         for c in range(classes):
             kernel[c::classes, c::classes] += head
@@ -130,24 +161,29 @@ class Rows:
         return float(squares + classes * self.jacobian.features.square().sum(dtype=torch.float64))
 
 
-def total(parts: Iterable[Sums]) -> Sums:
-    """The sum of many, added up in the first one's place, so that two exist at a time."""
-    iterator = iter(parts)
-    result = next(iterator)
-    for part in iterator:
-        result.add_(part)
-    return result
+def accumulate(batches: Iterable[tuple[Jacobian, Tensor]], sums: Sums) -> Sums:
+    """Add Jacobians and residuals to ``sums``, in place, put together until their products run at full rate.
 
-
-def stream(
-    jacobian: PerSampleJacobian, samples: Dataset, loss: SquaredLoss, batch_size: int, description: str
-) -> Iterator[tuple[Jacobian, Tensor]]:
-    """The Jacobian and residual of every sample, batch by batch.
-
-    Raises:
-        InputError: a pixel is not finite, or a label is outside the classes.
+    ``complete_`` must follow once all are in.
     """
-    device = next(iter(jacobian.parameters.values())).device
-    for images, labels in track(batches(samples, batch_size), description):
-        batch = jacobian(checked(images).to(device))
-        yield batch, loss.residual(batch.logits, labels.to(device))
+    for jacobian, residual in grouped(batches):
+        sums.observe_(jacobian, residual)
+    return sums
+
+
+def grouped(batches: Iterable[tuple[Jacobian, Tensor]], rows: int = ROWS) -> Iterator[tuple[Jacobian, Tensor]]:
+    """The batches put together to at least ``rows`` rows (samples times classes) each, but for the last."""
+    waiting: list[tuple[Jacobian, Tensor]] = []
+    for batch in batches:
+        waiting.append(batch)
+        if sum(residual.numel() for _, residual in waiting) >= rows:
+            yield _joined(waiting)
+            waiting = []
+    if waiting:
+        yield _joined(waiting)
+
+
+def _joined(batches: list[tuple[Jacobian, Tensor]]) -> tuple[Jacobian, Tensor]:
+    if len(batches) == 1:
+        return batches[0]
+    return concatenate([jacobian for jacobian, _ in batches]), torch.cat([residual for _, residual in batches])

@@ -21,31 +21,16 @@ to the summed loss. Source: Golatkar et al. 2020 (arXiv 2003.02960) for the step
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastntk.jacobian import Jacobian
-from fastntk.linalg import add_product_, cholesky, conjugate_gradients, ridge_inverse
+from fastntk.linalg import add_product_, conjugate_gradients, invert_, mirror_, ridge_inverse
+from fastntk.removal import Removal, RowsOf
 from fastntk.statistics import Rows, Sums
-
-
-def primal_step(sums: Sums, displacement: Float[Tensor, " p"], ridge: float) -> Float[Tensor, " p"]:
-    """``s(S) = (G_S + ridge I)^-1 (b_S - ridge u)`` with ``displacement`` u (zeros: Golatkar's step)."""
-    rhs = sums.rhs - ridge * displacement
-    return torch.cholesky_solve(rhs[:, None], cholesky(sums.gram(), ridge))[:, 0]
-
-
-def dual_step(
-    rows: Rows, displacement: Float[Tensor, " p"], ridge: float, kernel: Float[Tensor, "rows rows"] | None = None
-) -> Float[Tensor, " p"]:
-    """``s(S) = J_S' (K_S + ridge I)^-1 (r_S + J_S u) - u``; ``kernel`` is ``K_S`` where it is known already."""
-    kernel = rows.kernel() if kernel is None else kernel
-    target = targets(rows, displacement)
-    coefficients = torch.cholesky_solve(target[:, None], cholesky(kernel, ridge))[:, 0]
-    return rows.jacobian.rmatvec(coefficients.view_as(rows.residual)) - displacement
 
 
 def targets(rows: Rows, displacement: Float[Tensor, " p"]) -> Float[Tensor, " rows"]:
@@ -55,72 +40,118 @@ def targets(rows: Rows, displacement: Float[Tensor, " p"]) -> Float[Tensor, " ro
 
 @dataclass
 class PrimalSolution:
-    """``B`` and ``s(S)`` for a set S that samples leave; the size does not depend on S.
+    """``B = (G_S + ridge I)^-1`` and ``s(S)`` for a set S that samples leave; the size does not depend on S.
+
+    G consists of blocks: R (rest), X_c (rest by the head's inputs, one a class) and ``I_C (x) H`` (head). B is kept as
+    the inverses of ``H + ridge I`` and of the Schur complement ``R + ridge I - sum_c X_c (H + ridge I)^-1 X_c'``, which
+    is B's own block for the rest. So the head's C^2 blocks are never written out, and products with B go through X_c.
 
     Attributes:
         sums: of S.
         displacement: ``u``.
         ridge: a total.
-        inverse: ``B = (G_S + ridge I)^-1``.
+        inverse: of the Schur complement.
+        head_inverse: ``(H + ridge I)^-1``.
         step: ``s(S)``.
     """
 
     form: ClassVar[Literal["primal"]] = "primal"
+    residual: ClassVar[None] = None
     sums: Sums
     displacement: Float[Tensor, " p"]
     ridge: float
-    inverse: Float[Tensor, "p p"]
+    inverse: Float[Tensor, "rest rest"]
+    head_inverse: Float[Tensor, "features features"]
     step: Float[Tensor, " p"]
 
     @classmethod
     def of(cls, sums: Sums, displacement: Float[Tensor, " p"], ridge: float) -> "PrimalSolution":
         """Solve for the set that ``sums`` are over."""
-        inverse = ridge_inverse(sums.gram(), ridge)
-        return cls(sums, displacement, ridge, inverse, inverse @ (sums.rhs - ridge * displacement))
+        head_inverse = ridge_inverse(sums.head, ridge)
+        inverse = sums.rest.clone()
+        inverse.diagonal().add_(ridge)
+        for block in sums.cross if head_inverse.numel() else ():
+            add_product_(inverse, block @ head_inverse, block, -1)
+        solution = cls(sums, displacement, ridge, invert_(inverse), head_inverse, torch.zeros_like(displacement))
+        rhs = sums.rhs - ridge * displacement
+        for _ in range(2):  # the second time takes off the rounding of the first
+            solution.step += solution.solve((rhs - solution._apply(solution.step))[:, None])[:, 0]
+        return solution
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything but the ridge, by name."""
         sums = {f"sums.{field.name}": getattr(self.sums, field.name) for field in fields(Sums)}
-        return {**sums, "displacement": self.displacement, "inverse": self.inverse, "step": self.step}
+        return {**sums, **{name: getattr(self, name) for name in ("displacement", "inverse", "head_inverse", "step")}}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], ridge: float) -> "PrimalSolution":
         """The reverse of ``tensors``."""
         sums = Sums(*(tensors[f"sums.{field.name}"] for field in fields(Sums)))
-        return cls(sums, tensors["displacement"], ridge, tensors["inverse"], tensors["step"])
+        own = (tensors[name] for name in ("inverse", "head_inverse", "step"))
+        return cls(sums, tensors["displacement"], ridge, *own)
 
-    def difference(self, forgotten: Rows, positions: Int[Tensor, " samples"]) -> Float[Tensor, " p"]:
-        """``s(S - F) - s(S)`` for the samples F, changing nothing."""
-        return self._leave_out(forgotten)[0]
+    def _apply(self, vector: Tensor) -> Tensor:
+        """``(G + ridge I) v``."""
+        return self.sums.matvec(vector) + self.ridge * vector
 
-    def leave(self, forgotten: Rows, positions: Int[Tensor, " samples"]) -> Float[Tensor, " p"]:
-        """Take the samples F out of S, in place; returns ``s(S - F) - s(S)``."""
-        change, lifted, factor = self._leave_out(forgotten)
-        add_product_(self.inverse, lifted, torch.cholesky_solve(lifted.T, factor).T)
-        self.step += change
-        self.sums = self.sums - Sums.of(forgotten.jacobian, forgotten.residual)
-        return change
+    def solve(self, vectors: Float[Tensor, "p m"]) -> Float[Tensor, "p m"]:
+        """``B V``, in the dtype of the vectors."""
+        classes, rest, features = self.sums.cross.shape
+        v = vectors.to(self.inverse.dtype)
+        head = self.head_inverse @ v[rest:].view(classes, features, v.shape[1])
+        upper = self.inverse @ (v[:rest] - torch.einsum("cqf,cfm->qm", self.sums.cross, head))
+        head = head - self.head_inverse @ torch.einsum("cqf,qm->cfm", self.sums.cross, upper)
+        return torch.cat([upper, head.flatten(0, 1)]).to(vectors.dtype)
 
-    def _leave_out(self, forgotten: Rows) -> tuple[Tensor, Tensor, Tensor]:
-        """The change of the step, ``B J_F'``, and the Cholesky factor of ``I - J_F B J_F'``."""
-        jacobian = forgotten.jacobian.dense().flatten(0, 1).double()
-        lifted = self.inverse @ jacobian.T
-        factor = torch.linalg.cholesky(torch.eye(len(jacobian)).to(jacobian) - jacobian @ lifted)
-        error = (forgotten.residual.double() - forgotten.jacobian.matvec(self.step)).flatten()
-        return -lifted @ torch.cholesky_solve(error[:, None], factor)[:, 0], lifted, factor
+    def removal(self, positions: Int[Tensor, " samples"], rows: RowsOf) -> Removal:
+        """What taking the samples at ``positions`` out of S would change, changing nothing."""
+        forgotten = rows(positions)
+        jacobian = forgotten.jacobian
+        lifted = self._lift(jacobian)
+        core = torch.eye(lifted.shape[1]).to(lifted) - jacobian.matmat(lifted).flatten(0, 1)
+        factor = torch.linalg.cholesky(core)
+        error = (forgotten.residual.double() - jacobian.matvec(self.step)).flatten()
+        weights = torch.cholesky_solve(error[:, None].to(factor), factor)
+        return Removal(-(lifted @ weights)[:, 0].to(self.step), positions, forgotten, (lifted, factor))
+
+    def remove_(self, removal: Removal) -> None:
+        """Take the samples of a ``removal`` out of S, in place."""
+        lifted, factor = removal.low_rank
+        forgotten = cast(Rows, removal.forgotten)
+        upper = lifted[: len(self.inverse)]
+        add_product_(self.inverse, upper, torch.cholesky_solve(upper.T, factor).T)
+        mirror_(self.inverse)
+        self.step += removal.change
+        self.sums.observe_(forgotten.jacobian, forgotten.residual, -1).complete_()
+        self.head_inverse = ridge_inverse(self.sums.head, self.ridge)
+
+    def _lift(self, jacobian: Jacobian) -> Float[Tensor, "p rows"]:
+        """``B J'``. The head's part of J' has one block a class, ``h_i`` in the columns of that class."""
+        j, h = jacobian.rest.to(self.inverse.dtype), jacobian.features.to(self.inverse.dtype)
+        samples, classes, _ = j.shape
+        solved = self.head_inverse @ h.T
+        reduced = j.permute(2, 0, 1) - torch.einsum("cqf,fn->qnc", self.sums.cross, solved)
+        upper = self.inverse @ reduced.flatten(1)
+        head = -(self.head_inverse @ torch.einsum("cqf,qm->cfm", self.sums.cross, upper))
+        for c in range(classes):
+            head[c].view(len(solved), samples, classes)[:, :, c] += solved
+        return torch.cat([upper, head.flatten(0, 1)])
 
     def resolve(
-        self, forgotten: Rows, positions: Int[Tensor, " samples"], displacement: Float[Tensor, " p"], ridge: float
+        self, positions: Int[Tensor, " samples"], rows: RowsOf, displacement: Float[Tensor, " p"], ridge: float
     ) -> Float[Tensor, " p"]:
         """``s(S - F)`` for any displacement and ridge: conjugate gradients on the sums, preconditioned by ``B``."""
-        _, lifted, factor = self._leave_out(forgotten)
+        removal = self.removal(positions, rows)
+        lifted, factor = removal.low_rank
+        forgotten = cast(Rows, removal.forgotten)
         jacobian = forgotten.jacobian
 
         def apply(v: Tensor) -> Tensor:
             return self.sums.matvec(v) + ridge * v - jacobian.rmatvec(jacobian.matvec(v))
 
         def precondition(v: Tensor) -> Tensor:
-            return self.inverse @ v + lifted @ torch.cholesky_solve((lifted.T @ v)[:, None], factor)[:, 0]
+            low_rank = lifted @ torch.cholesky_solve(lifted.T @ v.to(lifted)[:, None], factor)
+            return self.solve(v[:, None])[:, 0] + low_rank[:, 0].to(v)
 
         rhs = self.sums.rhs - jacobian.rmatvec(forgotten.residual.to(self.step)) - ridge * displacement
         return conjugate_gradients(apply, rhs, precondition)
@@ -142,6 +173,7 @@ class DualSolution:
     """
 
     form: ClassVar[Literal["dual"]] = "dual"
+    residual: ClassVar[None] = None
     rows: Rows
     displacement: Float[Tensor, " p"]
     ridge: float
@@ -180,28 +212,28 @@ class DualSolution:
         """``s(S)``."""
         return self.rows.jacobian.rmatvec(self.coefficients.view_as(self.rows.residual)) - self.displacement
 
-    def difference(self, forgotten: Rows, positions: Int[Tensor, " samples"]) -> Float[Tensor, " p"]:
-        """``s(S - F) - s(S)`` for the samples F at ``positions`` of S, changing nothing."""
-        return self._leave_out(positions)[0]
+    def removal(self, positions: Int[Tensor, " samples"], rows: RowsOf) -> Removal:
+        """What taking the samples at ``positions`` out of S would change, changing nothing."""
+        gone = self._rows(positions)
+        columns = self.inverse[:, gone]
+        factor = torch.linalg.cholesky(columns[gone])
+        weights = columns @ torch.cholesky_solve(self.coefficients[gone, None], factor)[:, 0]
+        change = -self.rows.jacobian.rmatvec(weights.view_as(self.rows.residual))
+        return Removal(change, positions, None, (weights, columns, factor))
 
-    def leave(self, forgotten: Rows, positions: Int[Tensor, " samples"]) -> Float[Tensor, " p"]:
-        """Take the samples F out of S, in place; returns ``s(S - F) - s(S)``."""
-        change, weights, columns, factor = self._leave_out(positions)
-        rows = self._rows(positions)
+    def remove_(self, removal: Removal) -> None:
+        """Take the samples of a ``removal`` out of S, in place."""
+        weights, columns, factor = removal.low_rank
+        rows = self._rows(removal.positions)
         add_product_(self.inverse, columns, torch.cholesky_solve(columns.T, factor).T, sign=-1)
+        mirror_(self.inverse)
         self.coefficients -= weights
         self.coefficients[rows] = 0
         for square in (self.inverse, self.kernel):
             square[rows] = 0
             square[:, rows] = 0
-        for stored in (
-            self.rows.jacobian.rest,
-            self.rows.jacobian.features,
-            self.rows.jacobian.logits,
-            self.rows.residual,
-        ):
-            stored[positions] = 0
-        return change
+        for stored in (self.rows.jacobian.rest, self.rows.jacobian.features, self.rows.residual):
+            stored[removal.positions] = 0
 
     def _rows(self, positions: Tensor) -> Tensor:
         """The rows of the kernel that belong to the samples at ``positions``."""
@@ -209,30 +241,19 @@ class DualSolution:
         first = positions.to(self.inverse.device)[:, None] * classes
         return (first + torch.arange(classes, device=first.device)).flatten()
 
-    def _leave_out(self, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The change of the step and of ``a``, ``A_SF``, and the Cholesky factor of ``A_FF``."""
-        rows = self._rows(positions)
-        columns = self.inverse[:, rows]
-        factor = torch.linalg.cholesky(columns[rows])
-        weights = columns @ torch.cholesky_solve(self.coefficients[rows, None], factor)[:, 0]
-        return -self.rows.jacobian.rmatvec(weights.view_as(self.rows.residual)), weights, columns, factor
-
     def resolve(
-        self, forgotten: Rows, positions: Int[Tensor, " samples"], displacement: Float[Tensor, " p"], ridge: float
+        self, positions: Int[Tensor, " samples"], rows: RowsOf, displacement: Float[Tensor, " p"], ridge: float
     ) -> Float[Tensor, " p"]:
         """``s(S - F)`` for any displacement and ridge: conjugate gradients on the kernel, preconditioned by ``A``."""
-        _, _, columns, factor = self._leave_out(positions)
-        rows = self._rows(positions)
+        _, columns, factor = self.removal(positions, rows).low_rank
+        gone = self._rows(positions)
 
         def apply(v: Tensor) -> Tensor:
-            return (self.kernel @ v + ridge * v).index_fill_(0, rows, 0)
+            return (self.kernel @ v + ridge * v).index_fill_(0, gone, 0)
 
         def precondition(v: Tensor) -> Tensor:
             return self.inverse @ v - columns @ torch.cholesky_solve((columns.T @ v)[:, None], factor)[:, 0]
 
-        target = targets(self.rows, displacement).index_fill_(0, rows, 0)
+        target = targets(self.rows, displacement).index_fill_(0, gone, 0)
         coefficients = conjugate_gradients(apply, target, precondition)
         return self.rows.jacobian.rmatvec(coefficients.view_as(self.rows.residual)) - displacement
-
-
-Solution = PrimalSolution | DualSolution

@@ -1,0 +1,114 @@
+"""Several processes, on one machine or many, as ``torchrun`` starts them: each takes a share, all end with the same.
+
+Outside such a job every function here does nothing, so that the code that calls them is the same for one process.
+"""
+
+import os
+import re
+import signal
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# A dead process is noticed at once, by its closed connection. This long a living one may be waited for, say while the
+# first process solves.
+_PATIENCE = timedelta(minutes=60)
+_LOST = re.compile(r"connection|timed? ?out|broken pipe|gloo|nccl|socket", re.IGNORECASE)
+
+
+class PeerLost(RuntimeError):
+    """Another process of the job is gone; this one cannot go on alone."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "another process of this job is gone, so the job ends here. Start it again: it goes on from the last "
+            "shard that was written."
+        )
+
+
+def launched() -> bool:
+    """Whether this process is one of several that a launcher started."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def active() -> bool:
+    """Whether processes are connected."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """This process's number, 0 for the first or only one."""
+    return dist.get_rank() if active() else 0
+
+
+def size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if active() else 1
+
+
+@contextmanager
+def session(device: torch.device) -> Iterator[None]:
+    """Connect to the other processes that the launcher started, if there are any, while a block lasts.
+
+    Raises:
+        PeerLost: another process ended before the block did.
+    """
+    if not launched():
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    signal.signal(signal.SIGTERM, _ended)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or _LOST.search(str(error)):
+            raise PeerLost from error
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def _ended(number: int, frame: object) -> None:
+    print(f"error: {PeerLost()}", file=sys.stderr, flush=True)
+    os._exit(128 + number)
+
+
+def local_device(name: str) -> str:
+    """``cuda`` as this process's own GPU, where several processes share a machine."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" and launched() else name
+
+
+def sum_(tensors: Iterable[Tensor]) -> None:
+    """Add up each tensor over all processes, in place; every process gets the total."""
+    if active():
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
+def share_(tensors: Iterable[Tensor], source: int = 0) -> None:
+    """Copy each tensor of one process over those of the others, in place."""
+    if active():
+        for tensor in tensors:
+            dist.broadcast(tensor, source)
+
+
+def shared(thing: Any, source: int = 0) -> Any:
+    """One process's object, small and picklable, for every process."""
+    box = [thing]
+    if active():
+        dist.broadcast_object_list(box, source)
+    return box[0]
+
+
+def wait() -> None:
+    """Until every process is here."""
+    if active():
+        dist.barrier()

@@ -1,0 +1,182 @@
+"""The network linearised at ``theta*``, over a training set: the source of all its Jacobians and products with them."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.func import functional_call, jvp, vjp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from fastntk.data import batches, checked
+from fastntk.jacobian import Jacobian, Layout, PerSampleJacobian
+from fastntk.loss import SquaredLoss
+from fastntk.precision import arithmetic
+from fastntk.probes import ClassProbes
+from fastntk.progress import track
+from fastntk.statistics import Rows
+
+
+@dataclass(frozen=True)
+class Linearised:
+    """``f(x_i; theta* + d) = f(x_i; theta*) + J_i d`` for the samples of a training set, addressed by their ids.
+
+    Attributes:
+        jacobian: of the model at ``theta*``.
+        train: the map-style dataset; a sample's id is its index.
+        loss: the one the model was fitted with.
+        batch_size: images a batch.
+        workers: processes that read images ahead.
+        precision: of the network's arithmetic, see ``fastntk.precision``.
+        probes: of the classes, if they are probed.
+    """
+
+    jacobian: PerSampleJacobian
+    train: Dataset
+    loss: SquaredLoss = SquaredLoss()  # noqa: RUF009 (frozen)
+    batch_size: int = 64
+    workers: int = 0
+    precision: str = "full"
+    probes: ClassProbes | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(iter(self.jacobian.parameters.values())).device
+
+    def images(self, ids: Sequence[int]) -> DataLoader:
+        """Batches of images and labels of the samples with the given ids, in that order."""
+        return batches(Subset(self.train, ids), self.batch_size, workers=self.workers)
+
+    def stream(self, ids: Sequence[int], description: str = "Jacobians") -> Iterator[tuple[Jacobian, Tensor]]:
+        """The Jacobians and residuals of the samples, batch by batch; see ``jacobians``."""
+        samples = track(self.images(ids), description)
+        return jacobians(self.jacobian, samples, self.loss, self.precision, self.probes, ids)
+
+    def rows(self, ids: Sequence[int], description: str = "Jacobians") -> Rows:
+        """The Jacobians and residuals of the samples; of no sample, too."""
+        return Rows.of(self.stream(ids or [0], description))[: len(ids)]
+
+    def tangent(self, ids: Sequence[int], vector: Float[Tensor, " p"]) -> Float[Tensor, "samples classes"]:
+        """``J_i v`` for the samples, in forward mode: no Jacobian is formed, and the classes are not probed."""
+        parts = [self.tangent_of(images, vector) for images, _ in self._prepared(ids or [0])]
+        return torch.cat(parts)[: len(ids)]
+
+    def residual(self, ids: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of images with their residuals ``r_i = t_i - f(x_i; theta*)``."""
+        for images, labels in self._prepared(ids):
+            with torch.no_grad(), arithmetic(self.precision, self.device):
+                yield images, self.loss.residual(self._logits(images), labels)
+
+    def pull(self, pairs: Iterable[tuple[Tensor, Float[Tensor, "batch classes"]]]) -> Float[Tensor, " p"]:
+        """``sum_i J_i'a_i`` over batches of images and cotangents: one backward pass each."""
+        layout, parameters = self.layout, self.jacobian.parameters
+        total = torch.zeros(layout.size, dtype=torch.float64, device=self.device)
+        for images, cotangents in pairs:
+            with arithmetic(self.precision, self.device):
+                logits, pullback = vjp(partial(self._logits, images), parameters)[:2]
+                total += layout.flatten(pullback(cotangents.to(logits))[0])
+        return total
+
+    def gram(self, ids: Sequence[int], vector: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
+        """``G v = sum_i J_i'(J_i v)`` over the samples: a forward-mode and a backward pass, no Jacobian."""
+        return self.pull((images, self.tangent_of(images, vector)) for images, _ in self._prepared(ids))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The model's."""
+        return next(iter(self.jacobian.parameters.values())).dtype
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Where each tuned parameter lies in a vector of all."""
+        return self.jacobian.layout(self._one)
+
+    @cached_property
+    def classes(self) -> int:
+        """C."""
+        return self.jacobian.classes(self._one)
+
+    def activation_bytes(self) -> int:
+        """Bytes that the network keeps for its backward passes, per image."""
+        kept: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        parameters = {p.untyped_storage().data_ptr() for p in self.jacobian.model.parameters()}
+        free = {name: tensor.clone().requires_grad_() for name, tensor in self.jacobian.parameters.items()}
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            held = self._logits(self._one, free)
+        del held  # until here, so that no two tensors had the same address
+        return sum(size for pointer, size in kept.items() if pointer not in parameters)
+
+    @property
+    def _one(self) -> Tensor:
+        return checked(torch.as_tensor(self.train[0][0]))[None].to(self.device)
+
+    def _prepared(self, ids: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels in track(self.images(ids), "one pass"):
+            yield checked(images).to(self.device), labels.to(self.device)
+
+    def _logits(self, images: Tensor, parameters: dict[str, Tensor] | None = None) -> Tensor:
+        return functional_call(self.jacobian.model, parameters or self.jacobian.parameters, (images,))
+
+    def tangent_of(self, images: Tensor, vector: Float[Tensor, " p"]) -> Float[Tensor, "batch classes"]:
+        """``J v`` for a batch of images."""
+        parameters = self.jacobian.parameters
+        direction = self.layout.unflatten(vector, parameters)
+        with torch.no_grad(), _forward_mode(), arithmetic(self.precision, self.device):
+            return jvp(lambda free: self._logits(images, free), (parameters,), (direction,))[1].to(vector)
+
+
+@contextmanager
+def _forward_mode() -> Iterator[None]:
+    """Attention in its plain form while a block lasts: the fused ones have no forward-mode derivative."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def jacobians(
+    jacobian: PerSampleJacobian,
+    samples: Iterable[tuple[Tensor, Tensor]],
+    loss: SquaredLoss,
+    precision: str = "full",
+    probes: ClassProbes | None = None,
+    ids: Iterable[int] = (),
+) -> Iterator[tuple[Jacobian, Tensor]]:
+    """The Jacobian and residual of every sample, batch by batch.
+
+    Args:
+        jacobian: of the model.
+        samples: any iterable of ``(images, labels)``; a DataLoader with workers reads ahead.
+        loss: gives the residuals.
+        precision: of the network's arithmetic.
+        probes: replace the C logits of sample i by ``V_i'`` times them (see ``fastntk.probes``); ``ids`` are then the
+            samples' ids, in order.
+
+    Raises:
+        InputError: a pixel is not finite, or a label is outside the classes.
+    """
+    device = next(iter(jacobian.parameters.values())).device
+    names = iter(ids)
+    for images, labels in samples:
+        images = checked(images).to(device)
+        draws = None
+        if probes:
+            draws = probes.draw([next(names) for _ in images], jacobian.classes(images)).to(images)
+        with arithmetic(precision, device):
+            batch, logits = jacobian.with_logits(images, draws)
+        residual = loss.residual(logits.to(images.dtype), labels.to(device))
+        yield batch, residual if draws is None else torch.einsum("nck,nc->nk", draws.to(residual), residual)
