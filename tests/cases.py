@@ -48,6 +48,23 @@ class Attention(nn.Module):
         return self.head((tokens + self.mlp(self.after(tokens))).mean(1))
 
 
+class Grouped(nn.Module):
+    """Group norm, strided, dilated and grouped convolutions with biases, a scale and a shift of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3, stride=2, padding=1)
+        self.norm = nn.GroupNorm(2, 4)
+        self.second = nn.Conv2d(4, 6, 3, padding=2, dilation=2, groups=2)
+        self.scale = nn.Parameter(torch.randn(6, 1, 1))
+        self.shift = nn.Parameter(torch.randn(1, 6, 1, 1))
+        self.head = nn.Linear(6, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.second(torch.tanh(self.norm(self.first(x))))
+        return self.head((torch.tanh(h * self.scale + self.shift)).mean((2, 3)))
+
+
 class SharedScale(nn.Module):
     """One norm used twice, one weight used by a rule and outside it, and logits that are not the head's own output."""
 
@@ -139,5 +156,6 @@ CASES = {
     "bias": Case(Attention, ("bias",)),
     "all of attention": Case(Attention, ("all",)),
     "prompts+head": Case(Prompted, (r"token|prompts", "head")),
+    "grouped": Case(Grouped, ("all",)),
     "shared": Case(SharedScale, ("all",)),
 }

@@ -8,7 +8,7 @@ import fastntk
 from fastntk.jacobian import PerSampleJacobian, concatenate
 from fastntk.tunable import snapshot, tuned
 
-FAST = ["bn+head", "fused bn+head", "ln+head", "prompts+head"]
+FAST = ["everything", "grouped", "bn+head", "fused bn+head", "ln+head", "prompts+head"]
 
 
 def setup(name, count=5):

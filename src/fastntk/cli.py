@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
+from fastntk.distributed import PeerLost, launched
 from fastntk.errors import InputError
 from fastntk.progress import console
 from fastntk.training import Recipe
@@ -28,6 +30,10 @@ app = typer.Typer(
 Folder = Annotated[Path, typer.Argument(metavar="RUN", help="The run folder: everything about one model lies in it.")]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")]
 Seed = Annotated[int, typer.Option(help="Of the head's first values and the order of the samples.")]
+Sums = Annotated[str, typer.Option(help="Dtype of the primal form's sums: float64, or float32 for half the memory.")]
+Precision = Annotated[str, typer.Option(help="Of the network: full, tf32 (NVIDIA only) or bf16.")]
+Probes = Annotated[int | None, typer.Option(help="Random combinations of the logits in place of all classes.")]
+Workers = Annotated[int, typer.Option(help="Processes that read images ahead.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
@@ -108,18 +114,51 @@ def prepare(
         str, typer.Option(help="'auto', or the total L2 pull toward the parameters before fitting.")
     ] = "auto",
     form: Annotated[str, typer.Option(help="'primal' (p x p), 'dual' (nC x nC), or 'auto'.")] = "auto",
+    sums: Sums = "float64",
+    precision: Precision = "full",
+    class_probes: Probes = None,
+    workers: Workers = 0,
     device: Device = "cpu",
     seed: Annotated[int, typer.Option(help="Of the draw of retained samples that check every request.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """One pass over the training data; from then on forgetting needs only the forgotten samples."""
+    """One pass over the training data; from then on forgetting needs only the forgotten samples.
+
+    If it is cut off, the same command goes on from the last completed shard. Several processes share the pass when it
+    is started as: torchrun --nproc-per-node=N -m fastntk prepare RUN.
+    """
+    from fastntk import distributed
     from fastntk.run import Run
 
-    memory = Run(run, device).prepare(ridge if ridge == "auto" else _number(ridge), form, seed)
+    options = {"dtype": _dtype(sums), "precision": precision, "class_probes": class_probes, "workers": workers}
+    opened = Run(run, distributed.local_device(device))
+    with distributed.session(opened.device):
+        memory = opened.prepare(ridge if ridge == "auto" else _number(ridge), form, seed, **options)
+        if distributed.rank():
+            return
     document = {"run": str(run), "form": memory.form, "ridge": memory.ridge, "samples": int(memory.present.sum())}
     found = f" ({memory.calibration})" if memory.calibration else " (given)"
     text = f"The memory holds {document['samples']:,} samples, {memory.form} form, ridge {memory.ridge:.4g}{found}."
     show(document, as_json, f"{text}\nNext: fastntk forget {run} --ids 3,17")
+
+
+@app.command()
+def plan(
+    run: Folder,
+    form: Annotated[str, typer.Option(help="'primal', 'dual', 'matrix-free', or 'auto'.")] = "auto",
+    sums: Sums = "float64",
+    precision: Precision = "full",
+    class_probes: Probes = None,
+    workers: Workers = 0,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """What prepare would take: form, peak memory, arithmetic, and a time from a calibration of some seconds."""
+    from fastntk.run import Run
+
+    options = {"dtype": _dtype(sums), "precision": precision, "class_probes": class_probes, "workers": workers}
+    planned = Run(run, device).plan(form, **options)
+    show(planned.to_dict(), as_json, planned.text())
 
 
 @app.command()
@@ -178,6 +217,12 @@ def _number(text: str) -> float:
         raise InputError(f"--ridge must be 'auto' or a number, not {text!r}.") from error
 
 
+def _dtype(name: str) -> torch.dtype:
+    if name not in ("float64", "float32"):
+        raise InputError(f"--sums must be float64 or float32, not {name!r}.")
+    return torch.float64 if name == "float64" else torch.float32
+
+
 def _text(path: Path) -> str:
     try:
         return path.read_text()
@@ -193,11 +238,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     handler = RichHandler(console=console, show_time=False, show_level=False, show_path=False)
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        app(arguments)
+        if launched() and given[:1] != ["prepare"]:
+            raise InputError("only prepare runs in several processes. Start this command without a launcher.")
+        app(given)
     except InputError as error:
         console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
         sys.exit(2)
+    except PeerLost as error:
+        console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        sys.exit(1)
     except KeyboardInterrupt:
         console.print("interrupted; files are as they were before the command.")
         sys.exit(130)

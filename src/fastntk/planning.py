@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import psutil
@@ -77,6 +77,23 @@ class Plan:
     workload: Workload
     seconds: dict[str, float] | None = None
 
+    def to_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return {**asdict(self), "total_seconds": self.total_seconds}
+
+    def text(self) -> str:
+        """For people."""
+        w = self.workload
+        lines = [
+            f"{self.form} form: {w.parameters:,} tuned parameters, {w.samples:,} samples, {w.outputs} outputs each",
+            f"peak memory   {self.bytes / 1e9:.2f} GB beside what the process holds already",
+            f"arithmetic    {self.operations:.2e} floating-point operations",
+        ]
+        if self.seconds:
+            phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.seconds.items())
+            lines.append(f"time          {self.total_seconds:.1f} s, estimated from a short calibration: {phases}")
+        return "\n".join(lines)
+
     @property
     def total_seconds(self) -> float | None:
         """The time of all phases."""
@@ -147,6 +164,8 @@ def choose_form(w: Workload, free: int, form: str = "auto") -> Plan:
 def workload(linearised: Linearised, dtype: torch.dtype) -> Workload:
     """Count what is to be done, by a trial run on one image."""
     layout, probes = linearised.layout, linearised.probes
+    if probes:
+        probes.check(linearised.classes)
     outputs = probes.count if probes else linearised.classes
     head = 0 if probes else sum(layout.shapes[name].numel() for name in layout.head)
     rest = layout.size - head

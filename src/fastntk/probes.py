@@ -24,14 +24,18 @@ class ClassProbes:
     count: int
     seed: int = 0
 
+    def check(self, classes: int) -> None:
+        """Raises ``InputError`` unless there are from 1 to C probes."""
+        if not 1 <= self.count <= classes:
+            raise InputError(f"the number of probes must be from 1 to the number of classes, {classes}.")
+
     def draw(self, ids: Sequence[int], classes: int) -> Float[Tensor, "batch classes probes"]:
         """``V_i`` of the samples with the given ids, in float64.
 
         Raises:
             InputError: there are fewer classes than probes, or no probe.
         """
-        if not 1 <= self.count <= classes:
-            raise InputError(f"the number of probes must be from 1 to the number of classes, {classes}.")
+        self.check(classes)
         generator = torch.Generator()
         normal = torch.empty(len(ids), classes, self.count, dtype=torch.float64)
         for place, i in zip(normal, ids, strict=True):

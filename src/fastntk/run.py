@@ -3,6 +3,7 @@
 run.json               model, data, selection and recipe, as given
 initial.safetensors    the tuned parameters before fitting
 model.safetensors      the whole model as fitted
+partial/               sums of a preparation that was cut off, until it is complete
 memory.safetensors     the memory; samples that were forgotten are gone from it
 unlearned.safetensors  the whole model after everything forgotten so far
 """
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from fastntk import distributed
+from fastntk.collection import clear
 from fastntk.comparison import compare, references
 from fastntk.data import Images, in_memory, load_data
 from fastntk.errors import InputError
@@ -24,6 +27,7 @@ from fastntk.loss import SquaredLoss
 from fastntk.memory import Forgotten, Memory, load
 from fastntk.methods import Method, Problem, Unlearned
 from fastntk.models import Preprocessing, load_model, load_weights
+from fastntk.planning import Plan, plan
 from fastntk.preparation import prepare
 from fastntk.report import Report
 from fastntk.training import Fit, Recipe, fit
@@ -118,6 +122,7 @@ class Run:
         done = fit(module, in_memory(images), recipe)
         for stale in ("memory.safetensors", "unlearned.safetensors"):
             (self.folder / stale).unlink(missing_ok=True)
+        clear(self.folder / "partial")
         write_tensors(self.folder / "initial.safetensors", done.initial)
         write_tensors(self.folder / "model.safetensors", module.state_dict())
         write_json(self.folder / "run.json", asdict(settings))
@@ -137,14 +142,20 @@ class Run:
         tensors, _ = read_tensors(self.folder / "initial.safetensors")
         return {name: tensor.to(self.device) for name, tensor in tensors.items()}
 
-    def prepare(self, ridge: float | str, form: str, seed: int = 0) -> Memory:
-        """Prepare the memory and write it."""
+    def prepare(self, ridge: float | str, form: str, seed: int = 0, **options: Any) -> Memory:
+        """Prepare the memory and write it; ``options`` are further ones of ``fastntk.prepare``."""
         writable(self.folder)
         settings, model, _, train = self._opened()
-        loss = self.recipe(settings).loss
-        memory = prepare(model, train, self._initial(), ridge=ridge, form=form, loss=loss, seed=seed)
-        memory.save(self.folder / "memory.safetensors")
+        given = {"ridge": ridge, "form": form, "loss": self.recipe(settings).loss, "seed": seed, **options}
+        memory = prepare(model, train, self._initial(), checkpoint=self.folder / "partial", **given)
+        if distributed.rank() == 0:
+            memory.save(self.folder / "memory.safetensors")
         return memory
+
+    def plan(self, form: str, **options: Any) -> Plan:
+        """What preparing would take; ``options`` are further ones of ``fastntk.plan``."""
+        settings, model, _, train = self._opened()
+        return plan(model, train, form=form, loss=self.recipe(settings).loss, **options)
 
     def forget(self, ids: Sequence[int] | None, class_name: str | None, dry_run: bool) -> Forgotten:
         """Answer a request for ids or for a whole class; writes the memory and the model without them."""

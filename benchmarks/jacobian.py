@@ -1,0 +1,189 @@
+"""Per-sample Jacobians: how near to the least that a batch's forward and backward passes take, and against what else.
+
+    python benchmarks/jacobian.py [--models resnet18 ...] [--repeats 5]
+
+Random weights, C = 10, batch-norm (ViT: layer-norm) parameters; ImageNet networks at 64 px, the ViT at 224 px. Columns:
+
+limit   time over (one forward and C backward passes that carry activation gradients only, from the first tuned layer
+        on, all parameters frozen)
+vmap    time of torch.func's vmap(jacrev) over ours
+loop    time of a loop over samples and classes, one backward pass each (the loop of Golatkar et al.'s notebook, as
+        it describes itself), over ours
+error   of the float32 Jacobian to a float64 per-sample oracle, relative, median over the images; and of torch.func's
+error64 the same in float64, the largest of the images
+
+Alternatives run in turn in one process; every ratio is the median over the rounds. Each alternative has the batch that
+suits it: ours and the limit the same. The last line is JSON.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from timing import interleaved, ratio
+from torch import Tensor, nn
+from torch.func import functional_call, jacrev, vmap
+
+from fastntk.compat import timm, torchvision
+from fastntk.jacobian import PerSampleJacobian
+from fastntk.tunable import snapshot, tune, tuned
+
+CLASSES = 10
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, what of it is tuned, and the images a batch."""
+
+    make: Callable[[], nn.Module]
+    select: str
+    size: int
+    batch: int = 64
+    vmap_batch: int = 16
+    loop_batch: int = 8
+
+
+CASES = {
+    "resnet18": Case(lambda: torchvision().models.resnet18(num_classes=CLASSES), "bn", 64),
+    "mobilenet_v2": Case(lambda: torchvision().models.mobilenet_v2(num_classes=CLASSES), "bn", 64),
+    "shufflenet_v2_x1_0": Case(lambda: torchvision().models.shufflenet_v2_x1_0(num_classes=CLASSES), "bn", 64),
+    "tf_efficientnet_lite0": Case(lambda: timm().create_model("tf_efficientnet_lite0", num_classes=CLASSES), "bn", 64),
+    "vit_b_32": Case(lambda: torchvision().models.vit_b_32(num_classes=CLASSES), "ln", 224, 16, 8, 2),
+}
+
+
+def prepared(case: Case, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, dict[str, Tensor], Tensor]:
+    """The model, its tuned parameters and a batch of images; norms with scales and statistics that are not trivial."""
+    torch.manual_seed(0)
+    model = case.make().eval()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.8, 1.2)
+        if isinstance(module, nn.modules.batchnorm._BatchNorm | nn.LayerNorm):
+            nn.init.normal_(module.weight, 1, 0.1)
+            nn.init.normal_(module.bias, 0, 0.1)
+        if isinstance(module, nn.Linear):  # torchvision starts the ViT's head with zeros
+            nn.init.normal_(module.weight, 0, module.in_features**-0.5)
+    images = torch.randn(case.batch, 3, case.size, case.size).to(dtype)
+    model = model.to(dtype).to(memory_format=torch.channels_last)
+    tune(model, case.select)
+    return model, snapshot(tuned(model)), images.contiguous(memory_format=torch.channels_last)
+
+
+def limit(model: nn.Module, images: Tensor) -> Callable[[], None]:
+    """One forward pass and C backward passes with every parameter frozen, down to the first tuned layer's input."""
+    first = next(module for module in model.modules() if any(p.requires_grad for p in module.parameters(recurse=False)))
+    frozen = {name: tensor.detach() for name, tensor in model.named_parameters()}
+
+    def run() -> None:
+        starts: list[Tensor] = []
+
+        def begin(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            starts.append(arguments[0].detach().requires_grad_())
+            return (starts[0], *arguments[1:])
+
+        handle = first.register_forward_pre_hook(begin)
+        logits = functional_call(model, frozen, (images,))
+        handle.remove()
+        for c in range(CLASSES):
+            torch.autograd.grad(logits[:, c].sum(), starts[0], retain_graph=c + 1 < CLASSES)
+
+    return run
+
+
+def by_vmap(model: nn.Module, parameters: dict[str, Tensor], images: Tensor) -> Tensor:
+    """torch.func: vmap over the samples of jacrev, ``[n, C, p]`` in the parameters' order."""
+    frozen = {name: tensor.detach() for name, tensor in model.named_parameters() if name not in parameters}
+
+    def logits(free: dict[str, Tensor], image: Tensor) -> Tensor:
+        return functional_call(model, {**frozen, **free}, (image[None],))[0]
+
+    with torch.no_grad():
+        jacobians = vmap(jacrev(logits), (None, 0))(parameters, images)
+    return torch.cat([jacobian.flatten(2) for jacobian in jacobians.values()], 2)
+
+
+def by_loop(model: nn.Module, parameters: dict[str, Tensor], images: Tensor) -> Tensor:
+    """Sample by sample, class by class, one backward pass each."""
+    own, rows = list(tuned(model).values()), []
+    for image in images:
+        logits = model(image[None])[0]
+        for c in range(CLASSES):
+            grads = torch.autograd.grad(logits[c], own, retain_graph=c + 1 < CLASSES)
+            rows.append(torch.cat([grad.flatten() for grad in grads]))
+    return torch.stack(rows).view(len(images), CLASSES, -1)
+
+
+def errors(case: Case, count: int = 16) -> dict[str, float]:
+    """Relative errors per image against the float64 loop."""
+    model, parameters, images = prepared(case, torch.float64)
+    images = images[:count]
+    oracle = by_loop(model, parameters, images)
+    ours64 = PerSampleJacobian(model, parameters)(images).rest
+    single, parameters, _ = prepared(case)
+    ours = PerSampleJacobian(single, parameters)(images.float()).rest
+    func = by_vmap(single, parameters, images.float())
+    scale = oracle.flatten(1).norm(dim=1)
+
+    def relative(jacobian: Tensor) -> list[float]:
+        return ((jacobian.double() - oracle).flatten(1).norm(dim=1) / scale).tolist()
+
+    return {
+        "error": statistics.median(relative(ours)),
+        "error_largest": max(relative(ours)),
+        "error_torch_func": statistics.median(relative(func)),
+        "error_torch_func_largest": max(relative(func)),
+        "error_float64": max(relative(ours64)),
+    }
+
+
+def measured(case: Case, repeats: int) -> dict[str, float]:
+    """All figures of one network."""
+    model, parameters, images = prepared(case)
+    jacobian = PerSampleJacobian(model, parameters)
+    near = interleaved({"limit": limit(model, images), "ours": lambda: jacobian(images)}, repeats)
+    far = interleaved({"vmap": lambda: by_vmap(model, parameters, images[: case.vmap_batch])}, 3)
+    loop = interleaved({"loop": lambda: by_loop(model, parameters, images[: case.loop_batch])}, 3)
+    each = {name: statistics.median(seconds) for name, seconds in {**near, **far, **loop}.items()}
+    per_image = each["ours"] / case.batch
+    return {
+        "parameters": sum(tensor.numel() for tensor in parameters.values()),
+        "milliseconds": 1e3 * per_image,
+        "limit_ratio": ratio(near, "ours", "limit"),
+        "vmap_ratio": each["vmap"] / case.vmap_batch / per_image,
+        "loop_ratio": each["loop"] / case.loop_batch / per_image,
+        **errors(case),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
+    torch.set_flush_denormal(True)
+    table = Table("model", "p", "ms/image", "limit", "vmap", "loop", "error", "error64")
+    results = {}
+    for name in arguments.models:
+        results[name] = r = measured(CASES[name], arguments.repeats)
+        table.add_row(
+            name,
+            f"{r['parameters']:,}",
+            f"{r['milliseconds']:.2f}",
+            *(f"{r[key]:.2f}" for key in ("limit_ratio", "vmap_ratio", "loop_ratio")),
+            f"{r['error']:.1e} (torch.func {r['error_torch_func']:.1e})",
+            f"{r['error_float64']:.0e}",
+        )
+        print(json.dumps({name: r}), flush=True)
+    Console(width=120).print(table)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

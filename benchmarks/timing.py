@@ -1,0 +1,31 @@
+"""Timing alternatives side by side in one process, so that their ratios hold when the machine's speed drifts."""
+
+import resource
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+
+def interleaved(
+    work: Mapping[str, Callable[[], object]], repeats: int = 3, warm: bool = True
+) -> dict[str, list[float]]:
+    """Seconds of every run of every alternative: one that is not counted, then in turn."""
+    for run in work.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(repeats):
+        for name, run in work.items():
+            started = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def ratio(seconds: Mapping[str, list[float]], over: str, under: str) -> float:
+    """The median over the rounds of one alternative's time over another's in the same round."""
+    return statistics.median(a / b for a, b in zip(seconds[over], seconds[under], strict=True))
+
+
+def peak_bytes() -> int:
+    """The largest resident size that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,41 @@
+"""One process of a job that prepares a memory: python -m torch.distributed.run ... job.py OUT FORM [KILL].
+
+With KILL, the process of that number kills itself when it has completed its first shard.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from cases import CASES
+from test_memory import moved
+
+import fastntk
+from fastntk import collection, distributed
+from fastntk.distributed import PeerLost
+
+out, form = Path(sys.argv[1]), sys.argv[2]
+victim = int(sys.argv[3]) if len(sys.argv) > 3 else None
+torch.set_num_threads(1)
+collection.SHARD = 3
+case = CASES["bn+head"]
+model, data = case.model(), case.data(20)
+write = collection.Checkpoint.write
+
+
+def killed(self, sums, shards):
+    write(self, sums, shards)
+    if distributed.rank() == victim:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+collection.Checkpoint.write = killed
+try:
+    with distributed.session(torch.device("cpu")):
+        memory = fastntk.prepare(model, data, moved(model), form=form, ridge=0.5, checkpoint=out / "partial")
+        answer = memory.preview([3, 17])
+        torch.save((memory.solution.tensors(), answer.parameters), out / f"{form}-{distributed.rank()}.pt")
+except PeerLost as error:
+    sys.exit(str(error))

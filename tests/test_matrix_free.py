@@ -1,0 +1,98 @@
+"""The form that takes no Jacobian at all, against the one that forms the Gram matrix."""
+
+import pytest
+import torch
+from cases import CASES
+from test_memory import close, moved
+
+import fastntk
+from fastntk import matrix_free
+from fastntk.collection import shards
+from fastntk.jacobian import PerSampleJacobian
+from fastntk.linearised import Linearised
+from fastntk.tunable import snapshot, tuned
+
+NAMES = ["bn+head", "ln+head", "grouped", "shared"]
+
+
+def linearised(name):
+    case = CASES[name]
+    model = case.model()
+    return Linearised(PerSampleJacobian(model, snapshot(tuned(model))), case.data(), batch_size=5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_products_are_those_of_the_jacobian(name):
+    network, ids = linearised(name), [0, 3, 7, 8, 9, 13]
+    rows = network.rows(ids)
+    dense = rows.jacobian.dense()
+    vector = torch.randn(dense.shape[2], dtype=torch.float64)
+    flat = dense.flatten(0, 1)
+    torch.testing.assert_close(network.tangent(ids, vector), dense @ vector, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(network.gram(ids, vector), flat.T @ (flat @ vector), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        network.pull(network.residual(ids)), flat.T @ rows.residual.flatten(), rtol=1e-9, atol=1e-9
+    )
+    operator = matrix_free.GramOperator(network, ids)
+    left = flat.T @ (rows.residual.flatten() - flat @ vector)
+    torch.testing.assert_close(operator.rhs(vector), left, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("steps", [3, 40])
+def test_it_is_the_primal_form_to_its_residual(name, steps, monkeypatch):
+    monkeypatch.setattr(matrix_free, "TOLERANCE", 1e-11)
+    monkeypatch.setattr(matrix_free, "STEPS", steps)
+    case = CASES[name]
+    model = case.model()
+    left, right = (
+        fastntk.prepare(model, case.data(), moved(model), ridge=0.5, form=form) for form in ("primal", "matrix-free")
+    )
+    for request in ([1, 12], [4]):
+        answer = right.forget(request)
+        close(answer.parameters, left.forget(request).parameters, 1e-8)
+        assert answer.certificate.residual < 1e-10
+
+
+def test_the_stated_residual_is_the_true_one():
+    case = CASES["bn+head"]
+    model = case.model()
+    memory = fastntk.prepare(model, case.data(), moved(model), ridge=0.5, form="matrix-free")
+    rows = memory.rows(torch.arange(14))
+    flat = rows.jacobian.dense().flatten(0, 1)
+    rhs = flat.T @ rows.residual.flatten() - 0.5 * memory.displacement
+    left = rhs - flat.T @ (flat @ memory.solution.step) - 0.5 * memory.solution.step
+    assert memory.solution.residual == pytest.approx(float(left.norm() / rhs.norm()), rel=1e-3, abs=1e-12)
+    assert memory.solution.residual <= matrix_free.TOLERANCE
+
+
+def test_it_finds_the_ridge_that_the_primal_form_finds(monkeypatch):
+    case = CASES["bn+head"]
+    model = case.model()
+    exact = fastntk.prepare(model, case.data(), moved(model), form="primal")
+    trace = float(exact.solution.sums.trace)
+    monkeypatch.setattr(matrix_free.GramOperator, "trace", lambda self: trace)
+    found = fastntk.prepare(model, case.data(), moved(model), form="matrix-free")
+    assert found.ridge == pytest.approx(exact.ridge, rel=1e-6)
+
+
+def test_the_trace_is_estimated_without_bias():
+    operator = matrix_free.GramOperator(linearised("bn+head"), range(14))
+    draws = torch.tensor([operator.trace(seed) for seed in range(300)])
+    exact = operator.linearised.rows(range(14)).trace
+    assert float(draws.mean()) == pytest.approx(exact, rel=4 * float(draws.std()) / exact / 300**0.5)
+
+
+def test_saved_and_loaded_it_goes_on(tmp_path):
+    case = CASES["bn+head"]
+    model = case.model()
+    memory = fastntk.prepare(model, case.data(), moved(model), ridge=0.5, form="matrix-free")
+    memory.forget([1])
+    memory.save(tmp_path / "m")
+    again = fastntk.load(tmp_path / "m", model, memory.train)
+    close(again.forget([2, 6]).parameters, memory.forget([2, 6]).parameters, 1e-12)
+
+
+def test_shards_cover_every_sample_once(monkeypatch):
+    monkeypatch.setattr("fastntk.collection.SHARD", 4)
+    assert [list(shard) for shard in shards(10)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
