@@ -62,3 +62,11 @@ def test_batches_shrink_where_jacobians_are_large():
     fastntk.tune(wide.double(), "^1")
     plan = fastntk.plan(wide, TensorDataset(*data.tensors), form="matrix-free")
     assert plan.workload.batch_size == 1
+
+
+def test_a_plan_refuses_what_preparing_refuses():
+    case = CASES["bn+head"]
+    with pytest.raises(fastntk.InputError, match="no use for class probes"):
+        fastntk.plan(case.model(), case.data(), form="matrix-free", class_probes=2)
+    with pytest.raises(fastntk.InputError, match="from 1 to the number of classes, 3"):
+        fastntk.plan(case.model(), case.data(), class_probes=0)

@@ -113,7 +113,7 @@ def prepare(
     ridge: Annotated[
         str, typer.Option(help="'auto', or the total L2 pull toward the parameters before fitting.")
     ] = "auto",
-    form: Annotated[str, typer.Option(help="'primal' (p x p), 'dual' (nC x nC), or 'auto'.")] = "auto",
+    form: Annotated[str, typer.Option(help="'primal' (p x p), 'dual' (nC x nC), 'matrix-free', or 'auto'.")] = "auto",
     sums: Sums = "float64",
     precision: Precision = "full",
     class_probes: Probes = None,
@@ -130,7 +130,7 @@ def prepare(
     from fastntk import distributed
     from fastntk.run import Run
 
-    options = {"dtype": _dtype(sums), "precision": precision, "class_probes": class_probes, "workers": workers}
+    options = _engine(sums, precision, class_probes, workers)
     opened = Run(run, distributed.local_device(device))
     with distributed.session(opened.device):
         memory = opened.prepare(ridge if ridge == "auto" else _number(ridge), form, seed, **options)
@@ -156,8 +156,7 @@ def plan(
     """What prepare would take: form, peak memory, arithmetic, and a time from a calibration of some seconds."""
     from fastntk.run import Run
 
-    options = {"dtype": _dtype(sums), "precision": precision, "class_probes": class_probes, "workers": workers}
-    planned = Run(run, device).plan(form, **options)
+    planned = Run(run, device).plan(form, **_engine(sums, precision, class_probes, workers))
     show(planned.to_dict(), as_json, planned.text())
 
 
@@ -217,10 +216,12 @@ def _number(text: str) -> float:
         raise InputError(f"--ridge must be 'auto' or a number, not {text!r}.") from error
 
 
-def _dtype(name: str) -> torch.dtype:
-    if name not in ("float64", "float32"):
-        raise InputError(f"--sums must be float64 or float32, not {name!r}.")
-    return torch.float64 if name == "float64" else torch.float32
+def _engine(sums: str, precision: str, class_probes: int | None, workers: int) -> dict[str, object]:
+    """The options that plan and prepare share, as the library takes them."""
+    if sums not in ("float64", "float32"):
+        raise InputError(f"--sums must be float64 or float32, not {sums!r}.")
+    dtype = torch.float64 if sums == "float64" else torch.float32
+    return {"dtype": dtype, "precision": precision, "class_probes": class_probes, "workers": workers}
 
 
 def _text(path: Path) -> str:

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 SHARD = 512
 """Samples a shard."""
 
+_HALF_WRITTEN = ".sums-*"  # what fastntk.files writes first, where a process was killed meanwhile
 _OVERHEAD = 0.1  # the share of the time that writing partial sums may take
 
 
@@ -44,7 +45,8 @@ class Checkpoint:
     def open(self) -> set[int]:
         """The shards that earlier jobs completed, the same set for every process."""
         if distributed.rank() == 0:
-            writable(self.folder)
+            for path in writable(self.folder).glob(_HALF_WRITTEN):
+                path.unlink()
             for path in sorted(self.folder.glob("sums-*.safetensors")):
                 record = read_tensors(path, names=[])[1]
                 if record.get("key") == self.key:
@@ -80,7 +82,7 @@ class Checkpoint:
 
 def clear(folder: Path) -> None:
     """Remove the partial sums in a folder, and the folder if nothing else is in it."""
-    for path in folder.glob("sums-*.safetensors"):
+    for path in [*folder.glob("sums-*.safetensors"), *folder.glob(_HALF_WRITTEN)]:
         path.unlink()
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()

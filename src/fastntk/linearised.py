@@ -70,7 +70,8 @@ class Linearised:
         """Batches of images with their residuals ``r_i = t_i - f(x_i; theta*)``."""
         for images, labels in self._prepared(ids):
             with torch.no_grad(), arithmetic(self.precision, self.device):
-                yield images, self.loss.residual(self._logits(images), labels)
+                residual = self.loss.residual(self._logits(images), labels)
+            yield images, residual
 
     def pull(self, pairs: Iterable[tuple[Tensor, Float[Tensor, "batch classes"]]]) -> Float[Tensor, " p"]:
         """``sum_i J_i'a_i`` over batches of images and cotangents: one backward pass each."""
@@ -170,12 +171,12 @@ def jacobians(
         InputError: a pixel is not finite, or a label is outside the classes.
     """
     device = next(iter(jacobian.parameters.values())).device
-    names = iter(ids)
+    names, classes = iter(ids), 0
     for images, labels in samples:
-        images = checked(images).to(device)
-        draws = None
+        images, draws = checked(images).to(device), None
         if probes:
-            draws = probes.draw([next(names) for _ in images], jacobian.classes(images)).to(images)
+            classes = classes or jacobian.classes(images)
+            draws = probes.draw([next(names) for _ in images], classes).to(images)
         with arithmetic(precision, device):
             batch, logits = jacobian.with_logits(images, draws)
         residual = loss.residual(logits.to(images.dtype), labels.to(device))

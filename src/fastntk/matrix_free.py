@@ -76,6 +76,11 @@ class GramOperator:
         return tensor
 
 
+def _shifted(matrix: Float[Tensor, "m m"], shift: float) -> Float[Tensor, "m m"]:
+    """``matrix + shift I``."""
+    return matrix + shift * torch.eye(len(matrix)).to(matrix)
+
+
 @dataclass
 class MatrixFreeSolution:
     """``s(S)`` for a set S that samples leave, and what speeds up the solves to come.
@@ -117,7 +122,7 @@ class MatrixFreeSolution:
             cross = (basis.T @ image.to(dtype)).double()
             calibration = closest_outputs(projected, coefficients, cross, displacement @ image, 1, scale)
             ridge = calibration.ridge
-        shifted = projected + ridge * torch.eye(len(projected)).to(projected)
+        shifted = _shifted(projected, ridge)
         first = basis.double() @ torch.linalg.solve(shifted, coefficients) - displacement
         solution = cls(operator, displacement, ridge, basis, projected, first, float("inf"))
         solution.step, solution.residual = solution._solve(operator, rhs - ridge * displacement, ridge, first)
@@ -138,8 +143,7 @@ class MatrixFreeSolution:
         self, operator: GramOperator, rhs: Tensor, ridge: float, first: Tensor | None = None
     ) -> tuple[Float[Tensor, " p"], float]:
         """``(G + ridge I)^-1 rhs`` over the operator's samples, and the relative residual that it has."""
-        shifted = self.projected + ridge * torch.eye(len(self.projected)).to(self.projected)
-        inner = torch.linalg.inv(shifted) - torch.eye(len(shifted)).to(shifted) / ridge
+        inner = _shifted(torch.linalg.inv(_shifted(self.projected, ridge)), -1 / ridge)
 
         def apply(vector: Tensor) -> Tensor:
             return operator.matvec(vector) + ridge * vector

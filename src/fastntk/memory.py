@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -260,18 +261,20 @@ def load(path: Path | str, model: nn.Module, train: Dataset) -> Memory:
         precision=record["precision"],
         probes=ClassProbes(**record["class_probes"]) if record["class_probes"] else None,
     )
-    parts = {name.removeprefix("solution."): tensor for name, tensor in tensors.items() if name.startswith("solution.")}
-    solution: Solution
-    if record["form"] == "matrix-free":
-        operator = GramOperator(linearised, present.nonzero()[:, 0].tolist())
-        solution = MatrixFreeSolution.from_tensors(parts, record["ridge"], operator)
-    else:
-        make = PrimalSolution if record["form"] == "primal" else DualSolution
-        solution = make.from_tensors(parts, record["ridge"])
+    solution = _solution(tensors, record, GramOperator(linearised, present.nonzero()[:, 0].tolist()))
     calibration = Calibration(**record["calibration"]) if record["calibration"] else None
     return Memory(
         linearised, solution, calibration, present, tensors["order"].cpu(), record["probe"], tensors["vector"]
     )
+
+
+def _solution(tensors: Mapping[str, Tensor], record: Mapping[str, Any], operator: GramOperator) -> Solution:
+    """The stored solution, in its form; ``operator`` is over the samples that are present."""
+    parts = {name.removeprefix("solution."): tensor for name, tensor in tensors.items() if name.startswith("solution.")}
+    if record["form"] == "matrix-free":
+        return MatrixFreeSolution.from_tensors(parts, record["ridge"], operator)
+    make = PrimalSolution if record["form"] == "primal" else DualSolution
+    return make.from_tensors(parts, record["ridge"])
 
 
 def _frozen(model: nn.Module, tuned: Mapping[str, Tensor]) -> str:

@@ -26,7 +26,7 @@ FORMS: tuple[Form, ...] = ("primal", "dual", "matrix-free")
 
 _BATCH_BYTES = 2**30  # of one batch's Jacobians
 _TRIAL = 3072  # the side of the matrices that the calibration multiplies and inverts
-_SOLVE_PASSES = 15  # what the first solve of the matrix-free form takes after its Krylov space, by experience
+_SOLVE_PASSES = 15  # a guess at what the matrix-free form's first solve takes after its Krylov space
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def workload(linearised: Linearised, dtype: torch.dtype) -> Workload:
     outputs = probes.count if probes else linearised.classes
     head = 0 if probes else sum(layout.shapes[name].numel() for name in layout.head)
     rest = layout.size - head
-    itemsize = next(iter(linearised.jacobian.parameters.values())).element_size()
+    itemsize = linearised.dtype.itemsize
     batch_size = max(1, min(linearised.batch_size, _BATCH_BYTES // (outputs * max(rest, 1) * itemsize)))
     return Workload(
         samples=len(linearised.train),  # type: ignore[arg-type]
@@ -181,6 +181,18 @@ def workload(linearised: Linearised, dtype: torch.dtype) -> Workload:
         sums_itemsize=dtype.itemsize,
         activations=linearised.activation_bytes(),
     )
+
+
+def chosen(linearised: Linearised, form: str, dtype: torch.dtype) -> Plan:
+    """The plan without times: the form to take with the memory that is free now, and the batches that fit.
+
+    Raises:
+        InputError: nothing fits, or classes are to be probed in a form that has no use for it.
+    """
+    plan = choose_form(workload(linearised, dtype), free_bytes(linearised.device), form)
+    if linearised.probes and plan.form == "matrix-free":
+        raise InputError("the matrix-free form has no use for class probes: it makes no backward pass a class.")
+    return plan
 
 
 def plan(
@@ -203,29 +215,28 @@ def plan(
         InputError: like ``prepare``.
     """
     torch.set_flush_denormal(True)
-    probes = ClassProbes(class_probes) if class_probes else None
+    probes = None if class_probes is None else ClassProbes(class_probes)
     jacobian = PerSampleJacobian(model, snapshot(tuned(model)))
     linearised = Linearised(jacobian, train, loss, batch_size, workers, precision, probes)
-    chosen = choose_form(workload(linearised, dtype), free_bytes(linearised.device), form)
-    linearised = replace(linearised, batch_size=chosen.workload.batch_size)
-    return calibrated(chosen, linearised, dtype)
+    untimed = chosen(linearised, form, dtype)
+    return calibrated(untimed, replace(linearised, batch_size=untimed.workload.batch_size), dtype)
 
 
-def calibrated(chosen: Plan, linearised: Linearised, dtype: torch.dtype) -> Plan:
-    """The plan with the time of every phase on this machine, from the network on two batches and small matrices."""
-    w = chosen.workload
+def calibrated(untimed: Plan, linearised: Linearised, dtype: torch.dtype) -> Plan:
+    """The plan with the time of every phase on this machine, from the network on one batch and small matrices."""
+    w = untimed.workload
     ids = range(min(w.batch_size, w.samples))
-    if chosen.form == "matrix-free":
+    if untimed.form == "matrix-free":
         vector = torch.ones(w.parameters, dtype=torch.float64, device=linearised.device)
         each, operations = _timed(lambda: linearised.gram(ids, vector), linearised.device)
         passes = matrix_free.STEPS + _SOLVE_PASSES
         share = passes * w.samples / len(ids)
         seconds = {f"about {passes} passes": share * each / distributed.size()}
-        return replace(chosen, operations=share * operations, seconds=seconds)
+        return replace(untimed, operations=share * operations, seconds=seconds)
     each, operations = _timed(lambda: list(linearised.stream(ids)), linearised.device)
     share = w.samples / len(ids)
-    seconds = {"Jacobians": share * each / distributed.size(), **_algebra(chosen, linearised.device, dtype)}
-    return replace(chosen, operations=chosen.operations + share * operations, seconds=seconds)
+    seconds = {"Jacobians": share * each / distributed.size(), **_algebra(untimed, linearised.device, dtype)}
+    return replace(untimed, operations=untimed.operations + share * operations, seconds=seconds)
 
 
 def _timed(work: Callable[[], object], device: torch.device) -> tuple[float, float]:
@@ -247,10 +258,10 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _algebra(chosen: Plan, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+def _algebra(untimed: Plan, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """Seconds of the sums or the kernel, the choice of the ridge and the solve, from small matrices of their kind."""
-    w = chosen.workload
-    primal = chosen.form == "primal"
+    w = untimed.workload
+    primal = untimed.form == "primal"
     side = w.rest if primal else w.samples * w.outputs
     trial = min(side, _TRIAL)
     count = max(1, ROWS // w.outputs)

@@ -17,7 +17,7 @@ from fastntk.linearised import Linearised
 from fastntk.loss import SquaredLoss
 from fastntk.matrix_free import GramOperator, MatrixFreeSolution
 from fastntk.memory import Memory, Solution
-from fastntk.planning import Form, choose_form, free_bytes, workload
+from fastntk.planning import Form, chosen, free_bytes
 from fastntk.probes import ClassProbes
 from fastntk.progress import busy
 from fastntk.ridge import Calibration, calibrate
@@ -60,8 +60,8 @@ def prepare(
         loss: the one it was fitted with.
         batch_size: images a batch of Jacobians, at most; fewer where a batch's Jacobians would take over 1 GiB.
         workers: processes that read images ahead.
-        dtype: of the primal form's sums and products. ``torch.float32`` halves memory and time; what it costs in
-            accuracy is in docs/benchmarks.md.
+        dtype: of the primal form's sums and products. ``torch.float32`` halves their memory; sums that samples are
+            taken away from lose digits with it, so that a solve may come out less exact.
         precision: of the network's arithmetic, ``"full"``, ``"tf32"`` or ``"bf16"``: see ``fastntk.precision``.
         class_probes: replace the C logits of each sample by this many random combinations: see ``fastntk.probes``.
             The error of the Gram matrix is measured on the first samples and logged.
@@ -85,11 +85,11 @@ def prepare(
         raise InputError("the training set needs at least 2 samples.")
     draws = None if class_probes is None else ClassProbes(class_probes, seed)
     linearised = Linearised(PerSampleJacobian(model, anchor), train, loss, batch_size, workers, precision, draws)
-    linearised, chosen = _planned(linearised, form, dtype)
+    linearised, taken = _planned(linearised, form, dtype)
     displacement = linearised.layout.flatten(anchor) - linearised.layout.flatten(initial)
     given = None if ridge == "auto" else float(ridge)
-    partial = Checkpoint(checkpoint, key(linearised, count, dtype)) if checkpoint and chosen == "primal" else None
-    solution, calibration = _solve(linearised, chosen, displacement, given, dtype, partial)
+    partial = Checkpoint(checkpoint, key(linearised, count, dtype)) if checkpoint and taken == "primal" else None
+    solution, calibration = _solve(linearised, taken, displacement, given, dtype, partial)
     present = torch.ones(count, dtype=torch.bool)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     return Memory(linearised, solution, calibration, present, order, probe)
@@ -97,12 +97,9 @@ def prepare(
 
 def _planned(linearised: Linearised, form: str, dtype: torch.dtype) -> tuple[Linearised, Form]:
     """The form to take, and the batches that fit; logged with the memory that they need."""
-    free = free_bytes(linearised.device)
-    plan = choose_form(workload(linearised, dtype), free, form)
+    plan, free = chosen(linearised, form, dtype), free_bytes(linearised.device)
     log.info("%s form: up to %.1f GB of memory, of %.1f GB free", plan.form, plan.bytes / 1e9, free / 1e9)
     if linearised.probes:
-        if plan.form == "matrix-free":
-            raise InputError("the matrix-free form has no use for class probes: it makes no backward pass a class.")
         log.info("class probes: %s", _probe_error(linearised))
     return replace(linearised, batch_size=plan.workload.batch_size), plan.form
 

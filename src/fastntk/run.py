@@ -150,6 +150,7 @@ class Run:
         memory = prepare(model, train, self._initial(), checkpoint=self.folder / "partial", **given)
         if distributed.rank() == 0:
             memory.save(self.folder / "memory.safetensors")
+            clear(self.folder / "partial")  # of an earlier attempt in another form
         return memory
 
     def plan(self, form: str, **options: Any) -> Plan:

@@ -1,0 +1,61 @@
+"""Partial sums: what goes on from them, and what must not stay."""
+
+import pytest
+import torch
+from cases import CASES
+from test_memory import close, moved
+
+import fastntk
+from fastntk import collection
+
+
+@pytest.fixture
+def interrupted(tmp_path, monkeypatch):
+    """A preparation in shards of 4 samples that is cut off after its second one."""
+    monkeypatch.setattr(collection, "SHARD", 4)
+    write = collection.Checkpoint.write
+
+    def cut(self, sums, shards):
+        write(self, sums, shards)
+        if len(shards) == 2:
+            raise KeyboardInterrupt
+
+    case = CASES["bn+head"]
+    model = case.model()
+    with monkeypatch.context() as patch:
+        patch.setattr(collection, "_OVERHEAD", float("inf"))
+        patch.setattr(collection.Checkpoint, "write", cut)
+        with pytest.raises(KeyboardInterrupt):
+            fastntk.prepare(model, case.data(), moved(model), ridge=0.5, form="primal", checkpoint=tmp_path / "partial")
+    assert [path.name for path in (tmp_path / "partial").iterdir()] == ["sums-0.safetensors"]
+    return model, case.data(), tmp_path / "partial"
+
+
+def test_it_goes_on_from_the_last_shard(interrupted, monkeypatch):
+    model, data, partial = interrupted
+    (partial / ".sums-8.safetensors.new").write_bytes(b"half")
+    seen = []
+    stream = collection.Linearised.stream
+    monkeypatch.setattr(collection.Linearised, "stream", lambda self, ids, *rest: seen.extend(ids) or stream(self, ids))
+    memory = fastntk.prepare(model, data, moved(model), ridge=0.5, form="primal", checkpoint=partial)
+    assert seen == [0, *range(8, 14)]  # sample 0 is asked for its sizes
+    assert not partial.exists()
+    whole = fastntk.prepare(model, data, moved(model), ridge=0.5, form="primal")
+    torch.testing.assert_close(memory.solution.sums.gram(), whole.solution.sums.gram(), rtol=1e-12, atol=1e-12)
+    close(memory.forget([3]).parameters, whole.forget([3]).parameters)
+
+
+def test_partial_sums_of_another_preparation_are_not_taken(interrupted):
+    model, data, partial = interrupted
+    data.tensors[0][0] += 1
+    memory = fastntk.prepare(model, data, moved(model), ridge=0.5, form="primal", checkpoint=partial)
+    whole = fastntk.prepare(model, data, moved(model), ridge=0.5, form="primal")
+    torch.testing.assert_close(memory.solution.sums.gram(), whole.solution.sums.gram(), rtol=1e-12, atol=1e-12)
+    assert not partial.exists()
+
+
+def test_nothing_stays_after_clearing(interrupted):
+    partial = interrupted[2]
+    (partial / ".sums-8.safetensors.new").write_bytes(b"half")
+    collection.clear(partial)
+    assert not partial.exists()
