@@ -8,7 +8,6 @@ ones are not computed again.
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from fastntk.certificate import Certificate, changes, rms
+from fastntk.certificate import Certificate, change_of_logits, rms
 from fastntk.errors import InputError
 from fastntk.files import digest, read_tensors, write_tensors
 from fastntk.jacobian import Layout, PerSampleJacobian
@@ -215,18 +214,29 @@ class Memory:
     ) -> Certificate:
         staying = self.present[self._order] & ~torch.isin(self._order, positions)
         retained = self._order[staying][: self._probe]
-        moved = partial(changes, self.linearised, change=change, before=self.parameters, after=parameters)
-        predicted, actual = moved(positions.tolist())
+        predicted = self._predicted(positions, change)
         size = rms(predicted)
-        expected, seen = moved(retained.tolist()) if size else (predicted, actual)
+
+        def departure(samples: Tensor, predicted: Tensor) -> float:
+            if not len(samples):
+                return 0.0
+            real = change_of_logits(self.linearised, samples.tolist(), self.parameters, parameters)
+            return rms(real - predicted) / size
+
         return Certificate(
             forgotten=len(positions),
             retained=int(self.present.sum()) - len(positions),
             ridge=ridge,
-            departure_forgotten=rms(actual - predicted) / size if size else 0.0,
-            departure_retained=rms(seen - expected) / size if size else 0.0,
+            departure_forgotten=departure(positions, predicted) if size else 0.0,
+            departure_retained=departure(retained, self._predicted(retained, change)) if size else 0.0,
             residual=self.solution.residual,
         )
+
+    def _predicted(self, positions: Tensor, change: Float[Tensor, " p"]) -> Float[Tensor, "some classes"]:
+        """``J change`` for some samples: from the stored rows where they are those of all classes, else by a pass."""
+        if isinstance(self.solution, DualSolution) and not self.linearised.probes:
+            return self.solution.rows[positions].jacobian.matvec(change)
+        return self.linearised.tangent(positions.tolist(), change)
 
 
 def load(path: Path | str, model: nn.Module, train: Dataset) -> Memory:
