@@ -12,8 +12,9 @@ loop    time of a loop over samples and classes, one backward pass each (the loo
 error   of the float32 Jacobian to a float64 per-sample oracle, relative, median over the images; and of torch.func's
 error64 the same in float64, the largest of the images
 
-Alternatives run in turn in one process; every ratio is the median over the rounds. Each alternative has the batch that
-suits it: ours and the limit the same. The last line is JSON.
+Ours and the limit have the same batch and run in turn; their ratio is the median over the rounds. torch.func and the
+loop run after them in the same process, on fewer images, and the medians of the times per image are compared. The last
+line is JSON.
 """
 
 import argparse
