@@ -32,6 +32,7 @@ from torch.func import functional_call, jacrev, vmap
 
 from fastntk.compat import timm, torchvision
 from fastntk.jacobian import PerSampleJacobian
+from fastntk.process import settle
 from fastntk.tunable import snapshot, tune, tuned
 
 CLASSES = 10
@@ -44,7 +45,7 @@ class Case:
     make: Callable[[], nn.Module]
     select: str
     size: int
-    batch: int = 64
+    batch: int = 128
     vmap_batch: int = 16
     loop_batch: int = 8
 
@@ -168,7 +169,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
-    torch.set_flush_denormal(True)
+    settle()
     table = Table("model", "p", "ms/image", "limit", "vmap", "loop", "error", "error64")
     results = {}
     for name in arguments.models:

@@ -23,6 +23,7 @@ from fastntk.comparison import compare, references
 from fastntk.data import labels_of
 from fastntk.files import writable
 from fastntk.methods import FastNTK, Golatkar, Method, Problem, Unlearned
+from fastntk.process import settle
 from fastntk.training import Recipe
 
 FACTORS = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
@@ -104,7 +105,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=128, help="side of the images in pixels")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="where fits and results are kept")
     arguments = parser.parse_args()
-    torch.set_flush_denormal(True)
+    settle()
     target = writable(arguments.out) / f"quality-{'quick' if arguments.quick else 'full'}.json"
     per_class, seeds = (60, 1) if arguments.quick else (100, 3)
     document = {}

@@ -28,6 +28,7 @@ from fastntk.demo import digits, pretrained
 from fastntk.files import writable
 from fastntk.memory import Memory
 from fastntk.methods import FastNTK, Problem
+from fastntk.process import settle
 from fastntk.training import Recipe
 
 FACTORS = torch.logspace(-2.5, 1, 71, dtype=torch.float64)
@@ -168,7 +169,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="where fits and results are kept")
     arguments = parser.parse_args()
-    torch.set_flush_denormal(True)
+    settle()
     factors = {}
     for name in arguments.models:
         factors[name], reports = judged(name, arguments)

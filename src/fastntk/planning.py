@@ -18,6 +18,7 @@ from fastntk.linalg import add_product_, invert_, mirror_
 from fastntk.linearised import Linearised
 from fastntk.loss import SquaredLoss
 from fastntk.probes import ClassProbes
+from fastntk.process import settle
 from fastntk.statistics import ROWS
 from fastntk.tunable import snapshot, tuned
 
@@ -214,7 +215,7 @@ def plan(
     Raises:
         InputError: like ``prepare``.
     """
-    torch.set_flush_denormal(True)
+    settle()
     probes = None if class_probes is None else ClassProbes(class_probes)
     jacobian = PerSampleJacobian(model, snapshot(tuned(model)))
     linearised = Linearised(jacobian, train, loss, batch_size, workers, precision, probes)

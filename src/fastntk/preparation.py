@@ -19,6 +19,7 @@ from fastntk.matrix_free import GramOperator, MatrixFreeSolution
 from fastntk.memory import Memory, Solution
 from fastntk.planning import Form, chosen, free_bytes
 from fastntk.probes import ClassProbes
+from fastntk.process import settle
 from fastntk.progress import busy
 from fastntk.ridge import Calibration, calibrate
 from fastntk.statistics import Rows, Sums
@@ -47,9 +48,9 @@ def prepare(
 ) -> Memory:
     """One pass over the training data, after which ``memory.forget`` needs only the forgotten samples.
 
-    Denormal numbers are flushed to zero in this process from then on (``torch.set_flush_denormal``): on some processors
-    they make Jacobians ten times slower. In a job of several processes (``fastntk.distributed``) each takes its share
-    of the samples, and all end with the same memory.
+    Denormal numbers are flushed to zero in this process from then on, and freed memory is kept for the next batch (see
+    ``fastntk.process.settle``). In a job of several processes (``fastntk.distributed``) each takes its share of the
+    samples, and all end with the same memory.
 
     Args:
         model: fitted, in eval mode, with the tuned parameters requiring gradients. It is not changed.
@@ -77,7 +78,7 @@ def prepare(
     """
     if ridge != "auto" and not (isinstance(ridge, float | int) and 0 < ridge < float("inf")):
         raise InputError(f"the ridge must be a positive number or 'auto', not {ridge!r}.")
-    torch.set_flush_denormal(True)
+    settle()
     anchor = snapshot(tuned(model))
     _check_initial(initial, tuned(model))
     count = len(train)  # type: ignore[arg-type]

@@ -21,10 +21,26 @@ from fastntk.errors import InputError
 if TYPE_CHECKING:
     from fastntk.jacobian import Layout
 
+_CACHE = 2**22  # bytes of activations that a processor's caches hold
+
 
 def _sum(tensor: Tensor, axes: tuple[int, ...]) -> Tensor:
     """The sum over the axes inside a sample; over no axes, the tensor itself."""
     return tensor.sum(axes) if axes else tensor
+
+
+def _sums(g: Tensor, x: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """The sums of ``g`` and of ``g x`` over the axes inside a sample.
+
+    On a CPU the product is taken for a few samples at a time, and stays in cache.
+    """
+    if not axes:
+        return g, g * x
+    bytes_a_sample = g[:1].numel() * g.element_size()
+    samples = max(1, _CACHE // max(1, bytes_a_sample)) if g.is_cpu else len(g)
+    pairs = zip(g.split(samples), x.split(samples), strict=True)
+    sums = [(part.sum(axes), (part * other).sum(axes)) for part, other in pairs]
+    return sums[0] if len(sums) == 1 else (torch.cat([a for a, _ in sums]), torch.cat([b for _, b in sums]))
 
 
 def _data(tensor: Tensor | None) -> Tensor | None:
@@ -55,6 +71,8 @@ class _BatchNorm(torch.autograd.Function):
         ctx.rstd = torch.rsqrt(var + eps)
         ctx.scale = ctx.rstd if weight is None else ctx.rstd * weight
         ctx.geometry = geometry
+        if origin is not None:
+            kernel = kernel * ctx.scale.view(-1, *(1 for _ in kernel.shape[1:]))
         ctx.save_for_backward(x, mean, origin, kernel)
         return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
 
@@ -65,13 +83,14 @@ class _BatchNorm(torch.autograd.Function):
         of_x, *_, of_scales, of_shifts, of_origin, _, _ = ctx.needs_input_grad
         inner = tuple(range(2, x.ndim))
         scale = None
-        shift = _sum(g, inner)
         if of_scales:
-            scale = (_sum(g * x, inner) - mean * shift) * ctx.rstd
+            shift, dot = _sums(g, x, inner)
+            scale = torch.addcmul(dot, mean, shift, value=-1).mul_(ctx.rstd)
+        else:
+            shift = _sum(g, inner)
         before = through = None
         if of_origin:
-            scaled = kernel * ctx.scale.view(-1, *(1 for _ in kernel.shape[1:]))
-            through = _of_input(g, origin, scaled, ctx.geometry)
+            through = _of_input(g, origin, kernel, ctx.geometry)
         elif of_x:
             before = g * ctx.scale.to(g.dtype).view(1, -1, *(1 for _ in inner))
         return before, *[None] * 5, scale, shift if of_shifts else None, through, None, None

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from fastntk.data import batches, checked
 from fastntk.errors import InputError
 from fastntk.loss import SquaredLoss
+from fastntk.process import settle
 from fastntk.progress import track
 from fastntk.tunable import snapshot, tuned
 
@@ -53,8 +54,8 @@ def fit(model: nn.Module, train: Dataset, recipe: Recipe = Recipe(), **changes: 
     """Fit the tuned parameters of ``model`` to ``train``, in place, and leave the model in eval mode.
 
     The whole of the fit runs in eval mode: batch norm uses, and does not update, its running statistics (they would
-    carry the data in a way that no step over parameters removes), and dropout is off. Like ``prepare``, it flushes
-    denormal numbers to zero in this process.
+    carry the data in a way that no step over parameters removes), and dropout is off. Like ``prepare``, it
+    changes settings of this process (``fastntk.process.settle``).
 
     Args:
         model: as ``tune`` left it; maps images to logits.
@@ -68,7 +69,7 @@ def fit(model: nn.Module, train: Dataset, recipe: Recipe = Recipe(), **changes: 
         InputError: nothing is tuned, a label outside the classes, a pixel that is not finite, or a loss that became
             so.
     """
-    torch.set_flush_denormal(True)
+    settle()
     recipe = replace(recipe, **changes)  # type: ignore[arg-type]
     parameters = tuned(model)
     initial = snapshot(parameters)
