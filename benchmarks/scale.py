@@ -1,0 +1,129 @@
+"""Preparing a memory for more and more images: its memory must not grow, its time only in proportion.
+
+    python benchmarks/scale.py [--full] [--samples 500 1000 2000] [--repeats 3]
+
+ResNet-18 with random weights, batch norm tuned (p = 9,600), random images of CIFAR's size enlarged to 64 px, 10
+classes, primal form. Every number of images runs in a process of its own. ``--full`` goes on to 5,000 and 50,000 images,
+once each; 50,000 take most of an hour.
+
+memory_growth  peak resident memory of the process at the largest number of images over that at the smallest
+time_growth    time of the pass (Jacobians and sums) per image, at the largest over the smallest
+time_estimate  what fastntk.plan said of the time of everything, over what was then measured
+memory_estimate the same of the peak memory beside what the process held before
+
+Medians over the repeats. The last line is JSON.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from timing import peak_bytes
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fastntk import plan, preparation, prepare
+from fastntk.compat import torchvision
+from fastntk.tunable import snapshot, tune, tuned
+
+CLASSES, SIDE = 10, 64
+
+
+class Images(Dataset):
+    """Random images, each made when it is asked for."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(index))
+        return F.interpolate(pixels, size=SIDE, mode="bilinear")[0], index % CLASSES
+
+
+def _timed(work: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
+    def run(*arguments: Any) -> Any:
+        started = time.perf_counter()
+        result = work(*arguments)
+        seconds.append(time.perf_counter() - started)
+        return result
+
+    return run
+
+
+def one(samples: int) -> dict[str, float]:
+    """Plan and prepare, in this process."""
+    torch.manual_seed(0)
+    model, train = torchvision().models.resnet18(num_classes=CLASSES).eval(), Images(samples)
+    tune(model, "bn")
+    initial = snapshot(tuned(model))
+    with torch.no_grad():
+        for parameter in tuned(model).values():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    planned = plan(model, train, form="primal")
+    before = psutil.Process().memory_info().rss
+    passes: list[float] = []
+    preparation.collect_sums = _timed(preparation.collect_sums, passes)
+    started = time.perf_counter()
+    prepare(model, train, initial, form="primal")
+    seconds = time.perf_counter() - started
+    peak = peak_bytes()
+    return {
+        "samples": samples,
+        "seconds": seconds,
+        "pass_seconds": passes[0],
+        "peak_bytes": peak,
+        "time_estimate": (planned.total_seconds or 0) / seconds,
+        "memory_estimate": planned.bytes / (peak - before),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, nargs="+", default=[500, 1000, 2000])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--full", action="store_true")
+    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(one(arguments.one)))
+        return
+    jobs = [samples for _ in range(arguments.repeats) for samples in arguments.samples]
+    runs: dict[int, list[dict[str, float]]] = {}
+    for samples in jobs + ([5000, 50000] if arguments.full else []):
+        command = [sys.executable, __file__, "--one", str(samples)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        runs.setdefault(samples, []).append(json.loads(done.stdout.splitlines()[-1]))
+        print(json.dumps(runs[samples][-1]), flush=True)
+    rows = [{key: statistics.median(run[key] for run in each) for key in each[0]} for each in runs.values()]
+    table = Table("images", "seconds", "of it the pass", "peak GB", "plan / time", "plan / memory")
+    for row in rows:
+        figures = row["seconds"], row["pass_seconds"], row["peak_bytes"] / 1e9
+        estimates = row["time_estimate"], row["memory_estimate"]
+        table.add_row(f"{row['samples']:,.0f}", *(f"{each:.2f}" for each in (*figures, *estimates)))
+    Console(width=100).print(table)
+    first, last = rows[0], rows[-1]
+    result = {
+        "memory_growth": last["peak_bytes"] / first["peak_bytes"],
+        "time_growth": last["pass_seconds"] / last["samples"] / (first["pass_seconds"] / first["samples"]),
+        "time_estimate": [row["time_estimate"] for row in rows],
+        "memory_estimate": [row["memory_estimate"] for row in rows],
+        "seconds": {f"{row['samples']:.0f}": row["seconds"] for row in rows},
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
