@@ -3,8 +3,8 @@
     python benchmarks/scale.py [--full] [--samples 500 1000 2000] [--repeats 3]
 
 ResNet-18 with random weights, batch norm tuned (p = 9,600), random images of CIFAR's size enlarged to 64 px, 10
-classes, primal form. Every number of images runs in a process of its own. ``--full`` goes on to 5,000 and 50,000 images,
-once each; 50,000 take most of an hour.
+classes, primal form. Every number of images runs in a process of its own. ``--full`` goes on to 5,000 and 50,000
+images, once each; 50,000 take most of an hour.
 
 memory_growth  peak resident memory of the process at the largest number of images over that at the smallest
 time_growth    time of the pass (Jacobians and sums) per image, at the largest over the smallest

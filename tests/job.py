@@ -1,6 +1,6 @@
-"""One process of a job that prepares a memory: python -m torch.distributed.run ... job.py OUT FORM [KILL].
+"""One process of a job that prepares a memory or fits: python -m torch.distributed.run ... job.py OUT FORM [KILL].
 
-With KILL, the process of that number kills itself when it has completed its first shard.
+With KILL, the process of that number kills itself when it has completed its first shard. FORM "fit" fits a model.
 """
 
 import os
@@ -34,6 +34,12 @@ def killed(self, sums, shards):
 collection.Checkpoint.write = killed
 try:
     with distributed.session(torch.device("cpu")):
+        if form == "fit":
+            done = fastntk.fit(model, data, epochs=3, batch_size=7, learning_rate=0.05)
+            torch.save(
+                ({"losses": torch.tensor(done.losses)}, model.state_dict()), out / f"fit-{distributed.rank()}.pt"
+            )
+            sys.exit()
         memory = fastntk.prepare(model, data, moved(model), form=form, ridge=0.5, checkpoint=out / "partial")
         answer = memory.preview([3, 17])
         torch.save((memory.solution.tensors(), answer.parameters), out / f"{form}-{distributed.rank()}.pt")

@@ -172,3 +172,13 @@ def test_bad_folders_and_files(run, data, tmp_path):
     refuse("memory.safetensors cannot be read", "forget", folder, "--ids", "1")
     (folder / "run.json").write_text("{")
     refuse("run.json cannot be read as JSON", "forget", folder, "--ids", "1")
+
+
+def test_a_plan_before_and_after_there_is_a_run(data, run):
+    before = json.loads(succeed("plan", *MODEL, "--data", data, "--form", "primal", "--json"))
+    after = json.loads(succeed("plan", run, "--form", "primal", "--json"))
+    assert before["workload"] == after["workload"]
+    assert before["bytes"] == after["bytes"] > 0
+    assert "peak memory" in succeed("plan", *MODEL, "--data", data)
+    refuse("either a run folder, or --model and --data", "plan")
+    refuse("either a run folder, or --model and --data", "plan", run, *MODEL, "--data", data)

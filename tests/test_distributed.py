@@ -9,6 +9,7 @@ import pytest
 import torch
 
 JOB = Path(__file__).with_name("job.py")
+FORMS = ("primal", "dual", "matrix-free", "fit")
 
 
 def launch(count, *arguments):
@@ -26,12 +27,12 @@ def results(folder, form, count):
 def alone(tmp_path_factory):
     """What one process gets, by form."""
     folder = tmp_path_factory.mktemp("alone")
-    for form in ("primal", "dual", "matrix-free"):
+    for form in FORMS:
         done = subprocess.run(
             [sys.executable, str(JOB), str(folder), form], capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stderr
-    return {form: results(folder, form, 1)[0] for form in ("primal", "dual", "matrix-free")}
+    return {form: results(folder, form, 1)[0] for form in FORMS}
 
 
 def same(left, right, tolerance):
@@ -41,7 +42,9 @@ def same(left, right, tolerance):
             torch.testing.assert_close(ours[name], theirs[name], rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize(("form", "count"), [("primal", 2), ("primal", 3), ("dual", 3), ("matrix-free", 2)])
+@pytest.mark.parametrize(
+    ("form", "count"), [("primal", 2), ("primal", 3), ("dual", 3), ("matrix-free", 2), ("fit", 2), ("fit", 3)]
+)
 def test_the_number_of_processes_does_not_matter(form, count, alone, tmp_path):
     done = launch(count, tmp_path, form)
     assert done.returncode == 0, done.stderr

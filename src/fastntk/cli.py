@@ -5,14 +5,14 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from fastntk.distributed import PeerLost, launched
+from fastntk.distributed import PeerLost, first, launched
 from fastntk.errors import InputError
 from fastntk.progress import console
 from fastntk.training import Recipe
@@ -28,6 +28,11 @@ app = typer.Typer(
 )
 
 Folder = Annotated[Path, typer.Argument(metavar="RUN", help="The run folder: everything about one model lies in it.")]
+Root = Annotated[str | None, typer.Option(help="The folder that a torchvision dataset lies in.")]
+Select = Annotated[
+    list[str], typer.Option(help="What to tune: bn, ln, norm, bias, head, all, or a regular expression; repeatable.")
+]
+Size = Annotated[int | None, typer.Option(help="Side of the input in pixels; the model's own by default.")]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")]
 Seed = Annotated[int, typer.Option(help="Of the head's first values and the order of the samples.")]
 Sums = Annotated[str, typer.Option(help="Dtype of the primal form's sums: float64, or float32 for half the memory.")]
@@ -73,17 +78,12 @@ def fit(
     run: Folder,
     model: Annotated[str, typer.Option(help="A timm or torchvision name; torchvision/NAME where both have it.")],
     data: Annotated[str, typer.Option(help="A folder of class folders, an .npz (x, y), or a torchvision dataset.")],
-    data_root: Annotated[str | None, typer.Option(help="The folder that a torchvision dataset lies in.")] = None,
+    data_root: Root = None,
     weights: Annotated[
         str | None, typer.Option(help="A local state dict (.safetensors, .pt), or 'pretrained'.")
     ] = None,
-    select: Annotated[
-        list[str],
-        typer.Option(help="What to tune: bn, ln, norm, bias, head, all, or a regular expression; repeatable."),
-    ] = ["bn", "head"],  # noqa: B006
-    image_size: Annotated[
-        int | None, typer.Option(help="Side of the input in pixels; the model's own by default.")
-    ] = None,
+    select: Select = ["bn", "head"],  # noqa: B006
+    image_size: Size = None,
     epochs: Annotated[int, typer.Option(help="Passes over the data.")] = 12,
     batch_size: Annotated[int, typer.Option(help="Images a step.")] = 32,
     learning_rate: Annotated[float, typer.Option(help="Adam's first; it falls to 0 along a cosine.")] = 1e-3,
@@ -91,13 +91,19 @@ def fit(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Fine-tune the selected parameters of a model on labelled images; all else stays frozen."""
+    """Fine-tune the selected parameters of a model on labelled images; all else stays frozen.
+
+    Several processes share every batch when it is started as: torchrun --nproc-per-node=N -m fastntk fit RUN ...
+    """
+    from fastntk import distributed
     from fastntk.run import Run
 
     recipe = Recipe(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed)
-    done = Run(run, device).fit(
-        model, data, weights=weights, root=data_root, select=select, size=image_size, recipe=recipe
-    )
+    opened = Run(run, distributed.local_device(device))
+    with distributed.session(opened.device):
+        done = opened.fit(model, data, weights=weights, root=data_root, select=select, size=image_size, recipe=recipe)
+        if distributed.rank():
+            return
     count = sum(tensor.numel() for tensor in done.initial.values())
     document = {"run": str(run), "tuned_parameters": count, "losses": done.losses, "seconds": done.seconds}
     text = (
@@ -144,7 +150,12 @@ def prepare(
 
 @app.command()
 def plan(
-    run: Folder,
+    run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="A run folder that holds a fitted model.")] = None,
+    model: Annotated[str | None, typer.Option(help="In place of a run: what fit would be given.")] = None,
+    data: Annotated[str | None, typer.Option(help="In place of a run: what fit would be given.")] = None,
+    data_root: Root = None,
+    select: Select = ["bn", "head"],  # noqa: B006
+    image_size: Size = None,
     form: Annotated[str, typer.Option(help="'primal', 'dual', 'matrix-free', or 'auto'.")] = "auto",
     sums: Sums = "float64",
     precision: Precision = "full",
@@ -153,10 +164,21 @@ def plan(
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """What prepare would take: form, peak memory, arithmetic, and a time from a calibration of some seconds."""
-    from fastntk.run import Run
+    """What prepare would take: form, peak memory, arithmetic, and a time from a calibration of some seconds.
 
-    planned = Run(run, device).plan(form, **_engine(sums, precision, class_probes, workers))
+    For a run, or, before there is one, for a model and data: fastntk plan --model resnet18 --data DATA.
+    """
+    from fastntk import planning
+    from fastntk.run import Run, parse_device, start
+
+    options = {"form": form, **_engine(sums, precision, class_probes, workers)}
+    if (run is None) != (model is not None and data is not None) or (run and (model or data)):
+        raise InputError("say what to plan for: either a run folder, or --model and --data.")
+    if run:
+        planned = Run(run, device).plan(**options)
+    else:
+        module, images = start(str(model), str(data), None, data_root, select, image_size, 0, parse_device(device))
+        planned = planning.plan(module, images, **options)
     show(planned.to_dict(), as_json, planned.text())
 
 
@@ -216,7 +238,7 @@ def _number(text: str) -> float:
         raise InputError(f"--ridge must be 'auto' or a number, not {text!r}.") from error
 
 
-def _engine(sums: str, precision: str, class_probes: int | None, workers: int) -> dict[str, object]:
+def _engine(sums: str, precision: str, class_probes: int | None, workers: int) -> dict[str, Any]:
     """The options that plan and prepare share, as the library takes them."""
     if sums not in ("float64", "float32"):
         raise InputError(f"--sums must be float64 or float32, not {sums!r}.")
@@ -238,11 +260,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: in place of the process's own.
     """
     handler = RichHandler(console=console, show_time=False, show_level=False, show_path=False)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
+    logging.basicConfig(level=logging.INFO if first() else logging.WARNING, format="%(message)s", handlers=[handler])
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        if launched() and given[:1] != ["prepare"]:
-            raise InputError("only prepare runs in several processes. Start this command without a launcher.")
+        if launched() and given[:1] not in (["fit"], ["prepare"]):
+            raise InputError("only fit and prepare run in several processes. Start this command without a launcher.")
         app(given)
     except InputError as error:
         console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)

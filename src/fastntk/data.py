@@ -2,7 +2,7 @@
 
 import inspect
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler, TensorDataset
 
 from fastntk.compat import torchvision
 from fastntk.errors import InputError
@@ -174,12 +174,35 @@ def labels_of(dataset: Dataset) -> Int[Tensor, " samples"]:
     return torch.tensor([int(dataset[i][1]) for i in range(len(dataset))])  # type: ignore[arg-type]
 
 
-def batches(dataset: Dataset, batch_size: int, shuffle: torch.Generator | None = None, workers: int = 0) -> DataLoader:
+class _Share(Sampler[list[int]]):
+    """Every ``size``-th sample of each batch, from number ``rank`` on; where that is none, the batch's first."""
+
+    def __init__(self, whole: BatchSampler, rank: int, size: int) -> None:
+        self.whole, self.rank, self.size = whole, rank, size
+
+    def __len__(self) -> int:
+        return len(self.whole)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in self.whole:
+            yield batch[self.rank :: self.size] or batch[:1]
+
+
+def batches(
+    dataset: Dataset,
+    batch_size: int,
+    shuffle: torch.Generator | None = None,
+    workers: int = 0,
+    share: tuple[int, int] = (0, 1),
+) -> DataLoader:
     """Batches of ``(images, labels)``, in order, or in the order that ``shuffle`` draws.
 
-    With ``workers`` that many processes read images ahead while others are worked on.
+    With ``workers`` that many processes read images ahead while others are worked on. With a ``share`` of (rank, size)
+    every size-th sample of each batch; one sample where that is none.
     """
-    return DataLoader(dataset, batch_size, shuffle=shuffle is not None, generator=shuffle, num_workers=workers)
+    order = SequentialSampler(dataset) if shuffle is None else RandomSampler(dataset, generator=shuffle)  # type: ignore[arg-type]
+    sampler = _Share(BatchSampler(order, batch_size, drop_last=False), *share)
+    return DataLoader(dataset, batch_sampler=sampler, generator=shuffle, num_workers=workers)
 
 
 def checked(images: Tensor) -> Tensor:

@@ -27,14 +27,19 @@ class PeerLost(RuntimeError):
 
     def __init__(self) -> None:
         super().__init__(
-            "another process of this job is gone, so the job ends here. Start it again: it goes on from the last "
-            "shard that was written."
+            "another process of this job is gone, so the job ends here. Start it again: prepare goes on from the "
+            "last shard that was written, fit from the beginning."
         )
 
 
 def launched() -> bool:
     """Whether this process is one of several that a launcher started."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def first() -> bool:
+    """Whether this process is the only one, or the one that speaks for all; known before they connect."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def active() -> bool:

@@ -65,20 +65,34 @@ def parse_device(name: str) -> torch.device:
     return device
 
 
+def start(
+    model: str,
+    data: str,
+    weights: str | None,
+    root: str | None,
+    select: Sequence[str],
+    size: int | None,
+    seed: int,
+    device: torch.device,
+) -> tuple[nn.Module, Images]:
+    """A model with a head for the data's classes, the selection tuned, and the data as it wants them."""
+    _, preprocessing = load_model(model, 2, size=size)
+    images = load_data(data, preprocessing, root=Path(root) if root else None)
+    size = preprocessing.size or None
+    module, _ = load_model(model, len(images.classes), weights=weights, size=size, seed=seed)
+    tune(module, *select)
+    return module.to(device).eval(), images
+
+
 class Run:
     """One run folder, open on one device."""
 
     def __init__(self, folder: Path, device: str = "cpu") -> None:
         self.folder, self.device = folder, parse_device(device)
 
-    def _model(
-        self, settings: Settings, file: str | None, weights: str | None = None, seed: int = 0
-    ) -> tuple[nn.Module, Preprocessing]:
-        model, preprocessing = load_model(
-            settings.model, len(settings.classes), weights=weights, size=settings.size or None, seed=seed
-        )
-        if file:
-            load_weights(model, read_tensors(self.folder / file)[0], with_head=True)
+    def _model(self, settings: Settings, file: str) -> tuple[nn.Module, Preprocessing]:
+        model, preprocessing = load_model(settings.model, len(settings.classes), size=settings.size or None)
+        load_weights(model, read_tensors(self.folder / file)[0], with_head=True)
         return model.to(self.device), preprocessing
 
     def settings(self) -> Settings:
@@ -114,12 +128,12 @@ class Run:
     ) -> Fit:
         """Fit a model and write the run."""
         writable(self.folder)
-        _, preprocessing = load_model(model, 2, size=size)
-        images = load_data(data, preprocessing, root=Path(root) if root else None)
-        settings = Settings(model, data, root, images.classes, list(select), preprocessing.size, asdict(recipe))
-        module, _ = self._model(settings, None, weights, recipe.seed)
-        tune(module, *select)
+        module, images = start(model, data, weights, root, select, size, recipe.seed, self.device)
+        size = images.preprocessing.size
+        settings = Settings(model, data, root, images.classes, list(select), size, asdict(recipe))
         done = fit(module, in_memory(images), recipe)
+        if distributed.rank():
+            return done
         for stale in ("memory.safetensors", "unlearned.safetensors"):
             (self.folder / stale).unlink(missing_ok=True)
         clear(self.folder / "partial")

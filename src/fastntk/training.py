@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
+from fastntk import distributed
 from fastntk.data import batches, checked
 from fastntk.errors import InputError
 from fastntk.loss import SquaredLoss
@@ -57,6 +59,10 @@ def fit(model: nn.Module, train: Dataset, recipe: Recipe = Recipe(), **changes: 
     carry the data in a way that no step over parameters removes), and dropout is off. Like ``prepare``, it
     changes settings of this process (``fastntk.process.settle``).
 
+    In a job of several processes (``fastntk.distributed``) each takes its share of every batch, and gradients are
+    averaged by DistributedDataParallel. All must be given the same model; all end with the same, and how many they are
+    changes the order of additions only.
+
     Args:
         model: as ``tune`` left it; maps images to logits.
         train: a map-style dataset of ``(image, label)``.
@@ -77,13 +83,19 @@ def fit(model: nn.Module, train: Dataset, recipe: Recipe = Recipe(), **changes: 
     device = next(iter(parameters.values())).device
     optimiser = torch.optim.Adam(parameters.values(), lr=recipe.learning_rate)
     generator = torch.Generator().manual_seed(recipe.seed)
-    loader = batches(train, recipe.batch_size, generator)
+    loader = batches(train, recipe.batch_size, generator, share=(distributed.rank(), distributed.size()))
+    # A tuned parameter that the network does not use must not keep processes waiting for its gradient.
+    network = (
+        DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=True)
+        if distributed.active()
+        else model
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda done: (1 + math.cos(math.pi * done / (recipe.epochs * len(loader)))) / 2
     )
     started, losses = time.perf_counter(), []
     for _ in track(range(recipe.epochs), "fitting, epochs"):
-        losses.append(_epoch(model, loader, recipe, parameters, initial, optimiser, schedule, device))
+        losses.append(_epoch(network, loader, recipe, parameters, initial, optimiser, schedule, device))
     return Fit(initial, losses, recipe, time.perf_counter() - started)
 
 
@@ -98,18 +110,22 @@ def _epoch(
     device: torch.device,
 ) -> float:
     """One pass over the data; returns the mean loss a sample."""
-    total, count = 0.0, 0
-    for images, labels in loader:
+    rank, size, count = distributed.rank(), distributed.size(), len(loader.dataset)  # type: ignore[arg-type]
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for step, (images, labels) in enumerate(loader):
         images = checked(images).to(device)
-        loss = recipe.loss(model(images), labels.to(device))
+        whole = min(recipe.batch_size, count - step * recipe.batch_size)
+        share = len(range(rank, whole, size)) / whole
+        loss = recipe.loss(model(images), labels.to(device)) * share
         if not torch.isfinite(loss):
             raise InputError("the loss is no longer finite. Lower the learning rate.")
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        (loss * size).backward()  # the gradients' mean over the processes is taken
         for name, parameter in parameters.items():
             if parameter.grad is not None:
                 parameter.grad.add_(parameter.detach() - initial[name], alpha=recipe.weight_decay)
         optimiser.step()
         schedule.step()
-        total, count = total + float(loss.detach()) * len(labels), count + len(labels)
-    return total / count
+        total += loss.detach() * whole
+    distributed.sum_([total])
+    return float(total) / count

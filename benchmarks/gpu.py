@@ -1,0 +1,124 @@
+"""The paper's sizes on a GPU: 5,000 and 50,000 images at 224 px, ResNet-18 and ViT-B/32, random weights.
+
+    python benchmarks/gpu.py [--samples 5000 50000] [--precision full tf32 bf16] [--cases ...]
+
+resnet18 bn (p = 9,600) and vit_b_32 ln (p = 38,400), 10 classes. Random images, made on the GPU, so that what is timed
+is Jacobians and sums, not the reading of files. Each row: seconds of the pass and of the solve, peak GPU memory, and
+the error of the Jacobians of 16 images against float64 on the CPU (median over the images). The first line names the
+GPU; the last is JSON. Without a GPU that torch can use it ends with exit status 2.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from fastntk.compat import torchvision
+from fastntk.jacobian import PerSampleJacobian
+from fastntk.linearised import jacobians
+from fastntk.loss import SquaredLoss
+from fastntk.precision import PRECISIONS
+from fastntk.process import settle
+from fastntk.statistics import Sums, accumulate
+from fastntk.step import PrimalSolution
+from fastntk.tunable import snapshot, tune, tuned
+
+CLASSES, SIDE = 10, 224
+CASES = {"resnet18": "bn", "vit_b_32": "ln"}
+
+
+def prepared(name: str, device: str, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The network with its selection tuned."""
+    torch.manual_seed(0)
+    model = getattr(torchvision().models, name)(num_classes=CLASSES).eval()
+    for module in model.modules():
+        if isinstance(module, nn.Linear):  # torchvision starts the ViT's head with zeros
+            nn.init.normal_(module.weight, 0, module.in_features**-0.5)
+    tune(model, CASES[name])
+    model = model.to(device, dtype).to(memory_format=torch.channels_last)
+    return model, snapshot(tuned(model))
+
+
+def error(name: str, precision: str, count: int = 16) -> float:
+    """Of the Jacobians on the GPU, relative to float64 on the CPU."""
+    images, labels = torch.randn(count, 3, SIDE, SIDE), torch.zeros(count, dtype=torch.long)
+    exact = PerSampleJacobian(*prepared(name, "cpu", torch.float64))(images.double()).rest
+    jacobian = PerSampleJacobian(*prepared(name, "cuda", torch.float32))
+    [(ours, _)] = jacobians(jacobian, [(images, labels)], SquaredLoss(), precision)
+    differences = (ours.rest.cpu().double() - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
+    return statistics.median(differences.tolist())
+
+
+def measured(name: str, samples: int, precision: str, batch: int, dtype: torch.dtype) -> dict[str, float]:
+    """One pass and one solve."""
+    model, parameters = prepared(name, "cuda", torch.float32)
+    jacobian = PerSampleJacobian(model, parameters)
+    generator = torch.Generator("cuda").manual_seed(0)
+    labels = torch.arange(batch, device="cuda") % CLASSES
+
+    def images(count: int) -> Tensor:
+        pixels = torch.randn(count, 3, SIDE, SIDE, device="cuda", generator=generator)
+        return pixels.contiguous(memory_format=torch.channels_last)
+
+    def source(total: int):
+        for start in range(0, total, batch):
+            count = min(batch, total - start)
+            yield images(count), labels[:count]
+
+    sums = Sums.zero(jacobian(images(2)), dtype)
+    accumulate(jacobians(jacobian, source(2 * batch), SquaredLoss(), precision), sums)  # to start the GPU's libraries
+    sums = Sums.zero(jacobian(images(2)), dtype)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    accumulate(jacobians(jacobian, source(samples), SquaredLoss(), precision), sums).complete_()
+    torch.cuda.synchronize()
+    passed = time.perf_counter()
+    displacement = torch.zeros(len(sums.rhs), dtype=torch.float64, device="cuda")
+    PrimalSolution.of(sums, displacement, 0.1 * sums.trace / len(sums.rhs))
+    torch.cuda.synchronize()
+    return {
+        "pass_seconds": passed - started,
+        "images_a_second": samples / (passed - started),
+        "solve_seconds": time.perf_counter() - passed,
+        "peak_bytes": torch.cuda.max_memory_allocated(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, nargs="+", default=[5000, 50000])
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--sums", choices=["float64", "float32"], default="float64")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("this benchmark needs a GPU that torch can use; there is none here.", file=sys.stderr)
+        sys.exit(2)
+    settle()
+    print(torch.cuda.get_device_name(), torch.__version__, f"{arguments.sums} sums")
+    table = Table("network", "images", "precision", "pass s", "images/s", "solve s", "peak GB", "error")
+    results = {}
+    for name in arguments.cases:
+        for precision in arguments.precision:
+            wrong = error(name, precision)
+            for samples in arguments.samples:
+                row = measured(name, samples, precision, arguments.batch, getattr(torch, arguments.sums))
+                results[f"{name}/{samples}/{precision}"] = {**row, "error": wrong}
+                passed, rate, solved, peak = row.values()
+                figures = f"{passed:.1f}", f"{rate:.0f}", f"{solved:.1f}", f"{peak / 1e9:.1f}", f"{wrong:.0e}"
+                table.add_row(name, f"{samples:,}", precision, *figures)
+                print(json.dumps({"case": [name, samples, precision], **row, "error": wrong}), flush=True)
+    Console(width=100).print(table)
+    print(json.dumps({"device": torch.cuda.get_device_name(), **results}))
+
+
+if __name__ == "__main__":
+    main()

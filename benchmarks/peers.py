@@ -1,0 +1,219 @@
+"""What others would use for ``G = sum_i J_i'J_i``, the Gauss-Newton matrix of the squared loss, beside ours.
+
+    pip install laplace-torch
+    python benchmarks/peers.py [--samples 64] [--repeats 3] [--names ours ...]
+
+ResNet-18 with random weights at 64 px, 10 classes, batch norm tuned (p = 9,600), all else frozen, the same random
+images for all. Each run is a process of its own; processes take turns, and ratios are the median over the rounds. Two
+images run untimed first. Columns: seconds; peak GB of the process; time and peak over ours; relative error to a
+float64 matrix from torch.func, on four images in float64 (in float32 rounding takes a ReLU's input across zero).
+
+ours            Sums.observe_ over PerSampleJacobian, float32 sums like all others
+ours_float64    the same with float64 sums, the default of prepare
+laplace         laplace-torch's full GGN (Daxberger et al. 2021, arXiv 2106.14806) by SubnetLaplace over every tuned
+                parameter, whose default backend takes torch.func's Jacobian of a batch. Its FullLaplace wants all
+                p columns at once and does not fit into 24 GB
+laplace_asdl    FullLaplace with the AsdlGGN backend: wrong on networks that add in place after a batch norm
+golatkar        one backward pass a sample and class, all rows kept, one product at the end: the loop of the NTK
+                forgetting notebook of Golatkar et al. 2020 (arXiv 2003.02960) and of SSD's NTK function (Foster et al.
+                2024, arXiv 2308.07707), from their description. Theirs form the nC x nC product in place of the p x p
+torch_func      vmap(jacrev), batch by batch
+torch_func_vjp  one vjp of a vmap with per-sample copies of the parameters, pulled back once a class
+
+The last line is JSON.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from timing import peak_bytes
+from torch import Tensor, nn
+from torch.func import functional_call, jacrev, vjp, vmap
+from torch.utils.data import DataLoader, TensorDataset
+
+from fastntk.compat import torchvision
+from fastntk.jacobian import PerSampleJacobian
+from fastntk.process import settle
+from fastntk.statistics import Sums, accumulate
+from fastntk.tunable import snapshot, tune, tuned
+
+CLASSES, SIDE = 10, 64
+
+
+def problem(samples: int, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Tensor]:
+    """The network as every peer gets it, and the images."""
+    torch.manual_seed(0)
+    model = torchvision().models.resnet18(num_classes=CLASSES).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.8, 1.2)
+            nn.init.normal_(module.weight, 1, 0.1)
+            nn.init.normal_(module.bias, 0, 0.1)
+    images = torch.randn(samples, 3, SIDE, SIDE)
+    tune(model, "bn")
+    return model.to(dtype), images.to(dtype)
+
+
+def ours(model: nn.Module, images: Tensor, batch: int = 64, dtype: torch.dtype | None = None) -> Tensor:
+    """The lower triangle is mirrored, as prepare does."""
+    settle()
+    jacobian = PerSampleJacobian(model, snapshot(tuned(model)))
+    sums = Sums.zero(jacobian(images[:1]), dtype or images.dtype)
+    parts = images.split(batch)
+    accumulate(((jacobian(part), part.new_zeros(len(part), CLASSES)) for part in parts), sums)
+    return sums.complete_().rest
+
+
+def ours_float64(model: nn.Module, images: Tensor) -> Tensor:
+    return ours(model, images, dtype=torch.float64)
+
+
+def _laplace(model: nn.Module, images: Tensor, batch: int, **choice: object) -> Tensor:
+    from laplace import Laplace
+
+    targets = F.one_hot(torch.arange(len(images)) % CLASSES, CLASSES).to(images)  # H does not depend on them
+    posterior = Laplace(model, "regression", hessian_structure="full", **choice)
+    posterior.fit(DataLoader(TensorDataset(images, targets), batch_size=batch))
+    return posterior.H
+
+
+def laplace(model: nn.Module, images: Tensor, batch: int = 2) -> Tensor:
+    """Batches of two: larger ones are no faster and take more memory."""
+    indices = torch.arange(sum(parameter.numel() for parameter in tuned(model).values()))
+    return _laplace(model, images, batch, subset_of_weights="subnetwork", subnetwork_indices=indices)
+
+
+def laplace_asdl(model: nn.Module, images: Tensor, batch: int = 32) -> Tensor:
+    from laplace.curvature import AsdlGGN
+
+    return _laplace(model, images, batch, subset_of_weights="all", backend=AsdlGGN)
+
+
+def golatkar(model: nn.Module, images: Tensor) -> Tensor:
+    own, rows = list(tuned(model).values()), []
+    for image in images:
+        logits = model(image[None])[0]
+        for logit in logits:
+            gradients = torch.autograd.grad(logit, own, retain_graph=True)
+            rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
+    dense = torch.stack(rows)
+    return dense.T @ dense
+
+
+def _logits(model: nn.Module) -> Callable[[dict[str, Tensor], Tensor], Tensor]:
+    return lambda parameters, image: functional_call(model, parameters, (image[None],))[0]
+
+
+def _accumulated(rows: Callable[[Tensor], Tensor], images: Tensor, batch: int) -> Tensor:
+    gram: Tensor | float = 0.0
+    with torch.no_grad():  # no graph to the tuned parameters
+        for part in images.split(batch):
+            jacobian = rows(part)
+            gram = gram + jacobian.T @ jacobian
+    return gram  # type: ignore[return-value]
+
+
+def torch_func(model: nn.Module, images: Tensor, batch: int = 16) -> Tensor:
+    parameters, per_sample = snapshot(tuned(model)), vmap(jacrev(_logits(model)), (None, 0))
+
+    def rows(part: Tensor) -> Tensor:
+        return torch.cat([each.flatten(2) for each in per_sample(parameters, part).values()], 2).flatten(0, 1)
+
+    return _accumulated(rows, images, batch)
+
+
+def torch_func_vjp(model: nn.Module, images: Tensor, batch: int = 32) -> Tensor:
+    parameters = snapshot(tuned(model))
+
+    def rows(part: Tensor) -> Tensor:
+        copies = {name: value.expand(len(part), *value.shape) for name, value in parameters.items()}
+        _, pull = vjp(lambda copies: vmap(_logits(model))(copies, part), copies)
+        eye = torch.eye(CLASSES).to(part)[:, None].expand(-1, len(part), -1)
+        return torch.cat([torch.cat([g.flatten(1) for g in pull(each)[0].values()], 1) for each in eye])
+
+    return _accumulated(rows, images, batch)
+
+
+def oracle(model: nn.Module, images: Tensor) -> Tensor:
+    """Image by image, with no rule and no batch."""
+    return torch_func(model, images, 1)
+
+
+ALL: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    each.__name__: each for each in (ours, ours_float64, laplace, laplace_asdl, golatkar, torch_func, torch_func_vjp)
+}
+
+
+def error(name: str) -> float:
+    """Relative, in float64, on four images."""
+    truth = oracle(*problem(4, torch.float64))
+    return float((ALL[name](*problem(4, torch.float64)) - truth).norm() / truth.norm())
+
+
+def one(name: str, samples: int) -> dict[str, float]:
+    """Seconds and peak memory in this process."""
+    model, images = problem(samples)
+    ALL[name](model, images[:2])
+    started = time.perf_counter()
+    ALL[name](model, images)
+    return {"seconds": time.perf_counter() - started, "peak_bytes": peak_bytes()}
+
+
+def run(*arguments: object) -> dict[str, float]:
+    """This file in a process of its own."""
+    command = [sys.executable, __file__, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--names", nargs="+", choices=list(ALL), default=list(ALL))
+    parser.add_argument("--one", choices=list(ALL), help=argparse.SUPPRESS)
+    parser.add_argument("--error", choices=list(ALL), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    if arguments.one:
+        print(json.dumps(one(arguments.one, arguments.samples)))
+        return
+    if arguments.error:
+        print(json.dumps({"error": error(arguments.error)}))
+        return
+    names = ["ours", *(name for name in arguments.names if name != "ours")]
+    rounds = []
+    for _ in range(arguments.repeats):
+        rounds.append({name: run("--one", name, "--samples", arguments.samples) for name in names})
+        print(json.dumps(rounds[-1]), flush=True)
+    table, results = Table("what", "seconds", "peak GB", "time over ours", "peak over ours", "error"), {}
+    for name in names:
+        figures = {
+            "seconds": statistics.median(each[name]["seconds"] for each in rounds),
+            "peak_bytes": statistics.median(each[name]["peak_bytes"] for each in rounds),
+            "time_ratio": statistics.median(each[name]["seconds"] / each["ours"]["seconds"] for each in rounds),
+            "memory_ratio": statistics.median(each[name]["peak_bytes"] / each["ours"]["peak_bytes"] for each in rounds),
+            **run("--error", name),
+        }
+        results[name] = figures
+        seconds, peak, *ratios, wrong = figures.values()
+        table.add_row(name, f"{seconds:.2f}", f"{peak / 1e9:.2f}", *(f"{each:.2f}" for each in ratios), f"{wrong:.0e}")
+    Console(width=100).print(table)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
