@@ -62,8 +62,8 @@ def invert_(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     Raises:
         InputError: the matrix is not positive definite in floating point.
     """
-    info = torch.empty(0, dtype=torch.int32, device=matrix.device)
-    _, info = torch.linalg.cholesky_ex(matrix, out=(matrix, info))
+    info, upper = torch.empty(0, dtype=torch.int32, device=matrix.device), matrix.T  # LAPACK's order: no copy is made
+    torch.linalg.cholesky_ex(upper, upper=True, out=(upper, info))
     if info != 0:
         raise InputError(
             "the Gram matrix plus the ridge is not positive definite in floating point. Use a larger ridge, 'auto', or "
