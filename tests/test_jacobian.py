@@ -6,6 +6,7 @@ from torch import nn
 
 import fastntk
 from fastntk.jacobian import PerSampleJacobian, concatenate
+from fastntk.linearised import jacobians
 from fastntk.tunable import snapshot, tuned
 
 FAST = ["everything", "grouped", "bn+head", "fused bn+head", "ln+head", "prompts+head"]
@@ -79,3 +80,16 @@ def test_output_must_be_logits():
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.Unflatten(1, (2, 2)))
     with pytest.raises(fastntk.InputError, match=r"\[batch, classes\]"):
         PerSampleJacobian(model, dict(model.named_parameters()))(torch.randn(3, 3, 2, 2))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bfloat16_arithmetic_leaves_the_jacobian_in_the_models_dtype(name):
+    case = CASES[name]
+    model, images = case.model().float(), case.images(5).float()
+    jacobian = PerSampleJacobian(model, snapshot(tuned(model)))
+    samples = [(images, torch.zeros(5, dtype=torch.long))]
+    [(full, _)] = jacobians(jacobian, samples, fastntk.SquaredLoss())
+    [(half, residual)] = jacobians(jacobian, samples, fastntk.SquaredLoss(), "bf16")
+    assert half.rest.dtype == half.features.dtype == residual.dtype == torch.float32
+    error = (half.dense() - full.dense()).norm() / full.dense().norm()
+    assert 0 < error < 0.05

@@ -194,24 +194,28 @@ class PerSampleJacobian:
             rest = self._backward(outputs, [mode.copies[name] for name in layout.fast])
         if layout.slow:
             rest = torch.cat([rest, self._functional(x, layout.slow, probes)], 2)
-        features = self._features(logits, layout.head, mode)
+        features = self._features(logits, layout.head, mode).to(self._dtype)
         if probes is not None and layout.head:
             head = torch.einsum("nck,nf->nkcf", probes.to(features), features).flatten(2)
             rest, features = torch.cat([rest, head], 2), features[:, :0]
         return Jacobian(rest, features), logits.detach()
 
+    @property
+    def _dtype(self) -> torch.dtype:
+        """The parameters', which the Jacobian has as well whatever the network computes in."""
+        return next(iter(self.parameters.values())).dtype
+
     def _backward(self, outputs: Tensor, copies: list[Tensor]) -> Tensor:
         """One backward pass an output."""
         batch, count = outputs.shape
-        dtype = copies[0].dtype if copies else outputs.dtype
-        result = outputs.new_empty(batch, count, sum(copy[0].numel() for copy in copies), dtype=dtype)
+        result = outputs.new_empty(batch, count, sum(copy[0].numel() for copy in copies), dtype=self._dtype)
         for k in range(count if copies else 0):
             grads = torch.autograd.grad(outputs[:, k].sum(), copies, retain_graph=k + 1 < count)
             torch.cat([grad.flatten(1) for grad in grads], 1, out=result[:, k])
         return result.detach()
 
     def _functional(self, x: Tensor, names: tuple[str, ...], probes: Tensor | None) -> Tensor:
-        """``torch.func`` for the parameters that no rule covers."""
+        """``torch.func`` for the parameters that no rule covers, in the parameters' own precision."""
         fixed = {name: tensor for name, tensor in self.parameters.items() if name not in names}
 
         def outputs(parameters: dict[str, Tensor], sample: Tensor, probe: Tensor | None) -> Tensor:
@@ -219,7 +223,8 @@ class PerSampleJacobian:
             return logits if probe is None else logits @ probe.to(logits)
 
         free = {name: self.parameters[name] for name in names}
-        jacobians = vmap(jacrev(outputs), (None, 0, None if probes is None else 0))(free, x, probes)
+        with torch.autocast(x.device.type, enabled=False):  # whose casts torch.func does not differentiate
+            jacobians = vmap(jacrev(outputs), (None, 0, None if probes is None else 0))(free, x, probes)
         return torch.cat([jacobians[name].flatten(2).detach() for name in names], 2)
 
     def _features(self, logits: Tensor, head: tuple[str, ...], mode: PerSample) -> Tensor:
