@@ -37,7 +37,9 @@ Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, 
 Seed = Annotated[int, typer.Option(help="Of the head's first values and the order of the samples.")]
 Sums = Annotated[str, typer.Option(help="Dtype of the primal form's sums: float64, or float32 for half the memory.")]
 Precision = Annotated[str, typer.Option(help="Of the network: full, tf32 (NVIDIA only) or bf16.")]
-Probes = Annotated[int | None, typer.Option(help="Random combinations of the logits in place of all classes.")]
+Probes = Annotated[
+    int | None, typer.Option(help="Random combinations of the logits in place of all classes; answers become rough.")
+]
 Workers = Annotated[int, typer.Option(help="Processes that read images ahead.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 

@@ -10,7 +10,8 @@ from fastntk.errors import InputError
 PRECISIONS = ("full", "tf32", "bf16")
 """``full``: the model's own dtype, no rounding in between. ``tf32``: products of float32 numbers on NVIDIA's tensor
 cores, with 10 bits of mantissa; elsewhere the same as ``full``. ``bf16``: the network runs under autocast to bfloat16
-(8 bits of mantissa), parameters and sums stay as they are. The errors of the latter two have not been measured yet."""
+(8 bits of mantissa), parameters and sums stay as they are. What bf16 costs is in docs/benchmarks.md (a quarter of the
+answer to a request, in a hard case); what TF32 costs has not been measured yet."""
 
 
 @contextmanager

@@ -111,7 +111,8 @@ def _probe_error(linearised: Linearised) -> str:
     exact, probed = replace(linearised, probes=None).rows(ids).jacobian, linearised.rows(ids).jacobian
     return (
         f"the Gram matrix of the first {len(ids)} samples is off by {probes.error(exact, probed):.0%} (Frobenius norm, "
-        "against all classes); the error falls with the square root of the number of samples"
+        "against all classes), which falls with the square root of the number of samples; an answer to a request for "
+        "few samples is off by much more"
     )
 
 
