@@ -15,6 +15,7 @@ import sys
 import time
 
 import torch
+from networks import randomise
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -37,9 +38,7 @@ def prepared(name: str, device: str, dtype: torch.dtype) -> tuple[nn.Module, dic
     """The network with its selection tuned."""
     torch.manual_seed(0)
     model = getattr(torchvision().models, name)(num_classes=CLASSES).eval()
-    for module in model.modules():
-        if isinstance(module, nn.Linear):  # torchvision starts the ViT's head with zeros
-            nn.init.normal_(module.weight, 0, module.in_features**-0.5)
+    randomise(model)
     tune(model, CASES[name])
     model = model.to(device, dtype).to(memory_format=torch.channels_last)
     return model, snapshot(tuned(model))

@@ -24,11 +24,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from networks import by_loop, by_vmap, randomise
 from rich.console import Console
 from rich.table import Table
 from timing import interleaved, ratio
 from torch import Tensor, nn
-from torch.func import functional_call, jacrev, vmap
+from torch.func import functional_call
 
 from fastntk.compat import timm, torchvision
 from fastntk.jacobian import PerSampleJacobian
@@ -63,15 +64,7 @@ def prepared(case: Case, dtype: torch.dtype = torch.float32) -> tuple[nn.Module,
     """The model, its tuned parameters and a batch of images; norms with scales and statistics that are not trivial."""
     torch.manual_seed(0)
     model = case.make().eval()
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.8, 1.2)
-        if isinstance(module, nn.modules.batchnorm._BatchNorm | nn.LayerNorm):
-            nn.init.normal_(module.weight, 1, 0.1)
-            nn.init.normal_(module.bias, 0, 0.1)
-        if isinstance(module, nn.Linear):  # torchvision starts the ViT's head with zeros
-            nn.init.normal_(module.weight, 0, module.in_features**-0.5)
+    randomise(model)
     images = torch.randn(case.batch, 3, case.size, case.size).to(dtype)
     model = model.to(dtype).to(memory_format=torch.channels_last)
     tune(model, case.select)
@@ -99,34 +92,11 @@ def limit(model: nn.Module, images: Tensor) -> Callable[[], None]:
     return run
 
 
-def by_vmap(model: nn.Module, parameters: dict[str, Tensor], images: Tensor) -> Tensor:
-    """torch.func: vmap over the samples of jacrev, ``[n, C, p]`` in the parameters' order."""
-    frozen = {name: tensor.detach() for name, tensor in model.named_parameters() if name not in parameters}
-
-    def logits(free: dict[str, Tensor], image: Tensor) -> Tensor:
-        return functional_call(model, {**frozen, **free}, (image[None],))[0]
-
-    with torch.no_grad():
-        jacobians = vmap(jacrev(logits), (None, 0))(parameters, images)
-    return torch.cat([jacobian.flatten(2) for jacobian in jacobians.values()], 2)
-
-
-def by_loop(model: nn.Module, parameters: dict[str, Tensor], images: Tensor) -> Tensor:
-    """Sample by sample, class by class, one backward pass each."""
-    own, rows = list(tuned(model).values()), []
-    for image in images:
-        logits = model(image[None])[0]
-        for c in range(CLASSES):
-            grads = torch.autograd.grad(logits[c], own, retain_graph=c + 1 < CLASSES)
-            rows.append(torch.cat([grad.flatten() for grad in grads]))
-    return torch.stack(rows).view(len(images), CLASSES, -1)
-
-
 def errors(case: Case, count: int = 16) -> dict[str, float]:
     """Relative errors per image against the float64 loop."""
     model, parameters, images = prepared(case, torch.float64)
     images = images[:count]
-    oracle = by_loop(model, parameters, images)
+    oracle = by_loop(model, images)
     ours64 = PerSampleJacobian(model, parameters)(images).rest
     single, parameters, _ = prepared(case)
     ours = PerSampleJacobian(single, parameters)(images.float()).rest
@@ -151,7 +121,7 @@ def measured(case: Case, repeats: int) -> dict[str, float]:
     jacobian = PerSampleJacobian(model, parameters)
     near = interleaved({"limit": limit(model, images), "ours": lambda: jacobian(images)}, repeats)
     far = interleaved({"vmap": lambda: by_vmap(model, parameters, images[: case.vmap_batch])}, 3)
-    loop = interleaved({"loop": lambda: by_loop(model, parameters, images[: case.loop_batch])}, 3)
+    loop = interleaved({"loop": lambda: by_loop(model, images[: case.loop_batch])}, 3)
     each = {name: statistics.median(seconds) for name, seconds in {**near, **far, **loop}.items()}
     per_image = each["ours"] / case.batch
     return {

@@ -26,19 +26,18 @@ The last line is JSON.
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from networks import by_loop, by_vmap, randomise
 from rich.console import Console
 from rich.table import Table
-from timing import peak_bytes
+from timing import in_own_process, peak_bytes
 from torch import Tensor, nn
-from torch.func import functional_call, jacrev, vjp, vmap
+from torch.func import functional_call, vjp, vmap
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastntk.compat import torchvision
@@ -54,12 +53,7 @@ def problem(samples: int, dtype: torch.dtype = torch.float32) -> tuple[nn.Module
     """The network as every peer gets it, and the images."""
     torch.manual_seed(0)
     model = torchvision().models.resnet18(num_classes=CLASSES).eval()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.8, 1.2)
-            nn.init.normal_(module.weight, 1, 0.1)
-            nn.init.normal_(module.bias, 0, 0.1)
+    randomise(model)
     images = torch.randn(samples, 3, SIDE, SIDE)
     tune(model, "bn")
     return model.to(dtype), images.to(dtype)
@@ -101,18 +95,8 @@ def laplace_asdl(model: nn.Module, images: Tensor, batch: int = 32) -> Tensor:
 
 
 def golatkar(model: nn.Module, images: Tensor) -> Tensor:
-    own, rows = list(tuned(model).values()), []
-    for image in images:
-        logits = model(image[None])[0]
-        for logit in logits:
-            gradients = torch.autograd.grad(logit, own, retain_graph=True)
-            rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
-    dense = torch.stack(rows)
+    dense = by_loop(model, images).flatten(0, 1)
     return dense.T @ dense
-
-
-def _logits(model: nn.Module) -> Callable[[dict[str, Tensor], Tensor], Tensor]:
-    return lambda parameters, image: functional_call(model, parameters, (image[None],))[0]
 
 
 def _accumulated(rows: Callable[[Tensor], Tensor], images: Tensor, batch: int) -> Tensor:
@@ -125,20 +109,19 @@ def _accumulated(rows: Callable[[Tensor], Tensor], images: Tensor, batch: int) -
 
 
 def torch_func(model: nn.Module, images: Tensor, batch: int = 16) -> Tensor:
-    parameters, per_sample = snapshot(tuned(model)), vmap(jacrev(_logits(model)), (None, 0))
-
-    def rows(part: Tensor) -> Tensor:
-        return torch.cat([each.flatten(2) for each in per_sample(parameters, part).values()], 2).flatten(0, 1)
-
-    return _accumulated(rows, images, batch)
+    parameters = snapshot(tuned(model))
+    return _accumulated(lambda part: by_vmap(model, parameters, part).flatten(0, 1), images, batch)
 
 
 def torch_func_vjp(model: nn.Module, images: Tensor, batch: int = 32) -> Tensor:
     parameters = snapshot(tuned(model))
 
+    def logits(copies: dict[str, Tensor], image: Tensor) -> Tensor:
+        return functional_call(model, copies, (image[None],))[0]
+
     def rows(part: Tensor) -> Tensor:
         copies = {name: value.expand(len(part), *value.shape) for name, value in parameters.items()}
-        _, pull = vjp(lambda copies: vmap(_logits(model))(copies, part), copies)
+        _, pull = vjp(lambda copies: vmap(logits)(copies, part), copies)
         eye = torch.eye(CLASSES).to(part)[:, None].expand(-1, len(part), -1)
         return torch.cat([torch.cat([g.flatten(1) for g in pull(each)[0].values()], 1) for each in eye])
 
@@ -170,15 +153,6 @@ def one(name: str, samples: int) -> dict[str, float]:
     return {"seconds": time.perf_counter() - started, "peak_bytes": peak_bytes()}
 
 
-def run(*arguments: object) -> dict[str, float]:
-    """This file in a process of its own."""
-    command = [sys.executable, __file__, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=64)
@@ -197,7 +171,7 @@ def main() -> None:
     names = ["ours", *(name for name in arguments.names if name != "ours")]
     rounds = []
     for _ in range(arguments.repeats):
-        rounds.append({name: run("--one", name, "--samples", arguments.samples) for name in names})
+        rounds.append({name: in_own_process(__file__, "--one", name, "--samples", arguments.samples) for name in names})
         print(json.dumps(rounds[-1]), flush=True)
     table, results = Table("what", "seconds", "peak GB", "time over ours", "peak over ours", "error"), {}
     for name in names:
@@ -206,7 +180,7 @@ def main() -> None:
             "peak_bytes": statistics.median(each[name]["peak_bytes"] for each in rounds),
             "time_ratio": statistics.median(each[name]["seconds"] / each["ours"]["seconds"] for each in rounds),
             "memory_ratio": statistics.median(each[name]["peak_bytes"] / each["ours"]["peak_bytes"] for each in rounds),
-            **run("--error", name),
+            **in_own_process(__file__, "--error", name),
         }
         results[name] = figures
         seconds, peak, *ratios, wrong = figures.values()

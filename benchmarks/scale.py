@@ -17,8 +17,6 @@ Medians over the repeats. The last line is JSON.
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -28,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
-from timing import peak_bytes
+from timing import in_own_process, peak_bytes
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -103,9 +101,7 @@ def main() -> None:
     jobs = [samples for _ in range(arguments.repeats) for samples in arguments.samples]
     runs: dict[int, list[dict[str, float]]] = {}
     for samples in jobs + ([5000, 50000] if arguments.full else []):
-        command = [sys.executable, __file__, "--one", str(samples)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        runs.setdefault(samples, []).append(json.loads(done.stdout.splitlines()[-1]))
+        runs.setdefault(samples, []).append(in_own_process(__file__, "--one", samples))
         print(json.dumps(runs[samples][-1]), flush=True)
     rows = [{key: statistics.median(run[key] for run in each) for key in each[0]} for each in runs.values()]
     table = Table("images", "seconds", "of it the pass", "peak GB", "plan / time", "plan / memory")

@@ -1,7 +1,10 @@
 """Timing alternatives side by side in one process, so that their ratios hold when the machine's speed drifts."""
 
+import json
 import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 
@@ -24,6 +27,15 @@ def interleaved(
 def ratio(seconds: Mapping[str, list[float]], over: str, under: str) -> float:
     """The median over the rounds of one alternative's time over another's in the same round."""
     return statistics.median(a / b for a, b in zip(seconds[over], seconds[under], strict=True))
+
+
+def in_own_process(file: str, *arguments: object) -> dict[str, float]:
+    """What a benchmark prints as its last line, JSON, when it is run with these arguments, in a process of its own."""
+    command = [sys.executable, file, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def peak_bytes() -> int:

@@ -98,12 +98,12 @@ def fit(
     Several processes share every batch when it is started as: torchrun --nproc-per-node=N -m fastntk fit RUN ...
     """
     from fastntk import distributed
-    from fastntk.run import Run
+    from fastntk.run import Run, Start
 
     recipe = Recipe(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed)
     opened = Run(run, distributed.local_device(device))
     with distributed.session(opened.device):
-        done = opened.fit(model, data, weights=weights, root=data_root, select=select, size=image_size, recipe=recipe)
+        done = opened.fit(Start(model, data, data_root, select, image_size, weights), recipe)
         if distributed.rank():
             return
     count = sum(tensor.numel() for tensor in done.initial.values())
@@ -171,7 +171,7 @@ def plan(
     For a run, or, before there is one, for a model and data: fastntk plan --model resnet18 --data DATA.
     """
     from fastntk import planning
-    from fastntk.run import Run, parse_device, start
+    from fastntk.run import Run, Start, parse_device
 
     options = {"form": form, **_engine(sums, precision, class_probes, workers)}
     if (run is None) != (model is not None and data is not None) or (run and (model or data)):
@@ -179,8 +179,8 @@ def plan(
     if run:
         planned = Run(run, device).plan(**options)
     else:
-        module, images = start(str(model), str(data), None, data_root, select, image_size, 0, parse_device(device))
-        planned = planning.plan(module, images, **options)
+        start = Start(str(model), str(data), data_root, select, image_size)
+        planned = planning.plan(*start.open(parse_device(device)), **options)
     show(planned.to_dict(), as_json, planned.text())
 
 

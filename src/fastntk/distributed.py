@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 # A dead process is noticed at once, by its closed connection. This long a living one may be waited for, say while the
 # first process solves.
@@ -89,6 +90,14 @@ def _ended(number: int, frame: object) -> None:
 def local_device(name: str) -> str:
     """``cuda`` as this process's own GPU, where several processes share a machine."""
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" and launched() else name
+
+
+def averaging(model: nn.Module) -> nn.Module:
+    """``model``, whose backward passes leave the mean of all processes' gradients; outside a job, itself.
+
+    A parameter that the network does not use does not keep the others waiting.
+    """
+    return DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=True) if active() else model
 
 
 def sum_(tensors: Iterable[Tensor]) -> None:

@@ -194,21 +194,26 @@ class PerSampleJacobian:
             rest = self._backward(outputs, [mode.copies[name] for name in layout.fast])
         if layout.slow:
             rest = torch.cat([rest, self._functional(x, layout.slow, probes)], 2)
-        features = self._features(logits, layout.head, mode).to(self._dtype)
+        features = self._features(logits, layout.head, mode).to(self.dtype)
         if probes is not None and layout.head:
             head = torch.einsum("nck,nf->nkcf", probes.to(features), features).flatten(2)
             rest, features = torch.cat([rest, head], 2), features[:, :0]
         return Jacobian(rest, features), logits.detach()
 
     @property
-    def _dtype(self) -> torch.dtype:
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(iter(self.parameters.values())).device
+
+    @property
+    def dtype(self) -> torch.dtype:
         """The parameters', which the Jacobian has as well whatever the network computes in."""
         return next(iter(self.parameters.values())).dtype
 
     def _backward(self, outputs: Tensor, copies: list[Tensor]) -> Tensor:
         """One backward pass an output."""
         batch, count = outputs.shape
-        result = outputs.new_empty(batch, count, sum(copy[0].numel() for copy in copies), dtype=self._dtype)
+        result = outputs.new_empty(batch, count, sum(copy[0].numel() for copy in copies), dtype=self.dtype)
         for k in range(count if copies else 0):
             grads = torch.autograd.grad(outputs[:, k].sum(), copies, retain_graph=k + 1 < count)
             torch.cat([grad.flatten(1) for grad in grads], 1, out=result[:, k])

@@ -46,7 +46,7 @@ class Linearised:
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return next(iter(self.jacobian.parameters.values())).device
+        return self.jacobian.device
 
     def images(self, ids: Sequence[int]) -> DataLoader:
         """Batches of images and labels of the samples with the given ids, in that order."""
@@ -90,7 +90,7 @@ class Linearised:
     @property
     def dtype(self) -> torch.dtype:
         """The model's."""
-        return next(iter(self.jacobian.parameters.values())).dtype
+        return self.jacobian.dtype
 
     @cached_property
     def layout(self) -> Layout:
@@ -170,7 +170,7 @@ def jacobians(
     Raises:
         InputError: a pixel is not finite, or a label is outside the classes.
     """
-    device = next(iter(jacobian.parameters.values())).device
+    device = jacobian.device
     names, classes = iter(ids), 0
     for images, labels in samples:
         images, draws = checked(images).to(device), None

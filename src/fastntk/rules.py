@@ -43,6 +43,18 @@ def _sums(g: Tensor, x: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     return sums[0] if len(sums) == 1 else (torch.cat([a for a, _ in sums]), torch.cat([b for _, b in sums]))
 
 
+def _of_norm(g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, of_scales: bool) -> tuple[Tensor | None, Tensor]:
+    """The gradients of a norm's scales, ``sum g (x - mean) rstd``, if they are wanted, and of its shifts, ``sum g``.
+
+    The sums are over the axes inside a sample and channel; ``mean`` and ``rstd`` have none of them.
+    """
+    inner = tuple(range(2, x.ndim))
+    if not of_scales:
+        return None, _sum(g, inner)
+    shift, dot = _sums(g, x, inner)
+    return torch.addcmul(dot, mean, shift, value=-1).mul_(rstd), shift
+
+
 def _data(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach()
 
@@ -81,18 +93,12 @@ class _BatchNorm(torch.autograd.Function):
     def backward(ctx, g):
         x, mean, origin, kernel = ctx.saved_tensors
         of_x, *_, of_scales, of_shifts, of_origin, _, _ = ctx.needs_input_grad
-        inner = tuple(range(2, x.ndim))
-        scale = None
-        if of_scales:
-            shift, dot = _sums(g, x, inner)
-            scale = torch.addcmul(dot, mean, shift, value=-1).mul_(ctx.rstd)
-        else:
-            shift = _sum(g, inner)
+        scale, shift = _of_norm(g, x, mean, ctx.rstd, of_scales)
         before = through = None
         if of_origin:
             through = _of_input(g, origin, kernel, ctx.geometry)
         elif of_x:
-            before = g * ctx.scale.to(g.dtype).view(1, -1, *(1 for _ in inner))
+            before = g * ctx.scale.to(g.dtype).view(1, -1, *[1] * (x.ndim - 2))
         return before, *[None] * 5, scale, shift if of_shifts else None, through, None, None
 
 
@@ -114,12 +120,9 @@ class _GroupNorm(torch.autograd.Function):
     def backward(ctx, g):
         x, mean, rstd = ctx.saved_tensors
         of_x, *_, of_scales, of_shifts = ctx.needs_input_grad
-        inner = tuple(range(2, x.ndim))
-        shift, scale, before = _sum(g, inner), None, None
-        if of_scales:
-            repeats = ctx.sizes[1] // ctx.sizes[3]
-            each_mean, each_rstd = (stat.repeat_interleave(repeats, 1) for stat in (mean, rstd))
-            scale = (_sum(g * x, inner) - each_mean * shift) * each_rstd
+        each_mean, each_rstd = (stat.repeat_interleave(ctx.sizes[1] // ctx.sizes[3], 1) for stat in (mean, rstd))
+        scale, shift = _of_norm(g, x, each_mean, each_rstd, of_scales)
+        before = None
         if of_x:
             before = torch.ops.aten.native_group_norm_backward(
                 g.contiguous(), x, mean, rstd, ctx.weight, *ctx.sizes, [True, False, False]

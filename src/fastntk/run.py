@@ -65,23 +65,25 @@ def parse_device(name: str) -> torch.device:
     return device
 
 
-def start(
-    model: str,
-    data: str,
-    weights: str | None,
-    root: str | None,
-    select: Sequence[str],
-    size: int | None,
-    seed: int,
-    device: torch.device,
-) -> tuple[nn.Module, Images]:
-    """A model with a head for the data's classes, the selection tuned, and the data as it wants them."""
-    _, preprocessing = load_model(model, 2, size=size)
-    images = load_data(data, preprocessing, root=Path(root) if root else None)
-    size = preprocessing.size or None
-    module, _ = load_model(model, len(images.classes), weights=weights, size=size, seed=seed)
-    tune(module, *select)
-    return module.to(device).eval(), images
+@dataclass(frozen=True)
+class Start:
+    """What a fit starts from, as the user names it."""
+
+    model: str
+    data: str
+    root: str | None
+    select: Sequence[str]
+    size: int | None
+    weights: str | None = None
+
+    def open(self, device: torch.device, seed: int = 0) -> tuple[nn.Module, Images]:
+        """The model with a head for the data's classes, the selection tuned, and the data as it wants them."""
+        _, preprocessing = load_model(self.model, 2, size=self.size)
+        images = load_data(self.data, preprocessing, root=Path(self.root) if self.root else None)
+        size = preprocessing.size or None
+        module, _ = load_model(self.model, len(images.classes), weights=self.weights, size=size, seed=seed)
+        tune(module, *self.select)
+        return module.to(device).eval(), images
 
 
 class Run:
@@ -115,22 +117,19 @@ class Run:
         fields: dict[str, Any] = dict(settings.recipe)
         return Recipe(**{**fields, "loss": SquaredLoss(**fields["loss"])})
 
-    def fit(
-        self,
-        model: str,
-        data: str,
-        *,
-        weights: str | None,
-        root: str | None,
-        select: Sequence[str],
-        size: int | None,
-        recipe: Recipe,
-    ) -> Fit:
+    def fit(self, start: Start, recipe: Recipe) -> Fit:
         """Fit a model and write the run."""
         writable(self.folder)
-        module, images = start(model, data, weights, root, select, size, recipe.seed, self.device)
-        size = images.preprocessing.size
-        settings = Settings(model, data, root, images.classes, list(select), size, asdict(recipe))
+        module, images = start.open(self.device, recipe.seed)
+        settings = Settings(
+            start.model,
+            start.data,
+            start.root,
+            images.classes,
+            list(start.select),
+            images.preprocessing.size,
+            asdict(recipe),
+        )
         done = fit(module, in_memory(images), recipe)
         if distributed.rank():
             return done

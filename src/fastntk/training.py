@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from fastntk import distributed
@@ -56,11 +55,11 @@ def fit(model: nn.Module, train: Dataset, recipe: Recipe = Recipe(), **changes: 
     """Fit the tuned parameters of ``model`` to ``train``, in place, and leave the model in eval mode.
 
     The whole of the fit runs in eval mode: batch norm uses, and does not update, its running statistics (they would
-    carry the data in a way that no step over parameters removes), and dropout is off. Like ``prepare``, it
-    changes settings of this process (``fastntk.process.settle``).
+    carry the data in a way that no step over parameters removes), and dropout is off. Like ``prepare``, it changes
+    settings of this process (``fastntk.process.settle``).
 
     In a job of several processes (``fastntk.distributed``) each takes its share of every batch, and gradients are
-    averaged by DistributedDataParallel. All must be given the same model; all end with the same, and how many they are
+    averaged (DistributedDataParallel). All must be given the same model; all end with the same, and how many they are
     changes the order of additions only.
 
     Args:
@@ -84,12 +83,7 @@ def fit(model: nn.Module, train: Dataset, recipe: Recipe = Recipe(), **changes: 
     optimiser = torch.optim.Adam(parameters.values(), lr=recipe.learning_rate)
     generator = torch.Generator().manual_seed(recipe.seed)
     loader = batches(train, recipe.batch_size, generator, share=(distributed.rank(), distributed.size()))
-    # A tuned parameter that the network does not use must not keep processes waiting for its gradient.
-    network = (
-        DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=True)
-        if distributed.active()
-        else model
-    )
+    network = distributed.averaging(model)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda done: (1 + math.cos(math.pi * done / (recipe.epochs * len(loader)))) / 2
     )
