@@ -12,9 +12,8 @@ loop    time of a loop over samples and classes, one backward pass each (the loo
 error   of the float32 Jacobian to a float64 per-sample oracle, relative, median over the images; and of torch.func's
 error64 the same in float64, the largest of the images
 
-Ours and the limit have the same batch and run in turn; their ratio is the median over the rounds. torch.func and the
-loop run after them in the same process, on fewer images, and the medians of the times per image are compared. The last
-line is JSON.
+All run in turn, torch.func and the loop on fewer images than ours and the limit; a ratio is the median over the rounds
+of that of the times per image. The last line is JSON.
 """
 
 import argparse
@@ -22,6 +21,7 @@ import json
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from networks import by_loop, by_vmap, randomise
@@ -71,12 +71,12 @@ def prepared(case: Case, dtype: torch.dtype = torch.float32) -> tuple[nn.Module,
     return model, snapshot(tuned(model)), images.contiguous(memory_format=torch.channels_last)
 
 
-def limit(model: nn.Module, images: Tensor) -> Callable[[], None]:
+def limit(model: nn.Module) -> Callable[[Tensor], None]:
     """One forward pass and C backward passes with every parameter frozen, down to the first tuned layer's input."""
     first = next(module for module in model.modules() if any(p.requires_grad for p in module.parameters(recurse=False)))
     frozen = {name: tensor.detach() for name, tensor in model.named_parameters()}
 
-    def run() -> None:
+    def run(images: Tensor) -> None:
         starts: list[Tensor] = []
 
         def begin(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -119,17 +119,21 @@ def measured(case: Case, repeats: int) -> dict[str, float]:
     """All figures of one network."""
     model, parameters, images = prepared(case)
     jacobian = PerSampleJacobian(model, parameters)
-    near = interleaved({"limit": limit(model, images), "ours": lambda: jacobian(images)}, repeats)
-    far = interleaved({"vmap": lambda: by_vmap(model, parameters, images[: case.vmap_batch])}, 3)
-    loop = interleaved({"loop": lambda: by_loop(model, images[: case.loop_batch])}, 3)
-    each = {name: statistics.median(seconds) for name, seconds in {**near, **far, **loop}.items()}
-    per_image = each["ours"] / case.batch
+    work: dict[str, tuple[int, Callable[[Tensor], object]]] = {
+        "limit": (case.batch, limit(model)),
+        "ours": (case.batch, jacobian),
+        "vmap": (case.vmap_batch, lambda images: by_vmap(model, parameters, images)),
+        "loop": (case.loop_batch, lambda images: by_loop(model, images)),
+    }
+    runs = {name: partial(run, images[:batch]) for name, (batch, run) in work.items()}
+    seconds = interleaved(runs, repeats)
+    each = {name: [s / work[name][0] for s in of_runs] for name, of_runs in seconds.items()}  # an image
     return {
         "parameters": sum(tensor.numel() for tensor in parameters.values()),
-        "milliseconds": 1e3 * per_image,
-        "limit_ratio": ratio(near, "ours", "limit"),
-        "vmap_ratio": each["vmap"] / case.vmap_batch / per_image,
-        "loop_ratio": each["loop"] / case.loop_batch / per_image,
+        "milliseconds": 1e3 * statistics.median(each["ours"]),
+        "limit_ratio": ratio(each, "ours", "limit"),
+        "vmap_ratio": ratio(each, "vmap", "ours"),
+        "loop_ratio": ratio(each, "loop", "ours"),
         **errors(case),
     }
 

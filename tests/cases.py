@@ -81,7 +81,7 @@ class SharedScale(nn.Module):
 
 
 class Prompted(nn.Module):
-    """A class token ``[1, 1, d]`` and prompts ``[k, d]``, repeated for every sample, before attention."""
+    """A class token ``[1, 1, d]`` and prompts ``[k, d]``, repeated a sample; the head reads the former alone."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,7 +93,8 @@ class Prompted(nn.Module):
         tokens = self.inner.patches(x).flatten(2).transpose(1, 2)
         extra = [self.token.expand(len(x), -1, -1), self.prompts.expand([len(x), -1, -1])]
         tokens = self.inner.before(torch.cat([*extra, tokens], 1))
-        return self.inner.head(tokens[:, 0] + self.inner.attention(tokens, tokens, tokens)[0][:, 0])
+        tokens = tokens + self.inner.attention(tokens, tokens, tokens)[0]
+        return self.inner.head((tokens + self.inner.mlp(self.inner.after(tokens)))[:, 0])
 
 
 class LinearInTuned(nn.Module):

@@ -70,6 +70,18 @@ def _of_input(g: Tensor, x: Tensor, weight: Tensor, geometry: tuple[Any, ...]) -
     )[0]
 
 
+def _through(g: Tensor, weight: Tensor) -> Tensor:
+    """``g W``, the gradient of a linear layer with respect to its input.
+
+    Where the logits read the class token alone, the last block's gradient is zero at all others: they are left out.
+    """
+    rows = g.reshape(-1, g.shape[-1])
+    if rows[-1].any():
+        return g @ weight
+    used = rows.any(1).nonzero()[:, 0]
+    return g.new_zeros(len(rows), weight.shape[1]).index_copy_(0, used, rows[used] @ weight).view(*g.shape[:-1], -1)
+
+
 class _BatchNorm(torch.autograd.Function):
     """Batch norm with running statistics, whose scale and shift have one copy a sample in the backward pass.
 
@@ -156,7 +168,7 @@ class _LayerNorm(torch.autograd.Function):
 
 
 class _Linear(torch.autograd.Function):
-    """A linear layer whose weight and bias have one copy a sample in the backward pass."""
+    """A linear layer whose weight and bias, where tuned, have one copy a sample in the backward pass."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, weights, biases):
@@ -170,7 +182,7 @@ class _Linear(torch.autograd.Function):
         of_x, _, _, of_weights, of_biases = ctx.needs_input_grad
         weights = torch.einsum("b...o,b...i->boi", g, x.to(g.dtype)) if of_weights else None
         biases = _sum(g, tuple(range(1, x.ndim - 1))) if of_biases else None
-        return g @ weight.to(g.dtype) if of_x else None, None, None, weights, biases
+        return _through(g, weight.to(g.dtype)) if of_x else None, None, None, weights, biases
 
 
 class _Convolution(torch.autograd.Function):
@@ -279,7 +291,9 @@ class PerSample(TorchFunctionMode):
 
     def _linear(self, input, weight, bias=None):
         if not self._fits(input, weight, bias):
-            return F.linear(input, weight, bias)
+            if self._name(weight) or self._name(bias) or not input.requires_grad:
+                return F.linear(input, weight, bias)
+            return _Linear.apply(input, _data(weight), _data(bias), None, None)
         names = tuple(name for name in (self._name(weight), self._name(bias)) if name)
         if self.layout and names == self.layout.head:
             out = F.linear(input, weight.detach(), _data(bias))
