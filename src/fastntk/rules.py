@@ -75,11 +75,13 @@ def _through(g: Tensor, weight: Tensor) -> Tensor:
 
     Where the logits read the class token alone, the last block's gradient is zero at all others: they are left out.
     """
-    rows = g.reshape(-1, g.shape[-1])
+    rows = g.reshape(-1, g.shape[-1])  # one large product, whatever the strides
     if rows[-1].any():
-        return g @ weight
-    used = rows.any(1).nonzero()[:, 0]
-    return g.new_zeros(len(rows), weight.shape[1]).index_copy_(0, used, rows[used] @ weight).view(*g.shape[:-1], -1)
+        before = rows @ weight
+    else:
+        used = rows.any(1).nonzero()[:, 0]
+        before = g.new_zeros(len(rows), weight.shape[1]).index_copy_(0, used, rows[used] @ weight)
+    return before.view(*g.shape[:-1], -1)
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -337,6 +339,11 @@ class PerSample(TorchFunctionMode):
             return out
         return self._copies(tensor).reshape(out.shape)
 
+    def _attention(self, query, key, value, *args, **kwargs):
+        """Contiguous tokens make each projection one large product; a module with ``batch_first`` transposes them."""
+        dense = {id(tokens): tokens.contiguous() for tokens in (query, key, value)}
+        return F.multi_head_attention_forward(*(dense[id(tokens)] for tokens in (query, key, value)), *args, **kwargs)
+
     def _dropout(self, x, p=0.5, training=True, inplace=False):
         if training and p > 0:
             raise InputError("a dropout layer is in training mode: the logits are random. Call model.eval() first.")
@@ -350,6 +357,7 @@ _RULES: dict[Any, Callable[..., Any]] = {
     F.linear: PerSample._linear,
     F.conv2d: PerSample._conv2d,
     Tensor.expand: PerSample._expand,
+    F.multi_head_attention_forward: PerSample._attention,
     F.dropout: PerSample._dropout,
 }
 _ELEMENTWISE = {
