@@ -1,7 +1,7 @@
 """What others would use for ``G = sum_i J_i'J_i``, the Gauss-Newton matrix of the squared loss, beside ours.
 
     pip install laplace-torch
-    python benchmarks/peers.py [--samples 64] [--repeats 3] [--names ours ...]
+    python benchmarks/peers.py [--samples 256] [--repeats 3] [--names ours ...]
 
 ResNet-18 with random weights at 64 px, 10 classes, batch norm tuned (p = 9,600), all else frozen, the same random
 images for all. Each run is a process of its own; processes take turns, and ratios are the median over the rounds. Two
@@ -59,7 +59,7 @@ def problem(samples: int, dtype: torch.dtype = torch.float32) -> tuple[nn.Module
     return model.to(dtype), images.to(dtype)
 
 
-def ours(model: nn.Module, images: Tensor, batch: int = 64, dtype: torch.dtype | None = None) -> Tensor:
+def ours(model: nn.Module, images: Tensor, batch: int = 32, dtype: torch.dtype | None = None) -> Tensor:
     """The lower triangle is mirrored, as prepare does."""
     settle()
     jacobian = PerSampleJacobian(model, snapshot(tuned(model)))
@@ -155,7 +155,7 @@ def one(name: str, samples: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--names", nargs="+", choices=list(ALL), default=list(ALL))
     parser.add_argument("--one", choices=list(ALL), help=argparse.SUPPRESS)
