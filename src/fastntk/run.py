@@ -4,8 +4,7 @@ run.json               model, data, selection and recipe, as given
 initial.safetensors    the tuned parameters before fitting
 model.safetensors      the whole model as fitted
 partial/               sums of a preparation that was cut off, until it is complete
-memory.safetensors     the memory; samples that were forgotten are gone from it
-unlearned.safetensors  the whole model after everything forgotten so far
+memory/                the memory, see ``fastntk.store``; samples that were forgotten are gone from it
 """
 
 from collections.abc import Sequence
@@ -15,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from fastntk import distributed
 from fastntk.collection import clear
@@ -24,11 +22,12 @@ from fastntk.data import Images, in_memory, load_data
 from fastntk.errors import InputError
 from fastntk.files import read_json, read_tensors, writable, write_json, write_tensors
 from fastntk.loss import SquaredLoss
-from fastntk.memory import Forgotten, Memory, load
+from fastntk.members import Id
+from fastntk.memory import Memory, load
 from fastntk.methods import Method, Problem, Unlearned
 from fastntk.models import Preprocessing, load_model, load_weights
 from fastntk.planning import Plan, plan
-from fastntk.preparation import prepare
+from fastntk.preparation import prepare, refresh
 from fastntk.report import Report
 from fastntk.training import Fit, Recipe, fit
 from fastntk.tunable import tune
@@ -133,23 +132,26 @@ class Run:
         done = fit(module, in_memory(images), recipe)
         if distributed.rank():
             return done
-        for stale in ("memory.safetensors", "unlearned.safetensors"):
-            (self.folder / stale).unlink(missing_ok=True)
         clear(self.folder / "partial")
         write_tensors(self.folder / "initial.safetensors", done.initial)
         write_tensors(self.folder / "model.safetensors", module.state_dict())
         write_json(self.folder / "run.json", asdict(settings))
         return done
 
-    def _opened(self) -> tuple[Settings, nn.Module, Images, Dataset]:
-        """Settings, the fitted model and its training data."""
+    def _opened(self) -> tuple[Settings, nn.Module, Images]:
+        """Settings, the fitted model and its training data, of which no image is read."""
         settings = self.settings()
         model, preprocessing = self._model(settings, "model.safetensors")
         tune(model, *settings.select)
         images = settings.data_source(preprocessing)
         if images.classes != settings.classes:
             raise InputError(f"{settings.data} now has other classes than when the run was made: {images.classes}.")
-        return settings, model, images, in_memory(images)
+        return settings, model, images
+
+    def memory(self) -> tuple[Memory, Images]:
+        """The memory, over the training data; only the images that are asked for are read."""
+        _, model, images = self._opened()
+        return load(self.folder / "memory", model, images), images
 
     def _initial(self) -> dict[str, Tensor]:
         tensors, _ = read_tensors(self.folder / "initial.safetensors")
@@ -158,38 +160,40 @@ class Run:
     def prepare(self, ridge: float | str, form: str, seed: int = 0, **options: Any) -> Memory:
         """Prepare the memory and write it; ``options`` are further ones of ``fastntk.prepare``."""
         writable(self.folder)
-        settings, model, _, train = self._opened()
+        settings, model, images = self._opened()
         given = {"ridge": ridge, "form": form, "loss": self.recipe(settings).loss, "seed": seed, **options}
-        memory = prepare(model, train, self._initial(), checkpoint=self.folder / "partial", **given)
+        memory = prepare(model, in_memory(images), self._initial(), checkpoint=self.folder / "partial", **given)
         if distributed.rank() == 0:
-            memory.save(self.folder / "memory.safetensors")
+            memory.save(self.folder / "memory")
             clear(self.folder / "partial")  # of an earlier attempt in another form
         return memory
 
     def plan(self, form: str, **options: Any) -> Plan:
         """What preparing would take; ``options`` are further ones of ``fastntk.plan``."""
-        settings, model, _, train = self._opened()
-        return plan(model, train, form=form, loss=self.recipe(settings).loss, **options)
+        settings, model, images = self._opened()
+        return plan(model, images, form=form, loss=self.recipe(settings).loss, **options)
 
-    def forget(self, ids: Sequence[int] | None, class_name: str | None, dry_run: bool) -> Forgotten:
-        """Answer a request for ids or for a whole class; writes the memory and the model without them."""
-        writable(self.folder)
-        _, model, images, train = self._opened()
-        memory = load(self.folder / "memory.safetensors", model, train)
-        wanted = list(ids) if ids is not None else members(images, class_name or "", memory.present)
-        if dry_run:
-            return memory.preview(wanted)
-        answer = memory.forget(wanted)
-        write_tensors(self.folder / "unlearned.safetensors", {**model.state_dict(), **answer.parameters})
-        memory.save(self.folder / "memory.safetensors")
-        return answer
+    def refresh(self) -> tuple[float, Memory]:
+        """Re-anchor the memory at the current weights, which become the run's model; the seconds, and the memory."""
+        _, model, images = self._opened()
+        memory = load(self.folder / "memory", model, in_memory(images))
+        seconds = refresh(memory, self.folder / "partial")
+        write_tensors(self.folder / "model.safetensors", {**model.state_dict(), **memory.parameters})
+        return seconds, memory
+
+    def export(self, out: Path) -> None:
+        """Write the whole model after all requests, a plain state dict."""
+        memory, _ = self.memory()
+        write_tensors(out, {**memory.model.state_dict(), **memory.parameters})
 
     def evaluate(self, test: str | None, retrain: bool, seed: int | None = None) -> Report:
         """The fitted and the unlearned model beside two that are retrained without what was forgotten."""
-        settings, model, images, train = self._opened()
-        memory = load(self.folder / "memory.safetensors", model, train)
+        settings, model, images = self._opened()
+        train = in_memory(images)
+        memory = load(self.folder / "memory", model, train)
         held_out = in_memory(settings.data_source(images.preprocessing, test, split="test"))
-        forget = (~memory.present).nonzero()[:, 0]
+        known = set(memory.ids)
+        forget = torch.tensor([place for place, each in enumerate(images.ids) if each not in known], dtype=torch.long)
         if not len(forget):
             raise InputError("nothing has been forgotten in this run yet. Use: fastntk forget RUN --ids ...")
         problem = Problem(model, self._initial(), train, forget, self.recipe(settings), memory)
@@ -203,28 +207,25 @@ def _as_remembered(problem: Problem) -> Unlearned:
     return Unlearned(problem.memory.parameters, None)
 
 
-def members(images: Images, class_name: str, present: Tensor) -> list[int]:
-    """The ids of a class's samples that are still present.
+def of_class(images: Images, class_name: str, memory: Memory) -> list[Id]:
+    """The ids of a class's samples that are in the memory.
 
     Raises:
         InputError: there is no such class, or none of its samples is left.
     """
     if class_name not in images.classes:
         raise InputError(f"there is no class {class_name!r}. The classes are: {', '.join(images.classes)}.")
-    ids = ((images.labels == images.classes.index(class_name)) & present).nonzero()[:, 0].tolist()
+    members = (images.labels == images.classes.index(class_name)).nonzero()[:, 0].tolist()
+    known = set(memory.ids)
+    ids = [images.ids[index] for index in members if images.ids[index] in known]
     if not ids:
         raise InputError(f"no sample of class {class_name!r} is in the memory: it was forgotten already.")
     return ids
 
 
-def read_ids(text: str) -> list[int]:
-    """Ids from text: whole numbers separated by commas, spaces or lines.
-
-    Raises:
-        InputError: something else stands there.
-    """
+def read_ids(text: str) -> list[Id]:
+    """Ids from text: whole numbers, or paths in a folder of images; separated by commas or lines, numbers by spaces too."""
     words = text.replace(",", " ").split()
-    for word in words:
-        if not word.isdecimal():
-            raise InputError(f"{word!r} is not an id: ids are whole numbers, the samples' places in the training set.")
-    return [int(word) for word in words]
+    if all(word.isdecimal() for word in words):
+        return [int(word) for word in words]
+    return [word.strip() for word in text.replace(",", "\n").splitlines() if word.strip()]
