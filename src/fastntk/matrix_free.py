@@ -11,7 +11,7 @@ A request then takes passes over the retained samples, as many as its residual n
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -165,20 +165,20 @@ class MatrixFreeSolution:
 
     def update(self, positions: Int[Tensor, " samples"], rows: object, sign: int) -> Update:
         """What adding the samples at ``positions`` to S (``sign`` 1), or taking them out (-1), would change:
-        ``(G_{S+-F} + ridge I)^-1`` of ``+-J_F'(r_F - J_F s(S))``. ``low_rank`` is the residual of that solve."""
+        ``(G_{S+-F} + ridge I)^-1`` of ``+-J_F'(r_F - J_F s(S))``."""
         error = self.operator.over(positions).rhs(self.step)
         change, residual = self._solve(self.operator.after(positions, sign), sign * error, self.ridge)
-        return Update(change, positions, sign, None, (torch.tensor(residual, dtype=torch.float64),))
+        return Update(change, positions, sign, reached=residual)
 
     def apply_(self, update: Update) -> None:
         """Add the samples of an ``update`` to S, or take them out, in place."""
         self.operator = self.operator.after(update.positions, update.sign)
         self.step = self.step + update.change
-        self.reached = float(update.low_rank[0])
+        self.reached = cast(float, update.reached)
 
     def residual(self, update: Update | None = None) -> float:
         """The relative residual of the latest solve, or of an ``update``'s."""
-        return float(update.low_rank[0]) if update else self.reached
+        return self.reached if update is None else cast(float, update.reached)
 
     def anew(self) -> "MatrixFreeSolution":
         """Solved anew over the samples that are left."""

@@ -8,11 +8,11 @@ remembering adds them; the others are not computed again.
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -95,7 +95,7 @@ class Memory:
     @property
     def members(self) -> Members:
         """Who is in the memory, over the data source."""
-        return self.linearised.train
+        return cast(Members, self.linearised.train)
 
     @property
     def ids(self) -> list[Id]:
@@ -273,13 +273,13 @@ class Memory:
         """Answer a request: work it out, make it durable, then update what is in this process."""
         started = time.perf_counter()
         answer, update, vector = self._work_out(kind, positions, ridge)
+        members, joining = positions.tolist(), kind == "remember"
+        joined = self.linearised.residuals(members) if joining else None
         if self._store:
-            ids = [self.members.ids[position] for position in positions.tolist()] if kind == "remember" else []
-            seconds = self._store.append(
-                answer.certificate, _journal(update, vector), {"kind": kind, "ids": ids}, started
-            )
+            record = {"kind": kind, "ids": [self.members.ids[position] for position in members] if joining else []}
+            seconds = self._store.append(answer.certificate, _journal(update, vector, joined), record, started)
             answer = replace(answer, seconds=seconds)
-        self._apply_(update, vector)
+        self._apply_(update, vector, joined)
         if full:
             answer = replace(answer, certificate=replace(answer.certificate, error=self.error()))
         if self._store:
@@ -314,19 +314,34 @@ class Memory:
             update = self.solution.update(positions, self.rows, sign)
         return update
 
-    def _apply_(self, update: Update, vector: Tensor) -> None:
-        """Update everything that an update changes, in place."""
+    def _apply_(self, update: Update, vector: Tensor, joined: Tensor | None) -> None:
+        """Update everything that an update changes, in place; ``joined`` are the residuals of who joins."""
         if not len(update.positions):
             return
-        if update.sign > 0:
-            new = self.linearised.residuals(update.positions.tolist()).to(self.residuals)
-            self.residuals = torch.cat([self.residuals, new])
-            self._order = torch.cat([self._order, update.positions])
         self.solution.apply_(update)
-        if update.sign < 0:
+        if joined is None:
             self.residuals[update.positions] = 0
             self.members.leave_(update.positions)
+        else:
+            self.residuals = torch.cat([self.residuals, joined.to(self.residuals)])
+            self._order = torch.cat([self._order, update.positions])
         self._vector = vector
+
+    def _replay_(self, tensors: Mapping[str, Tensor], kind: str, ids: Sequence[Id]) -> None:
+        """Carry out a request again, from its journal."""
+        positions, sign = tensors["positions"], 1 if kind == "remember" else -1
+        self.members.ids.extend(ids)
+
+        def rows(_: Tensor) -> Rows:
+            return Rows(Jacobian(tensors["rest"], tensors["features"]), tensors["residual"])
+
+        if "change" in tensors:
+            update = Update(tensors["change"], positions, sign, reached=float(tensors["reached"]))
+        elif len(positions):
+            update = self.solution.update(positions, rows, sign)
+        else:
+            return
+        self._apply_(update, tensors["vector"], tensors.get("joined"))
 
     def _certify(
         self, kind: str, update: Update, change: Tensor, parameters: Mapping[str, Tensor], ridge: float
@@ -415,25 +430,19 @@ def _opened(store: Store, model: nn.Module, train: Dataset) -> Memory:
     memory = _restored(contents, model, train, store.folder)
     memory._store = store
     for tensors, record in contents.journal:
-        if record["kind"] == "remember":
-            memory.members.ids.extend(record["ids"])
-        rows = Rows(Jacobian(tensors["rest"], tensors["features"]), tensors["residual"]) if "rest" in tensors else None
-        sign = 1 if record["kind"] == "remember" else -1
-        update = memory.solution.update(tensors["positions"], lambda _, rows=rows: rows, sign)
-        memory._apply_(update, tensors["vector"].to(memory._vector))
+        memory._replay_(tensors, record["kind"], record["ids"])
     return memory
 
 
-def _journal(update: Update, vector: Float[Tensor, " p"]) -> dict[str, Tensor]:
-    """What it takes to make an update again: the samples' rows, where the form needs them, and the outcome."""
-    rows = update.rows
-    parts = {} if rows is None else {"rest": rows.jacobian.rest, "features": rows.jacobian.features}
-    return {
-        **parts,
-        **({} if rows is None else {"residual": rows.residual}),
-        "positions": update.positions,
-        "vector": vector,
-    }
+def _journal(update: Update, vector: Float[Tensor, " p"], joined: Tensor | None) -> dict[str, Tensor]:
+    """What it takes to make an update again: the samples' rows, or the change where the form needs none of them."""
+    tensors = {"positions": update.positions, "vector": vector}
+    if update.rows:
+        jacobian = update.rows.jacobian
+        tensors |= {"rest": jacobian.rest, "features": jacobian.features, "residual": update.rows.residual}
+    elif update.reached is not None:
+        tensors |= {"change": update.change, "reached": torch.tensor(update.reached, dtype=torch.float64)}
+    return tensors if joined is None else {**tensors, "joined": joined}
 
 
 def _restored(contents: Contents, model: nn.Module, train: Dataset, folder: Path) -> Memory:

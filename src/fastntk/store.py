@@ -123,18 +123,8 @@ class Store:
         try:
             with self.ledger.writing() as database:
                 seconds, given = time.perf_counter() - started, json.dumps(certificate.to_ledger())
-                row = (
-                    number,
-                    certificate.request,
-                    certificate.kind,
-                    "answered",
-                    now(),
-                    None,
-                    seconds,
-                    None,
-                    name,
-                    given,
-                )
+                request = number, certificate.request, certificate.kind
+                row = (*request, "answered", now(), None, seconds, None, name, given)
                 database.execute("INSERT INTO files VALUES (?, ?)", (name, digest))
                 database.execute(_INSERT, row)
         except InputError:

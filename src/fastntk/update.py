@@ -23,8 +23,8 @@ class Update:
         positions: of F in the training set.
         sign: 1 where F is added, -1 where it is taken out.
         rows: of F, where the form needs them.
-        low_rank: primal: ``B J_F'`` and the Cholesky factor of ``I + sign J_F B J_F'``; dual: see there; nothing for
-            the matrix-free form.
+        low_rank: primal: ``B J_F'`` and the Cholesky factor of ``I + sign J_F B J_F'``; dual: see there.
+        reached: matrix-free: the relative residual of the solve.
     """
 
     change: Float[Tensor, " p"]
@@ -32,6 +32,7 @@ class Update:
     sign: int
     rows: Rows | None = None
     low_rank: tuple[Tensor, ...] = ()
+    reached: float | None = None
 
 
 def factorised(core: Float[Tensor, "rows rows"]) -> Float[Tensor, "rows rows"]:
