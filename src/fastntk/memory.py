@@ -98,6 +98,11 @@ class Memory:
         return cast(Members, self.linearised.train)
 
     @property
+    def train(self) -> Dataset:
+        """The data source."""
+        return self.members.source
+
+    @property
     def ids(self) -> list[Id]:
         """Of the members."""
         return [each for each in self.members.ids if each is not None]

@@ -224,7 +224,7 @@ def of_class(images: Images, class_name: str, memory: Memory) -> list[Id]:
 
 
 def read_ids(text: str) -> list[Id]:
-    """Ids from text: numbers separated by commas, lines or spaces, or paths in a folder of images, by commas or lines."""
+    """Ids from text: numbers separated by commas, lines or spaces, or paths in a folder, by commas or lines."""
     words = text.replace(",", " ").split()
     if all(word.isdecimal() for word in words):
         return [int(word) for word in words]
