@@ -42,9 +42,7 @@ try:
             sys.exit()
         memory = fastntk.prepare(model, data, moved(model), form=form, ridge=0.5, checkpoint=out / "partial")
         answer = memory.preview([3, 17])
-        torch.save(
-            ({**memory.solution.tensors(), "residuals": memory.residuals}, answer.parameters),
-            out / f"{form}-{distributed.rank()}.pt",
-        )
+        solved = {**memory.solution.tensors(), "residuals": memory.residuals}
+        torch.save((solved, answer.parameters), out / f"{form}-{distributed.rank()}.pt")
 except PeerLost as error:
     sys.exit(str(error))

@@ -71,7 +71,8 @@ for attempt in range(count):
     states[state] += 1
     assert same(memory.parameters, before if state == "before" else after), attempt
     if state == "before":
-        assert len(memory.ids) == 14 and not memory.requests(), attempt
+        assert len(memory.ids) == 14, attempt
+        assert not memory.requests(), attempt
         assert same(memory.forget(REQUEST).parameters, after), attempt
     assert not set(REQUEST) & set(memory.ids), attempt
     memory.purge()
