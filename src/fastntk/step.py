@@ -127,14 +127,13 @@ class PrimalSolution:
     def residual(self, update: Update | None = None) -> float:
         """``|(G_S + ridge I) s(S) - (b_S - ridge u)| / |b_S - ridge u|``, now or after an ``update``: 0 if exact."""
         rhs, step = self.sums.rhs - self.ridge * self.displacement, self.step
-        left = rhs - self._apply(step)
-        if update:
-            rows, step = cast(Rows, update.rows), self.step + update.change
-            jacobian = rows.jacobian.to(torch.float64)
-            rhs = rhs + update.sign * jacobian.rmatvec(rows.residual.double())
-            error = self._error(rows, step).view_as(rows.residual)
-            left = left - self._apply(update.change) + update.sign * jacobian.rmatvec(error)
-        return relative(left, rhs)
+        if update is None:
+            return relative(rhs - self._apply(step), rhs)
+        rows, step = cast(Rows, update.rows), step + update.change
+        jacobian = rows.jacobian.to(torch.float64)
+        error = self._error(rows, step).view_as(rows.residual)
+        left = rhs - self._apply(step) + update.sign * jacobian.rmatvec(error)
+        return relative(left, rhs + update.sign * jacobian.rmatvec(rows.residual.double()))
 
     @property
     def limit(self) -> float:
