@@ -1,7 +1,6 @@
 """Who is in a memory: the samples' ids, and the place that each has had in it since it was first seen."""
 
 from collections.abc import Iterable, Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ class Members(Dataset):
 
     def __init__(self, source: Dataset, ids: Iterable[Id | None] | None = None) -> None:
         self.source = source
+        self._known: dict[Id | None, int] = {}
         self.ids: list[Id | None] = list(_ids_of(source) if ids is None else ids)
 
     def __len__(self) -> int:
@@ -33,10 +33,12 @@ class Members(Dataset):
     def __getitem__(self, position: int) -> Any:
         return self.source[self._index[self.ids[position]]]
 
-    @cached_property
+    @property
     def _index(self) -> dict[Id | None, int]:
-        """Where each id is in the source."""
-        return {each: index for index, each in enumerate(_ids_of(self.source))}
+        """Where each id is in the source, which may have grown."""
+        if len(self._known) != len(self.source):  # type: ignore[arg-type]
+            self._known = {each: index for index, each in enumerate(_ids_of(self.source))}
+        return self._known
 
     @property
     def present(self) -> Bool[Tensor, " positions"]:

@@ -42,8 +42,8 @@ Solution = PrimalSolution | DualSolution | MatrixFreeSolution
 """The linear problem over the members, solved, in one of its forms."""
 
 _CHECKED = 8  # samples that are compared when a memory is opened
-_NOISE = {"full": 1e-5, "tf32": 1e-3, "bf16": 2e-2}
-"""What a logit may change between machines and batches, as a share of the targets' scale, by the arithmetic."""
+_NOISE = {"full": 1e-4, "tf32": 1e-2, "bf16": 5e-2}
+"""What a logit may change between machines and batches, relative to the targets and residuals, by the arithmetic."""
 
 
 @dataclass(frozen=True)
@@ -249,8 +249,8 @@ class Memory:
             InputError: it has other pixels or labels, or the model is another.
         """
         now, before = self.linearised.residuals(positions.tolist()), self.residuals[positions]
-        noise = _NOISE[self.linearised.precision] * self.linearised.loss.scale
-        allowed = 1e-2 * before.square().mean(1).sqrt() + noise
+        size = self.linearised.loss.scale + before.square().mean(1).sqrt()
+        allowed = _NOISE[self.linearised.precision] * size
         for position in positions[((now - before).abs().amax(1) > allowed).cpu()].tolist():
             raise InputError(
                 f"the data source has another image or label under id {self.members.ids[position]!r} than when the "

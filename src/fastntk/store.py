@@ -93,7 +93,7 @@ class Store:
         Raises:
             InputError: there is none, or a file is missing, damaged or of another kind.
         """
-        if not self.ledger.path.is_file():
+        if not self.ledger.path.is_file() and not any(self.folder.glob("base-*")):
             raise InputError(f"there is no memory in {self.folder}. Prepare one first.")
         self.check()
         self._opened()
