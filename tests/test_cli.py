@@ -102,13 +102,14 @@ def test_the_whole_job(run, tmp_path):
     (tmp_path / "ids.txt").write_text("0\n5 6\n")
     text = succeed("forget", folder, "--ids-file", tmp_path / "ids.txt", "--defer-purge")
     assert "forget: 3 samples" in text
-    assert "Not purged" in text
+    assert "nothing was purged" in text
     refuse("id 17 is not in the memory", "forget", folder, "--ids", "17")
     states = [each["state"] for each in json.loads(succeed("ledger", folder, "--json"))["requests"]]
     assert states == ["purged", "answered"]
-    text = succeed("forget", folder, "--class-name", "green", "--full")
+    text = succeed("forget", folder, "--class-name", "green", "--full", "--certificate", tmp_path / "c.json")
+    assert json.loads((tmp_path / "c.json").read_text())["salt"]
     assert re.search("forget: (9|10) samples", text)
-    assert "Purged in" in text
+    assert "purged in" in text
     requests = json.loads(succeed("ledger", folder, "--json"))["requests"]
     assert {each["state"] for each in requests} == {"purged"}
     assert requests[2]["certificate"]["error"] < 1e-6

@@ -48,6 +48,9 @@ Ids = Annotated[
 IdsFile = Annotated[Path | None, typer.Option(help="A text file of such ids.")]
 Defer = Annotated[bool, typer.Option("--defer-purge", help="Leave the rewriting of the memory to a later command.")]
 Full = Annotated[bool, typer.Option("--full", help="Solve anew from the sums, to compare.")]
+CertificateFile = Annotated[
+    Path | None, typer.Option(help="Where to write the certificate (JSON), with the salt of its hashed ids.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
@@ -201,6 +204,7 @@ def forget(
     dry_run: Annotated[bool, typer.Option(help="Show the verdict, change nothing.")] = False,
     defer_purge: Defer = False,
     full: Full = False,
+    certificate: CertificateFile = None,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
@@ -215,7 +219,7 @@ def forget(
         _report(run, memory.preview(wanted, ridge=ridge), None, as_json)
         return
     answer = memory.forget(wanted, ridge=ridge, full=full)
-    _report(run, answer, None if defer_purge else memory.purge(), as_json, purged=not defer_purge)
+    _report(run, answer, None if defer_purge else memory.purge(), as_json, certificate)
 
 
 @app.command()
@@ -225,6 +229,7 @@ def remember(
     ids_file: IdsFile = None,
     defer_purge: Defer = False,
     full: Full = False,
+    certificate: CertificateFile = None,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
@@ -235,17 +240,15 @@ def remember(
         raise InputError("say what to remember by exactly one of --ids and --ids-file.")
     memory, _ = Run(run, device).memory()
     answer = memory.remember(_wanted(ids, ids_file), full=full)
-    _report(run, answer, None if defer_purge else memory.purge(), as_json, purged=not defer_purge)
+    _report(run, answer, None if defer_purge else memory.purge(), as_json, certificate)
 
 
 @app.command()
 def ledger(run: Folder, as_json: Json = False) -> None:
     """Every request with its state: answered (its trace is still in the folder) or purged."""
-    from fastntk.ledger import Ledger
+    from fastntk.store import Store
 
-    book = Ledger(run / "memory" / "ledger.sqlite")
-    book.check()
-    requests = book.requests()
+    requests = Store(run / "memory").requests()
     table = Table("number", "request", "kind", "samples", "answered", "seconds", "state", "purged", "verdict")
     for each in requests:
         asked = (each.certificate.get(key, "") for key in ("samples", "verdict"))
@@ -330,16 +333,22 @@ def _wanted(ids: str | None, ids_file: Path | None) -> list[Any]:
     return read_ids((ids or "") if ids_file is None else _text(ids_file))
 
 
-def _report(run: Path, answer: Any, purge_seconds: float | None, as_json: bool, purged: bool = False) -> None:
-    """An answer and its certificate; without ``purge_seconds`` it is a preview, or its purge is to come."""
+def _report(
+    run: Path, answer: Any, purge_seconds: float | None, as_json: bool, certificate_file: Path | None = None
+) -> None:
+    """An answer and its certificate; ``purge_seconds`` is None if nothing was purged."""
+    from fastntk.files import write_json
+
     certificate = answer.certificate
+    if certificate_file:
+        write_json(certificate_file, certificate.to_dict())
     document = {"run": str(run), "seconds": answer.seconds, "purge_seconds": purge_seconds, **certificate.to_dict()}
     text = (
         f"{certificate.kind}: {certificate.samples} samples in {answer.seconds:.2f} s; {certificate.retained:,} others "
-        f"stay.\n{certificate.explanation}\n"
+        f"stay.\n{certificate.explanation}"
     )
-    text += f"Purged in {purge_seconds:.2f} s." if purged else "Not purged: the samples' trace is still in the memory."
-    show(document, as_json, text)
+    purged = "nothing was purged" if purge_seconds is None else f"purged in {purge_seconds:.2f} s"
+    show(document, as_json, f"{text}\nThe memory's folder: {purged}.")
 
 
 def _number(text: str) -> float:

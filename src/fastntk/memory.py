@@ -164,8 +164,9 @@ class Memory:
             InputError: an id twice or not in the memory, no sample would remain, a sample is not the one that was
                 prepared, or the disk is full. Nothing changes then.
         """
+        started = time.perf_counter()
         with self._exclusive():
-            return self._carry_out("forget", self.members.positions(ids), ridge, full)
+            return self._carry_out("forget", self.members.positions(ids), started, ridge, full)
 
     def remember(self, ids: Iterable[Id], *, full: bool = False) -> Forgotten:
         """Add samples of the data source to the memory: new ones, or some that were forgotten.
@@ -175,17 +176,20 @@ class Memory:
         Raises:
             InputError: an id twice, in the memory already or not in the data source, or the disk is full.
         """
+        started = time.perf_counter()
         with self._exclusive():
-            positions = self.members.join_(ids)
+            before = len(self.members)
             try:
-                return self._carry_out("remember", positions, None, full)
+                return self._carry_out("remember", self.members.join_(ids), started, None, full)
             except BaseException:
-                del self.members.ids[int(positions[0]) :]
+                del self.members.ids[before:]
                 raise
 
     def preview(self, ids: Iterable[Id], *, ridge: float | None = None) -> Forgotten:
         """What ``forget`` would answer, leaving the memory as it is."""
-        return self._work_out("forget", self.members.positions(ids), ridge)[0]
+        started = time.perf_counter()
+        with self._exclusive():
+            return self._work_out("forget", self.members.positions(ids), started, ridge)[0]
 
     def purge(self) -> float:
         """Rewrite the memory's folder so that nothing of the samples that have left is in it; returns the seconds.
@@ -223,7 +227,7 @@ class Memory:
 
     def requests(self) -> list[Request]:
         """What the folder's ledger says of every request."""
-        return self._kept().ledger.requests()
+        return self._kept().requests()
 
     def error(self) -> float:
         """``|s - s'| / |s'|`` with s the step that all updates have led to and s' solved anew from the sums."""
@@ -274,10 +278,9 @@ class Memory:
             raise InputError("the memory is kept in no folder. Save it first.")
         return self._store
 
-    def _carry_out(self, kind: str, positions: Tensor, ridge: float | None, full: bool) -> Forgotten:
+    def _carry_out(self, kind: str, positions: Tensor, started: float, ridge: float | None, full: bool) -> Forgotten:
         """Answer a request: work it out, make it durable, then update what is in this process."""
-        started = time.perf_counter()
-        answer, update, vector = self._work_out(kind, positions, ridge)
+        answer, update, vector = self._work_out(kind, positions, started, ridge)
         members, joining = positions.tolist(), kind == "remember"
         joined = self.linearised.residuals(members) if joining else None
         if self._store:
@@ -292,13 +295,12 @@ class Memory:
         return answer
 
     def _work_out(
-        self, kind: str, positions: Tensor, ridge: float | None
+        self, kind: str, positions: Tensor, started: float, ridge: float | None
     ) -> tuple[Forgotten, Update, Float[Tensor, " p"]]:
         """The answer, the update of the solution and the parameters after it; nothing changes yet."""
-        started, sign = time.perf_counter(), 1 if kind == "remember" else -1
-        if sign < 0:
+        if kind == "forget":
             self.check(positions)
-        update = self._update(positions, sign)
+        update = self._update(positions, 1 if kind == "remember" else -1)
         change = update.change
         if len(positions) and ridge is not None and ridge != self.ridge:
             step = self.resolve(positions, self.displacement, ridge)

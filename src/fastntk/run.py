@@ -7,6 +7,7 @@ partial/               sums of a preparation that was cut off, until it is compl
 memory/                the memory, see ``fastntk.store``; samples that were forgotten are gone from it
 """
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from fastntk.models import Preprocessing, load_model, load_weights
 from fastntk.planning import Plan, plan
 from fastntk.preparation import prepare, refresh
 from fastntk.report import Report
+from fastntk.store import Store
 from fastntk.training import Fit, Recipe, fit
 from fastntk.tunable import tune
 
@@ -117,8 +119,13 @@ class Run:
         return Recipe(**{**fields, "loss": SquaredLoss(**fields["loss"])})
 
     def fit(self, start: Start, recipe: Recipe) -> Fit:
-        """Fit a model and write the run."""
+        """Fit a model and write the run.
+
+        Raises:
+            InputError: the folder cannot be written, or holds a run whose memory has answered requests.
+        """
         writable(self.folder)
+        Store(self.folder / "memory").check_unused()
         module, images = start.open(self.device, recipe.seed)
         settings = Settings(
             start.model,
@@ -132,6 +139,7 @@ class Run:
         done = fit(module, in_memory(images), recipe)
         if distributed.rank():
             return done
+        shutil.rmtree(self.folder / "memory", ignore_errors=True)
         clear(self.folder / "partial")
         write_tensors(self.folder / "initial.safetensors", done.initial)
         write_tensors(self.folder / "model.safetensors", module.state_dict())
@@ -158,8 +166,13 @@ class Run:
         return {name: tensor.to(self.device) for name, tensor in tensors.items()}
 
     def prepare(self, ridge: float | str, form: str, seed: int = 0, **options: Any) -> Memory:
-        """Prepare the memory and write it; ``options`` are further ones of ``fastntk.prepare``."""
+        """Prepare the memory and write it; ``options`` are further ones of ``fastntk.prepare``.
+
+        Raises:
+            InputError: the folder cannot be written, or its memory has answered requests.
+        """
         writable(self.folder)
+        Store(self.folder / "memory").check_unused()
         settings, model, images = self._opened()
         given = {"ridge": ridge, "form": form, "loss": self.recipe(settings).loss, "seed": seed, **options}
         memory = prepare(model, in_memory(images), self._initial(), checkpoint=self.folder / "partial", **given)

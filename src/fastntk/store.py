@@ -26,7 +26,7 @@ from torch import Tensor
 from fastntk.certificate import Certificate
 from fastntk.errors import InputError
 from fastntk.files import file_digest, read_tensors, sync, writable, write_tensors
-from fastntk.ledger import Ledger
+from fastntk.ledger import Ledger, Request
 
 _INSERT = f"INSERT INTO requests VALUES ({', '.join('?' * 10)})"
 WAIT = 60.0
@@ -76,11 +76,7 @@ class Store:
         """
         writable(self.folder)
         with self.locked():
-            if self.ledger.path.is_file() and self.ledger.count():
-                raise InputError(
-                    f"the memory in {self.folder} has answered requests, which a new one would undo. Refresh it, or "
-                    "choose another folder."
-                )
+            self.check_unused()
             base = self._write("base", self._next(), tensors, record)
             self.ledger.create()
             with self.ledger.writing() as database:
@@ -100,6 +96,26 @@ class Store:
         base = next(name for name in self.ledger.files() if name.startswith("base"))
         journal = [read_tensors(self.folder / name) for name in self.ledger.pending()]
         return Contents(*read_tensors(self.folder / base), journal)
+
+    def check_unused(self) -> None:
+        """Raises ``InputError`` if the memory in the folder, if any, has answered requests."""
+        if self.ledger.path.is_file() and self.ledger.count():
+            raise InputError(
+                f"the memory in {self.folder} has answered requests, which a new one would undo. Refresh it, or choose "
+                "another folder."
+            )
+
+    def requests(self) -> list[Request]:
+        """What the ledger says of every request; takes the lock.
+
+        Raises:
+            InputError: there is no ledger, or it is damaged.
+        """
+        if not self.ledger.path.is_file():
+            raise InputError(f"there is no ledger {self.ledger.path}.")
+        with self.locked():
+            self.ledger.check()
+            return self.ledger.requests()
 
     def check(self) -> None:
         """Raises ``InputError`` that names the first file which is missing or damaged."""
