@@ -206,6 +206,10 @@ def test_bad_folders_and_files(run, data, tmp_path):
     refuse(rf"{memory.name} is damaged", "forget", folder, "--ids", "1")
     refuse(rf"{memory.name} is damaged", "verify", folder)
     refuse("there is no ledger", "ledger", tmp_path)
+    initial = bytearray((run / "initial.safetensors").read_bytes())
+    initial[-5] ^= 4
+    (folder / "initial.safetensors").write_bytes(initial)
+    refuse(r"initial.safetensors is damaged", "verify", folder)
     (folder / "run.json").write_text("{")
     refuse("run.json cannot be read as JSON", "forget", folder, "--ids", "1")
 

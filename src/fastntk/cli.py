@@ -249,12 +249,12 @@ def ledger(run: Folder, as_json: Json = False) -> None:
     from fastntk.store import Store
 
     requests = Store(run / "memory").requests()
-    table = Table("number", "request", "kind", "samples", "answered", "seconds", "state", "purged", "verdict")
+    table = Table("no", "kind", "samples", "answered (UTC)", "seconds", "state", "verdict")
     for each in requests:
         asked = (each.certificate.get(key, "") for key in ("samples", "verdict"))
         samples, verdict = map(str, asked)
-        times = each.answered, f"{each.seconds:.2f}", each.state, each.purged or ""
-        table.add_row(str(each.number), each.request, each.kind, samples, *times, verdict)
+        answered = each.answered[:16].replace("T", " ")
+        table.add_row(str(each.number), each.kind, samples, answered, f"{each.seconds:.2f}", each.state, verdict)
     show({"run": str(run), "requests": [each.to_dict() for each in requests]}, as_json, table)
 
 
@@ -263,7 +263,7 @@ def verify(run: Folder, full: Full = False, device: Device = "cpu", as_json: Jso
     """Check every file of the memory, that it belongs to the model and data, and that its solution is exact."""
     from fastntk.run import Run
 
-    memory, _ = Run(run, device).memory()
+    memory = Run(run, device).verify()
     residual, error = memory.solution.residual(), memory.error() if full else None
     pending, limit = sum(each.state == "answered" for each in memory.requests()), memory.solution.limit
     document = {"run": str(run), "samples": len(memory.ids), "pending": pending, "residual": residual, "error": error}

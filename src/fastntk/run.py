@@ -9,7 +9,7 @@ memory/                the memory, see ``fastntk.store``; samples that were forg
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from fastntk.collection import clear
 from fastntk.comparison import compare, references
 from fastntk.data import Images, in_memory, load_data
 from fastntk.errors import InputError
-from fastntk.files import read_json, read_tensors, writable, write_json, write_tensors
+from fastntk.files import file_digest, read_json, read_tensors, writable, write_json, write_tensors
 from fastntk.loss import SquaredLoss
 from fastntk.members import Id
 from fastntk.memory import Memory, load
@@ -37,7 +37,7 @@ from fastntk.tunable import tune
 
 @dataclass(frozen=True)
 class Settings:
-    """What ``run.json`` holds."""
+    """What ``run.json`` holds; ``files`` are the SHA-256 of the tensors beside it."""
 
     model: str
     data: str
@@ -46,6 +46,7 @@ class Settings:
     select: list[str]
     size: int
     recipe: dict[str, Any]
+    files: dict[str, str] = field(default_factory=dict)
 
     def data_source(self, preprocessing: Preprocessing, source: str | None = None, split: str = "train") -> Images:
         """The training data, or another source read in the same way."""
@@ -143,8 +144,13 @@ class Run:
         clear(self.folder / "partial")
         write_tensors(self.folder / "initial.safetensors", done.initial)
         write_tensors(self.folder / "model.safetensors", module.state_dict())
-        write_json(self.folder / "run.json", asdict(settings))
+        self._seal(settings)
         return done
+
+    def _seal(self, settings: Settings) -> None:
+        """Write ``run.json`` for the tensors that are there now."""
+        files = {name: file_digest(self.folder / name) for name in ("initial.safetensors", "model.safetensors")}
+        write_json(self.folder / "run.json", asdict(replace(settings, files=files)))
 
     def _opened(self) -> tuple[Settings, nn.Module, Images]:
         """Settings, the fitted model and its training data, of which no image is read."""
@@ -188,11 +194,23 @@ class Run:
 
     def refresh(self) -> tuple[float, Memory]:
         """Re-anchor the memory at the current weights, which become the run's model; the seconds, and the memory."""
-        _, model, images = self._opened()
+        settings, model, images = self._opened()
         memory = load(self.folder / "memory", model, in_memory(images))
         seconds = refresh(memory, self.folder / "partial")
         write_tensors(self.folder / "model.safetensors", {**model.state_dict(), **memory.parameters})
+        self._seal(settings)
         return seconds, memory
+
+    def verify(self) -> Memory:
+        """The memory, if every file of the run is what was written.
+
+        Raises:
+            InputError: one is missing or damaged, or they do not belong together.
+        """
+        for name, expected in self.settings().files.items():
+            if file_digest(self.folder / name) != expected:
+                raise InputError(f"{self.folder / name} is damaged. Restore it from a backup.")
+        return self.memory()[0]
 
     def export(self, out: Path) -> None:
         """Write the whole model after all requests, a plain state dict."""
