@@ -197,7 +197,7 @@ class Store:
     def _opened(self, started: float | None = None) -> None:
         """Remove what is not part of the memory any more, say so of the requests concerned, and note the version."""
         kept = self.ledger.files()
-        for path in [*self.folder.glob("*.safetensors"), *self.folder.glob(".*.new")]:
+        for path in [*self.folder.glob("*.safetensors"), *self.folder.glob(".*")]:
             if path.name not in kept:
                 path.unlink()
         sync(self.folder)
