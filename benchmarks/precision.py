@@ -53,8 +53,8 @@ def answer(train: TensorDataset, dtype: torch.dtype, ridge: float, options: dict
     """The Gram matrix and the change of the parameters when ten samples go."""
     model, initial = prepared(dtype)
     memory = prepare(model, train, initial, form="primal", ridge=ridge, **options)
-    removal = memory.solution.removal(torch.arange(10), memory.rows)
-    return memory.solution.tensors()["sums.rest"].double(), removal.change
+    update = memory.solution.update(torch.arange(10), memory.rows, -1)
+    return memory.solution.tensors()["sums.rest"].double(), update.change
 
 
 def main() -> None:

@@ -25,8 +25,8 @@ model, data = case.model(), case.data(20)
 write = collection.Checkpoint.write
 
 
-def killed(self, sums, shards):
-    write(self, sums, shards)
+def killed(self, sums, residuals, shards):
+    write(self, sums, residuals, shards)
     if distributed.rank() == victim:
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -42,6 +42,7 @@ try:
             sys.exit()
         memory = fastntk.prepare(model, data, moved(model), form=form, ridge=0.5, checkpoint=out / "partial")
         answer = memory.preview([3, 17])
-        torch.save((memory.solution.tensors(), answer.parameters), out / f"{form}-{distributed.rank()}.pt")
+        solved = {**memory.solution.tensors(), "residuals": memory.residuals}
+        torch.save((solved, answer.parameters), out / f"{form}-{distributed.rank()}.pt")
 except PeerLost as error:
     sys.exit(str(error))

@@ -13,6 +13,7 @@ import pytest
 from safetensors.torch import load_file
 
 from fastntk.cli import main
+from fastntk.models import load_model
 
 MODEL = ["--model", "mobilenetv3_small_050", "--image-size", "32"]
 
@@ -84,28 +85,55 @@ def test_the_whole_job(run, tmp_path):
     folder = copied(run, tmp_path)
     before = load_file(folder / "model.safetensors")
     preview = json.loads(succeed("forget", folder, "--ids", "3,17", "--dry-run", "--json"))
-    assert not (folder / "unlearned.safetensors").exists()
+    assert json.loads(succeed("ledger", folder, "--json"))["requests"] == []
     answer = json.loads(succeed("forget", folder, "--ids", "3,17", "--json"))
-    assert {**answer, "seconds": 0, "dry_run": True} == {**preview, "seconds": 0}
-    assert answer["forgotten"] == 2
+    drawn = {"seconds", "purge_seconds", "request", "salt", "hashes"}
+    assert {k: v for k, v in answer.items() if k not in drawn} == {k: v for k, v in preview.items() if k not in drawn}
+    assert answer["samples"] == 2
     assert answer["retained"] == 28
+    assert answer["purge_seconds"] > 0
+    assert "Wrote" in succeed("export", folder)
+    load_model("mobilenetv3_small_050", 3)[0].load_state_dict(load_file(folder / "unlearned.safetensors"), strict=True)
     after = load_file(folder / "unlearned.safetensors")
     changed = {name for name in before if not (before[name] == after[name]).all()}
     assert changed
     assert all(re.search(r"bn|norm|classifier", name) for name in changed)
     assert "running" not in "".join(changed)
     (tmp_path / "ids.txt").write_text("0\n5 6\n")
-    assert "Forgot 3 samples" in succeed("forget", folder, "--ids-file", tmp_path / "ids.txt")
-    refuse("id 17 has been forgotten already", "forget", folder, "--ids", "17")
-    text = succeed("forget", folder, "--class-name", "green")
-    assert "Forgot 10 samples" in text
-    assert "Verdict:" in text
+    text = succeed("forget", folder, "--ids-file", tmp_path / "ids.txt", "--defer-purge")
+    assert "forget: 3 samples" in text
+    assert "nothing was purged" in text
+    refuse("id 17 is not in the memory", "forget", folder, "--ids", "17")
+    states = [each["state"] for each in json.loads(succeed("ledger", folder, "--json"))["requests"]]
+    assert states == ["purged", "answered"]
+    text = succeed("forget", folder, "--class-name", "green", "--full", "--certificate", tmp_path / "c.json")
+    assert json.loads((tmp_path / "c.json").read_text())["salt"]
+    assert re.search("forget: (9|10) samples", text)
+    assert "purged in" in text
+    requests = json.loads(succeed("ledger", folder, "--json"))["requests"]
+    assert {each["state"] for each in requests} == {"purged"}
+    assert requests[2]["certificate"]["error"] < 1e-6
     refuse("no sample of class 'green'", "forget", folder, "--class-name", "green")
     report = json.loads(succeed("evaluate", folder, "--json"))
     rows = report["scenarios"]["forgotten"]["rows"]
     assert list(rows) == ["original", "retrain", "retrain_other_seed", "fastntk"]
     assert json.loads((folder / "report.json").read_text())["scenarios"] == report["scenarios"]
     assert "<svg" in (folder / "report.html").read_text()
+    assert "remember: 1 samples" in succeed("remember", folder, "--ids", "17")
+    refuse("id 17 is in the memory already", "remember", folder, "--ids", "17")
+    text = succeed("verify", folder, "--full")
+    assert "Every file is what was written" in text
+    assert "Solved anew" in text
+    assert "Refreshed on" in succeed("refresh", folder)
+    assert [each["kind"] for each in json.loads(succeed("ledger", folder, "--json"))["requests"]] == [
+        "forget",
+        "forget",
+        "forget",
+        "remember",
+        "refresh",
+    ]
+    assert "refresh" in succeed("ledger", folder)
+    refuse("has answered requests", "prepare", folder)
     assert not list(folder.glob(".*"))
 
 
@@ -115,7 +143,10 @@ def test_seed_repeats_a_fit(run, data, tmp_path):
     assert all((left[name] == right[name]).all() for name in left)
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["fit"], ["prepare"], ["forget"], ["evaluate"]])
+COMMANDS = ["demo", "fit", "plan", "prepare", "forget", "remember", "ledger", "verify", "refresh", "export", "evaluate"]
+
+
+@pytest.mark.parametrize("command", [[], *([each] for each in COMMANDS)])
 def test_help_explains_every_command(command):
     text = succeed(*command, "--help")
     assert "Usage" in text
@@ -125,9 +156,9 @@ def test_help_explains_every_command(command):
 @pytest.mark.parametrize(
     ("message", "arguments"),
     [
-        ("id 99 is unknown: the training set has ids 0 .. 29", ["--ids", "99"]),
+        ("id 99 is not in the memory.*30 samples", ["--ids", "99"]),
         ("id 3 stands twice", ["--ids", "3,4,3"]),
-        ("'x' is not an id", ["--ids", "3,x"]),
+        ("id '3' is not in the memory", ["--ids", "3,x"]),
         ("every sample", ["--ids", ",".join(map(str, range(30)))]),
         ("no class 'mauve'. The classes are: red, green, blue", ["--class-name", "mauve"]),
         ("exactly one of --ids, --ids-file and --class-name", []),
@@ -137,9 +168,12 @@ def test_help_explains_every_command(command):
     ],
 )
 def test_bad_requests_change_no_file(message, arguments, run):
-    before = {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
+    def times():
+        return {path.name: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and path.name != "lock"}
+
+    before = times()
     refuse(message, "forget", run, *arguments)
-    assert {path.name: path.stat().st_mtime_ns for path in run.iterdir()} == before
+    assert times() == before
 
 
 @pytest.mark.parametrize(
@@ -167,9 +201,15 @@ def test_bad_folders_and_files(run, data, tmp_path):
     refuse("must be 'auto' or a number", "prepare", run, "--ridge", "big")
     refuse("ridge must be a positive number", "prepare", run, "--ridge", "-1")
     folder = copied(run, tmp_path)
-    memory = folder / "memory.safetensors"
+    [memory] = (folder / "memory").glob("base-*.safetensors")
     memory.write_bytes(memory.read_bytes()[:-9])
-    refuse("memory.safetensors cannot be read", "forget", folder, "--ids", "1")
+    refuse(rf"{memory.name} is damaged", "forget", folder, "--ids", "1")
+    refuse(rf"{memory.name} is damaged", "verify", folder)
+    refuse("there is no ledger", "ledger", tmp_path)
+    initial = bytearray((run / "initial.safetensors").read_bytes())
+    initial[-5] ^= 4
+    (folder / "initial.safetensors").write_bytes(initial)
+    refuse(r"initial.safetensors is damaged", "verify", folder)
     (folder / "run.json").write_text("{")
     refuse("run.json cannot be read as JSON", "forget", folder, "--ids", "1")
 

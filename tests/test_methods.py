@@ -111,4 +111,4 @@ def test_comparison_measures_every_method_beside_the_original():
     assert report.rows["retrain"]["forget_distance"] == 0
     assert report.rows["retrain_other_seed"]["forget_distance"] > 0
     assert notes.keys() == {"fastntk"}
-    assert "trusted: the network departs" in notes["fastntk"]
+    assert "the network departs" in notes["fastntk"]

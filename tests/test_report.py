@@ -94,11 +94,35 @@ def test_nothing_to_measure_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("forgotten", "retained", "trusted"), [(0.5, 0.15, True), (0.51, 0.0, False), (0.1, 0.16, False)]
+    ("requested", "retained", "residual", "moved", "verdict"),
+    [
+        (0.5, 0.15, 1e-12, True, "trusted"),
+        (0.1, None, 1e-12, True, "trusted"),
+        (0.51, 0.0, 1e-12, False, "retrain needed"),
+        (0.1, 0.16, 1e-12, True, "refresh needed"),
+        (0.1, 0.1, 1e-5, False, "refresh needed"),
+        (0.1, 0.1, float("nan"), False, "refresh needed"),
+    ],
 )
-def test_a_certificate_is_trusted_within_both_limits(forgotten, retained, trusted):
-    certificate = fastntk.Certificate(1, 2, 3.0, forgotten, retained)
-    assert certificate.trusted == trusted
-    assert certificate.verdict.startswith("trusted" if trusted else "not trusted")
-    assert f"{retained:.0%}" in certificate.verdict
-    assert certificate.to_dict()["trusted"] == trusted
+def test_a_certificate_is_trusted_within_all_limits(requested, retained, residual, moved, verdict):
+    certificate = fastntk.Certificate(
+        request="r",
+        kind="forget",
+        samples=1,
+        retained=2,
+        ridge=3.0,
+        departure_requested=requested,
+        departure_retained=retained,
+        residual=residual,
+        limit=1e-9,
+        moved=moved,
+        before="b",
+        after="a",
+        salt="s",
+        hashes=["h"],
+    )
+    assert certificate.verdict == verdict
+    assert certificate.trusted == (verdict == "trusted")
+    assert certificate.explanation.startswith(f"{verdict}: ")
+    assert certificate.to_dict()["verdict"] == verdict
+    assert "salt" not in certificate.to_ledger()

@@ -56,16 +56,57 @@ def test_leaving_is_solving_without(name, make):
     before, gone = solution.step.clone(), []
     for request in (torch.tensor([4, 7]), torch.tensor([0])):
         untouched = solution.step.clone()
-        removal = solution.removal(request, rows.__getitem__)
-        change = removal.change
+        update = solution.update(request, rows.__getitem__, -1)
+        change = update.change
+        stated = solution.residual(update)
         assert torch.equal(solution.step, untouched)
-        solution.remove_(removal)
+        solution.apply_(update)
+        assert max(stated, solution.residual()) < 1e-10
         gone += request.tolist()
         keep = torch.tensor([i not in gone for i in range(len(dense))])
         expected = oracles.anchored_step(dense[keep], rows.residual[keep], u, RIDGE)
         close(solution.step, expected)
         before = before + change
         close(before, expected)
+
+
+@pytest.mark.parametrize("form", ["primal", "dual"])
+@pytest.mark.parametrize("name", NAMES)
+def test_joining_is_solving_with(name, form):
+    rows, dense, u = problem(name)
+    part = rows[:6]
+    solution = PrimalSolution.of(sums_of(part), u, RIDGE) if form == "primal" else DualSolution.of(part, u, RIDGE)
+    for request in (torch.tensor([6, 7]), torch.tensor([8])):
+        update = solution.update(request, rows.__getitem__, 1)
+        stated = solution.residual(update)
+        solution.apply_(update)
+        assert max(stated, solution.residual()) < 1e-10
+        upto = int(request[-1]) + 1
+        close(solution.step, oracles.anchored_step(dense[:upto], rows.residual[:upto], u, RIDGE))
+    whole = PrimalSolution.of(sums_of(rows), u, RIDGE) if form == "primal" else DualSolution.of(rows, u, RIDGE)
+    for key, tensor in whole.tensors().items():
+        close(solution.tensors()[key], tensor)
+
+
+@pytest.mark.parametrize("form", ["primal", "dual"])
+def test_the_residual_is_that_of_the_normal_equations(form):
+    rows, dense, u = problem("bn+head")
+    solution = PrimalSolution.of(sums_of(rows), u, RIDGE) if form == "primal" else DualSolution.of(rows, u, RIDGE)
+    flat = dense.flatten(0, 1)
+    if form == "primal":
+        solution.step += 1e-3
+        rhs = flat.T @ rows.residual.flatten() - RIDGE * u
+        left = flat.T @ (flat @ solution.step) + RIDGE * solution.step - rhs
+    else:
+        solution.coefficients += 1e-3
+        rhs = rows.residual.flatten() + flat @ u
+        left = flat @ (flat.T @ solution.coefficients) + RIDGE * solution.coefficients - rhs
+    assert solution.residual() == pytest.approx(float(left.norm() / rhs.norm()))
+    update = solution.update(torch.tensor([2]), rows.__getitem__, -1)
+    stated = solution.residual(update)
+    solution.apply_(update)
+    assert solution.residual() == pytest.approx(stated, rel=1e-6)
+    assert solution.anew().residual() < 1e-12
 
 
 @pytest.mark.parametrize("form", ["primal", "dual"])
@@ -82,7 +123,7 @@ def test_resolving_at_another_ridge_is_solving_without(form, ridge):
 def test_dual_leaves_nothing_of_the_forgotten_behind():
     rows, _, u = problem("bn+head")
     solution = DualSolution.of(Rows(rows.jacobian[:], rows.residual.clone()), u, RIDGE)
-    solution.remove_(solution.removal(torch.tensor([3]), rows.__getitem__))
+    solution.apply_(solution.update(torch.tensor([3]), rows.__getitem__, -1))
     assert not solution.rows.jacobian.dense()[3].any()
     assert not solution.rows.residual[3].any()
     for square in (solution.kernel, solution.inverse):

@@ -7,7 +7,7 @@ from fastntk.memory import Forgotten, Memory, load
 from fastntk.models import load_model
 from fastntk.outputs import at
 from fastntk.planning import Plan, plan
-from fastntk.preparation import prepare
+from fastntk.preparation import prepare, refresh
 from fastntk.report import Report, evaluate
 from fastntk.training import Fit, Recipe, fit
 from fastntk.tunable import snapshot, tune
@@ -29,6 +29,7 @@ __all__ = [
     "load_model",
     "plan",
     "prepare",
+    "refresh",
     "snapshot",
     "tune",
 ]

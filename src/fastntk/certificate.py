@@ -1,18 +1,24 @@
 """What is known of one request: what is exact, and how far the network did as the linear prediction said."""
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import hmac
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import Subset
 
 from fastntk.linearised import Linearised
+from fastntk.members import Id
 from fastntk.outputs import at, logits_of
 
-LIMIT_FORGOTTEN, LIMIT_RETAINED = 0.5, 0.15
-"""The departures, on the forgotten and on the retained samples, up to which an answer is trusted. They were chosen on
-the models of docs/benchmarks.md: good answers stay below both, ridges that harm other classes exceed the second."""
+LIMIT_REQUESTED, LIMIT_RETAINED = 0.5, 0.15
+"""The departures, on the samples of the request and on retained ones, up to which an answer is trusted. They were
+chosen on the models of docs/benchmarks.md: good answers stay below both, ridges that harm other classes exceed the
+second."""
 
 
 @dataclass(frozen=True)
@@ -20,47 +26,108 @@ class Certificate:
     """What is known of one request.
 
     The new parameters are exact for the network linearised at the anchor, with squared loss and the given ridge: they
-    are those of training it on the retained samples alone. For the network itself the agreement is measured:
-    ``departure = rms_S |f(theta_new) - f(theta_old) - J (theta_new - theta_old)| / rms_F |J (theta_new - theta_old)|``
-    with S the forgotten samples F, or a fixed probe of retained ones; 0 is perfect agreement. The unit is in both cases
-    the change that was predicted, and asked for, on the forgotten samples. In the matrix-free form the linear solve is
-    not exact either: ``residual`` is the relative residual of its normal equations (None in the other forms).
+    are those of training it on the samples that are then in the memory. ``residual`` says how exact: it is that of the
+    normal equations, relative, ``|(G + ridge I) s - (b - ridge u)| / |b - ridge u|`` (primal; the dual's own in the
+    dual form), and ``error``, where it was asked for, is the relative distance of the parameters' change since the
+    anchor to that of solving anew from the stored sums.
+
+    For the network itself the agreement is measured: ``departure = rms_S |f(theta_new) - f(theta_old) - J (theta_new -
+    theta_old)| / rms_F |J (theta_new - theta_old)|`` with S the samples F of the request, or a fixed probe of retained
+    ones; 0 is perfect agreement. The unit is in both cases the change that was predicted, and asked for, on F.
+
+    Attributes:
+        request: its id, random.
+        kind: ``"forget"`` or ``"remember"``.
+        samples: how many the request names.
+        retained: how many others the memory then holds.
+        ridge: a total.
+        departure_requested: on F.
+        departure_retained: on the probe; None where the data source has none of it.
+        residual: of the normal equations.
+        limit: of the residual, above which the solve is not trusted.
+        moved: whether earlier requests have moved the parameters away from the anchor.
+        before: SHA-256 of the tuned parameters' names and values before the request.
+        after: the same after it.
+        salt: of the hashes. It is in the certificate that the caller gets and nowhere in the memory's folder.
+        hashes: HMAC-SHA-256 of each id under the salt: who has both can show that an id was in the request.
+        error: to a full re-solve, or None.
     """
 
-    forgotten: int
+    request: str
+    kind: str
+    samples: int
     retained: int
     ridge: float
-    departure_forgotten: float
-    departure_retained: float
-    residual: float | None = None
-
-    @property
-    def trusted(self) -> bool:
-        """Whether both departures are within their limits."""
-        return self.departure_forgotten <= LIMIT_FORGOTTEN and self.departure_retained <= LIMIT_RETAINED
+    departure_requested: float
+    departure_retained: float | None
+    residual: float
+    limit: float
+    moved: bool
+    before: str
+    after: str
+    salt: str
+    hashes: Sequence[str]
+    error: float | None = None
 
     @property
     def verdict(self) -> str:
-        """The measurement in a sentence."""
-        measured = (
-            f"the network departs from the linear prediction by {self.departure_forgotten:.0%} on the forgotten "
-            f"samples (limit {LIMIT_FORGOTTEN:.0%}) and {self.departure_retained:.0%} on a probe of retained ones "
-            f"(limit {LIMIT_RETAINED:.0%}), in units of the change predicted for the forgotten ones"
-        )
-        if self.trusted:
-            return f"trusted: {measured}."
-        return f"not trusted: {measured}. Retrain, or forget fewer samples with a larger ridge."
+        """``"trusted"``, ``"refresh needed"`` or ``"retrain needed"``.
 
-    def to_dict(self) -> dict[str, object]:
+        Trusted is an answer whose solve is exact and whose departures are within their limits. Otherwise, if earlier
+        requests have moved the parameters, a refresh linearises the network anew where they are now; if not, this
+        request alone is too much for a linear prediction.
+        """
+        if not self.residual <= self.limit:
+            return "refresh needed"
+        if self.departure_requested <= LIMIT_REQUESTED and (self.departure_retained or 0) <= LIMIT_RETAINED:
+            return "trusted"
+        return "refresh needed" if self.moved else "retrain needed"
+
+    @property
+    def trusted(self) -> bool:
+        """Whether the verdict is that."""
+        return self.verdict == "trusted"
+
+    @property
+    def explanation(self) -> str:
+        """The verdict with its reasons, in a sentence or two."""
+        advice = {
+            "trusted": "",
+            "refresh needed": " Refresh the memory at the current weights, or retrain.",
+            "retrain needed": " Retrain, or ask for fewer samples with a larger ridge.",
+        }
+        retained = "an unmeasured part" if self.departure_retained is None else f"{self.departure_retained:.0%}"
+        return (
+            f"{self.verdict}: the network departs from the linear prediction by {self.departure_requested:.0%} on the "
+            f"samples of the request (limit {LIMIT_REQUESTED:.0%}) and {retained} on a probe of "
+            f"retained ones (limit {LIMIT_RETAINED:.0%}), in units of the change predicted for the former; the linear "
+            f"solve is exact to {self.residual:.0e} (limit {self.limit:.0e}).{advice[self.verdict]}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {**asdict(self), "trusted": self.trusted, "verdict": self.verdict}
+        return {**asdict(self), "hashes": list(self.hashes), "trusted": self.trusted, "verdict": self.verdict}
+
+    def to_ledger(self) -> dict[str, Any]:
+        """The same without the salt: ids are often small numbers, which hashes with a known salt do not hide."""
+        return {key: value for key, value in self.to_dict().items() if key != "salt"}
+
+
+def hashed(ids: Iterable[Id], salt: str) -> list[str]:
+    """HMAC-SHA-256 of each id under ``salt`` (hexadecimal)."""
+    return [hmac.new(bytes.fromhex(salt), str(each).encode(), hashlib.sha256).hexdigest() for each in ids]
+
+
+def new_salt() -> str:
+    """128 random bits."""
+    return secrets.token_hex(16)
 
 
 def change_of_logits(
-    linearised: Linearised, ids: Sequence[int], before: Mapping[str, Tensor], after: Mapping[str, Tensor]
+    linearised: Linearised, positions: Sequence[int], before: Mapping[str, Tensor], after: Mapping[str, Tensor]
 ) -> Float[Tensor, "samples classes"]:
     """What a change of the parameters really does to the logits of at least one sample."""
-    model, subset = linearised.jacobian.model, Subset(linearised.train, ids)
+    model, subset = linearised.jacobian.model, Subset(linearised.train, positions)
     old, new = (logits_of(at(model, where), subset, linearised.device) for where in (before, after))
     return new - old
 

@@ -11,6 +11,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.table import Table
 
 from fastntk.distributed import PeerLost, first, launched
 from fastntk.errors import InputError
@@ -41,6 +42,15 @@ Probes = Annotated[
     int | None, typer.Option(help="Random combinations of the logits in place of all classes; answers become rough.")
 ]
 Workers = Annotated[int, typer.Option(help="Processes that read images ahead.")]
+Ids = Annotated[
+    str | None, typer.Option(help="Places in the training set, as 3,17; for a folder of images, paths in it.")
+]
+IdsFile = Annotated[Path | None, typer.Option(help="A text file of such ids.")]
+Defer = Annotated[bool, typer.Option("--defer-purge", help="Leave the rewriting of the memory to a later command.")]
+Full = Annotated[bool, typer.Option("--full", help="Solve anew from the sums, to compare.")]
+CertificateFile = Annotated[
+    Path | None, typer.Option(help="Where to write the certificate (JSON), with the salt of its hashed ids.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
@@ -187,27 +197,111 @@ def plan(
 @app.command()
 def forget(
     run: Folder,
-    ids: Annotated[str | None, typer.Option(help="Places in the training set, as 3,17.")] = None,
-    ids_file: Annotated[Path | None, typer.Option(help="A text file of such ids.")] = None,
+    ids: Ids = None,
+    ids_file: IdsFile = None,
     class_name: Annotated[str | None, typer.Option(help="All samples of one class.")] = None,
+    ridge: Annotated[float | None, typer.Option(help="For this request another total than the memory's.")] = None,
     dry_run: Annotated[bool, typer.Option(help="Show the verdict, change nothing.")] = False,
+    defer_purge: Defer = False,
+    full: Full = False,
+    certificate: CertificateFile = None,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Forget samples: writes unlearned.safetensors and takes them out of the memory."""
-    from fastntk.run import Run, read_ids
+    """Forget samples, then purge their trace from the memory. A few others are read to check the answer."""
+    from fastntk.run import Run, of_class
 
     if sum(given is not None for given in (ids, ids_file, class_name)) != 1:
         raise InputError("say what to forget by exactly one of --ids, --ids-file and --class-name.")
-    if ids_file is not None:
-        ids = _text(ids_file)
-    wanted = None if ids is None else read_ids(ids)
-    answer = Run(run, device).forget(wanted, class_name, dry_run)
-    certificate = answer.certificate
-    document = {"run": str(run), "dry_run": dry_run, "seconds": answer.seconds, **certificate.to_dict()}
-    done = "Would forget" if dry_run else "Forgot"
-    text = f"{done} {certificate.forgotten} samples in {answer.seconds:.2f} s; {certificate.retained:,} stay.\n"
-    show(document, as_json, f"{text}Verdict: {certificate.verdict}")
+    memory, images = Run(run, device).memory()
+    wanted = _wanted(ids, ids_file) if class_name is None else of_class(images, class_name, memory)
+    if dry_run:
+        _report(run, memory.preview(wanted, ridge=ridge), None, as_json)
+        return
+    answer = memory.forget(wanted, ridge=ridge, full=full)
+    _report(run, answer, None if defer_purge else memory.purge(), as_json, certificate)
+
+
+@app.command()
+def remember(
+    run: Folder,
+    ids: Ids = None,
+    ids_file: IdsFile = None,
+    defer_purge: Defer = False,
+    full: Full = False,
+    certificate: CertificateFile = None,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Add samples that are in the data and not in the memory: new ones, or some that were forgotten."""
+    from fastntk.run import Run
+
+    if (ids is None) == (ids_file is None):
+        raise InputError("say what to remember by exactly one of --ids and --ids-file.")
+    memory, _ = Run(run, device).memory()
+    answer = memory.remember(_wanted(ids, ids_file), full=full)
+    _report(run, answer, None if defer_purge else memory.purge(), as_json, certificate)
+
+
+@app.command()
+def ledger(run: Folder, as_json: Json = False) -> None:
+    """Every request with its state: answered (its trace is still in the folder) or purged."""
+    from fastntk.store import Store
+
+    requests = Store(run / "memory").requests()
+    table = Table("no", "kind", "samples", "answered (UTC)", "seconds", "state", "verdict")
+    for each in requests:
+        asked = (each.certificate.get(key, "") for key in ("samples", "verdict"))
+        samples, verdict = map(str, asked)
+        answered = each.answered[:16].replace("T", " ")
+        table.add_row(str(each.number), each.kind, samples, answered, f"{each.seconds:.2f}", each.state, verdict)
+    show({"run": str(run), "requests": [each.to_dict() for each in requests]}, as_json, table)
+
+
+@app.command()
+def verify(run: Folder, full: Full = False, device: Device = "cpu", as_json: Json = False) -> None:
+    """Check every file of the memory, that it belongs to the model and data, and that its solution is exact."""
+    from fastntk.run import Run
+
+    memory = Run(run, device).verify()
+    residual, error = memory.solution.residual(), memory.error() if full else None
+    pending, limit = sum(each.state == "answered" for each in memory.requests()), memory.solution.limit
+    document = {"run": str(run), "samples": len(memory.ids), "pending": pending, "residual": residual, "error": error}
+    text = (
+        f"Every file is what was written; the memory belongs to the model and the data. {len(memory.ids):,} samples, "
+        f"{pending} requests not yet purged.\nThe normal equations hold to {residual:.1e} "
+        f"(limit {limit:.0e})."
+    )
+    if error is not None:
+        text += f"\nSolved anew from the sums, the step differs by {error:.1e}, relative."
+    show(document, as_json, text)
+    if not residual <= limit:
+        raise InputError("the solution is not exact. Use: fastntk refresh RUN")
+
+
+@app.command()
+def refresh(run: Folder, device: Device = "cpu", as_json: Json = False) -> None:
+    """Linearise anew where the weights are now, by one pass over the samples that are left."""
+    from fastntk.run import Run
+
+    seconds, memory = Run(run, device).refresh()
+    document = {"run": str(run), "seconds": seconds, "ridge": memory.ridge, "samples": len(memory.ids)}
+    show(document, as_json, f"Refreshed on {len(memory.ids):,} samples in {seconds:.1f} s; ridge {memory.ridge:.4g}.")
+
+
+@app.command()
+def export(
+    run: Folder,
+    out: Annotated[Path | None, typer.Option(help="The file; by default unlearned.safetensors in the run.")] = None,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Write the whole model after all requests: a plain state dict, for load_state_dict(strict=True)."""
+    from fastntk.run import Run
+
+    path = out or run / "unlearned.safetensors"
+    Run(run, device).export(path)
+    show({"run": str(run), "out": str(path)}, as_json, f"Wrote {path}.")
 
 
 @app.command()
@@ -231,6 +325,30 @@ def evaluate(
         print(json.dumps(document({"forgotten": report})))
         return
     Console().print(report.table(), f"Wrote {run / 'report.json'} and {run / 'report.html'}.", sep="\n")
+
+
+def _wanted(ids: str | None, ids_file: Path | None) -> list[Any]:
+    from fastntk.run import read_ids
+
+    return read_ids((ids or "") if ids_file is None else _text(ids_file))
+
+
+def _report(
+    run: Path, answer: Any, purge_seconds: float | None, as_json: bool, certificate_file: Path | None = None
+) -> None:
+    """An answer and its certificate; ``purge_seconds`` is None if nothing was purged."""
+    from fastntk.files import write_json
+
+    certificate = answer.certificate
+    if certificate_file:
+        write_json(certificate_file, certificate.to_dict())
+    document = {"run": str(run), "seconds": answer.seconds, "purge_seconds": purge_seconds, **certificate.to_dict()}
+    text = (
+        f"{certificate.kind}: {certificate.samples} samples in {answer.seconds:.2f} s; {certificate.retained:,} others "
+        f"stay.\n{certificate.explanation}"
+    )
+    purged = "nothing was purged" if purge_seconds is None else f"purged in {purge_seconds:.2f} s"
+    show(document, as_json, f"{text}\nThe memory's folder: {purged}.")
 
 
 def _number(text: str) -> float:

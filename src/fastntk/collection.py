@@ -7,15 +7,17 @@ add up differs in the order of float64 additions only.
 import hashlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from fastntk import distributed
 from fastntk.files import digest, read_tensors, writable, write_tensors
-from fastntk.jacobian import concatenate
+from fastntk.jacobian import Jacobian, concatenate
 from fastntk.linearised import Linearised
 from fastntk.statistics import Rows, Sums, accumulate
 
@@ -57,20 +59,21 @@ class Checkpoint:
         self._earlier = distributed.shared(self._earlier)
         return {shard for _, shards in self._earlier for shard in shards}
 
-    def write(self, sums: Sums, shards: Sequence[int]) -> None:
+    def write(self, sums: Sums, residuals: Tensor, shards: Sequence[int]) -> None:
         """Write this process's sums, over the shards it has completed, unless the last time was too recent."""
         if time.monotonic() < self._due:
             return
         started = time.monotonic()
-        tensors = {f.name: getattr(sums, f.name) for f in fields(Sums)}
+        tensors = {"residuals": residuals, **{f.name: getattr(sums, f.name) for f in fields(Sums)}}
         write_tensors(self.folder / f"sums-{shards[0]}.safetensors", tensors, {"key": self.key, "shards": list(shards)})
         done = time.monotonic()
         self._due = done + (done - started) / _OVERHEAD
 
-    def add_earlier_(self, sums: Sums) -> None:
+    def add_earlier_(self, sums: Sums, residuals: Tensor) -> None:
         """Add this process's part of what earlier jobs wrote."""
         for path, _ in self._earlier[distributed.rank() :: distributed.size()]:
             tensors, _ = read_tensors(path)
+            residuals.add_(tensors["residuals"].to(residuals))
             sums.add_(Sums(*(tensors[f.name].to(getattr(sums, f.name)) for f in fields(Sums))))
 
     def clear(self) -> None:
@@ -93,21 +96,35 @@ def shards(count: int) -> list[range]:
     return [range(start, min(start + SHARD, count)) for start in range(0, count, SHARD)]
 
 
-def collect_sums(linearised: Linearised, count: int, dtype: torch.dtype, checkpoint: Checkpoint | None = None) -> Sums:
-    """The sums over the samples 0 .. ``count`` - 1, streamed; every process ends with all of them."""
-    parts, sums = shards(count), Sums.zero(linearised.rows([0]).jacobian, dtype)
+def collect_sums(
+    linearised: Linearised, count: int, dtype: torch.dtype, checkpoint: Checkpoint | None = None
+) -> tuple[Sums, Float[Tensor, "samples outputs"]]:
+    """The sums over the samples 0 .. ``count`` - 1, streamed, and their residuals; every process ends with all."""
+    one = linearised.rows([0])
+    parts, sums = shards(count), Sums.zero(one.jacobian, dtype)
+    residuals = one.residual.new_zeros(count, one.residual.shape[1])
     done = checkpoint.open() if checkpoint else set()
     if done:
         log.info("going on from %d of %d shards", len(done), len(parts))
     mine = [shard for shard in range(len(parts)) if shard not in done][distributed.rank() :: distributed.size()]
     for position, shard in enumerate(mine):
-        accumulate(linearised.stream(parts[shard], f"shard {shard + 1} of {len(parts)}"), sums)
+        stream = linearised.stream(parts[shard], f"shard {shard + 1} of {len(parts)}")
+        accumulate(_noting(stream, residuals[parts[shard].start :]), sums)
         if checkpoint:
-            checkpoint.write(sums, mine[: position + 1])
+            checkpoint.write(sums, residuals, mine[: position + 1])
     if checkpoint:
-        checkpoint.add_earlier_(sums)
-    distributed.sum_(getattr(sums, f.name) for f in fields(Sums))
-    return sums.complete_()
+        checkpoint.add_earlier_(sums, residuals)
+    distributed.sum_([*(getattr(sums, f.name) for f in fields(Sums)), residuals])
+    return sums.complete_(), residuals
+
+
+def _noting(batches: Iterable[tuple[Jacobian, Tensor]], residuals: Tensor) -> Iterator[tuple[Jacobian, Tensor]]:
+    """The batches, whose residuals are written into the rows from the first on."""
+    start = 0
+    for jacobian, residual in batches:
+        residuals[start : start + len(residual)] = residual
+        start += len(residual)
+        yield jacobian, residual
 
 
 def collect_rows(linearised: Linearised, count: int) -> Rows:

@@ -19,17 +19,26 @@ from fastntk.progress import track
 
 
 class Images(Dataset):
-    """``(image, label)`` pairs as the model wants them; a sample's id is its index.
+    """``(image, label)`` pairs as the model wants them.
 
     Args:
         source: indexable; each item an image (PIL, or uint8 array ``[H, W]`` or ``[H, W, 3]``).
         labels: the class of each item.
         classes: the names of the classes.
         preprocessing: the model's.
+        ids: what names each sample for good, whatever else is removed; by default its index.
     """
 
-    def __init__(self, source: Any, labels: Sequence[int], classes: list[str], preprocessing: Preprocessing) -> None:
+    def __init__(
+        self,
+        source: Any,
+        labels: Sequence[int],
+        classes: list[str],
+        preprocessing: Preprocessing,
+        ids: Sequence[str] | None = None,
+    ) -> None:
         self.source, self.classes, self.preprocessing = source, classes, preprocessing
+        self.ids: Sequence[int | str] = range(len(labels)) if ids is None else ids
         self.labels = torch.as_tensor(labels, dtype=torch.long)
         outside = self.labels[(self.labels < 0) | (self.labels >= len(classes))]
         if len(outside):
@@ -73,9 +82,10 @@ def load_data(source: str, preprocessing: Preprocessing, *, split: str = "train"
     """Read labelled images.
 
     Args:
-        source: a folder of class folders (torchvision ImageFolder); an ``.npz`` with arrays ``x`` (uint8, ``[N, H, W]``
-            or ``[N, H, W, 3]``) and ``y`` (integers), or ``x_train``, ``y_train``, ``x_test``, ``y_test``, optionally
-            ``classes`` (names); or the name of a torchvision dataset, found under ``root`` (never downloaded).
+        source: a folder of class folders (torchvision ImageFolder), whose samples' ids are their paths in it; an
+            ``.npz`` with arrays ``x`` (uint8, ``[N, H, W]`` or ``[N, H, W, 3]``) and ``y`` (integers), or ``x_train``,
+            ``y_train``, ``x_test``, ``y_test``, optionally ``classes`` (names); or the name of a torchvision dataset,
+            found under ``root`` (never downloaded).
         preprocessing: as the model wants it.
         split: ``"train"`` or ``"test"``, where the source has both.
         root: the folder of a torchvision dataset.
@@ -98,7 +108,9 @@ def _from_folder(path: Path, preprocessing: Preprocessing) -> Images:
         folder = torchvision().datasets.ImageFolder(str(path))
     except FileNotFoundError as error:
         raise InputError(f"{path} is not a folder of class folders with images in each ({error}).") from error
-    return Images(_Folder([name for name, _ in folder.samples]), folder.targets, folder.classes, preprocessing)
+    names = [name for name, _ in folder.samples]
+    ids = [Path(name).relative_to(path).as_posix() for name in names]
+    return Images(_Folder(names), folder.targets, folder.classes, preprocessing, ids)
 
 
 def _from_npz(path: Path, preprocessing: Preprocessing, split: str) -> Images:
@@ -161,7 +173,15 @@ def in_memory(data: Images, limit: int = 2_000_000_000) -> Dataset:
     if len(data) * 3 * data.preprocessing.size**2 * 4 > limit:
         return data
     images = torch.stack([data[i][0] for i in track(range(len(data)), "reading images")])
-    return TensorDataset(images.contiguous(memory_format=torch.channels_last), data.labels)
+    return _Read(images.contiguous(memory_format=torch.channels_last), data.labels, data.ids)
+
+
+class _Read(TensorDataset):
+    """Images in memory, with their ids."""
+
+    def __init__(self, images: Tensor, labels: Tensor, ids: Sequence[int | str]) -> None:
+        super().__init__(images, labels)
+        self.ids = ids
 
 
 def labels_of(dataset: Dataset) -> Int[Tensor, " samples"]:

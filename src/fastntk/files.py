@@ -42,10 +42,21 @@ def write(path: Path, save: Callable[[Path], object]) -> None:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+        sync(path.parent)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} cannot be written ({error}); what was there is unchanged.") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, object] | None = None) -> None:
@@ -101,4 +112,20 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     for name, tensor in tensors.items():
         state.update(name.encode())
         state.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return state.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """The SHA-256 of a file.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    state = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(2**22):
+                state.update(block)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}).") from error
     return state.hexdigest()

@@ -62,6 +62,10 @@ class Jacobian:
         rest = self.rest.flatten(0, 1).T @ a.flatten()
         return torch.cat([rest, (a.T @ self.features).flatten()]).to(cotangent)
 
+    def to(self, dtype: torch.dtype) -> "Jacobian":
+        """The same in another dtype."""
+        return Jacobian(self.rest.to(dtype), self.features.to(dtype))
+
     def dense(self) -> Float[Tensor, "batch classes p"]:
         """``J`` written out, zeros included."""
         eye = torch.eye(self.rest.shape[1]).to(self.rest)
@@ -133,14 +137,14 @@ class PerSampleJacobian:
     def __init__(self, model: nn.Module, parameters: Mapping[str, Tensor], layout: Layout | None = None) -> None:
         self.model = model
         self.parameters = {name: tensor.detach() for name, tensor in parameters.items()}
-        self._layout = layout
+        self.known = layout
 
     def layout(self, x: Tensor) -> Layout:
         """How ``theta`` is laid out, found by a trial run on one image (as a batch of two, so that a leading axis of
         length 1 is not taken for the batch)."""
-        if self._layout is None:
-            self._layout = self._trial(torch.cat([x[:1], x[:1]]))
-        return self._layout
+        if self.known is None:
+            self.known = self._trial(torch.cat([x[:1], x[:1]]))
+        return self.known
 
     def _trial(self, x: Tensor) -> Layout:
         trial = {name: tensor.clone().requires_grad_() for name, tensor in self.parameters.items()}

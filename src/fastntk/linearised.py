@@ -73,6 +73,13 @@ class Linearised:
                 residual = self.loss.residual(self._logits(images), labels)
             yield images, residual
 
+    def residuals(self, ids: Sequence[int]) -> Float[Tensor, "samples outputs"]:
+        """``r_i`` of the samples by a forward pass, or, where the classes are probed, ``V_i'r_i``."""
+        rows = torch.cat([residual for _, residual in self.residual(ids or [0])])[: len(ids)]
+        if self.probes is None:
+            return rows
+        return torch.einsum("nck,nc->nk", self.probes.draw(ids, rows.shape[1]).to(rows), rows)
+
     def pull(self, pairs: Iterable[tuple[Tensor, Float[Tensor, "batch classes"]]]) -> Float[Tensor, " p"]:
         """``sum_i J_i'a_i`` over batches of images and cotangents: one backward pass each."""
         layout, parameters = self.layout, self.jacobian.parameters
@@ -95,7 +102,7 @@ class Linearised:
     @cached_property
     def layout(self) -> Layout:
         """Where each tuned parameter lies in a vector of all."""
-        return self.jacobian.layout(self._one)
+        return self.jacobian.known or self.jacobian.layout(self._one)
 
     @cached_property
     def classes(self) -> int:

@@ -11,7 +11,7 @@ A request then takes passes over the retained samples, as many as its residual n
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -20,8 +20,8 @@ from torch import Tensor
 from fastntk import distributed
 from fastntk.linalg import conjugate_gradients, lanczos
 from fastntk.linearised import Linearised
-from fastntk.removal import Removal
 from fastntk.ridge import Calibration, closest_outputs
+from fastntk.update import Update
 
 STEPS = 40
 """Passes for the Krylov space, and vectors of length p that it keeps."""
@@ -61,8 +61,10 @@ class GramOperator:
             total += self.linearised.pull([(x, signs)]).square().sum()
         return float(self._total(total))
 
-    def without(self, ids: Int[Tensor, " some"]) -> "GramOperator":
-        """The operator over the other samples."""
+    def after(self, ids: Int[Tensor, " some"], sign: int) -> "GramOperator":
+        """The operator with more samples (``sign`` 1), or without some of its own (-1)."""
+        if sign > 0:
+            return replace(self, ids=[*self.ids, *ids.tolist()])
         gone = set(ids.tolist())
         return replace(self, ids=[i for i in self.ids if i not in gone])
 
@@ -92,17 +94,18 @@ class MatrixFreeSolution:
         basis: Q, of all samples that were prepared.
         projected: T.
         step: ``s(S)``.
-        residual: of the normal equations, relative: ``|(G_S + ridge I) s - b_S + ridge u| / |b_S - ridge u|``.
+        reached: the relative residual of the latest solve.
     """
 
     form: ClassVar[Literal["matrix-free"]] = "matrix-free"
+    limit: ClassVar[float] = TOLERANCE
     operator: GramOperator
     displacement: Float[Tensor, " p"]
     ridge: float
     basis: Float[Tensor, "p m"]
     projected: Float[Tensor, "m m"]
     step: Float[Tensor, " p"]
-    residual: float
+    reached: float
 
     @classmethod
     def of(
@@ -125,19 +128,19 @@ class MatrixFreeSolution:
         shifted = _shifted(projected, ridge)
         first = basis.double() @ torch.linalg.solve(shifted, coefficients) - displacement
         solution = cls(operator, displacement, ridge, basis, projected, first, float("inf"))
-        solution.step, solution.residual = solution._solve(operator, rhs - ridge * displacement, ridge, first)
+        solution.step, solution.reached = solution._solve(operator, rhs - ridge * displacement, ridge, first)
         return solution, calibration
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything but the ridge and the operator, by name."""
         own = {name: getattr(self, name) for name in ("displacement", "basis", "projected", "step")}
-        return {**own, "residual": torch.tensor(self.residual, dtype=torch.float64)}
+        return {**own, "reached": torch.tensor(self.reached, dtype=torch.float64)}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], ridge: float, operator: GramOperator) -> "MatrixFreeSolution":
         """The reverse of ``tensors``."""
         basis, projected, step = (tensors[name] for name in ("basis", "projected", "step"))
-        return cls(operator, tensors["displacement"], ridge, basis, projected, step, float(tensors["residual"]))
+        return cls(operator, tensors["displacement"], ridge, basis, projected, step, float(tensors["reached"]))
 
     def _solve(
         self, operator: GramOperator, rhs: Tensor, ridge: float, first: Tensor | None = None
@@ -160,21 +163,32 @@ class MatrixFreeSolution:
             left = rhs - apply(start)
         return start, float(left.norm() / rhs.norm())
 
-    def removal(self, positions: Int[Tensor, " samples"], rows: object = None) -> Removal:
-        """``s(S - F) - s(S) = -(G_{S-F} + ridge I)^-1 J_F'(r_F - J_F s(S))``, changing nothing but ``residual``."""
+    def update(self, positions: Int[Tensor, " samples"], rows: object, sign: int) -> Update:
+        """What adding the samples at ``positions`` to S (``sign`` 1), or taking them out (-1), would change:
+        ``(G_{S+-F} + ridge I)^-1`` of ``+-J_F'(r_F - J_F s(S))``."""
         error = self.operator.over(positions).rhs(self.step)
-        change, self.residual = self._solve(self.operator.without(positions), -error, self.ridge)
-        return Removal(change, positions)
+        change, residual = self._solve(self.operator.after(positions, sign), sign * error, self.ridge)
+        return Update(change, positions, sign, reached=residual)
 
-    def remove_(self, removal: Removal) -> None:
-        """Take the samples of a ``removal`` out of S, in place."""
-        self.operator = self.operator.without(removal.positions)
-        self.step = self.step + removal.change
+    def apply_(self, update: Update) -> None:
+        """Add the samples of an ``update`` to S, or take them out, in place."""
+        self.operator = self.operator.after(update.positions, update.sign)
+        self.step = self.step + update.change
+        self.reached = cast(float, update.reached)
+
+    def residual(self, update: Update | None = None) -> float:
+        """The relative residual of the latest solve, or of an ``update``'s."""
+        return self.reached if update is None else cast(float, update.reached)
+
+    def anew(self) -> "MatrixFreeSolution":
+        """Solved anew over the samples that are left."""
+        rhs = self.operator.rhs() - self.ridge * self.displacement
+        step, reached = self._solve(self.operator, rhs, self.ridge)
+        return replace(self, step=step, reached=reached)
 
     def resolve(
         self, positions: Int[Tensor, " samples"], rows: object, displacement: Float[Tensor, " p"], ridge: float
     ) -> Float[Tensor, " p"]:
         """``s(S - F)`` for any displacement and ridge, solved anew."""
-        operator = self.operator.without(positions)
-        step, self.residual = self._solve(operator, operator.rhs() - ridge * displacement, ridge)
-        return step
+        operator = self.operator.after(positions, -1)
+        return self._solve(operator, operator.rhs() - ridge * displacement, ridge)[0]

@@ -1,43 +1,57 @@
 """What one pass over the training data leaves behind, so that samples can be forgotten from then on.
 
 The memory linearises the network at the anchor ``theta*`` (the tuned parameters after fitting) and holds the solution
-of the linear problem over all samples that are still in it. Forgetting takes samples out of the solution; the retained
-ones are not computed again.
+of the linear problem over all samples that are in it, its members. Forgetting takes samples out of the solution and
+remembering adds them; the others are not computed again.
 """
 
+import logging
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from fastntk.certificate import Certificate, change_of_logits, rms
+from fastntk.certificate import Certificate, change_of_logits, hashed, new_salt, rms
 from fastntk.errors import InputError
-from fastntk.files import digest, read_tensors, write_tensors
-from fastntk.jacobian import Layout, PerSampleJacobian
+from fastntk.files import digest
+from fastntk.jacobian import Jacobian, Layout, PerSampleJacobian
+from fastntk.ledger import Request
 from fastntk.linearised import Linearised
 from fastntk.loss import SquaredLoss
 from fastntk.matrix_free import GramOperator, MatrixFreeSolution
+from fastntk.members import Id, Members
 from fastntk.planning import Form
 from fastntk.probes import ClassProbes
 from fastntk.ridge import Calibration
 from fastntk.statistics import Rows
 from fastntk.step import DualSolution, PrimalSolution
+from fastntk.store import Contents, Store
+from fastntk.update import Update
+
+log = logging.getLogger(__name__)
 
 Solution = PrimalSolution | DualSolution | MatrixFreeSolution
-"""The linear problem over the samples that are left, solved, in one of its forms."""
+"""The linear problem over the members, solved, in one of its forms."""
+
+_CHECKED = 8  # samples that are compared when a memory is opened
+_NOISE = {"full": 1e-4, "tf32": 1e-2, "bf16": 5e-2}
+"""What a logit may change between machines and batches, relative to the targets and residuals, by the arithmetic."""
 
 
 @dataclass(frozen=True)
 class Forgotten:
-    """The answer to a request: the tuned parameters without the samples, the time it took, and how sure it is.
+    """The answer to a request: the tuned parameters after it, the time it took, and how sure it is.
 
-    ``model.load_state_dict(forgotten.parameters, strict=False)`` puts them into the model.
+    ``model.load_state_dict(forgotten.parameters, strict=False)`` puts them into the model. ``seconds`` end when they
+    are durable, if the memory is kept in a folder.
     """
 
     parameters: dict[str, Tensor]
@@ -46,28 +60,32 @@ class Forgotten:
 
 
 class Memory:
-    """The linear problem over the samples that are still remembered. Made by ``prepare``; ``forget`` updates it.
+    """The linear problem over the members. Made by ``prepare``; ``forget`` and ``remember`` update it.
 
     Attributes:
-        parameters: the tuned parameters without what has been forgotten; at first those of the fitted model.
-        ridge: the total L2 pull toward the parameters before fitting, the same for every request.
+        linearised: the network at the anchor, over the members.
+        solution: the linear problem over them.
+        residuals: of every member at the anchor, by which it is known again; zeros for who has left.
         calibration: how an automatic ridge was found, or None for a given one.
-        present: which samples of the training set are still in the memory.
+        record: how it was made, for replay.
     """
 
     def __init__(
         self,
         linearised: Linearised,
         solution: Solution,
+        residuals: Float[Tensor, "positions outputs"],
         calibration: Calibration | None,
-        present: Bool[Tensor, " samples"],
-        order: Int[Tensor, " samples"],
+        order: Int[Tensor, " positions"],
         probe: int,
+        record: Mapping[str, Any],
         vector: Float[Tensor, " p"] | None = None,
     ) -> None:
-        self.linearised, self.solution, self.calibration, self.present = linearised, solution, calibration, present
+        self.linearised, self.solution, self.residuals, self.calibration = linearised, solution, residuals, calibration
+        self.record = record
         self._order, self._probe = order, probe
         self._vector = self._layout.flatten(self.anchor) if vector is None else vector
+        self._store: Store | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -75,14 +93,34 @@ class Memory:
         return self.linearised.jacobian.model
 
     @property
+    def members(self) -> Members:
+        """Who is in the memory, over the data source."""
+        return cast(Members, self.linearised.train)
+
+    @property
     def train(self) -> Dataset:
-        """The training set, whose indices are the ids."""
-        return self.linearised.train
+        """The data source."""
+        return self.members.source
+
+    @property
+    def ids(self) -> list[Id]:
+        """Of the members."""
+        return [each for each in self.members.ids if each is not None]
+
+    @property
+    def present(self) -> Bool[Tensor, " positions"]:
+        """Which positions have a member."""
+        return self.members.present
 
     @property
     def anchor(self) -> dict[str, Tensor]:
-        """``theta*``: the tuned parameters of the fitted model, where it is linearised."""
+        """``theta*``: the tuned parameters where the network is linearised, those of the fitted model at first."""
         return self.linearised.jacobian.parameters
+
+    @property
+    def initial(self) -> dict[str, Tensor]:
+        """``theta_0``: the tuned parameters before fitting."""
+        return self._layout.unflatten(self._layout.flatten(self.anchor) - self.displacement, self.anchor)
 
     @property
     def _layout(self) -> Layout:
@@ -105,81 +143,96 @@ class Memory:
 
     @property
     def parameters(self) -> dict[str, Tensor]:
-        """The tuned parameters after everything forgotten so far."""
+        """The tuned parameters after all requests so far."""
         return self._layout.unflatten(self._vector, self.anchor)
 
-    def forget(self, ids: Iterable[int]) -> Forgotten:
-        """Take the samples with the given ids (indices into the training set) out of the memory.
+    def forget(self, ids: Iterable[Id], *, ridge: float | None = None, full: bool = False) -> Forgotten:
+        """Take the samples with the given ids out of the memory.
+
+        Args:
+            ids: indices into the training set, or, if it has ``ids``, those.
+            ridge: for this request another total than the memory's, by conjugate gradients on the sums, preconditioned
+                by the memory's own solution.
+            full: solve anew afterwards, to compare; see ``Certificate.error``. Takes as long as preparing's own solve.
 
         Returns:
             The new parameters ``theta* + s(R) - s(D)``, where D is what was prepared and R what now remains; the model
-            itself is not changed.
+            itself is not changed. If the memory is kept in a folder they are durable there, and ``purge`` must follow
+            before the samples' trace is gone from it.
 
         Raises:
-            InputError: an id twice, out of range or already forgotten, or no sample would remain. Nothing changes then.
+            InputError: an id twice or not in the memory, no sample would remain, a sample is not the one that was
+                prepared, or the disk is full. Nothing changes then.
         """
         started = time.perf_counter()
-        positions = self._positions(ids)
-        removal = self.solution.removal(positions, self.rows) if len(positions) else None
-        answer = self._answer(positions, removal.change if removal else None, started)
-        if removal:
-            self.solution.remove_(removal)
-            self.present[positions] = False
-            self._vector = self._vector + removal.change
-        return answer
+        with self._exclusive():
+            return self._carry_out("forget", self.members.positions(ids), started, ridge, full)
 
-    def preview(self, ids: Iterable[int], *, ridge: float | None = None) -> Forgotten:
-        """What ``forget`` would answer, leaving the memory as it is.
+    def remember(self, ids: Iterable[Id], *, full: bool = False) -> Forgotten:
+        """Add samples of the data source to the memory: new ones, or some that were forgotten.
 
-        ``ridge`` is another total than the memory's: both solves are then made by conjugate gradients, preconditioned
-        by the memory's own solution.
-        """
-        started = time.perf_counter()
-        positions, change = self._positions(ids), None
-        if len(positions) and (ridge is None or ridge == self.ridge):
-            change = self.solution.removal(positions, self.rows).change
-        elif len(positions) and ridge is not None:
-            step = self.resolve(positions, self.displacement, ridge)
-            change = step - self.resolve(positions[:0], self.displacement, ridge)
-        return self._answer(positions, change, started, ridge)
-
-    def save(self, path: Path) -> None:
-        """Write the memory to one file, whole or not at all.
+        Like ``forget`` with the other sign; the parameters move to those with the samples.
 
         Raises:
-            InputError: it cannot be written; what was there is unchanged.
+            InputError: an id twice, in the memory already or not in the data source, or the disk is full.
         """
-        tensors = {
-            **{f"anchor.{name}": tensor for name, tensor in self.anchor.items()},
-            **{f"solution.{name}": tensor for name, tensor in self.solution.tensors().items()},
-            "vector": self._vector,
-            "present": self.present,
-            "order": self._order,
-        }
-        linearised = self.linearised
-        record = {
-            "form": self.form,
-            "ridge": self.ridge,
-            "probe": self._probe,
-            "loss": asdict(linearised.loss),
-            "precision": linearised.precision,
-            "batch_size": linearised.batch_size,
-            "class_probes": asdict(linearised.probes) if linearised.probes else None,
-            "calibration": asdict(self.calibration) if self.calibration else None,
-            "layout": {name: list(getattr(self._layout, name)) for name in ("fast", "slow", "head")},
-            "names": list(self.anchor),
-            "model": _frozen(self.model, self.anchor),
-        }
-        write_tensors(path, tensors, record)
+        started = time.perf_counter()
+        with self._exclusive():
+            before = len(self.members)
+            try:
+                return self._carry_out("remember", self.members.join_(ids), started, None, full)
+            except BaseException:
+                del self.members.ids[before:]
+                raise
 
-    def _answer(
-        self, positions: Tensor, change: Tensor | None, started: float, ridge: float | None = None
-    ) -> Forgotten:
-        """The answer that a change of the parameters (None: none) gives."""
-        change = torch.zeros_like(self._vector) if change is None else change
-        parameters = self._layout.unflatten(self._vector + change, self.anchor)
-        certificate = self._certify(positions, change, parameters, ridge or self.ridge)
-        return Forgotten(parameters, time.perf_counter() - started, certificate)
+    def preview(self, ids: Iterable[Id], *, ridge: float | None = None) -> Forgotten:
+        """What ``forget`` would answer, leaving the memory as it is."""
+        started = time.perf_counter()
+        with self._exclusive():
+            return self._work_out("forget", self.members.positions(ids), started, ridge)[0]
+
+    def purge(self) -> float:
+        """Rewrite the memory's folder so that nothing of the samples that have left is in it; returns the seconds.
+
+        Raises:
+            InputError: the memory is in no folder, or the disk is full; nothing changes then.
+        """
+        with self._exclusive():
+            started = time.perf_counter()
+            store = self._kept()
+            store.replace(*self._contents(), started)
+            return time.perf_counter() - started
+
+    def replace_(self, make: Callable[[], "Memory"]) -> float:
+        """Become the memory that ``make`` returns, in the folder too; returns the seconds."""
+        with self._exclusive():
+            started, before = time.perf_counter(), digest(self.parameters)
+            fresh = make()
+            if self._store:
+                certificate = {"before": before, "after": digest(fresh.parameters), "retained": len(fresh.ids)}
+                self._store.replace(*fresh._contents(), started, certificate)
+                fresh._store = self._store
+            self.__dict__.update(fresh.__dict__)
+            return time.perf_counter() - started
+
+    def save(self, folder: Path | str) -> None:
+        """Keep the memory in a folder from now on: every request is durable there when it is answered.
+
+        Raises:
+            InputError: it cannot be written, or the memory in it has answered requests.
+        """
+        store = Store(Path(folder))
+        store.create(*self._contents())
+        self._store = store
+
+    def requests(self) -> list[Request]:
+        """What the folder's ledger says of every request."""
+        return self._kept().requests()
+
+    def error(self) -> float:
+        """``|s - s'| / |s'|`` with s the step that all updates have led to and s' solved anew from the sums."""
+        fresh = self.solution.anew()
+        return float((self.solution.step - fresh.step).norm() / fresh.step.norm())
 
     def resolve(self, positions: Tensor, displacement: Tensor, ridge: float) -> Float[Tensor, " p"]:
         """``s(R)`` without the samples at ``positions``, solved anew; with a displacement of zeros, Golatkar's step."""
@@ -193,93 +246,247 @@ class Memory:
         """The Jacobians and residuals, at the anchor, of the samples at ``positions``, computed now."""
         return self.linearised.rows(positions.tolist())
 
-    def _positions(self, ids: Iterable[int]) -> Int[Tensor, " some"]:
-        """The request as indices, checked."""
-        wanted = [int(i) for i in ids]
-        seen: set[int] = set()
-        for i in wanted:
-            if not 0 <= i < len(self.present):
-                raise InputError(f"id {i} is unknown: the training set has ids 0 .. {len(self.present) - 1}.")
-            if i in seen:
-                raise InputError(f"id {i} stands twice in the request. Name each sample once.")
-            if not self.present[i]:
-                raise InputError(f"id {i} has been forgotten already. Leave it out of the request.")
-            seen.add(i)
-        if wanted and len(wanted) == int(self.present.sum()):
-            raise InputError("the request would forget every sample. Use the parameters before fitting instead.")
-        return torch.tensor(sorted(wanted), dtype=torch.long)
+    def check(self, positions: Int[Tensor, " some"]) -> None:
+        """Whether the data source still has, under the members' ids, what was prepared.
+
+        Raises:
+            InputError: it has other pixels or labels, or the model is another.
+        """
+        now, before = self.linearised.residuals(positions.tolist()), self.residuals[positions]
+        size = self.linearised.loss.scale + before.square().mean(1).sqrt()
+        allowed = _NOISE[self.linearised.precision] * size
+        for position in positions[((now - before).abs().amax(1) > allowed).cpu()].tolist():
+            raise InputError(
+                f"the data source has another image or label under id {self.members.ids[position]!r} than when the "
+                "memory was prepared, or the model is another. Give what was prepared: no random augmentation, the "
+                "same order or ids."
+            )
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        """The folder, if any, is locked meanwhile, and what other processes did to it is known."""
+        if self._store is None:
+            yield
+            return
+        with self._store.locked():
+            if self._store.version != self._store.ledger.version():
+                self.__dict__.update(_opened(self._store, self.model, self.members.source).__dict__)
+            yield
+
+    def _kept(self) -> Store:
+        if self._store is None:
+            raise InputError("the memory is kept in no folder. Save it first.")
+        return self._store
+
+    def _carry_out(self, kind: str, positions: Tensor, started: float, ridge: float | None, full: bool) -> Forgotten:
+        """Answer a request: work it out, make it durable, then update what is in this process."""
+        answer, update, vector = self._work_out(kind, positions, started, ridge)
+        members, joining = positions.tolist(), kind == "remember"
+        joined = self.linearised.residuals(members) if joining else None
+        if self._store:
+            record = {"kind": kind, "ids": [self.members.ids[position] for position in members] if joining else []}
+            seconds = self._store.append(answer.certificate, _journal(update, vector, joined), record, started)
+            answer = replace(answer, seconds=seconds)
+        self._apply_(update, vector, joined)
+        if full:
+            answer = replace(answer, certificate=replace(answer.certificate, error=self.error()))
+        if self._store:
+            self._store.finish(answer.certificate)
+        return answer
+
+    def _work_out(
+        self, kind: str, positions: Tensor, started: float, ridge: float | None
+    ) -> tuple[Forgotten, Update, Float[Tensor, " p"]]:
+        """The answer, the update of the solution and the parameters after it; nothing changes yet."""
+        if kind == "forget":
+            self.check(positions)
+        update = self._update(positions, 1 if kind == "remember" else -1)
+        change = update.change
+        if len(positions) and ridge is not None and ridge != self.ridge:
+            step = self.resolve(positions, self.displacement, ridge)
+            change = step - self.resolve(positions[:0], self.displacement, ridge)
+        vector = self._vector + change
+        parameters = self._layout.unflatten(vector, self.anchor)
+        certificate = self._certify(kind, update, change, parameters, ridge or self.ridge)
+        return Forgotten(parameters, time.perf_counter() - started, certificate), update, vector
+
+    def _update(self, positions: Tensor, sign: int) -> Update:
+        """The update, after solving anew if rounding has gathered (see the solution's ``limit``)."""
+        if not len(positions):
+            return Update(torch.zeros_like(self._vector), positions, sign)
+        update = self.solution.update(positions, self.rows, sign)
+        if self.solution.residual(update) > self.solution.limit:
+            log.info("rounding has gathered: solving anew")
+            self.solution = self.solution.anew()
+            update = self.solution.update(positions, self.rows, sign)
+        return update
+
+    def _apply_(self, update: Update, vector: Tensor, joined: Tensor | None) -> None:
+        """Update everything that an update changes, in place; ``joined`` are the residuals of who joins."""
+        if not len(update.positions):
+            return
+        self.solution.apply_(update)
+        if joined is None:
+            self.residuals[update.positions] = 0
+            self.members.leave_(update.positions)
+        else:
+            self.residuals = torch.cat([self.residuals, joined.to(self.residuals)])
+            self._order = torch.cat([self._order, update.positions])
+        self._vector = vector
+
+    def _replay_(self, tensors: Mapping[str, Tensor], kind: str, ids: Sequence[Id]) -> None:
+        """Carry out a request again, from its journal."""
+        positions, sign = tensors["positions"], 1 if kind == "remember" else -1
+        self.members.ids.extend(ids)
+
+        def rows(_: Tensor) -> Rows:
+            return Rows(Jacobian(tensors["rest"], tensors["features"]), tensors["residual"])
+
+        if "change" in tensors:
+            update = Update(tensors["change"], positions, sign, reached=float(tensors["reached"]))
+        elif len(positions):
+            update = self.solution.update(positions, rows, sign)
+        else:
+            return
+        self._apply_(update, tensors["vector"], tensors.get("joined"))
 
     def _certify(
-        self, positions: Tensor, change: Tensor, parameters: Mapping[str, Tensor], ridge: float
+        self, kind: str, update: Update, change: Tensor, parameters: Mapping[str, Tensor], ridge: float
     ) -> Certificate:
-        staying = self.present[self._order] & ~torch.isin(self._order, positions)
-        retained = self._order[staying][: self._probe]
+        positions, before = update.positions, self.parameters
+        others = self._order[self.present[self._order] & ~torch.isin(self._order, positions)]
+        probe = self.members.available(others)[: self._probe]
         predicted = self._predicted(positions, change)
-        size = rms(predicted)
+        size, salt = rms(predicted), new_salt()
 
         def departure(samples: Tensor, predicted: Tensor) -> float:
-            if not len(samples):
+            if not len(samples) or not size:
                 return 0.0
-            real = change_of_logits(self.linearised, samples.tolist(), self.parameters, parameters)
-            return rms(real - predicted) / size
+            return rms(change_of_logits(self.linearised, samples.tolist(), before, parameters) - predicted) / size
 
         return Certificate(
-            forgotten=len(positions),
-            retained=int(self.present.sum()) - len(positions),
+            request=str(uuid.uuid4()),
+            kind=kind,
+            samples=len(positions),
+            retained=len(others),
             ridge=ridge,
-            departure_forgotten=departure(positions, predicted) if size else 0.0,
-            departure_retained=departure(retained, self._predicted(retained, change)) if size else 0.0,
-            residual=self.solution.residual,
+            departure_requested=departure(positions, predicted),
+            departure_retained=departure(probe, self._predicted(probe, change)) if len(probe) else None,
+            residual=self.solution.residual(update if len(positions) else None),
+            limit=self.solution.limit,
+            moved=not torch.equal(self._vector, self._layout.flatten(self.anchor)),
+            before=digest(before),
+            after=digest(parameters),
+            salt=salt,
+            hashes=hashed((self.members.ids[position] for position in positions.tolist()), salt),
         )
 
     def _predicted(self, positions: Tensor, change: Float[Tensor, " p"]) -> Float[Tensor, "some classes"]:
-        """``J change`` for some samples: from the stored rows where they are those of all classes, else by a pass."""
-        if isinstance(self.solution, DualSolution) and not self.linearised.probes:
-            return self.solution.rows[positions].jacobian.matvec(change)
+        """``J change`` for some samples."""
         return self.linearised.tangent(positions.tolist(), change)
 
+    def _contents(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything, as tensors and as what JSON can hold."""
+        tensors = {
+            **{f"anchor.{name}": tensor for name, tensor in self.anchor.items()},
+            **{f"solution.{name}": tensor for name, tensor in self.solution.tensors().items()},
+            "residuals": self.residuals,
+            "order": self._order,
+            "vector": self._vector,
+        }
+        linearised = self.linearised
+        return tensors, {
+            **self.record,
+            "form": self.form,
+            "ridge": self.ridge,
+            "probe": self._probe,
+            "loss": asdict(linearised.loss),
+            "precision": linearised.precision,
+            "batch_size": linearised.batch_size,
+            "class_probes": asdict(linearised.probes) if linearised.probes else None,
+            "calibration": asdict(self.calibration) if self.calibration else None,
+            "layout": {name: list(getattr(self._layout, name)) for name in ("fast", "slow", "head")},
+            "names": list(self.anchor),
+            "model": _frozen(self.model, self.anchor),
+            "ids": self.members.ids,
+        }
 
-def load(path: Path | str, model: nn.Module, train: Dataset) -> Memory:
-    """Open what ``Memory.save`` wrote.
+
+def load(folder: Path | str, model: nn.Module, train: Dataset) -> Memory:
+    """Open the folder of a memory (``Memory.save``); requests are durable there from now on.
 
     Args:
-        path: the file.
+        folder: of the memory.
         model: the one it was prepared for; its tuned parameters may have moved since.
-        train: the training set it was prepared on.
+        train: a data source that has the samples of the requests to come, under the ids they had when the memory was
+            prepared; of the others only a few are read, to check that it is the same.
 
     Raises:
-        InputError: the file cannot be read, or belongs to another model or training set.
+        InputError: a file is missing or damaged, or the memory belongs to another model or other data.
     """
-    tensors, record = read_tensors(Path(path))
-    device = next(model.parameters()).device
-    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+    store = Store(Path(folder))
+    with store.locked():
+        memory = _opened(store, model, train)
+    memory.check(memory.members.available(memory.present.nonzero()[:, 0])[:_CHECKED])
+    return memory
+
+
+def _opened(store: Store, model: nn.Module, train: Dataset) -> Memory:
+    """The memory in a folder that is locked, with the requests since the latest purge."""
+    contents = store.read()
+    memory = _restored(contents, model, train, store.folder)
+    memory._store = store
+    for tensors, record in contents.journal:
+        memory._replay_(tensors, record["kind"], record["ids"])
+    return memory
+
+
+def _journal(update: Update, vector: Float[Tensor, " p"], joined: Tensor | None) -> dict[str, Tensor]:
+    """What it takes to make an update again: the samples' rows, or the change where the form needs none of them."""
+    tensors = {"positions": update.positions, "vector": vector}
+    if update.rows:
+        jacobian = update.rows.jacobian
+        tensors |= {"rest": jacobian.rest, "features": jacobian.features, "residual": update.rows.residual}
+    elif update.reached is not None:
+        tensors |= {"change": update.change, "reached": torch.tensor(update.reached, dtype=torch.float64)}
+    return tensors if joined is None else {**tensors, "joined": joined}
+
+
+def _restored(contents: Contents, model: nn.Module, train: Dataset, folder: Path) -> Memory:
+    device, record = next(model.parameters()).device, contents.record
+    tensors = {name: tensor.to(device) for name, tensor in contents.tensors.items()}
     anchor = {name: tensors[f"anchor.{name}"] for name in record["names"]}
     if record["model"] != _frozen(model, anchor):
         raise InputError(
-            f"the memory {path} belongs to another model: the frozen weights differ. Open it with its own."
+            f"the memory {folder} belongs to another model: the frozen weights differ. Open it with its own."
         )
-    present = tensors["present"].cpu()
-    if len(present) != len(train):  # type: ignore[arg-type]
-        raise InputError(f"the memory {path} is of {len(present)} samples, the training set has {len(train)}.")  # type: ignore[arg-type]
     shapes = {name: tensor.shape for name, tensor in anchor.items()}
     layout = Layout(**{name: tuple(names) for name, names in record["layout"].items()}, shapes=shapes)
+    members = Members(train, record["ids"])
     linearised = Linearised(
         PerSampleJacobian(model, anchor, layout),
-        train,
+        members,
         SquaredLoss(**record["loss"]),
         batch_size=record["batch_size"],
         precision=record["precision"],
         probes=ClassProbes(**record["class_probes"]) if record["class_probes"] else None,
     )
-    solution = _solution(tensors, record, GramOperator(linearised, present.nonzero()[:, 0].tolist()))
+    solution = _solution(tensors, record, GramOperator(linearised, members.present.nonzero()[:, 0].tolist()))
     calibration = Calibration(**record["calibration"]) if record["calibration"] else None
     return Memory(
-        linearised, solution, calibration, present, tensors["order"].cpu(), record["probe"], tensors["vector"]
+        linearised,
+        solution,
+        tensors["residuals"],
+        calibration,
+        tensors["order"].cpu(),
+        record["probe"],
+        {key: record[key] for key in ("versions", "options")},
+        tensors["vector"],
     )
 
 
 def _solution(tensors: Mapping[str, Tensor], record: Mapping[str, Any], operator: GramOperator) -> Solution:
-    """The stored solution, in its form; ``operator`` is over the samples that are present."""
+    """The stored solution, in its form; ``operator`` is over the members."""
     parts = {name.removeprefix("solution."): tensor for name, tensor in tensors.items() if name.startswith("solution.")}
     if record["form"] == "matrix-free":
         return MatrixFreeSolution.from_tensors(parts, record["ridge"], operator)

@@ -1,9 +1,12 @@
 """The one pass over the training data."""
 
 import logging
+import platform
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +19,7 @@ from fastntk.jacobian import PerSampleJacobian
 from fastntk.linearised import Linearised
 from fastntk.loss import SquaredLoss
 from fastntk.matrix_free import GramOperator, MatrixFreeSolution
+from fastntk.members import Members
 from fastntk.memory import Memory, Solution
 from fastntk.planning import Form, chosen, free_bytes
 from fastntk.probes import ClassProbes
@@ -81,19 +85,60 @@ def prepare(
     settle()
     anchor = snapshot(tuned(model))
     _check_initial(initial, tuned(model))
-    count = len(train)  # type: ignore[arg-type]
+    draws = None if class_probes is None else ClassProbes(class_probes, seed)
+    jacobian = PerSampleJacobian(model, anchor)
+    linearised = Linearised(jacobian, Members(train), loss, batch_size, workers, precision, draws)
+    options = {"ridge": ridge, "form": form, "dtype": str(dtype).removeprefix("torch."), "probe": probe, "seed": seed}
+    return _prepared(linearised, initial, options, checkpoint)
+
+
+def refresh(memory: Memory, checkpoint: Path | None = None) -> float:
+    """Linearise the network anew where its parameters are now, by one pass over the members; returns the seconds.
+
+    The anchor, which was fitted to samples that have been forgotten since, is replaced by the parameters after all
+    requests; so the predictions are good again, and nothing in the memory has been computed at weights that saw them.
+    The options are those of ``prepare``, an automatic ridge is found anew. If the memory is kept in a folder it is
+    rewritten there, as by ``purge``.
+
+    Args:
+        memory: made by ``prepare`` or ``load``, with a data source that has all of its members.
+        checkpoint: as for ``prepare``.
+
+    Raises:
+        InputError: a member is missing in the data source or has changed, or the disk is full; nothing changes then.
+    """
+    settle()
+    return memory.replace_(lambda: _refreshed(memory, checkpoint))
+
+
+def _refreshed(memory: Memory, checkpoint: Path | None) -> Memory:
+    old, members = memory.linearised, Members(memory.members.source, memory.ids)
+    missing = len(members) - len(members.available(torch.arange(len(members))))
+    if missing:
+        raise InputError(f"the data source lacks {missing:,} of the memory's {len(members):,} samples.")
+    memory.check(memory.present.nonzero()[:, 0])
+    jacobian = PerSampleJacobian(memory.model, memory.parameters, old.layout)
+    linearised = replace(old, jacobian=jacobian, train=members)
+    return _prepared(linearised, memory.initial, memory.record["options"], checkpoint)
+
+
+def _prepared(
+    linearised: Linearised, initial: Mapping[str, Tensor], options: Mapping[str, Any], checkpoint: Path | None
+) -> Memory:
+    """The memory of all members of ``linearised``."""
+    count, dtype = len(linearised.train), getattr(torch, options["dtype"])  # type: ignore[arg-type]
     if count < 2:
         raise InputError("the training set needs at least 2 samples.")
-    draws = None if class_probes is None else ClassProbes(class_probes, seed)
-    linearised = Linearised(PerSampleJacobian(model, anchor), train, loss, batch_size, workers, precision, draws)
-    linearised, taken = _planned(linearised, form, dtype)
-    displacement = linearised.layout.flatten(anchor) - linearised.layout.flatten(initial)
-    given = None if ridge == "auto" else float(ridge)
+    linearised, taken = _planned(linearised, options["form"], dtype)
+    layout = linearised.layout
+    displacement = layout.flatten(linearised.jacobian.parameters) - layout.flatten(initial)
+    given = None if options["ridge"] == "auto" else float(options["ridge"])
     partial = Checkpoint(checkpoint, key(linearised, count, dtype)) if checkpoint and taken == "primal" else None
-    solution, calibration = _solve(linearised, taken, displacement, given, dtype, partial)
-    present = torch.ones(count, dtype=torch.bool)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    return Memory(linearised, solution, calibration, present, order, probe)
+    solution, residuals, calibration = _solve(linearised, taken, displacement, given, dtype, partial)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(options["seed"]))
+    versions = {name: version(name) for name in ("fastntk", "torch")} | {"python": platform.python_version()}
+    record = {"versions": versions, "options": options}
+    return Memory(linearised, solution, residuals, calibration, order, options["probe"], record)
 
 
 def _planned(linearised: Linearised, form: str, dtype: torch.dtype) -> tuple[Linearised, Form]:
@@ -123,21 +168,25 @@ def _solve(
     ridge: float | None,
     dtype: torch.dtype,
     checkpoint: Checkpoint | None,
-) -> tuple[Solution, Calibration | None]:
-    """The solution over all samples, at the given ridge or the calibrated one (None)."""
+) -> tuple[Solution, Tensor, Calibration | None]:
+    """The solution over all samples, at the given ridge or the calibrated one (None), and their residuals."""
     count = len(linearised.train)  # type: ignore[arg-type]
     if form == "matrix-free":
         operator = GramOperator(linearised, range(count))
-        return MatrixFreeSolution.of(operator, displacement, ridge, linearised.dtype)
+        residuals = linearised.residuals(range(count))
+        solution, calibration = MatrixFreeSolution.of(operator, displacement, ridge, linearised.dtype)
+        return solution, residuals, calibration
     statistics: Sums | Rows
     if form == "dual":
         statistics = collect_rows(linearised, count)
+        residuals = statistics.residual.clone()
     else:
-        statistics = collect_sums(linearised, count, dtype, checkpoint)
+        statistics, residuals = collect_sums(linearised, count, dtype, checkpoint)
     solved = _direct(statistics, displacement, ridge) if distributed.rank() == 0 else None
     if checkpoint:
         checkpoint.clear()
-    return solved if solved and not distributed.active() else _shared(solved, linearised.device)
+    solved = solved if solved and not distributed.active() else _shared(solved, linearised.device)
+    return solved[0], residuals, solved[1]
 
 
 def _direct(statistics: Sums | Rows, displacement: Tensor, ridge: float | None) -> tuple[Solution, Calibration | None]:

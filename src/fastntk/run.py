@@ -4,39 +4,40 @@ run.json               model, data, selection and recipe, as given
 initial.safetensors    the tuned parameters before fitting
 model.safetensors      the whole model as fitted
 partial/               sums of a preparation that was cut off, until it is complete
-memory.safetensors     the memory; samples that were forgotten are gone from it
-unlearned.safetensors  the whole model after everything forgotten so far
+memory/                the memory, see ``fastntk.store``; samples that were forgotten are gone from it
 """
 
+import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from fastntk import distributed
 from fastntk.collection import clear
 from fastntk.comparison import compare, references
 from fastntk.data import Images, in_memory, load_data
 from fastntk.errors import InputError
-from fastntk.files import read_json, read_tensors, writable, write_json, write_tensors
+from fastntk.files import file_digest, read_json, read_tensors, writable, write_json, write_tensors
 from fastntk.loss import SquaredLoss
-from fastntk.memory import Forgotten, Memory, load
+from fastntk.members import Id
+from fastntk.memory import Memory, load
 from fastntk.methods import Method, Problem, Unlearned
 from fastntk.models import Preprocessing, load_model, load_weights
 from fastntk.planning import Plan, plan
-from fastntk.preparation import prepare
+from fastntk.preparation import prepare, refresh
 from fastntk.report import Report
+from fastntk.store import Store
 from fastntk.training import Fit, Recipe, fit
 from fastntk.tunable import tune
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What ``run.json`` holds."""
+    """What ``run.json`` holds; ``files`` are the SHA-256 of the tensors beside it."""
 
     model: str
     data: str
@@ -45,6 +46,7 @@ class Settings:
     select: list[str]
     size: int
     recipe: dict[str, Any]
+    files: dict[str, str] = field(default_factory=dict)
 
     def data_source(self, preprocessing: Preprocessing, source: str | None = None, split: str = "train") -> Images:
         """The training data, or another source read in the same way."""
@@ -118,8 +120,13 @@ class Run:
         return Recipe(**{**fields, "loss": SquaredLoss(**fields["loss"])})
 
     def fit(self, start: Start, recipe: Recipe) -> Fit:
-        """Fit a model and write the run."""
+        """Fit a model and write the run.
+
+        Raises:
+            InputError: the folder cannot be written, or holds a run whose memory has answered requests.
+        """
         writable(self.folder)
+        Store(self.folder / "memory").check_unused()
         module, images = start.open(self.device, recipe.seed)
         settings = Settings(
             start.model,
@@ -133,63 +140,91 @@ class Run:
         done = fit(module, in_memory(images), recipe)
         if distributed.rank():
             return done
-        for stale in ("memory.safetensors", "unlearned.safetensors"):
-            (self.folder / stale).unlink(missing_ok=True)
+        shutil.rmtree(self.folder / "memory", ignore_errors=True)
         clear(self.folder / "partial")
         write_tensors(self.folder / "initial.safetensors", done.initial)
         write_tensors(self.folder / "model.safetensors", module.state_dict())
-        write_json(self.folder / "run.json", asdict(settings))
+        self._seal(settings)
         return done
 
-    def _opened(self) -> tuple[Settings, nn.Module, Images, Dataset]:
-        """Settings, the fitted model and its training data."""
+    def _seal(self, settings: Settings) -> None:
+        """Write ``run.json`` for the tensors that are there now."""
+        files = {name: file_digest(self.folder / name) for name in ("initial.safetensors", "model.safetensors")}
+        write_json(self.folder / "run.json", asdict(replace(settings, files=files)))
+
+    def _opened(self) -> tuple[Settings, nn.Module, Images]:
+        """Settings, the fitted model and its training data, of which no image is read."""
         settings = self.settings()
         model, preprocessing = self._model(settings, "model.safetensors")
         tune(model, *settings.select)
         images = settings.data_source(preprocessing)
         if images.classes != settings.classes:
             raise InputError(f"{settings.data} now has other classes than when the run was made: {images.classes}.")
-        return settings, model, images, in_memory(images)
+        return settings, model, images
+
+    def memory(self) -> tuple[Memory, Images]:
+        """The memory, over the training data; only the images that are asked for are read."""
+        _, model, images = self._opened()
+        return load(self.folder / "memory", model, images), images
 
     def _initial(self) -> dict[str, Tensor]:
         tensors, _ = read_tensors(self.folder / "initial.safetensors")
         return {name: tensor.to(self.device) for name, tensor in tensors.items()}
 
     def prepare(self, ridge: float | str, form: str, seed: int = 0, **options: Any) -> Memory:
-        """Prepare the memory and write it; ``options`` are further ones of ``fastntk.prepare``."""
+        """Prepare the memory and write it; ``options`` are further ones of ``fastntk.prepare``.
+
+        Raises:
+            InputError: the folder cannot be written, or its memory has answered requests.
+        """
         writable(self.folder)
-        settings, model, _, train = self._opened()
+        Store(self.folder / "memory").check_unused()
+        settings, model, images = self._opened()
         given = {"ridge": ridge, "form": form, "loss": self.recipe(settings).loss, "seed": seed, **options}
-        memory = prepare(model, train, self._initial(), checkpoint=self.folder / "partial", **given)
+        memory = prepare(model, in_memory(images), self._initial(), checkpoint=self.folder / "partial", **given)
         if distributed.rank() == 0:
-            memory.save(self.folder / "memory.safetensors")
+            memory.save(self.folder / "memory")
             clear(self.folder / "partial")  # of an earlier attempt in another form
         return memory
 
     def plan(self, form: str, **options: Any) -> Plan:
         """What preparing would take; ``options`` are further ones of ``fastntk.plan``."""
-        settings, model, _, train = self._opened()
-        return plan(model, train, form=form, loss=self.recipe(settings).loss, **options)
+        settings, model, images = self._opened()
+        return plan(model, images, form=form, loss=self.recipe(settings).loss, **options)
 
-    def forget(self, ids: Sequence[int] | None, class_name: str | None, dry_run: bool) -> Forgotten:
-        """Answer a request for ids or for a whole class; writes the memory and the model without them."""
-        writable(self.folder)
-        _, model, images, train = self._opened()
-        memory = load(self.folder / "memory.safetensors", model, train)
-        wanted = list(ids) if ids is not None else members(images, class_name or "", memory.present)
-        if dry_run:
-            return memory.preview(wanted)
-        answer = memory.forget(wanted)
-        write_tensors(self.folder / "unlearned.safetensors", {**model.state_dict(), **answer.parameters})
-        memory.save(self.folder / "memory.safetensors")
-        return answer
+    def refresh(self) -> tuple[float, Memory]:
+        """Re-anchor the memory at the current weights, which become the run's model; the seconds, and the memory."""
+        settings, model, images = self._opened()
+        memory = load(self.folder / "memory", model, in_memory(images))
+        seconds = refresh(memory, self.folder / "partial")
+        write_tensors(self.folder / "model.safetensors", {**model.state_dict(), **memory.parameters})
+        self._seal(settings)
+        return seconds, memory
+
+    def verify(self) -> Memory:
+        """The memory, if every file of the run is what was written.
+
+        Raises:
+            InputError: one is missing or damaged, or they do not belong together.
+        """
+        for name, expected in self.settings().files.items():
+            if file_digest(self.folder / name) != expected:
+                raise InputError(f"{self.folder / name} is damaged. Restore it from a backup.")
+        return self.memory()[0]
+
+    def export(self, out: Path) -> None:
+        """Write the whole model after all requests, a plain state dict."""
+        memory, _ = self.memory()
+        write_tensors(out, {**memory.model.state_dict(), **memory.parameters})
 
     def evaluate(self, test: str | None, retrain: bool, seed: int | None = None) -> Report:
         """The fitted and the unlearned model beside two that are retrained without what was forgotten."""
-        settings, model, images, train = self._opened()
-        memory = load(self.folder / "memory.safetensors", model, train)
+        settings, model, images = self._opened()
+        train = in_memory(images)
+        memory = load(self.folder / "memory", model, train)
         held_out = in_memory(settings.data_source(images.preprocessing, test, split="test"))
-        forget = (~memory.present).nonzero()[:, 0]
+        known = set(memory.ids)
+        forget = torch.tensor([place for place, each in enumerate(images.ids) if each not in known], dtype=torch.long)
         if not len(forget):
             raise InputError("nothing has been forgotten in this run yet. Use: fastntk forget RUN --ids ...")
         problem = Problem(model, self._initial(), train, forget, self.recipe(settings), memory)
@@ -203,28 +238,25 @@ def _as_remembered(problem: Problem) -> Unlearned:
     return Unlearned(problem.memory.parameters, None)
 
 
-def members(images: Images, class_name: str, present: Tensor) -> list[int]:
-    """The ids of a class's samples that are still present.
+def of_class(images: Images, class_name: str, memory: Memory) -> list[Id]:
+    """The ids of a class's samples that are in the memory.
 
     Raises:
         InputError: there is no such class, or none of its samples is left.
     """
     if class_name not in images.classes:
         raise InputError(f"there is no class {class_name!r}. The classes are: {', '.join(images.classes)}.")
-    ids = ((images.labels == images.classes.index(class_name)) & present).nonzero()[:, 0].tolist()
+    members = (images.labels == images.classes.index(class_name)).nonzero()[:, 0].tolist()
+    known = set(memory.ids)
+    ids = [images.ids[index] for index in members if images.ids[index] in known]
     if not ids:
         raise InputError(f"no sample of class {class_name!r} is in the memory: it was forgotten already.")
     return ids
 
 
-def read_ids(text: str) -> list[int]:
-    """Ids from text: whole numbers separated by commas, spaces or lines.
-
-    Raises:
-        InputError: something else stands there.
-    """
+def read_ids(text: str) -> list[Id]:
+    """Ids from text: numbers separated by commas, lines or spaces, or paths in a folder, by commas or lines."""
     words = text.replace(",", " ").split()
-    for word in words:
-        if not word.isdecimal():
-            raise InputError(f"{word!r} is not an id: ids are whole numbers, the samples' places in the training set.")
-    return [int(word) for word in words]
+    if all(word.isdecimal() for word in words):
+        return [int(word) for word in words]
+    return [word.strip() for word in text.replace(",", "\n").splitlines() if word.strip()]

@@ -153,6 +153,16 @@ class Rows:
             kernel[c::classes, c::classes] += head
         return kernel
 
+    def kernel_with(self, other: "Rows") -> Float[Tensor, "rows others"]:
+        """``J J_other'``, ``[n C, m C]``, in float64."""
+        left, right = self.jacobian, other.jacobian
+        kernel = (left.rest.flatten(0, 1) @ right.rest.flatten(0, 1).T).double()
+        head = (left.features @ right.features.T).double()
+        classes = self.residual.shape[1]
+        for c in range(classes):
+            kernel[c::classes, c::classes] += head
+        return kernel
+
     @property
     def trace(self) -> float:
         """``tr K = sum |J_i|^2``."""

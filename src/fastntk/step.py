@@ -14,6 +14,7 @@ is the step to the optimum that S predicts. Forgetting F out of D = R + F moves 
                 = -J_D' A_DF A_FF^-1 a_F,   a = A (r_D + J_D u)    dual
 
 ``(I - J_F B J_F')^-1 (r_F - J_F s(D))`` is the error that the linearised model makes on F when it has not seen F.
+Adding samples is the same with the other sign (primal), or bordering A (dual).
 The ridge is a total over the set, the same for D and R: half of it times ``|theta - theta_0|^2`` is what fitting adds
 to the summed loss. Source: Golatkar et al. 2020 (arXiv 2003.02960) for the step without ``u``, Li et al. 2023 (arXiv
 2312.14923) for taking it over parameter-efficient parameters.
@@ -24,13 +25,14 @@ from dataclasses import dataclass, fields
 from typing import ClassVar, Literal, cast
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastntk.jacobian import Jacobian
 from fastntk.linalg import add_product_, conjugate_gradients, invert_, mirror_, ridge_inverse
-from fastntk.removal import Removal, RowsOf
 from fastntk.statistics import Rows, Sums
+from fastntk.update import RowsOf, Update, factorised, relative
 
 
 def targets(rows: Rows, displacement: Float[Tensor, " p"]) -> Float[Tensor, " rows"]:
@@ -56,7 +58,6 @@ class PrimalSolution:
     """
 
     form: ClassVar[Literal["primal"]] = "primal"
-    residual: ClassVar[None] = None
     sums: Sums
     displacement: Float[Tensor, " p"]
     ridge: float
@@ -103,27 +104,50 @@ class PrimalSolution:
         head = head - self.head_inverse @ torch.einsum("cqf,qm->cfm", self.sums.cross, upper)
         return torch.cat([upper, head.flatten(0, 1)]).to(vectors.dtype)
 
-    def removal(self, positions: Int[Tensor, " samples"], rows: RowsOf) -> Removal:
-        """What taking the samples at ``positions`` out of S would change, changing nothing."""
-        forgotten = rows(positions)
-        jacobian = forgotten.jacobian
+    def update(self, positions: Int[Tensor, " samples"], rows: RowsOf, sign: int) -> Update:
+        """What adding the samples at ``positions`` to S (``sign`` 1), or taking them out (-1), would change."""
+        these = rows(positions)
+        jacobian = these.jacobian.to(self.inverse.dtype)
         lifted = self._lift(jacobian)
-        core = torch.eye(lifted.shape[1]).to(lifted) - jacobian.matmat(lifted).flatten(0, 1)
-        factor = torch.linalg.cholesky(core)
-        error = (forgotten.residual.double() - jacobian.matvec(self.step)).flatten()
-        weights = torch.cholesky_solve(error[:, None].to(factor), factor)
-        return Removal(-(lifted @ weights)[:, 0].to(self.step), positions, forgotten, (lifted, factor))
+        factor = factorised(torch.eye(lifted.shape[1]).to(lifted) + sign * jacobian.matmat(lifted).flatten(0, 1))
+        weights = torch.cholesky_solve(self._error(these, self.step)[:, None].to(factor), factor)
+        return Update(sign * (lifted @ weights)[:, 0].to(self.step), positions, sign, these, (lifted, factor))
 
-    def remove_(self, removal: Removal) -> None:
-        """Take the samples of a ``removal`` out of S, in place."""
-        lifted, factor = removal.low_rank
-        forgotten = cast(Rows, removal.forgotten)
+    def apply_(self, update: Update) -> None:
+        """Add the samples of an ``update`` to S, or take them out, in place."""
+        lifted, factor = update.low_rank
+        rows = cast(Rows, update.rows)
         upper = lifted[: len(self.inverse)]
-        add_product_(self.inverse, upper, torch.cholesky_solve(upper.T, factor).T)
+        add_product_(self.inverse, upper, torch.cholesky_solve(upper.T, factor).T, -update.sign)
         mirror_(self.inverse)
-        self.step += removal.change
-        self.sums.observe_(forgotten.jacobian, forgotten.residual, -1).complete_()
+        self.step += update.change
+        self.sums.observe_(rows.jacobian, rows.residual, update.sign).complete_()
         self.head_inverse = ridge_inverse(self.sums.head, self.ridge)
+
+    def residual(self, update: Update | None = None) -> float:
+        """``|(G_S + ridge I) s(S) - (b_S - ridge u)| / |b_S - ridge u|``, now or after an ``update``: 0 if exact."""
+        rhs, step = self.sums.rhs - self.ridge * self.displacement, self.step
+        if update is None:
+            return relative(rhs - self._apply(step), rhs)
+        rows, step = cast(Rows, update.rows), step + update.change
+        jacobian = rows.jacobian.to(torch.float64)
+        error = self._error(rows, step).view_as(rows.residual)
+        left = rhs - self._apply(step) + update.sign * jacobian.rmatvec(error)
+        return relative(left, rhs + update.sign * jacobian.rmatvec(rows.residual.double()))
+
+    @property
+    def limit(self) -> float:
+        """Of the residual, above which the inverse is made anew: rounding has gathered in it."""
+        return 1e-9 if self.inverse.dtype == torch.float64 else 1e-4
+
+    def anew(self) -> "PrimalSolution":
+        """Solved anew from the sums, which takes off the rounding of all updates so far."""
+        return PrimalSolution.of(self.sums, self.displacement, self.ridge)
+
+    @staticmethod
+    def _error(rows: Rows, step: Float[Tensor, " p"]) -> Float[Tensor, " rows"]:
+        """``r_F - J_F s``."""
+        return (rows.residual.double() - rows.jacobian.to(torch.float64).matvec(step)).flatten()
 
     def _lift(self, jacobian: Jacobian) -> Float[Tensor, "p rows"]:
         """``B J'``. The head's part of J' has one block a class, ``h_i`` in the columns of that class."""
@@ -141,10 +165,10 @@ class PrimalSolution:
         self, positions: Int[Tensor, " samples"], rows: RowsOf, displacement: Float[Tensor, " p"], ridge: float
     ) -> Float[Tensor, " p"]:
         """``s(S - F)`` for any displacement and ridge: conjugate gradients on the sums, preconditioned by ``B``."""
-        removal = self.removal(positions, rows)
-        lifted, factor = removal.low_rank
-        forgotten = cast(Rows, removal.forgotten)
-        jacobian = forgotten.jacobian
+        update = self.update(positions, rows, -1)
+        lifted, factor = update.low_rank
+        forgotten = cast(Rows, update.rows)
+        jacobian = forgotten.jacobian.to(torch.float64)
 
         def apply(v: Tensor) -> Tensor:
             return self.sums.matvec(v) + ridge * v - jacobian.rmatvec(jacobian.matvec(v))
@@ -173,7 +197,7 @@ class DualSolution:
     """
 
     form: ClassVar[Literal["dual"]] = "dual"
-    residual: ClassVar[None] = None
+    limit: ClassVar[float] = 1e-9
     rows: Rows
     displacement: Float[Tensor, " p"]
     ridge: float
@@ -212,28 +236,101 @@ class DualSolution:
         """``s(S)``."""
         return self.rows.jacobian.rmatvec(self.coefficients.view_as(self.rows.residual)) - self.displacement
 
-    def removal(self, positions: Int[Tensor, " samples"], rows: RowsOf) -> Removal:
-        """What taking the samples at ``positions`` out of S would change, changing nothing."""
+    def update(self, positions: Int[Tensor, " samples"], rows: RowsOf, sign: int) -> Update:
+        """What adding the samples at ``positions`` to S (``sign`` 1), or taking them out (-1), would change."""
+        return self._leaving(positions) if sign < 0 else self._joining(positions, rows(positions))
+
+    def _leaving(self, positions: Tensor) -> Update:
+        """``low_rank``: the change of ``a``, ``A_SF`` and the Cholesky factor of ``A_FF``."""
         gone = self._rows(positions)
         columns = self.inverse[:, gone]
-        factor = torch.linalg.cholesky(columns[gone])
-        weights = columns @ torch.cholesky_solve(self.coefficients[gone, None], factor)[:, 0]
-        change = -self.rows.jacobian.rmatvec(weights.view_as(self.rows.residual))
-        return Removal(change, positions, None, (weights, columns, factor))
+        factor = factorised(columns[gone])
+        change_of_a = -columns @ torch.cholesky_solve(self.coefficients[gone, None], factor)[:, 0]
+        change = self.rows.jacobian.rmatvec(change_of_a.view_as(self.rows.residual))
+        return Update(change, positions, -1, None, (change_of_a, columns, factor))
 
-    def remove_(self, removal: Removal) -> None:
-        """Take the samples of a ``removal`` out of S, in place."""
-        weights, columns, factor = removal.low_rank
-        rows = self._rows(removal.positions)
-        add_product_(self.inverse, columns, torch.cholesky_solve(columns.T, factor).T, sign=-1)
+    def _joining(self, positions: Tensor, rows: Rows) -> Update:
+        """``low_rank``: ``a_F``, ``A K_SF``, the Cholesky factor of ``K_FF + ridge I - K_FS A K_SF``, and ``K_SF``."""
+        across = self.rows.kernel_with(rows)
+        lifted = self.inverse @ across
+        core = rows.kernel() - across.T @ lifted
+        core.diagonal().add_(self.ridge)
+        factor = factorised(core)
+        error = targets(rows, self.displacement) - across.T @ self.coefficients
+        joining = torch.cholesky_solve(error[:, None], factor)[:, 0]
+        staying = -(lifted @ joining)
+        change = rows.jacobian.rmatvec(joining.view_as(rows.residual))
+        change = change + self.rows.jacobian.rmatvec(staying.view_as(self.rows.residual))
+        return Update(change, positions, 1, rows, (joining, lifted, factor, across))
+
+    def apply_(self, update: Update) -> None:
+        """Add the samples of an ``update`` to S, or take them out, in place."""
+        if update.sign < 0:
+            self._leave_(update)
+        else:
+            self._join_(update)
         mirror_(self.inverse)
-        self.coefficients -= weights
+
+    def _leave_(self, update: Update) -> None:
+        change_of_a, columns, factor = update.low_rank
+        rows = self._rows(update.positions)
+        add_product_(self.inverse, columns, torch.cholesky_solve(columns.T, factor).T, sign=-1)
+        self.coefficients += change_of_a
         self.coefficients[rows] = 0
         for square in (self.inverse, self.kernel):
             square[rows] = 0
             square[:, rows] = 0
         for stored in (self.rows.jacobian.rest, self.rows.jacobian.features, self.rows.residual):
-            stored[removal.positions] = 0
+            stored[update.positions] = 0
+
+    def _join_(self, update: Update) -> None:
+        joining, lifted, factor, across = update.low_rank
+        joined = cast(Rows, update.rows)
+        self._grow_(int(update.positions.max()) + 1 - len(self.rows.residual))
+        rows, old = self._rows(update.positions), len(lifted)
+        solved = torch.cholesky_solve(lifted.T, factor)
+        add_product_(self.inverse[:old, :old], lifted, solved.T)
+        self.inverse[:old, rows], self.inverse[rows, :old] = -solved.T, -solved
+        self.inverse[rows[:, None], rows] = torch.cholesky_inverse(factor)
+        self.kernel[:old, rows], self.kernel[rows, :old] = across, across.T
+        self.kernel[rows[:, None], rows] = joined.kernel()
+        self.coefficients[:old] -= lifted @ joining
+        self.coefficients[rows] = joining
+        self.rows.jacobian.rest[update.positions] = joined.jacobian.rest
+        self.rows.jacobian.features[update.positions] = joined.jacobian.features
+        self.rows.residual[update.positions] = joined.residual
+
+    def _grow_(self, samples: int) -> None:
+        """Room for more samples at the end, of zeros."""
+        if samples > 0:
+            rows = samples * self.rows.residual.shape[1]
+            self.kernel, self.inverse = (F.pad(square, (0, rows, 0, rows)) for square in (self.kernel, self.inverse))
+            self.coefficients = F.pad(self.coefficients, (0, rows))
+            room = self.rows[torch.zeros(samples, dtype=torch.long)]
+            for part in (room.jacobian.rest, room.jacobian.features, room.residual):
+                part.zero_()
+            self.rows = self.rows + room
+
+    def residual(self, update: Update | None = None) -> float:
+        """``|(K_S + ridge I) a - (r_S + J_S u)| / |r_S + J_S u|``, now or after an ``update``: 0 if exact."""
+        target, a = targets(self.rows, self.displacement), self.coefficients
+        if update is None:
+            return relative(self.kernel @ a + self.ridge * a - target, target)
+        if update.sign < 0:
+            gone = self._rows(update.positions)
+            a, target = (a + update.low_rank[0]).index_fill(0, gone, 0), target.index_fill(0, gone, 0)
+            left = (self.kernel @ a).index_fill(0, gone, 0) + self.ridge * a - target
+            return relative(left, target)
+        joining, lifted, _, across = update.low_rank
+        joined = cast(Rows, update.rows)
+        a, more = a - lifted @ joining, targets(joined, self.displacement)
+        left = self.kernel @ a + across @ joining + self.ridge * a - target
+        right = across.T @ a + joined.kernel() @ joining + self.ridge * joining - more
+        return relative(torch.cat([left, right]), torch.cat([target, more]))
+
+    def anew(self) -> "DualSolution":
+        """Solved anew from the kernel, which takes off the rounding of all updates so far."""
+        return DualSolution.of(self.rows, self.displacement, self.ridge, self.kernel)
 
     def _rows(self, positions: Tensor) -> Tensor:
         """The rows of the kernel that belong to the samples at ``positions``."""
@@ -245,7 +342,7 @@ class DualSolution:
         self, positions: Int[Tensor, " samples"], rows: RowsOf, displacement: Float[Tensor, " p"], ridge: float
     ) -> Float[Tensor, " p"]:
         """``s(S - F)`` for any displacement and ridge: conjugate gradients on the kernel, preconditioned by ``A``."""
-        _, columns, factor = self.removal(positions, rows).low_rank
+        _, columns, factor = self._leaving(positions).low_rank
         gone = self._rows(positions)
 
         def apply(v: Tensor) -> Tensor:

@@ -21,4 +21,4 @@ class FastNTK:
     def __call__(self, problem: Problem) -> Unlearned:
         """Answer the request from the forgotten samples alone."""
         answer = problem.memory.preview(problem.forget.tolist(), ridge=self.ridge)
-        return Unlearned(answer.parameters, answer.seconds, answer.certificate.verdict)
+        return Unlearned(answer.parameters, answer.seconds, answer.certificate.explanation)

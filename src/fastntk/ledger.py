@@ -1,0 +1,151 @@
+"""The ledger of a memory's folder: which files are the memory, and every request with its state.
+
+A request is first ``answered`` (its weights are durable, its samples' trace is still in the folder) and then ``purged``
+(the trace is gone). The ledger names no sample. It is a SQLite database beside a small file with its SHA-256; while a
+transaction is under way that file says so, and after a crash SQLite rolls the transaction back.
+"""
+
+import json
+import sqlite3
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fastntk.errors import InputError
+from fastntk.files import file_digest, read_json, write_json
+
+_TABLES = (
+    "CREATE TABLE files (name TEXT PRIMARY KEY, sha256 TEXT NOT NULL)",
+    """CREATE TABLE requests (
+        number INTEGER PRIMARY KEY, request TEXT UNIQUE NOT NULL, kind TEXT NOT NULL, state TEXT NOT NULL,
+        answered TEXT NOT NULL, purged TEXT, seconds REAL NOT NULL, purge_seconds REAL, file TEXT,
+        certificate TEXT NOT NULL)""",
+)
+_PENDING = {"transaction": "under way"}
+
+
+@dataclass(frozen=True)
+class Request:
+    """A row of the ledger.
+
+    Attributes:
+        number: from 1, in the order of the answers.
+        request: its id, random.
+        kind: ``forget``, ``remember`` or ``refresh``.
+        state: ``answered`` or ``purged``.
+        answered: when, as ISO 8601 in UTC.
+        purged: when the samples' trace was gone from the folder, or None.
+        seconds: until the new weights were durable.
+        purge_seconds: what purging took, shared by all requests that were purged together.
+        file: the journal that holds its samples' trace, until it is purged.
+        certificate: what is known of the answer, without the salt of the hashed ids.
+    """
+
+    number: int
+    request: str
+    kind: str
+    state: str
+    answered: str
+    purged: str | None
+    seconds: float
+    purge_seconds: float | None
+    file: str | None
+    certificate: Mapping[str, object]
+
+    def to_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return asdict(self)
+
+
+class Ledger:
+    """One database file; every method opens and closes it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._sum = path, path.with_name(f"{path.name}.sha256")
+
+    def create(self) -> None:
+        """An empty ledger in place of what was there."""
+        self.path.unlink(missing_ok=True)
+        with self.writing() as database:
+            for table in _TABLES:
+                database.execute(table)
+
+    @contextmanager
+    def writing(self) -> Iterator[sqlite3.Connection]:
+        """One transaction: all of it or nothing.
+
+        Raises:
+            InputError: the disk is full or the database cannot be written; it is as it was.
+        """
+        write_json(self._sum, _PENDING)
+        with self._open() as database:
+            database.execute("BEGIN IMMEDIATE")
+            yield database
+            database.execute("COMMIT")
+        self._seal()
+
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        database = None
+        try:
+            database = sqlite3.connect(self.path, isolation_level=None)
+            database.row_factory = sqlite3.Row
+            for pragma in ("secure_delete = ON", "journal_mode = DELETE", "synchronous = EXTRA"):
+                database.execute(f"PRAGMA {pragma}")
+            yield database
+        except sqlite3.Error as error:
+            raise InputError(f"the ledger {self.path} cannot be used ({error}).") from error
+        finally:
+            if database:
+                database.close()  # which rolls back what was not committed
+
+    def _seal(self) -> None:
+        write_json(self._sum, {"sha256": file_digest(self.path)})
+
+    def check(self) -> None:
+        """Raises ``InputError`` if the database is missing or not what was last written."""
+        if not self.path.is_file():
+            raise InputError(f"there is no ledger {self.path}.")
+        expected = read_json(self._sum)
+        if expected == _PENDING:
+            with self._open() as database:
+                state = database.execute("PRAGMA integrity_check").fetchone()[0]
+            if state != "ok":
+                raise InputError(f"the ledger {self.path} is damaged ({state}).")
+            self._seal()
+        elif expected != {"sha256": file_digest(self.path)}:
+            raise InputError(f"the ledger {self.path} or {self._sum} is damaged: they do not belong together.")
+
+    def requests(self) -> list[Request]:
+        """All of them, in order."""
+        with self._open() as database:
+            rows = [dict(row) for row in database.execute("SELECT * FROM requests ORDER BY number")]
+        return [Request(**{**row, "certificate": json.loads(row["certificate"])}) for row in rows]
+
+    def files(self) -> dict[str, str]:
+        """The files that make up the memory, with their SHA-256."""
+        with self._open() as database:
+            return {row["name"]: row["sha256"] for row in database.execute("SELECT * FROM files")}
+
+    def count(self) -> int:
+        """How many requests there have been."""
+        return self._one("SELECT count(*) FROM requests")
+
+    def left(self) -> int:
+        """How many requests are without a journal and not yet called purged."""
+        return self._one("SELECT count(*) FROM requests WHERE state = 'answered' AND file IS NULL")
+
+    def pending(self) -> list[str]:
+        """The journals that are part of the memory, in order."""
+        with self._open() as database:
+            rows = database.execute("SELECT file FROM requests WHERE file IS NOT NULL ORDER BY number")
+            return [row["file"] for row in rows]
+
+    def version(self) -> tuple[int, dict[str, str]]:
+        """Changes with every request and every purge."""
+        return self.count(), self.files()
+
+    def _one(self, query: str) -> int:
+        with self._open() as database:
+            return int(database.execute(query).fetchone()[0])
