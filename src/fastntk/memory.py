@@ -300,26 +300,28 @@ class Memory:
         """The answer, the update of the solution and the parameters after it; nothing changes yet."""
         if kind == "forget":
             self.check(positions)
-        update = self._update(positions, 1 if kind == "remember" else -1)
+        update, residual = self._update(positions, 1 if kind == "remember" else -1)
         change = update.change
         if len(positions) and ridge is not None and ridge != self.ridge:
             step = self.resolve(positions, self.displacement, ridge)
             change = step - self.resolve(positions[:0], self.displacement, ridge)
         vector = self._vector + change
         parameters = self._layout.unflatten(vector, self.anchor)
-        certificate = self._certify(kind, update, change, parameters, ridge or self.ridge)
+        certificate = self._certify(kind, update, change, parameters, ridge or self.ridge, residual)
         return Forgotten(parameters, time.perf_counter() - started, certificate), update, vector
 
-    def _update(self, positions: Tensor, sign: int) -> Update:
-        """The update, after solving anew if rounding has gathered (see the solution's ``limit``)."""
+    def _update(self, positions: Tensor, sign: int) -> tuple[Update, float]:
+        """The update and its residual, after solving anew if rounding has gathered (see the solution's ``limit``)."""
         if not len(positions):
-            return Update(torch.zeros_like(self._vector), positions, sign)
+            return Update(torch.zeros_like(self._vector), positions, sign), self.solution.residual()
         update = self.solution.update(positions, self.rows, sign)
-        if self.solution.residual(update) > self.solution.limit:
-            log.info("rounding has gathered: solving anew")
+        residual = self.solution.residual(update)
+        if residual > self.solution.limit:
+            log.info("rounding has gathered (residual %.0e): solving anew", residual)
             self.solution = self.solution.anew()
             update = self.solution.update(positions, self.rows, sign)
-        return update
+            residual = self.solution.residual(update)
+        return update, residual
 
     def _apply_(self, update: Update, vector: Tensor, joined: Tensor | None) -> None:
         """Update everything that an update changes, in place; ``joined`` are the residuals of who joins."""
@@ -351,7 +353,13 @@ class Memory:
         self._apply_(update, tensors["vector"], tensors.get("joined"))
 
     def _certify(
-        self, kind: str, update: Update, change: Tensor, parameters: Mapping[str, Tensor], ridge: float
+        self,
+        kind: str,
+        update: Update,
+        change: Tensor,
+        parameters: Mapping[str, Tensor],
+        ridge: float,
+        residual: float,
     ) -> Certificate:
         positions, before = update.positions, self.parameters
         others = self._order[self.present[self._order] & ~torch.isin(self._order, positions)]
@@ -372,7 +380,7 @@ class Memory:
             ridge=ridge,
             departure_requested=departure(positions, predicted),
             departure_retained=departure(probe, self._predicted(probe, change)) if len(probe) else None,
-            residual=self.solution.residual(update if len(positions) else None),
+            residual=residual,
             limit=self.solution.limit,
             moved=not torch.equal(self._vector, self._layout.flatten(self.anchor)),
             before=digest(before),

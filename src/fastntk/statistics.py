@@ -104,10 +104,10 @@ class Sums:
         classes, rest, features = self.cross.shape
         v = vector.to(self.rest.dtype)
         upper, lower = v[:rest], v[rest:].view(classes, features)
-        first = self.rest @ upper
-        if features:
-            first = first + torch.einsum("cqf,cf->q", self.cross, lower)
-        second = torch.einsum("cqf,q->cf", self.cross, upper) + lower @ self.head
+        first, second = self.rest @ upper, lower @ self.head
+        for block, own, other in zip(self.cross, lower, second, strict=True) if features else ():
+            first += block @ own
+            other += block.T @ upper
         return torch.cat([first, second.flatten()]).to(vector.dtype)
 
     @property
