@@ -132,6 +132,28 @@ def change_of_logits(
     return new - old
 
 
+def departures(
+    linearised: Linearised,
+    change: Float[Tensor, " p"],
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    requested: Sequence[int],
+    probe: Sequence[int],
+) -> tuple[float, float | None]:
+    """How far the network departs from ``J change`` on the samples of a request, and on a probe; see ``Certificate``.
+
+    Both are 0 where no change is predicted on the former; the second is None for an empty probe.
+    """
+    predicted = linearised.tangent(requested, change)
+    size = rms(predicted)
+
+    def departure(positions: Sequence[int], predicted: Tensor) -> float:
+        return rms(change_of_logits(linearised, positions, before, after) - predicted) / size if size else 0.0
+
+    retained = departure(probe, linearised.tangent(probe, change)) if probe else None
+    return departure(requested, predicted), retained
+
+
 def rms(vectors: Float[Tensor, "samples classes"]) -> float:
     """The root mean square length; 0 for no vectors."""
     return float(vectors.square().sum(1).mean().sqrt()) if len(vectors) else 0.0

@@ -217,9 +217,8 @@ def forget(
     wanted = _wanted(ids, ids_file) if class_name is None else of_class(images, class_name, memory)
     if dry_run:
         _report(run, memory.preview(wanted, ridge=ridge), None, as_json)
-        return
-    answer = memory.forget(wanted, ridge=ridge, full=full)
-    _report(run, answer, None if defer_purge else memory.purge(), as_json, certificate)
+    else:
+        _answered(run, memory, memory.forget(wanted, ridge=ridge, full=full), certificate, defer_purge, as_json)
 
 
 @app.command()
@@ -240,7 +239,7 @@ def remember(
         raise InputError("say what to remember by exactly one of --ids and --ids-file.")
     memory, _ = Run(run, device).memory()
     answer = memory.remember(_wanted(ids, ids_file), full=full)
-    _report(run, answer, None if defer_purge else memory.purge(), as_json, certificate)
+    _answered(run, memory, answer, certificate, defer_purge, as_json)
 
 
 @app.command()
@@ -333,15 +332,20 @@ def _wanted(ids: str | None, ids_file: Path | None) -> list[Any]:
     return read_ids((ids or "") if ids_file is None else _text(ids_file))
 
 
-def _report(
-    run: Path, answer: Any, purge_seconds: float | None, as_json: bool, certificate_file: Path | None = None
+def _answered(
+    run: Path, memory: Any, answer: Any, certificate_file: Path | None, defer_purge: bool, as_json: bool
 ) -> None:
-    """An answer and its certificate; ``purge_seconds`` is None if nothing was purged."""
+    """Write the certificate of a request, then purge: its salt is kept even if that fails."""
     from fastntk.files import write_json
 
-    certificate = answer.certificate
     if certificate_file:
-        write_json(certificate_file, certificate.to_dict())
+        write_json(certificate_file, answer.certificate.to_dict())
+    _report(run, answer, None if defer_purge else memory.purge(), as_json)
+
+
+def _report(run: Path, answer: Any, purge_seconds: float | None, as_json: bool) -> None:
+    """An answer and its certificate; ``purge_seconds`` is None if nothing was purged."""
+    certificate = answer.certificate
     document = {"run": str(run), "seconds": answer.seconds, "purge_seconds": purge_seconds, **certificate.to_dict()}
     text = (
         f"{certificate.kind}: {certificate.samples} samples in {answer.seconds:.2f} s; {certificate.retained:,} others "

@@ -7,11 +7,14 @@ transaction is under way that file says so, and after a crash SQLite rolls the t
 
 import json
 import sqlite3
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 
+from fastntk.certificate import Certificate
 from fastntk.errors import InputError
 from fastntk.files import file_digest, read_json, write_json
 
@@ -22,6 +25,7 @@ _TABLES = (
         answered TEXT NOT NULL, purged TEXT, seconds REAL NOT NULL, purge_seconds REAL, file TEXT,
         certificate TEXT NOT NULL)""",
 )
+_INSERT = f"INSERT INTO requests VALUES ({', '.join('?' * 10)})"
 _PENDING = {"transaction": "under way"}
 
 
@@ -64,15 +68,48 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         self.path, self._sum = path, path.with_name(f"{path.name}.sha256")
 
-    def create(self) -> None:
-        """An empty ledger in place of what was there."""
+    def create(self, base: tuple[str, str]) -> None:
+        """A ledger of no requests, in place of what was there; ``base`` is a file's name and SHA-256."""
         self.path.unlink(missing_ok=True)
-        with self.writing() as database:
+        with self._writing() as database:
             for table in _TABLES:
                 database.execute(table)
+            database.execute("INSERT INTO files VALUES (?, ?)", base)
+
+    def answer(self, certificate: Certificate, journal: tuple[str, str], seconds: float) -> None:
+        """Enter a request whose journal, a file's name and SHA-256, is now part of the memory."""
+        given = json.dumps(certificate.to_ledger())
+        request = None, certificate.request, certificate.kind, "answered"
+        with self._writing() as database:
+            database.execute("INSERT INTO files VALUES (?, ?)", journal)
+            database.execute(_INSERT, (*request, now(), None, seconds, None, journal[0], given))
+
+    def amend(self, certificate: Certificate) -> None:
+        """What has been measured of a request since it was answered."""
+        with self._writing() as database:
+            given = json.dumps(certificate.to_ledger()), certificate.request
+            database.execute("UPDATE requests SET certificate = ? WHERE request = ?", given)
+
+    def switch(self, base: tuple[str, str], seconds: float, refresh: Mapping[str, object] | None) -> None:
+        """``base`` alone is the memory from now on; with ``refresh``, what is known of one, it is entered as well."""
+        with self._writing() as database:
+            database.execute("DELETE FROM files")
+            database.execute("INSERT INTO files VALUES (?, ?)", base)
+            database.execute("UPDATE requests SET file = NULL")
+            if refresh is not None:
+                request = None, str(uuid.uuid4()), "refresh", "answered"
+                database.execute(_INSERT, (*request, now(), None, seconds, None, None, json.dumps(dict(refresh))))
+
+    def purged(self, seconds: float | None) -> None:
+        """The files that ``switch`` has left out are gone; so say the requests concerned."""
+        concerned = "state = 'answered' AND file IS NULL"
+        if self._one(f"SELECT count(*) FROM requests WHERE {concerned}"):
+            with self._writing() as database:
+                change = f"UPDATE requests SET state = 'purged', purged = ?, purge_seconds = ? WHERE {concerned}"
+                database.execute(change, (now(), seconds))
 
     @contextmanager
-    def writing(self) -> Iterator[sqlite3.Connection]:
+    def _writing(self) -> Iterator[sqlite3.Connection]:
         """One transaction: all of it or nothing.
 
         Raises:
@@ -132,10 +169,6 @@ class Ledger:
         """How many requests there have been."""
         return self._one("SELECT count(*) FROM requests")
 
-    def left(self) -> int:
-        """How many requests are without a journal and not yet called purged."""
-        return self._one("SELECT count(*) FROM requests WHERE state = 'answered' AND file IS NULL")
-
     def pending(self) -> list[str]:
         """The journals that are part of the memory, in order."""
         with self._open() as database:
@@ -149,3 +182,8 @@ class Ledger:
     def _one(self, query: str) -> int:
         with self._open() as database:
             return int(database.execute(query).fetchone()[0])
+
+
+def now() -> str:
+    """The time as ISO 8601 in UTC."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

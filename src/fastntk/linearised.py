@@ -59,11 +59,11 @@ class Linearised:
 
     def rows(self, ids: Sequence[int], description: str = "Jacobians") -> Rows:
         """The Jacobians and residuals of the samples; of no sample, too."""
-        return Rows.of(self.stream(ids or [0], description))[: len(ids)]
+        return Rows.of(self.stream(ids or [self._first], description))[: len(ids)]
 
     def tangent(self, ids: Sequence[int], vector: Float[Tensor, " p"]) -> Float[Tensor, "samples classes"]:
         """``J_i v`` for the samples, in forward mode: no Jacobian is formed, and the classes are not probed."""
-        parts = [self.tangent_of(images, vector) for images, _ in self._prepared(ids or [0])]
+        parts = [self.tangent_of(images, vector) for images, _ in self._prepared(ids or [self._first])]
         return torch.cat(parts)[: len(ids)]
 
     def residual(self, ids: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -75,7 +75,7 @@ class Linearised:
 
     def residuals(self, ids: Sequence[int]) -> Float[Tensor, "samples outputs"]:
         """``r_i`` of the samples by a forward pass, or, where the classes are probed, ``V_i'r_i``."""
-        rows = torch.cat([residual for _, residual in self.residual(ids or [0])])[: len(ids)]
+        rows = torch.cat([residual for _, residual in self.residual(ids or [self._first])])[: len(ids)]
         if self.probes is None:
             return rows
         return torch.einsum("nck,nc->nk", self.probes.draw(ids, rows.shape[1]).to(rows), rows)
@@ -127,7 +127,12 @@ class Linearised:
 
     @property
     def _one(self) -> Tensor:
-        return checked(torch.as_tensor(self.train[0][0]))[None].to(self.device)
+        return checked(torch.as_tensor(self.train[self._first][0]))[None].to(self.device)
+
+    @property
+    def _first(self) -> int:
+        """A sample that can be read: of a memory's members, not all can."""
+        return getattr(self.train, "first", 0)
 
     def _prepared(self, ids: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
         for images, labels in track(self.images(ids), "one pass"):

@@ -41,6 +41,18 @@ class Members(Dataset):
         return self._known
 
     @property
+    def first(self) -> int:
+        """The first position whose sample the source has.
+
+        Raises:
+            InputError: it has none of the members' samples.
+        """
+        for position, each in enumerate(self.ids):
+            if each in self._index:
+                return position
+        raise InputError("the data source has none of the memory's samples.")
+
+    @property
     def present(self) -> Bool[Tensor, " positions"]:
         """Which positions have a member."""
         return torch.tensor([each is not None for each in self.ids])
@@ -95,8 +107,9 @@ def _ids_of(source: Dataset) -> Sequence[Id]:
 
 
 def _once(ids: Iterable[Id]) -> list[Id]:
-    wanted = list(ids)
-    twice = next((each for place, each in enumerate(wanted) if each in wanted[:place]), None)
-    if twice is not None:
-        raise InputError(f"id {twice!r} stands twice in the request. Name each sample once.")
+    wanted, seen = list(ids), set[Id]()
+    for each in wanted:
+        if each in seen:
+            raise InputError(f"id {each!r} stands twice in the request. Name each sample once.")
+        seen.add(each)
     return wanted

@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,27 +19,21 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from fastntk.certificate import Certificate, change_of_logits, hashed, new_salt, rms
+from fastntk.archive import Solution, State, journal, pack, replayed, unpack
+from fastntk.certificate import Certificate, departures, hashed, new_salt
 from fastntk.errors import InputError
 from fastntk.files import digest
-from fastntk.jacobian import Jacobian, Layout, PerSampleJacobian
+from fastntk.jacobian import Layout
 from fastntk.ledger import Request
 from fastntk.linearised import Linearised
-from fastntk.loss import SquaredLoss
-from fastntk.matrix_free import GramOperator, MatrixFreeSolution
 from fastntk.members import Id, Members
 from fastntk.planning import Form
-from fastntk.probes import ClassProbes
 from fastntk.ridge import Calibration
 from fastntk.statistics import Rows
-from fastntk.step import DualSolution, PrimalSolution
-from fastntk.store import Contents, Store
+from fastntk.store import Store
 from fastntk.update import Update
 
 log = logging.getLogger(__name__)
-
-Solution = PrimalSolution | DualSolution | MatrixFreeSolution
-"""The linear problem over the members, solved, in one of its forms."""
 
 _CHECKED = 8  # samples that are compared when a memory is opened
 _NOISE = {"full": 1e-4, "tf32": 1e-2, "bf16": 5e-2}
@@ -282,10 +276,12 @@ class Memory:
         """Answer a request: work it out, make it durable, then update what is in this process."""
         answer, update, vector = self._work_out(kind, positions, started, ridge)
         members, joining = positions.tolist(), kind == "remember"
-        joined = self.linearised.residuals(members) if joining else None
+        joined = None
+        if joining:
+            joined = update.rows.residual if update.rows else self.linearised.residuals(members)
         if self._store:
             record = {"kind": kind, "ids": [self.members.ids[position] for position in members] if joining else []}
-            seconds = self._store.append(answer.certificate, _journal(update, vector, joined), record, started)
+            seconds = self._store.append(answer.certificate, journal(update, vector, joined), record, started)
             answer = replace(answer, seconds=seconds)
         self._apply_(update, vector, joined)
         if full:
@@ -340,17 +336,9 @@ class Memory:
         """Carry out a request again, from its journal."""
         positions, sign = tensors["positions"], 1 if kind == "remember" else -1
         self.members.ids.extend(ids)
-
-        def rows(_: Tensor) -> Rows:
-            return Rows(Jacobian(tensors["rest"], tensors["features"]), tensors["residual"])
-
-        if "change" in tensors:
-            update = Update(tensors["change"], positions, sign, reached=float(tensors["reached"]))
-        elif len(positions):
-            update = self.solution.update(positions, rows, sign)
-        else:
-            return
-        self._apply_(update, tensors["vector"], tensors.get("joined"))
+        if len(positions):
+            joined = tensors["residual"] if sign > 0 else None
+            self._apply_(replayed(tensors, sign, self.solution), tensors["vector"], joined)
 
     def _certify(
         self,
@@ -364,22 +352,17 @@ class Memory:
         positions, before = update.positions, self.parameters
         others = self._order[self.present[self._order] & ~torch.isin(self._order, positions)]
         probe = self.members.available(others)[: self._probe]
-        predicted = self._predicted(positions, change)
-        size, salt = rms(predicted), new_salt()
-
-        def departure(samples: Tensor, predicted: Tensor) -> float:
-            if not len(samples) or not size:
-                return 0.0
-            return rms(change_of_logits(self.linearised, samples.tolist(), before, parameters) - predicted) / size
-
+        ways = self.linearised, change, before, parameters
+        requested, retained = departures(*ways, positions.tolist(), probe.tolist())
+        salt = new_salt()
         return Certificate(
             request=str(uuid.uuid4()),
             kind=kind,
             samples=len(positions),
             retained=len(others),
             ridge=ridge,
-            departure_requested=departure(positions, predicted),
-            departure_retained=departure(probe, self._predicted(probe, change)) if len(probe) else None,
+            departure_requested=requested,
+            departure_retained=retained,
             residual=residual,
             limit=self.solution.limit,
             moved=not torch.equal(self._vector, self._layout.flatten(self.anchor)),
@@ -389,35 +372,10 @@ class Memory:
             hashes=hashed((self.members.ids[position] for position in positions.tolist()), salt),
         )
 
-    def _predicted(self, positions: Tensor, change: Float[Tensor, " p"]) -> Float[Tensor, "some classes"]:
-        """``J change`` for some samples."""
-        return self.linearised.tangent(positions.tolist(), change)
-
     def _contents(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything, as tensors and as what JSON can hold."""
-        tensors = {
-            **{f"anchor.{name}": tensor for name, tensor in self.anchor.items()},
-            **{f"solution.{name}": tensor for name, tensor in self.solution.tensors().items()},
-            "residuals": self.residuals,
-            "order": self._order,
-            "vector": self._vector,
-        }
-        linearised = self.linearised
-        return tensors, {
-            **self.record,
-            "form": self.form,
-            "ridge": self.ridge,
-            "probe": self._probe,
-            "loss": asdict(linearised.loss),
-            "precision": linearised.precision,
-            "batch_size": linearised.batch_size,
-            "class_probes": asdict(linearised.probes) if linearised.probes else None,
-            "calibration": asdict(self.calibration) if self.calibration else None,
-            "layout": {name: list(getattr(self._layout, name)) for name in ("fast", "slow", "head")},
-            "names": list(self.anchor),
-            "model": _frozen(self.model, self.anchor),
-            "ids": self.members.ids,
-        }
+        made = self.calibration, self._order, self._probe, self.record
+        return pack(State(self.linearised, self.solution, self.residuals, *made, self._vector))
 
 
 def load(folder: Path | str, model: nn.Module, train: Dataset) -> Memory:
@@ -442,66 +400,8 @@ def load(folder: Path | str, model: nn.Module, train: Dataset) -> Memory:
 def _opened(store: Store, model: nn.Module, train: Dataset) -> Memory:
     """The memory in a folder that is locked, with the requests since the latest purge."""
     contents = store.read()
-    memory = _restored(contents, model, train, store.folder)
+    memory = Memory(**vars(unpack(contents, model, train, store.folder)))
     memory._store = store
     for tensors, record in contents.journal:
         memory._replay_(tensors, record["kind"], record["ids"])
     return memory
-
-
-def _journal(update: Update, vector: Float[Tensor, " p"], joined: Tensor | None) -> dict[str, Tensor]:
-    """What it takes to make an update again: the samples' rows, or the change where the form needs none of them."""
-    tensors = {"positions": update.positions, "vector": vector}
-    if update.rows:
-        jacobian = update.rows.jacobian
-        tensors |= {"rest": jacobian.rest, "features": jacobian.features, "residual": update.rows.residual}
-    elif update.reached is not None:
-        tensors |= {"change": update.change, "reached": torch.tensor(update.reached, dtype=torch.float64)}
-    return tensors if joined is None else {**tensors, "joined": joined}
-
-
-def _restored(contents: Contents, model: nn.Module, train: Dataset, folder: Path) -> Memory:
-    device, record = next(model.parameters()).device, contents.record
-    tensors = {name: tensor.to(device) for name, tensor in contents.tensors.items()}
-    anchor = {name: tensors[f"anchor.{name}"] for name in record["names"]}
-    if record["model"] != _frozen(model, anchor):
-        raise InputError(
-            f"the memory {folder} belongs to another model: the frozen weights differ. Open it with its own."
-        )
-    shapes = {name: tensor.shape for name, tensor in anchor.items()}
-    layout = Layout(**{name: tuple(names) for name, names in record["layout"].items()}, shapes=shapes)
-    members = Members(train, record["ids"])
-    linearised = Linearised(
-        PerSampleJacobian(model, anchor, layout),
-        members,
-        SquaredLoss(**record["loss"]),
-        batch_size=record["batch_size"],
-        precision=record["precision"],
-        probes=ClassProbes(**record["class_probes"]) if record["class_probes"] else None,
-    )
-    solution = _solution(tensors, record, GramOperator(linearised, members.present.nonzero()[:, 0].tolist()))
-    calibration = Calibration(**record["calibration"]) if record["calibration"] else None
-    return Memory(
-        linearised,
-        solution,
-        tensors["residuals"],
-        calibration,
-        tensors["order"].cpu(),
-        record["probe"],
-        {key: record[key] for key in ("versions", "options")},
-        tensors["vector"],
-    )
-
-
-def _solution(tensors: Mapping[str, Tensor], record: Mapping[str, Any], operator: GramOperator) -> Solution:
-    """The stored solution, in its form; ``operator`` is over the members."""
-    parts = {name.removeprefix("solution."): tensor for name, tensor in tensors.items() if name.startswith("solution.")}
-    if record["form"] == "matrix-free":
-        return MatrixFreeSolution.from_tensors(parts, record["ridge"], operator)
-    make = PrimalSolution if record["form"] == "primal" else DualSolution
-    return make.from_tensors(parts, record["ridge"])
-
-
-def _frozen(model: nn.Module, tuned: Mapping[str, Tensor]) -> str:
-    """A digest of everything in the model's state that is not tuned."""
-    return digest({name: tensor for name, tensor in model.state_dict().items() if name not in tuned})

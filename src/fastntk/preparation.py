@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fastntk import distributed, probes
+from fastntk.archive import Solution
 from fastntk.collection import Checkpoint, collect_rows, collect_sums, key
 from fastntk.errors import InputError
 from fastntk.jacobian import PerSampleJacobian
@@ -20,7 +21,7 @@ from fastntk.linearised import Linearised
 from fastntk.loss import SquaredLoss
 from fastntk.matrix_free import GramOperator, MatrixFreeSolution
 from fastntk.members import Members
-from fastntk.memory import Memory, Solution
+from fastntk.memory import Memory
 from fastntk.planning import Form, chosen, free_bytes
 from fastntk.probes import ClassProbes
 from fastntk.process import settle

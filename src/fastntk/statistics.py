@@ -147,21 +147,13 @@ class Rows:
         for columns in track(rest.split(_COLUMNS, 1), "kernel"):
             columns = columns.contiguous()
             add_product_(kernel, columns, columns)
-        mirror_(kernel)
-        head = (features @ features.T).double()
-        for c in range(classes):
-            kernel[c::classes, c::classes] += head
-        return kernel
+        return _add_head_(mirror_(kernel), features, features, classes)
 
     def kernel_with(self, other: "Rows") -> Float[Tensor, "rows others"]:
         """``J J_other'``, ``[n C, m C]``, in float64."""
         left, right = self.jacobian, other.jacobian
         kernel = (left.rest.flatten(0, 1) @ right.rest.flatten(0, 1).T).double()
-        head = (left.features @ right.features.T).double()
-        classes = self.residual.shape[1]
-        for c in range(classes):
-            kernel[c::classes, c::classes] += head
-        return kernel
+        return _add_head_(kernel, left.features, right.features, self.residual.shape[1])
 
     @property
     def trace(self) -> float:
@@ -169,6 +161,14 @@ class Rows:
         classes = self.residual.shape[1]
         squares = self.jacobian.rest.square().sum(dtype=torch.float64)
         return float(squares + classes * self.jacobian.features.square().sum(dtype=torch.float64))
+
+
+def _add_head_(kernel: Tensor, left: Tensor, right: Tensor, classes: int) -> Tensor:
+    """Add the head's part ``h_i'h_j I_C`` to a kernel, in place, without its zeros."""
+    head = (left @ right.T).double()
+    for c in range(classes):
+        kernel[c::classes, c::classes] += head
+    return kernel
 
 
 def accumulate(batches: Iterable[tuple[Jacobian, Tensor]], sums: Sums) -> Sums:

@@ -10,13 +10,10 @@ A file is written whole and synced before a transaction of the ledger makes it p
 does not name is left over from a crash and removed when the folder is next opened.
 """
 
-import json
 import time
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +25,6 @@ from fastntk.errors import InputError
 from fastntk.files import file_digest, read_tensors, sync, writable, write_tensors
 from fastntk.ledger import Ledger, Request
 
-_INSERT = f"INSERT INTO requests VALUES ({', '.join('?' * 10)})"
 WAIT = 60.0
 """Seconds that a process waits for another one to finish with the folder."""
 
@@ -77,10 +73,7 @@ class Store:
         writable(self.folder)
         with self.locked():
             self.check_unused()
-            base = self._write("base", self._next(), tensors, record)
-            self.ledger.create()
-            with self.ledger.writing() as database:
-                database.execute("INSERT INTO files VALUES (?, ?)", base)
+            self.ledger.create(self._write("base", self._next(), tensors, record))
             self._opened()
 
     def read(self) -> Contents:
@@ -134,26 +127,18 @@ class Store:
         Raises:
             InputError: it cannot be written; the memory is as it was.
         """
-        number = self.ledger.count() + 1
-        name, digest = self._write("journal", number, tensors, record)
+        file = self._write("journal", self.ledger.count() + 1, tensors, record)
         try:
-            with self.ledger.writing() as database:
-                seconds, given = time.perf_counter() - started, json.dumps(certificate.to_ledger())
-                request = number, certificate.request, certificate.kind
-                row = (*request, "answered", now(), None, seconds, None, name, given)
-                database.execute("INSERT INTO files VALUES (?, ?)", (name, digest))
-                database.execute(_INSERT, row)
+            self.ledger.answer(certificate, file, time.perf_counter() - started)
         except InputError:
-            (self.folder / name).unlink()
+            (self.folder / file[0]).unlink()
             raise
         return time.perf_counter() - started
 
     def finish(self, certificate: Certificate) -> None:
         """The answer is known to this process in full; what was measured of it since goes into the ledger."""
         if certificate.error is not None:
-            with self.ledger.writing() as database:
-                given = json.dumps(certificate.to_ledger()), certificate.request
-                database.execute("UPDATE requests SET certificate = ? WHERE request = ?", given)
+            self.ledger.amend(certificate)
         self.version = self.ledger.version()
 
     def replace(
@@ -172,14 +157,7 @@ class Store:
             InputError: it cannot be written; the memory is as it was.
         """
         base = self._write("base", self._next(), tensors, record)
-        with self.ledger.writing() as database:
-            database.execute("DELETE FROM files")
-            database.execute("INSERT INTO files VALUES (?, ?)", base)
-            database.execute("UPDATE requests SET file = NULL")
-            if refresh is not None:
-                seconds, given = time.perf_counter() - started, json.dumps(dict(refresh))
-                row = (None, str(uuid.uuid4()), "refresh", "answered", now(), None, seconds, None, None, given)
-                database.execute(_INSERT, row)
+        self.ledger.switch(base, time.perf_counter() - started, refresh)
         self._opened(started)
 
     def _next(self) -> int:
@@ -201,17 +179,5 @@ class Store:
             if path.name not in kept:
                 path.unlink()
         sync(self.folder)
-        if self.ledger.left():
-            seconds = None if started is None else time.perf_counter() - started
-            with self.ledger.writing() as database:
-                database.execute(
-                    "UPDATE requests SET state = 'purged', purged = ?, purge_seconds = ? "
-                    "WHERE state = 'answered' AND file IS NULL",
-                    (now(), seconds),
-                )
+        self.ledger.purged(None if started is None else time.perf_counter() - started)
         self.version = self.ledger.version()
-
-
-def now() -> str:
-    """The time as ISO 8601 in UTC."""
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
