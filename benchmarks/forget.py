@@ -63,6 +63,33 @@ def answered(memory: Memory, requests: Iterable[list[int]]) -> list[float]:
     return [memory.forget(ids).seconds for ids in requests]
 
 
+def requests(memory: Memory, count: int, folder: Path) -> dict[str, float]:
+    """Requests of one, ten and a hundred samples to the memory, kept in a folder, and the first in another order."""
+    samples = len(memory.ids)
+    ids = torch.randperm(samples, generator=torch.Generator().manual_seed(1)).tolist()
+    other = copy.deepcopy(memory)
+    memory.save(folder)
+    ones = [[i] for i in ids[:count]]
+    each = answered(memory, ones)
+    purges, error = [memory.purge()], memory.error()
+    answered(other, [ones[k] for k in torch.randperm(count).tolist()])
+    vectors = [m._layout.flatten(m.parameters) for m in (memory, other)]
+    order = float((vectors[0] - vectors[1]).norm() / (vectors[0] - memory._layout.flatten(memory.anchor)).norm())
+    tens = answered(memory, [ids[count + 10 * k : count + 10 * k + 10] for k in range(5)])
+    purges.append(memory.purge())
+    hundreds = answered(memory, [ids[count + 50 + 100 * k : count + 150 + 100 * k] for k in range(3)])
+    purges.append(memory.purge())
+    return {
+        "seconds_1": statistics.median(each),
+        "seconds_10": statistics.median(tens),
+        "seconds_100": statistics.median(hundreds),
+        "purge_seconds": statistics.median(purges),
+        "relative_error": error,
+        "order_error": order,
+        "requests_growth": statistics.median(each[-10:]) / statistics.median(each[:10]),
+    }
+
+
 def main_figures(samples: int, epochs: int, count: int, folder: Path) -> dict[str, float]:
     """Everything but the growth with the number of samples."""
     model, train = problem(samples)
@@ -71,37 +98,16 @@ def main_figures(samples: int, epochs: int, count: int, folder: Path) -> dict[st
     started = time.perf_counter()
     memory = fastntk.prepare(model, train, fitted.initial, form="primal")
     prepared = time.perf_counter() - started
-    other = copy.deepcopy(memory)
-    memory.save(folder)
-    saved_ridge = memory.ridge
-    ids = torch.randperm(samples, generator=torch.Generator().manual_seed(1)).tolist()
-    ones = [[i] for i in ids[:count]]
-    each = answered(memory, ones)
-    purges = [memory.purge()]
-    error = memory.error()
-    answered(other, [ones[k] for k in torch.randperm(count).tolist()])
-    change = memory._layout.flatten(memory.parameters) - memory._layout.flatten(memory.anchor)
-    order = float((memory._vector - other._vector).norm() / change.norm())
-    del other
-    tens = answered(memory, [ids[count + 10 * k : count + 10 * k + 10] for k in range(5)])
-    purges.append(memory.purge())
-    hundreds = answered(memory, [ids[count + 50 + 100 * k : count + 150 + 100 * k] for k in range(3)])
-    purges.append(memory.purge())
-    keep = Subset(train, sorted(set(range(samples)) - set(ids[:10])))
-    again = timed(lambda: fastntk.prepare(model, keep, fitted.initial, form="primal", ridge=saved_ridge))
+    ridge = memory.ridge
+    figures = requests(memory, count, folder)
+    keep = Subset(train, range(10, samples))
+    again = timed(lambda: fastntk.prepare(model, keep, fitted.initial, form="primal", ridge=ridge))
     model.load_state_dict(start)
     retrained = timed(lambda: fastntk.fit(model, keep, epochs=epochs))
-    ten = statistics.median(tens)
     return {
-        "seconds_1": statistics.median(each),
-        "seconds_10": ten,
-        "seconds_100": statistics.median(hundreds),
-        "purge_seconds": statistics.median(purges),
-        "over_retrain": retrained / ten,
-        "over_recompute": again / ten,
-        "relative_error": error,
-        "order_error": order,
-        "requests_growth": statistics.median(each[-10:]) / statistics.median(each[:10]),
+        **figures,
+        "over_retrain": retrained / figures["seconds_10"],
+        "over_recompute": again / figures["seconds_10"],
         "prepare_seconds": prepared,
         "retrain_seconds": retrained,
         "recompute_seconds": again,

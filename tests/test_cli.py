@@ -119,6 +119,11 @@ def test_the_whole_job(run, tmp_path):
     assert list(rows) == ["original", "retrain", "retrain_other_seed", "fastntk"]
     assert json.loads((folder / "report.json").read_text())["scenarios"] == report["scenarios"]
     assert "<svg" in (folder / "report.html").read_text()
+    the_later_life(folder)
+
+
+def the_later_life(folder):
+    """Of a run that has forgotten three times: remembering, verifying, refreshing."""
     assert "remember: 1 samples" in succeed("remember", folder, "--ids", "17")
     refuse("id 17 is in the memory already", "remember", folder, "--ids", "17")
     text = succeed("verify", folder, "--full")

@@ -113,6 +113,16 @@ def test_empty_request_changes_nothing(form):
     assert int(memory.present.sum()) == 14
 
 
+@pytest.mark.parametrize("form", ["primal", "dual", "matrix-free"])
+def test_an_empty_request_reads_none_of_those_who_left(form):
+    memory = prepared(form=form)
+    memory.forget([0])
+    answer = memory.forget([])
+    close(answer.parameters, memory.parameters, 0)
+    assert answer.certificate.retained == 13
+    close(memory.preview([], ridge=0.9).parameters, memory.parameters, 0)
+
+
 def test_the_model_and_its_data_are_not_touched():
     case = CASES["fused bn+head"]
     model, data = case.model(), case.data()

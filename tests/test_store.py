@@ -9,7 +9,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
 
@@ -177,10 +177,15 @@ def full_disk(size):
 def test_a_full_disk_leaves_the_old_state(size, tmp_path):
     memory, folder = saved(tmp_path / "m"), tmp_path / "m"
     before = memory.parameters
+    errors = []
     with full_disk(size):
         for step in (lambda: memory.forget([1, 2, 3]), memory.purge):
-            with suppress(fastntk.InputError):
+            try:
                 step()
+            except fastntk.InputError as error:
+                errors.append(str(error))
+    assert errors
+    assert all(re.search("cannot be (written|used)|in use", error) for error in errors), errors
     assert size > 20000 or not memory.requests() or memory.requests()[0].state == "answered"
     if not reopened(memory, folder).requests():
         close(memory.parameters, before, 0)

@@ -20,6 +20,9 @@ from fastntk.probes import ClassProbes
 from fastntk.progress import track
 from fastntk.statistics import Rows
 
+_NOISE = {"full": 1e-4, "tf32": 1e-2, "bf16": 5e-2}
+"""What a logit may change between machines and batches, relative to the targets and residuals, by the arithmetic."""
+
 
 @dataclass(frozen=True)
 class Linearised:
@@ -79,6 +82,12 @@ class Linearised:
         if self.probes is None:
             return rows
         return torch.einsum("nck,nc->nk", self.probes.draw(ids, rows.shape[1]).to(rows), rows)
+
+    def changed(self, ids: Sequence[int], before: Float[Tensor, "samples outputs"]) -> list[int]:
+        """The samples whose residuals are not what they were ``before``, up to the noise of the arithmetic."""
+        size = self.loss.scale + before.square().mean(1).sqrt()
+        differ = (self.residuals(ids) - before).abs().amax(1) > _NOISE[self.precision] * size
+        return [i for i, other in zip(ids, differ.tolist(), strict=True) if other]
 
     def pull(self, pairs: Iterable[tuple[Tensor, Float[Tensor, "batch classes"]]]) -> Float[Tensor, " p"]:
         """``sum_i J_i'a_i`` over batches of images and cotangents: one backward pass each."""

@@ -36,8 +36,6 @@ from fastntk.update import Update
 log = logging.getLogger(__name__)
 
 _CHECKED = 8  # samples that are compared when a memory is opened
-_NOISE = {"full": 1e-4, "tf32": 1e-2, "bf16": 5e-2}
-"""What a logit may change between machines and batches, relative to the targets and residuals, by the arithmetic."""
 
 
 @dataclass(frozen=True)
@@ -246,10 +244,7 @@ class Memory:
         Raises:
             InputError: it has other pixels or labels, or the model is another.
         """
-        now, before = self.linearised.residuals(positions.tolist()), self.residuals[positions]
-        size = self.linearised.loss.scale + before.square().mean(1).sqrt()
-        allowed = _NOISE[self.linearised.precision] * size
-        for position in positions[((now - before).abs().amax(1) > allowed).cpu()].tolist():
+        for position in self.linearised.changed(positions.tolist(), self.residuals[positions]):
             raise InputError(
                 f"the data source has another image or label under id {self.members.ids[position]!r} than when the "
                 "memory was prepared, or the model is another. Give what was prepared: no random augmentation, the "
@@ -341,13 +336,7 @@ class Memory:
             self._apply_(replayed(tensors, sign, self.solution), tensors["vector"], joined)
 
     def _certify(
-        self,
-        kind: str,
-        update: Update,
-        change: Tensor,
-        parameters: Mapping[str, Tensor],
-        ridge: float,
-        residual: float,
+        self, kind: str, update: Update, change: Tensor, parameters: Mapping[str, Tensor], ridge: float, residual: float
     ) -> Certificate:
         positions, before = update.positions, self.parameters
         others = self._order[self.present[self._order] & ~torch.isin(self._order, positions)]
