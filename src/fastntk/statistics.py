@@ -69,7 +69,7 @@ class Sums:
         for c, block in enumerate(self.cross if h.numel() else ()):
             block.addmm_(j[:, c].T, h, alpha=sign)
         add_product_(self.head, h.T, h.T, sign)
-        self.rhs.add_(jacobian.rmatvec(residual.double()), alpha=sign)
+        self.rhs.add_(Jacobian(j, h).rmatvec(residual.double()), alpha=sign)
         self.square.add_(residual.double().square().sum(), alpha=sign)
         self.count.add_(sign * len(j))
         return self
