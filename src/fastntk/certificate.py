@@ -144,14 +144,13 @@ def departures(
 
     Both are 0 where no change is predicted on the former; the second is None for an empty probe.
     """
-    predicted = linearised.tangent(requested, change)
-    size = rms(predicted)
-
-    def departure(positions: Sequence[int], predicted: Tensor) -> float:
-        return rms(change_of_logits(linearised, positions, before, after) - predicted) / size if size else 0.0
-
-    retained = departure(probe, linearised.tangent(probe, change)) if probe else None
-    return departure(requested, predicted), retained
+    samples, count = [*requested, *probe], len(requested)
+    predicted = linearised.tangent(samples, change)
+    size = rms(predicted[:count])
+    if not size:
+        return 0.0, 0.0 if probe else None
+    error = change_of_logits(linearised, samples, before, after) - predicted
+    return rms(error[:count]) / size, rms(error[count:]) / size if probe else None
 
 
 def rms(vectors: Float[Tensor, "samples classes"]) -> float:

@@ -104,11 +104,17 @@ class Sums:
         classes, rest, features = self.cross.shape
         v = vector.to(self.rest.dtype)
         upper, lower = v[:rest], v[rest:].view(classes, features)
-        first, second = self.rest @ upper, lower @ self.head
-        for block, own, other in zip(self.cross, lower, second, strict=True) if features else ():
-            first += block @ own
-            other += block.T @ upper
+        first = self.rest @ upper + self.across(lower[:, :, None])[:, 0]
+        second = lower @ self.head + self.down(upper[:, None])[:, :, 0]
         return torch.cat([first, second.flatten()]).to(vector.dtype)
+
+    def across(self, lower: Float[Tensor, "classes features m"]) -> Float[Tensor, "rest m"]:
+        """``sum_c X_c V_c`` with the blocks ``X_c`` of ``cross``."""
+        return (self.cross @ lower).sum(0)
+
+    def down(self, upper: Float[Tensor, "rest m"]) -> Float[Tensor, "classes features m"]:
+        """``X_c' V`` of every class, block by block: one product of all would copy them."""
+        return torch.stack([block.T @ upper for block in self.cross])
 
     @property
     def trace(self) -> float:

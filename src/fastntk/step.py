@@ -100,8 +100,8 @@ class PrimalSolution:
         classes, rest, features = self.sums.cross.shape
         v = vectors.to(self.inverse.dtype)
         head = self.head_inverse @ v[rest:].view(classes, features, v.shape[1])
-        upper = self.inverse @ (v[:rest] - torch.einsum("cqf,cfm->qm", self.sums.cross, head))
-        head = head - self.head_inverse @ torch.einsum("cqf,qm->cfm", self.sums.cross, upper)
+        upper = self.inverse @ (v[:rest] - self.sums.across(head))
+        head = head - self.head_inverse @ self.sums.down(upper)
         return torch.cat([upper, head.flatten(0, 1)]).to(vectors.dtype)
 
     def update(self, positions: Int[Tensor, " samples"], rows: RowsOf, sign: int) -> Update:
@@ -154,9 +154,9 @@ class PrimalSolution:
         j, h = jacobian.rest.to(self.inverse.dtype), jacobian.features.to(self.inverse.dtype)
         samples, classes, _ = j.shape
         solved = self.head_inverse @ h.T
-        reduced = j.permute(2, 0, 1) - torch.einsum("cqf,fn->qnc", self.sums.cross, solved)
+        reduced = j.permute(2, 0, 1) - (self.sums.cross @ solved).permute(1, 2, 0)
         upper = self.inverse @ reduced.flatten(1)
-        head = -(self.head_inverse @ torch.einsum("cqf,qm->cfm", self.sums.cross, upper))
+        head = -(self.head_inverse @ self.sums.down(upper))
         for c in range(classes):
             head[c].view(len(solved), samples, classes)[:, :, c] += solved
         return torch.cat([upper, head.flatten(0, 1)])
