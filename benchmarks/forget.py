@@ -73,7 +73,7 @@ def requests(memory: Memory, count: int, folder: Path) -> dict[str, float]:
     each = answered(memory, ones)
     purges, error = [memory.purge()], memory.error()
     answered(other, [ones[k] for k in torch.randperm(count).tolist()])
-    vectors = [m._layout.flatten(m.parameters) for m in (memory, other)]
+    vectors = [m._vector for m in (memory, other)]  # in float64
     order = float((vectors[0] - vectors[1]).norm() / (vectors[0] - memory._layout.flatten(memory.anchor)).norm())
     tens = answered(memory, [ids[count + 10 * k : count + 10 * k + 10] for k in range(5)])
     purges.append(memory.purge())

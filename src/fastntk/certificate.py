@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import Subset
@@ -139,17 +140,20 @@ def departures(
     after: Mapping[str, Tensor],
     requested: Sequence[int],
     probe: Sequence[int],
+    predicted: Float[Tensor, "requested classes"] | None = None,
 ) -> tuple[float, float | None]:
     """How far the network departs from ``J change`` on the samples of a request, and on a probe; see ``Certificate``.
 
-    Both are 0 where no change is predicted on the former; the second is None for an empty probe.
+    Both are 0 where no change is predicted on the former (``predicted``, if it is known already); the second is None
+    for an empty probe.
     """
-    samples, count = [*requested, *probe], len(requested)
-    predicted = linearised.tangent(samples, change)
-    size = rms(predicted[:count])
+    count = len(requested)
+    predicted = linearised.tangent(requested, change) if predicted is None else predicted
+    size = rms(predicted)
     if not size:
         return 0.0, 0.0 if probe else None
-    error = change_of_logits(linearised, samples, before, after) - predicted
+    expected = torch.cat([predicted, linearised.tangent(probe, change)])
+    error = change_of_logits(linearised, [*requested, *probe], before, after) - expected
     return rms(error[:count]) / size, rms(error[count:]) / size if probe else None
 
 

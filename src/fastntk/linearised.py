@@ -83,10 +83,17 @@ class Linearised:
             return rows
         return torch.einsum("nck,nc->nk", self.probes.draw(ids, rows.shape[1]).to(rows), rows)
 
-    def changed(self, ids: Sequence[int], before: Float[Tensor, "samples outputs"]) -> list[int]:
-        """The samples whose residuals are not what they were ``before``, up to the noise of the arithmetic."""
+    def changed(
+        self,
+        ids: Sequence[int],
+        before: Float[Tensor, "samples outputs"],
+        now: Float[Tensor, "samples outputs"] | None = None,
+    ) -> list[int]:
+        """The samples whose residuals ``now`` (None: computed) are not what they were ``before``, up to the noise of
+        the arithmetic."""
         size = self.loss.scale + before.square().mean(1).sqrt()
-        differ = (self.residuals(ids) - before).abs().amax(1) > _NOISE[self.precision] * size
+        now = self.residuals(ids) if now is None else now
+        differ = (now - before).abs().amax(1) > _NOISE[self.precision] * size
         return [i for i, other in zip(ids, differ.tolist(), strict=True) if other]
 
     def pull(self, pairs: Iterable[tuple[Tensor, Float[Tensor, "batch classes"]]]) -> Float[Tensor, " p"]:

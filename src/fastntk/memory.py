@@ -238,13 +238,17 @@ class Memory:
         """The Jacobians and residuals, at the anchor, of the samples at ``positions``, computed now."""
         return self.linearised.rows(positions.tolist())
 
-    def check(self, positions: Int[Tensor, " some"]) -> None:
+    def check(self, positions: Int[Tensor, " some"], residuals: Float[Tensor, "some outputs"] | None = None) -> None:
         """Whether the data source still has, under the members' ids, what was prepared.
+
+        Args:
+            positions: of the members to check.
+            residuals: theirs, if they are known already.
 
         Raises:
             InputError: it has other pixels or labels, or the model is another.
         """
-        for position in self.linearised.changed(positions.tolist(), self.residuals[positions]):
+        for position in self.linearised.changed(positions.tolist(), self.residuals[positions], residuals):
             raise InputError(
                 f"the data source has another image or label under id {self.members.ids[position]!r} than when the "
                 "memory was prepared, or the model is another. Give what was prepared: no random augmentation, the "
@@ -289,8 +293,6 @@ class Memory:
         self, kind: str, positions: Tensor, started: float, ridge: float | None
     ) -> tuple[Forgotten, Update, Float[Tensor, " p"]]:
         """The answer, the update of the solution and the parameters after it; nothing changes yet."""
-        if kind == "forget":
-            self.check(positions)
         update, residual = self._update(positions, 1 if kind == "remember" else -1)
         change = update.change
         if len(positions) and ridge is not None and ridge != self.ridge:
@@ -305,14 +307,22 @@ class Memory:
         """The update and its residual, after solving anew if rounding has gathered (see the solution's ``limit``)."""
         if not len(positions):
             return Update(torch.zeros_like(self._vector), positions, sign), self.solution.residual()
-        update = self.solution.update(positions, self.rows, sign)
+        rows = self._rows_as_prepared if sign < 0 else self.rows
+        update = self.solution.update(positions, rows, sign)
+        if sign < 0 and update.rows is None:
+            self.check(positions)
         residual = self.solution.residual(update)
         if residual > self.solution.limit:
             log.info("rounding has gathered (residual %.0e): solving anew", residual)
             self.solution = self.solution.anew()
-            update = self.solution.update(positions, self.rows, sign)
+            update = self.solution.update(positions, rows, sign)
             residual = self.solution.residual(update)
         return update, residual
+
+    def _rows_as_prepared(self, positions: Tensor) -> Rows:
+        rows = self.rows(positions)
+        self.check(positions, rows.residual)
+        return rows
 
     def _apply_(self, update: Update, vector: Tensor, joined: Tensor | None) -> None:
         """Update everything that an update changes, in place; ``joined`` are the residuals of who joins."""
@@ -342,7 +352,8 @@ class Memory:
         others = self._order[self.present[self._order] & ~torch.isin(self._order, positions)]
         probe = self.members.available(others)[: self._probe]
         ways = self.linearised, change, before, parameters
-        requested, retained = departures(*ways, positions.tolist(), probe.tolist())
+        known = update.rows.jacobian.matvec(change) if update.rows and not self.linearised.probes else None
+        requested, retained = departures(*ways, positions.tolist(), probe.tolist(), known)
         salt = new_salt()
         return Certificate(
             request=str(uuid.uuid4()),

@@ -47,7 +47,7 @@ def prepare(
     dtype: torch.dtype = torch.float64,
     precision: str = "full",
     class_probes: int | None = None,
-    probe: int = 32,
+    probe: int = 24,
     seed: int = 0,
     checkpoint: Path | None = None,
 ) -> Memory:

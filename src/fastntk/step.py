@@ -105,19 +105,32 @@ class PrimalSolution:
         return torch.cat([upper, head.flatten(0, 1)]).to(vectors.dtype)
 
     def update(self, positions: Int[Tensor, " samples"], rows: RowsOf, sign: int) -> Update:
-        """What adding the samples at ``positions`` to S (``sign`` 1), or taking them out (-1), would change."""
+        """What adding the samples at ``positions`` to S (``sign`` 1), or taking them out (-1), would change.
+
+        ``low_rank``: the rest's rows of ``B J_F'``, ``(H + ridge I)^-1 h_i`` of every sample, and the Cholesky factor
+        of ``I + sign J_F B J_F'``.
+        """
         these = rows(positions)
-        jacobian = these.jacobian.to(self.inverse.dtype)
-        lifted = self._lift(jacobian)
-        factor = factorised(torch.eye(lifted.shape[1]).to(lifted) + sign * jacobian.matmat(lifted).flatten(0, 1))
-        weights = torch.cholesky_solve(self._error(these, self.step)[:, None].to(factor), factor)
-        return Update(sign * (lifted @ weights)[:, 0].to(self.step), positions, sign, these, (lifted, factor))
+        j, h = (part.to(self.inverse.dtype) for part in (these.jacobian.rest, these.jacobian.features))
+        solved = self.head_inverse @ h.T
+        reduced = (j.permute(2, 0, 1) - (self.sums.cross @ solved).permute(1, 2, 0)).flatten(1)
+        upper = self.inverse @ reduced
+        core = reduced.T @ upper + torch.kron(h @ solved, torch.eye(j.shape[1]).to(h))
+        factor = factorised(torch.eye(len(core)).to(core) + sign * core)
+        weights = torch.cholesky_solve(self._error(these, self.step)[:, None].to(factor), factor)[:, 0]
+        return Update(sign * self._lift(upper, solved, weights), positions, sign, these, (upper, solved, factor))
+
+    def _lift(self, upper: Tensor, solved: Tensor, weights: Float[Tensor, " rows"]) -> Float[Tensor, " p"]:
+        """``B J_F' w``, in float64, from parts of an update's ``low_rank``."""
+        change = upper @ weights
+        own = weights.view(solved.shape[1], len(self.sums.cross)).T @ solved.T
+        head = own - self.sums.down(change[:, None])[:, :, 0] @ self.head_inverse
+        return torch.cat([change, head.flatten()]).to(self.step)
 
     def apply_(self, update: Update) -> None:
         """Add the samples of an ``update`` to S, or take them out, in place."""
-        lifted, factor = update.low_rank
+        upper, _, factor = update.low_rank
         rows = cast(Rows, update.rows)
-        upper = lifted[: len(self.inverse)]
         add_product_(self.inverse, upper, torch.cholesky_solve(upper.T, factor).T, -update.sign)
         mirror_(self.inverse)
         self.step += update.change
@@ -149,24 +162,12 @@ class PrimalSolution:
         """``r_F - J_F s``."""
         return (rows.residual.double() - rows.jacobian.to(torch.float64).matvec(step)).flatten()
 
-    def _lift(self, jacobian: Jacobian) -> Float[Tensor, "p rows"]:
-        """``B J'``. The head's part of J' has one block a class, ``h_i`` in the columns of that class."""
-        j, h = jacobian.rest.to(self.inverse.dtype), jacobian.features.to(self.inverse.dtype)
-        samples, classes, _ = j.shape
-        solved = self.head_inverse @ h.T
-        reduced = j.permute(2, 0, 1) - (self.sums.cross @ solved).permute(1, 2, 0)
-        upper = self.inverse @ reduced.flatten(1)
-        head = -(self.head_inverse @ self.sums.down(upper))
-        for c in range(classes):
-            head[c].view(len(solved), samples, classes)[:, :, c] += solved
-        return torch.cat([upper, head.flatten(0, 1)])
-
     def resolve(
         self, positions: Int[Tensor, " samples"], rows: RowsOf, displacement: Float[Tensor, " p"], ridge: float
     ) -> Float[Tensor, " p"]:
         """``s(S - F)`` for any displacement and ridge: conjugate gradients on the sums, preconditioned by ``B``."""
         update = self.update(positions, rows, -1)
-        lifted, factor = update.low_rank
+        upper, solved, factor = update.low_rank
         forgotten = cast(Rows, update.rows)
         jacobian = forgotten.jacobian.to(torch.float64)
 
@@ -174,8 +175,9 @@ class PrimalSolution:
             return self.sums.matvec(v) + ridge * v - jacobian.rmatvec(jacobian.matvec(v))
 
         def precondition(v: Tensor) -> Tensor:
-            low_rank = lifted @ torch.cholesky_solve(lifted.T @ v.to(lifted)[:, None], factor)
-            return self.solve(v[:, None])[:, 0] + low_rank[:, 0].to(v)
+            image = self.solve(v[:, None])[:, 0]
+            weights = torch.cholesky_solve(jacobian.matvec(image).flatten()[:, None].to(factor), factor)[:, 0]
+            return image + self._lift(upper, solved, weights)
 
         rhs = self.sums.rhs - jacobian.rmatvec(forgotten.residual.to(self.step)) - ridge * displacement
         return conjugate_gradients(apply, rhs, precondition)

@@ -23,7 +23,7 @@ class Update:
         positions: of F in the training set.
         sign: 1 where F is added, -1 where it is taken out.
         rows: of F, where the form needs them.
-        low_rank: primal: ``B J_F'`` and the Cholesky factor of ``I + sign J_F B J_F'``; dual: see there.
+        low_rank: what the form needs to carry it out, see there.
         reached: matrix-free: the relative residual of the solve.
     """
 
