@@ -104,16 +104,16 @@ class Sums:
         classes, rest, features = self.cross.shape
         v = vector.to(self.rest.dtype)
         upper, lower = v[:rest], v[rest:].view(classes, features)
-        first = self.rest @ upper + self.across(lower[:, :, None])[:, 0]
-        second = lower @ self.head + self.down(upper[:, None])[:, :, 0]
+        first = self.rest @ upper + self.across(lower)
+        second = lower @ self.head + self.down(upper)
         return torch.cat([first, second.flatten()]).to(vector.dtype)
 
-    def across(self, lower: Float[Tensor, "classes features m"]) -> Float[Tensor, "rest m"]:
-        """``sum_c X_c V_c`` with the blocks ``X_c`` of ``cross``."""
-        return (self.cross @ lower).sum(0)
+    def across(self, lower: Float[Tensor, "classes features"]) -> Float[Tensor, " rest"]:
+        """``sum_c X_c v_c`` with the blocks ``X_c`` of ``cross``."""
+        return torch.stack([block @ own for block, own in zip(self.cross, lower, strict=True)]).sum(0)
 
-    def down(self, upper: Float[Tensor, "rest m"]) -> Float[Tensor, "classes features m"]:
-        """``X_c' V`` of every class, block by block: one product of all would copy them."""
+    def down(self, upper: Float[Tensor, " rest"]) -> Float[Tensor, "classes features"]:
+        """``X_c' v`` of every class."""
         return torch.stack([block.T @ upper for block in self.cross])
 
     @property

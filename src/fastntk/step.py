@@ -76,7 +76,7 @@ class PrimalSolution:
         solution = cls(sums, displacement, ridge, invert_(inverse), head_inverse, torch.zeros_like(displacement))
         rhs = sums.rhs - ridge * displacement
         for _ in range(2):  # the second time takes off the rounding of the first
-            solution.step += solution.solve((rhs - solution._apply(solution.step))[:, None])[:, 0]
+            solution.step += solution.solve(rhs - solution._apply(solution.step))
         return solution
 
     def tensors(self) -> dict[str, Tensor]:
@@ -95,14 +95,14 @@ class PrimalSolution:
         """``(G + ridge I) v``."""
         return self.sums.matvec(vector) + self.ridge * vector
 
-    def solve(self, vectors: Float[Tensor, "p m"]) -> Float[Tensor, "p m"]:
-        """``B V``, in the dtype of the vectors."""
+    def solve(self, vector: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
+        """``B v``, in the dtype of the vector."""
         classes, rest, features = self.sums.cross.shape
-        v = vectors.to(self.inverse.dtype)
-        head = self.head_inverse @ v[rest:].view(classes, features, v.shape[1])
+        v = vector.to(self.inverse.dtype)
+        head = v[rest:].view(classes, features) @ self.head_inverse
         upper = self.inverse @ (v[:rest] - self.sums.across(head))
-        head = head - self.head_inverse @ self.sums.down(upper)
-        return torch.cat([upper, head.flatten(0, 1)]).to(vectors.dtype)
+        head = head - self.sums.down(upper) @ self.head_inverse
+        return torch.cat([upper, head.flatten()]).to(vector.dtype)
 
     def update(self, positions: Int[Tensor, " samples"], rows: RowsOf, sign: int) -> Update:
         """What adding the samples at ``positions`` to S (``sign`` 1), or taking them out (-1), would change.
@@ -124,7 +124,7 @@ class PrimalSolution:
         """``B J_F' w``, in float64, from parts of an update's ``low_rank``."""
         change = upper @ weights
         own = weights.view(solved.shape[1], len(self.sums.cross)).T @ solved.T
-        head = own - self.sums.down(change[:, None])[:, :, 0] @ self.head_inverse
+        head = own - self.sums.down(change) @ self.head_inverse
         return torch.cat([change, head.flatten()]).to(self.step)
 
     def apply_(self, update: Update) -> None:
@@ -175,7 +175,7 @@ class PrimalSolution:
             return self.sums.matvec(v) + ridge * v - jacobian.rmatvec(jacobian.matvec(v))
 
         def precondition(v: Tensor) -> Tensor:
-            image = self.solve(v[:, None])[:, 0]
+            image = self.solve(v)
             weights = torch.cholesky_solve(jacobian.matvec(image).flatten()[:, None].to(factor), factor)[:, 0]
             return image + self._lift(upper, solved, weights)
 
