@@ -75,7 +75,8 @@ def unpack(contents: Contents, model: nn.Module, train: Dataset, folder: Path) -
         InputError: it is another model's.
     """
     device, record = next(model.parameters()).device, contents.record
-    tensors = {name: tensor.to(device) for name, tensor in contents.tensors.items()}
+    # copies: what is written to in place would be copied out of the mapped file page by page, ten times slower
+    tensors = {name: tensor.to(device, copy=True) for name, tensor in contents.tensors.items()}
     anchor = {name: tensors[f"anchor.{name}"] for name in record["names"]}
     if record["model"] != _frozen(model, anchor):
         raise InputError(
