@@ -2,26 +2,32 @@
 
 from fastntk.certificate import Certificate
 from fastntk.errors import InputError
+from fastntk.lora import add_lora, remove_lora
 from fastntk.loss import SquaredLoss
 from fastntk.memory import Forgotten, Memory, load
-from fastntk.models import load_model
+from fastntk.models import Logits, Preprocessing, load_model
 from fastntk.outputs import at
 from fastntk.planning import Plan, plan
 from fastntk.preparation import prepare, refresh
+from fastntk.prompts import add_prompts, remove_prompts
 from fastntk.report import Report, evaluate
 from fastntk.training import Fit, Recipe, fit
-from fastntk.tunable import snapshot, tune
+from fastntk.tunable import snapshot, tunables, tune
 
 __all__ = [
     "Certificate",
     "Fit",
     "Forgotten",
     "InputError",
+    "Logits",
     "Memory",
     "Plan",
+    "Preprocessing",
     "Recipe",
     "Report",
     "SquaredLoss",
+    "add_lora",
+    "add_prompts",
     "at",
     "evaluate",
     "fit",
@@ -30,6 +36,9 @@ __all__ = [
     "plan",
     "prepare",
     "refresh",
+    "remove_lora",
+    "remove_prompts",
     "snapshot",
+    "tunables",
     "tune",
 ]

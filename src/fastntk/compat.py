@@ -7,6 +7,8 @@ from types import ModuleType
 
 import torch
 
+from fastntk.errors import InputError
+
 _registered: list[torch.library.Library] = []  # an operator schema lives as long as its Library object
 
 
@@ -36,3 +38,31 @@ def timm() -> ModuleType:
     """timm, imported on first use, after torchvision, which it imports."""
     torchvision()
     return importlib.import_module("timm")
+
+
+@functools.cache
+def transformers() -> ModuleType:
+    """transformers, imported on first use, after torchvision, which it imports."""
+    return _extra("transformers", "transformers")
+
+
+@functools.cache
+def peft() -> ModuleType:
+    """peft, imported on first use, after torchvision, which transformers imports for it."""
+    return _extra("peft", "lora")
+
+
+@functools.cache
+def datasets() -> ModuleType:
+    """Hugging Face datasets, imported on first use."""
+    return _extra("datasets", "datasets")
+
+
+def _extra(module: str, extra: str) -> ModuleType:
+    torchvision()
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
+        raise InputError(f"this needs {module}, which is not installed. Run: pip install 'fastntk[{extra}]'") from error

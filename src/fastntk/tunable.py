@@ -1,12 +1,18 @@
 """Which parameters are tuned: selectors by name, everything else frozen."""
 
+import copy
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from fastntk.blocks import blocks, transformer_blocks
 from fastntk.errors import InputError
+from fastntk.lora import adapters, add_lora, lora_targets, remove_lora
+from fastntk.prompts import add_prompts, prompts_of, remove_prompts
 
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 LAYER_NORMS = (nn.LayerNorm,)
@@ -27,74 +33,177 @@ def head_name(model: nn.Module) -> str:
     return linear[-1]
 
 
-def _of_modules(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[str]:
-    return [
-        f"{prefix}.{name}" if prefix else name
-        for prefix, module in model.named_modules()
-        if isinstance(module, kinds)
-        for name, _ in module.named_parameters(recurse=False)
-    ]
+@dataclass(frozen=True)
+class Selector:
+    """A named selection, written ``name`` or ``name:argument``.
+
+    Attributes:
+        meaning: in a few words.
+        names: of the parameters in a model, given the argument; adds to the model what it is to tune.
+        argument: the one meant by ``name`` alone; None for a selector that takes none.
+        adds: whether it adds parameters.
+    """
+
+    meaning: str
+    names: Callable[[nn.Module, str], list[str]]
+    argument: str | None = None
+    adds: bool = False
 
 
-def _of_head(model: nn.Module) -> list[str]:
+def _parameters(model: nn.Module, wanted: Callable[[str], bool] = lambda name: True) -> list[str]:
+    return [name for name, _ in model.named_parameters() if wanted(name)]
+
+
+def _of_modules(kinds: tuple[type[nn.Module], ...]) -> Callable[[nn.Module, str], list[str]]:
+    def names(model: nn.Module, _: str) -> list[str]:
+        own = {name for name, module in model.named_modules() if isinstance(module, kinds)}
+        return _parameters(model, lambda name: name.rpartition(".")[0] in own)
+
+    return names
+
+
+def _of_head(model: nn.Module, _: str) -> list[str]:
     head = head_name(model)
-    return [f"{head}.{name}" if head else name for name, _ in model.get_submodule(head).named_parameters()]
+    return _parameters(model, lambda name: name.rpartition(".")[0] == head)
 
 
-SELECTORS: dict[str, Callable[[nn.Module], list[str]]] = {
-    "bn": lambda model: _of_modules(model, BATCH_NORMS),
-    "ln": lambda model: _of_modules(model, LAYER_NORMS),
-    "norm": lambda model: _of_modules(model, NORMS),
-    "bias": lambda model: [name for name, _ in model.named_parameters() if name.endswith("bias")],
-    "head": _of_head,
-    "all": lambda model: [name for name, _ in model.named_parameters()],
+def _of_last(model: nn.Module, argument: str) -> list[str]:
+    count, found = _whole(argument, "last"), list(blocks(model))
+    if not 1 <= count <= len(found):
+        raise InputError(f"'last:{count}' needs a model with that many blocks; this one has {len(found)}.")
+    return _parameters(model, lambda name: name.startswith(tuple(f"{block}." for block in found[-count:])))
+
+
+def _of_prompts(model: nn.Module, argument: str) -> list[str]:
+    return _prompts(model, [_whole(argument, "prompt")], deep=False)
+
+
+def _of_deep_prompts(model: nn.Module, argument: str) -> list[str]:
+    lengths = [_whole(part, "deep-prompt") for part in argument.split(",")]
+    return _prompts(model, lengths * len(transformer_blocks(model)) if len(lengths) == 1 else lengths, deep=True)
+
+
+def _prompts(model: nn.Module, lengths: list[int], deep: bool) -> list[str]:
+    present = prompts_of(model)
+    if present is None or (present.lengths, present.deep) != (tuple(lengths), deep):
+        add_prompts(model, lengths, deep=deep)
+    return _parameters(model, lambda name: name.startswith("prompts."))
+
+
+def _of_lora(model: nn.Module, argument: str) -> list[str]:
+    text, _, pattern = argument.partition(":")
+    rank, present = _whole(text, "lora"), adapters(model)
+    if present != dict.fromkeys(lora_targets(model, pattern or None), rank):
+        add_lora(model, rank, pattern or None)
+    return _parameters(model, lambda name: ".lora_A." in name or ".lora_B." in name)
+
+
+def _whole(text: str, selector: str) -> int:
+    if not text.isdecimal():
+        raise InputError(f"selector {selector!r} takes whole numbers after its colon, not {text!r}.")
+    return int(text)
+
+
+SELECTORS: dict[str, Selector] = {
+    "bn": Selector("batch norms", _of_modules(BATCH_NORMS)),
+    "ln": Selector("layer norms", _of_modules(LAYER_NORMS)),
+    "norm": Selector("all norms", _of_modules(NORMS)),
+    "bias": Selector("biases", lambda model, _: _parameters(model, lambda name: name.endswith("bias"))),
+    "head": Selector("the classification head", _of_head),
+    "prompt": Selector("visual prompts before the first block, so many", _of_prompts, "10", adds=True),
+    "deep-prompt": Selector("visual prompts in every block, so many, or 4,2,...", _of_deep_prompts, "10", adds=True),
+    "lora": Selector("adapters of this rank; ':' and a pattern of layers may follow", _of_lora, "8", adds=True),
+    "last": Selector("the last blocks, so many", _of_last, "1"),
+    "all": Selector("everything", lambda model, _: _parameters(model)),
 }
-"""Named selections: batch norm, layer norm, any norm, biases, the classification head, everything."""
+"""Selectors by name."""
 
 
 def tunables(model: nn.Module) -> dict[str, int]:
-    """How many parameters each named selector would tune in ``model``; selectors that match nothing are left out."""
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    has_linear = any(isinstance(module, nn.Linear) for module in model.modules())
-    found = {key: select(model) for key, select in SELECTORS.items() if key != "head" or has_linear}
-    return {key: sum(sizes[name] for name in names) for key, names in found.items() if names}
+    """How many parameters each named selector would tune in ``model``; those that do not apply are left out."""
+    found = {}
+    for key, selector in SELECTORS.items():
+        trial = copy.deepcopy(model) if selector.adds else model
+        try:
+            names = set(_named(trial, key))
+        except InputError:
+            continue
+        found[key] = sum(parameter.numel() for name, parameter in trial.named_parameters() if name in names)
+    return {key: size for key, size in found.items() if size}
+
+
+def _is_named(selector: str) -> bool:
+    """Whether it is a named one and not a regular expression, in which a colon may occur too."""
+    key, colon, _ = selector.partition(":")
+    return key in SELECTORS and (not colon or SELECTORS[key].argument is not None)
+
+
+def _named(model: nn.Module, selector: str) -> list[str]:
+    """The parameter names of a named selector."""
+    key, _, argument = selector.partition(":")
+    return SELECTORS[key].names(model, argument or SELECTORS[key].argument or "")
 
 
 def _matching(model: nn.Module, selector: str) -> list[str]:
-    """The parameter names of one selector: a key of ``SELECTORS``, or a regular expression over the names."""
-    if selector in SELECTORS:
-        names = SELECTORS[selector](model)
-    else:
-        try:
-            names = [name for name, _ in model.named_parameters() if re.search(selector, name)]
-        except re.error as error:
-            raise InputError(f"selector {selector!r} is neither a name nor a regular expression ({error}).") from error
+    """The parameter names of one selector: a named one, or a regular expression over the names."""
+    try:
+        names = _named(model, selector) if _is_named(selector) else _parameters(model, _searching(selector))
+    except re.error as error:
+        raise InputError(f"selector {selector!r} is neither a name nor a regular expression ({error}).") from error
     if not names:
         offer = ", ".join(f"{key} ({size:,} parameters)" for key, size in tunables(model).items())
         raise InputError(f"selector {selector!r} matches no parameter of this model. It offers: {offer}.")
     return names
 
 
+def _searching(pattern: str) -> Callable[[str], bool]:
+    expression = re.compile(pattern)
+    return lambda name: bool(expression.search(name))
+
+
+@contextmanager
+def _whole_or_not_at_all(model: nn.Module) -> Iterator[None]:
+    """What was added to the model meanwhile is taken off again if the block fails."""
+    before = prompts_of(model), adapters(model)
+    try:
+        yield
+    except InputError:
+        if prompts_of(model) and not before[0]:
+            remove_prompts(model)
+        if adapters(model) and not before[1]:
+            remove_lora(model)
+        raise
+
+
 def select(model: nn.Module, *selectors: str | Iterable[str]) -> list[str]:
     """The names of the parameters that the selectors choose, in the model's own order, each once.
+
+    Selectors that add parameters do so first: the others see the names as they are then.
 
     Raises:
         InputError: no selector, or one that matches nothing; the message offers what exists.
     """
     chosen: set[str] = set()
-    known = dict(model.named_parameters())
-    for selector in selectors:
-        if isinstance(selector, str):
-            chosen.update(_matching(model, selector))
-            continue
-        for name in selector:
-            if name not in known:
-                raise InputError(f"the model has no parameter {name!r}. 'all' tunes every one of its {len(known)}.")
-            chosen.add(name)
-    if not chosen:
-        offer = ", ".join(tunables(model))
-        raise InputError(f"no parameter is selected to be tuned. Choose at least one of: {offer}.")
-    return [name for name in known if name in chosen]
+    adding = [each for each in selectors if isinstance(each, str) and _is_named(each) and SELECTORS[_key(each)].adds]
+    with _whole_or_not_at_all(model):
+        for selector in [*adding, *selectors]:
+            chosen.update(_matching(model, selector) if isinstance(selector, str) else _listed(model, selector))
+        if not chosen:
+            offer = ", ".join(tunables(model))
+            raise InputError(f"no parameter is selected to be tuned. Choose at least one of: {offer}.")
+    return _parameters(model, lambda name: name in chosen)
+
+
+def _key(selector: str) -> str:
+    return selector.partition(":")[0]
+
+
+def _listed(model: nn.Module, names: Iterable[str]) -> list[str]:
+    known, wanted = set(_parameters(model)), list(names)
+    for name in wanted:
+        if name not in known:
+            raise InputError(f"the model has no parameter {name!r}. 'all' tunes every one of its {len(known)}.")
+    return wanted
 
 
 def tune(model: nn.Module, *selectors: str | Iterable[str]) -> dict[str, nn.Parameter]:
@@ -102,14 +211,16 @@ def tune(model: nn.Module, *selectors: str | Iterable[str]) -> dict[str, nn.Para
 
     Args:
         model: any module that maps images to logits.
-        selectors: ``"bn"``, ``"ln"``, ``"norm"``, ``"bias"``, ``"head"``, ``"all"``, a regular expression over
-            parameter names, or an iterable of exact names; they add up.
+        selectors: ``"bn"``, ``"ln"``, ``"norm"``, ``"bias"``, ``"head"``, ``"last:K"`` blocks, ``"all"``;
+            ``"prompt:N"``, ``"deep-prompt:N"`` and ``"lora:RANK"``, which add what they tune unless it is there
+            (``add_prompts``, ``add_lora``); a regular expression over parameter names; or an iterable of exact names.
+            They add up.
 
     Returns:
         The tuned parameters themselves (not copies), in the model's order.
 
     Raises:
-        InputError: nothing is selected, or a selector matches nothing.
+        InputError: nothing is selected, or a selector does not apply to this model, which then stays as it was.
     """
     names = set(select(model, *selectors))
     for name, parameter in model.named_parameters():
