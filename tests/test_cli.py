@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from fastntk.cli import main
 from fastntk.models import load_model
+from fastntk.tunable import tune
 
 MODEL = ["--model", "mobilenetv3_small_050", "--image-size", "32"]
 
@@ -148,7 +149,10 @@ def test_seed_repeats_a_fit(run, data, tmp_path):
     assert all((left[name] == right[name]).all() for name in left)
 
 
-COMMANDS = ["demo", "fit", "plan", "prepare", "forget", "remember", "ledger", "verify", "refresh", "export", "evaluate"]
+COMMANDS = [
+    "demo", "models", "tunables", "fit", "plan", "prepare", "forget", "remember", "ledger", "verify", "refresh",
+    "export", "evaluate",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("command", [[], *([each] for each in COMMANDS)])
@@ -163,7 +167,7 @@ def test_help_explains_every_command(command):
     [
         ("id 99 is not in the memory.*30 samples", ["--ids", "99"]),
         ("id 3 stands twice", ["--ids", "3,4,3"]),
-        ("id '3' is not in the memory", ["--ids", "3,x"]),
+        ("id 'x' is not in the memory", ["--ids", "3,x"]),
         ("every sample", ["--ids", ",".join(map(str, range(30)))]),
         ("no class 'mauve'. The classes are: red, green, blue", ["--class-name", "mauve"]),
         ("exactly one of --ids, --ids-file and --class-name", []),
@@ -227,3 +231,38 @@ def test_a_plan_before_and_after_there_is_a_run(data, run):
     assert "peak memory" in succeed("plan", *MODEL, "--data", data)
     refuse("either a run folder, or --model and --data", "plan")
     refuse("either a run folder, or --model and --data", "plan", run, *MODEL, "--data", data)
+
+
+def test_what_can_be_named_and_tuned():
+    names = json.loads(succeed("models", "vit_tiny", "--json"))["models"]
+    assert "timm/vit_tiny_patch16_224" in names
+    assert all("vit_tiny" in name for name in names)
+    offered = json.loads(succeed("tunables", "mobilenetv3_small_050", "--classes", 3, "--json"))["parameters"]
+    assert offered["head"] == 3 * 1025
+    assert "prompt" not in offered
+    assert "last:1" in succeed("tunables", "mobilenetv3_small_050")
+
+
+def test_a_run_with_prompts_and_ids_of_its_own(tmp_path):
+    """A vision transformer in a user's file, samples named by an array: the exported weights load strictly."""
+    (tmp_path / "mine.py").write_text(
+        "import fastntk\n"
+        "from fastntk.compat import timm\n"
+        "def vit(classes):\n"
+        "    model = timm().create_model('vit_tiny_patch16_224', img_size=16, patch_size=8, embed_dim=8, depth=2,\n"
+        "                                num_heads=2, num_classes=classes)\n"
+        "    return model, fastntk.Preprocessing(16, (0.5,) * 3, (0.5,) * 3)\n"
+    )
+    model, run = f"{tmp_path / 'mine.py'}:vit", tmp_path / "run"
+    y = np.arange(24) % 3
+    x = np.random.default_rng(0).integers(0, 256, (24, 16, 16, 3), dtype=np.uint8)
+    np.savez(tmp_path / "d.npz", x=x, y=y, name=np.array([f"0{i}" for i in range(24)]))
+    select = ["--select", "prompt:3", "--select", "lora:2", "--select", "head"]
+    succeed("fit", run, "--model", model, "--data", tmp_path / "d.npz", "--id-column", "name", "--epochs", 1, *select)
+    succeed("prepare", run, "--ridge", "1", "--form", "dual")
+    succeed("forget", run, "--ids", "07,010", "--json")
+    refuse("id 7 is not in the memory", "forget", run, "--ids", "7")
+    succeed("export", run)
+    module, _ = load_model(model, 3)
+    tune(module, "prompt:3", "lora:2", "head")
+    module.load_state_dict(load_file(run / "unlearned.safetensors"), strict=True)

@@ -5,6 +5,7 @@ from PIL import Image
 from torch.utils.data import Subset, TensorDataset
 
 import fastntk
+from fastntk.compat import datasets
 from fastntk.data import batches, in_memory, labels_of, load_data
 from fastntk.models import Preprocessing
 
@@ -128,3 +129,44 @@ def test_bad_sources(tmp_path):
         load_data("CIFAR11", PLAIN)
     with pytest.raises(fastntk.InputError, match="not a folder of class folders"):
         load_data(str(tmp_path), PLAIN)
+
+
+def stored(path, names):
+    """A Hugging Face dataset on disk: images, classes, names."""
+    library = datasets()
+    features = {
+        "picture": library.Image(),
+        "kind": library.ClassLabel(names=["cat", "dog"]),
+        "name": library.Value("string"),
+    }
+    rows = {"picture": [Image.fromarray(each) for each in pixels(len(names))], "kind": [0, 1, 1], "name": names}
+    return library.Dataset.from_dict(rows, library.Features(features))
+
+
+def test_hugging_face_datasets(tmp_path):
+    whole = stored(tmp_path, ["b", "a", "c"])
+    whole.save_to_disk(str(tmp_path / "plain"))
+    datasets().DatasetDict({"train": whole}).save_to_disk(str(tmp_path / "split"))
+    for name in ("plain", "split"):
+        data = load_data(str(tmp_path / name), PLAIN, id_column="name")
+        assert (data.classes, data.labels.tolist(), list(data.ids)) == (["cat", "dog"], [0, 1, 1], ["b", "a", "c"])
+        np.testing.assert_allclose(data[2][0].permute(1, 2, 0).numpy(), pixels(3)[2] / 127.5 - 1, atol=1e-6)
+    assert list(load_data(str(tmp_path / "plain"), PLAIN).ids) == [0, 1, 2]
+    with pytest.raises(fastntk.InputError, match="no split 'test'; it holds train"):
+        load_data(str(tmp_path / "split"), PLAIN, split="test")
+    with pytest.raises(fastntk.InputError, match="no column 'x'; it holds picture, kind, name"):
+        load_data(str(tmp_path / "plain"), PLAIN, id_column="x")
+    whole.remove_columns("kind").save_to_disk(str(tmp_path / "unlabelled"))
+    with pytest.raises(fastntk.InputError, match="needs one ClassLabel column, not 0"):
+        load_data(str(tmp_path / "unlabelled"), PLAIN)
+
+
+def test_ids_from_a_column_name_each_sample_once(tmp_path):
+    np.savez(tmp_path / "d.npz", x=pixels(3), y=[0, 1, 0], who=["u7", "u8", "u9"], number=[10, 20, 10])
+    assert list(load_data(str(tmp_path / "d.npz"), PLAIN, id_column="who").ids) == ["u7", "u8", "u9"]
+    with pytest.raises(fastntk.InputError, match="the id 10 occurs more than once"):
+        load_data(str(tmp_path / "d.npz"), PLAIN, id_column="number")
+    with pytest.raises(fastntk.InputError, match="has no array 'when'"):
+        load_data(str(tmp_path / "d.npz"), PLAIN, id_column="when")
+    with pytest.raises(fastntk.InputError, match="has no columns"):
+        load_data(str(folder(tmp_path / "f")), PLAIN, id_column="who")

@@ -6,7 +6,9 @@ import torch
 from safetensors.torch import save_file
 
 import fastntk
-from fastntk.models import Preprocessing, load_weights, read_weights, rename_by_order
+from fastntk.compat import peft, transformers
+from fastntk.models import Preprocessing
+from fastntk.weights import load_weights, read_weights, rename_by_order
 
 SMALL = "mobilenetv3_small_050"
 
@@ -94,6 +96,65 @@ def test_unreadable_weights(tmp_path):
 def test_unknown_models(name, classes, message):
     with pytest.raises(fastntk.InputError, match=message):
         fastntk.load_model(name, classes)
+
+
+def saved(folder, **options):
+    """A small vision transformer with its image processor, as transformers writes them."""
+    auto = transformers()
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
+    config = auto.AutoConfig.for_model("vit", image_size=16, patch_size=8, num_labels=5, **sizes, **options)
+    model = auto.AutoModelForImageClassification.from_config(config)
+    model.save_pretrained(folder)
+    auto.ViTImageProcessor(
+        size={"height": 16, "width": 16}, image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6]
+    ).save_pretrained(folder)
+    return model.eval()
+
+
+def test_what_transformers_saved(tmp_path):
+    source, name = saved(tmp_path), f"transformers/{tmp_path}"
+    for classes in (5, 3):
+        model, preprocessing = fastntk.load_model(name, classes)
+        assert preprocessing == Preprocessing(16, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+        state, images = model.state_dict(), torch.randn(2, 3, 16, 16)
+        assert all(torch.equal(state[f"model.{k}"], t) for k, t in source.state_dict().items() if "classifier" not in k)
+        assert model(images).shape == (2, classes)
+    fastntk.load_model(name, 3)[0].load_state_dict(state, strict=True)
+    with pytest.raises(fastntk.InputError, match="position_embeddings' is missing or of another shape.*side of 32"):
+        fastntk.load_model(name, 3, size=32)
+
+
+def test_a_type_of_transformers_with_random_weights():
+    model, preprocessing = fastntk.load_model("transformers/resnet", 3, size=32)
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
+    assert preprocessing == Preprocessing(32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    with pytest.raises(fastntk.InputError, match="no image classifier 'nonesuch'"):
+        fastntk.load_model("transformers/nonesuch", 3)
+
+
+def test_a_user_s_own_function(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import fastntk, torch\n"
+        "net = lambda n: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, n))\n"
+        "def make(classes): return net(classes), fastntk.Preprocessing(2, (0.5,) * 3, (0.5,) * 3)\n"
+        "def bare(classes): return net(classes)\n"
+    )
+    model, preprocessing = fastntk.load_model(f"{file}:make", 4)
+    assert model(torch.zeros(1, 3, 2, 2)).shape == (1, 4)
+    assert preprocessing.size == 2
+    for name, message in ((f"{file}:bare", "must return a module"), (f"{file}:none", "no function 'none'")):
+        with pytest.raises(fastntk.InputError, match=message):
+            fastntk.load_model(name, 4)
+    with pytest.raises(fastntk.InputError, match="there is no file"):
+        fastntk.load_model(f"{tmp_path}/other.py:make", 4)
+
+
+def test_a_missing_extra_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    peft.cache_clear()
+    with pytest.raises(fastntk.InputError, match=r"pip install 'fastntk\[lora\]'"):
+        peft()
 
 
 def test_torchvision_imports_in_a_fresh_process_beside_any_torch():

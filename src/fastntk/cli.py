@@ -5,7 +5,7 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
@@ -17,6 +17,9 @@ from fastntk.distributed import PeerLost, first, launched
 from fastntk.errors import InputError
 from fastntk.progress import console
 from fastntk.training import Recipe
+
+if TYPE_CHECKING:
+    from fastntk.data import Images
 
 app = typer.Typer(
     name="fastntk",
@@ -31,9 +34,16 @@ app = typer.Typer(
 Folder = Annotated[Path, typer.Argument(metavar="RUN", help="The run folder: everything about one model lies in it.")]
 Root = Annotated[str | None, typer.Option(help="The folder that a torchvision dataset lies in.")]
 Select = Annotated[
-    list[str], typer.Option(help="What to tune: bn, ln, norm, bias, head, all, or a regular expression; repeatable.")
+    list[str],
+    typer.Option(
+        help="What to tune, repeatable: bn, ln, norm, bias, head, prompt:10, deep-prompt:10, lora:8, last:1 (block), "
+        "all, or a regular expression over parameter names. `fastntk tunables MODEL` shows what there is."
+    ),
 ]
 Size = Annotated[int | None, typer.Option(help="Side of the input in pixels; the model's own by default.")]
+IdColumn = Annotated[
+    str | None, typer.Option(help="The column (array of an .npz) that names the samples; their index by default.")
+]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")]
 Seed = Annotated[int, typer.Option(help="Of the head's first values and the order of the samples.")]
 Sums = Annotated[str, typer.Option(help="Dtype of the primal form's sums: float64, or float32 for half the memory.")]
@@ -43,7 +53,8 @@ Probes = Annotated[
 ]
 Workers = Annotated[int, typer.Option(help="Processes that read images ahead.")]
 Ids = Annotated[
-    str | None, typer.Option(help="Places in the training set, as 3,17; for a folder of images, paths in it.")
+    str | None,
+    typer.Option(help="Places in the training set, as 3,17; paths in a folder of images; or what --id-column holds."),
 ]
 IdsFile = Annotated[Path | None, typer.Option(help="A text file of such ids.")]
 Defer = Annotated[bool, typer.Option("--defer-purge", help="Leave the rewriting of the memory to a later command.")]
@@ -88,9 +99,15 @@ def demo(
 @app.command()
 def fit(
     run: Folder,
-    model: Annotated[str, typer.Option(help="A timm or torchvision name; torchvision/NAME where both have it.")],
-    data: Annotated[str, typer.Option(help="A folder of class folders, an .npz (x, y), or a torchvision dataset.")],
+    model: Annotated[
+        str, typer.Option(help="timm/NAME, torchvision/NAME, transformers/TYPE or /FOLDER, or FILE.py:FUNCTION.")
+    ],
+    data: Annotated[
+        str,
+        typer.Option(help="A folder of class folders, an .npz (x, y), a saved Hugging Face or a torchvision dataset."),
+    ],
     data_root: Root = None,
+    id_column: IdColumn = None,
     weights: Annotated[
         str | None, typer.Option(help="A local state dict (.safetensors, .pt), or 'pretrained'.")
     ] = None,
@@ -113,7 +130,7 @@ def fit(
     recipe = Recipe(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed)
     opened = Run(run, distributed.local_device(device))
     with distributed.session(opened.device):
-        done = opened.fit(Start(model, data, data_root, select, image_size, weights), recipe)
+        done = opened.fit(Start(model, data, data_root, select, image_size, weights, id_column), recipe)
         if distributed.rank():
             return
     count = sum(tensor.numel() for tensor in done.initial.values())
@@ -123,6 +140,37 @@ def fit(
         f"{done.losses[-1]:.2f} in the last.\nNext: fastntk prepare {run}"
     )
     show(document, as_json, text)
+
+
+@app.command()
+def models(
+    pattern: Annotated[str, typer.Argument(help="Only names that contain this.")] = "", as_json: Json = False
+) -> None:
+    """List the models that can be named, of timm, torchvision and (if it is installed) transformers."""
+    from fastntk.models import list_models
+
+    names = list_models(pattern)
+    show({"models": names}, as_json, "\n".join(names))
+
+
+@app.command()
+def tunables(
+    model: Annotated[str, typer.Argument(help="As for fit.")],
+    classes: Annotated[int, typer.Option(help="Of the head.")] = 10,
+    image_size: Size = None,
+    as_json: Json = False,
+) -> None:
+    """Show what of a model can be tuned, with the number of parameters of each selection."""
+    from fastntk.models import load_model
+    from fastntk.tunable import SELECTORS
+    from fastntk.tunable import tunables as offered
+
+    sizes = offered(load_model(model, classes, size=image_size)[0])
+    table = Table("--select", "parameters", "what")
+    for name, size in sizes.items():
+        argument = SELECTORS[name].argument
+        table.add_row(name if argument is None else f"{name}:{argument}", f"{size:,}", SELECTORS[name].meaning)
+    show({"model": model, "parameters": sizes}, as_json, table)
 
 
 @app.command()
@@ -214,7 +262,7 @@ def forget(
     if sum(given is not None for given in (ids, ids_file, class_name)) != 1:
         raise InputError("say what to forget by exactly one of --ids, --ids-file and --class-name.")
     memory, images = Run(run, device).memory()
-    wanted = _wanted(ids, ids_file) if class_name is None else of_class(images, class_name, memory)
+    wanted = _wanted(ids, ids_file, images) if class_name is None else of_class(images, class_name, memory)
     if dry_run:
         _report(run, memory.preview(wanted, ridge=ridge), None, as_json)
     else:
@@ -237,8 +285,8 @@ def remember(
 
     if (ids is None) == (ids_file is None):
         raise InputError("say what to remember by exactly one of --ids and --ids-file.")
-    memory, _ = Run(run, device).memory()
-    answer = memory.remember(_wanted(ids, ids_file), full=full)
+    memory, images = Run(run, device).memory()
+    answer = memory.remember(_wanted(ids, ids_file, images), full=full)
     _answered(run, memory, answer, certificate, defer_purge, as_json)
 
 
@@ -326,10 +374,10 @@ def evaluate(
     Console().print(report.table(), f"Wrote {run / 'report.json'} and {run / 'report.html'}.", sep="\n")
 
 
-def _wanted(ids: str | None, ids_file: Path | None) -> list[Any]:
+def _wanted(ids: str | None, ids_file: Path | None, images: "Images") -> list[Any]:
     from fastntk.run import read_ids
 
-    return read_ids((ids or "") if ids_file is None else _text(ids_file))
+    return read_ids((ids or "") if ids_file is None else _text(ids_file), images)
 
 
 def _answered(

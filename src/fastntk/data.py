@@ -1,7 +1,8 @@
-"""Labelled images with ids: from folders, .npz files and torchvision datasets, as map-style datasets."""
+"""Labelled images with ids: from folders, .npz files, Hugging Face and torchvision datasets, as map-style datasets."""
 
 import inspect
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler, TensorDataset
 
-from fastntk.compat import torchvision
+from fastntk.compat import datasets, torchvision
 from fastntk.errors import InputError
 from fastntk.models import Preprocessing
 from fastntk.progress import track
@@ -35,7 +36,7 @@ class Images(Dataset):
         labels: Sequence[int],
         classes: list[str],
         preprocessing: Preprocessing,
-        ids: Sequence[str] | None = None,
+        ids: Sequence[int | str] | None = None,
     ) -> None:
         self.source, self.classes, self.preprocessing = source, classes, preprocessing
         self.ids: Sequence[int | str] = range(len(labels)) if ids is None else ids
@@ -78,29 +79,89 @@ class _Folder:
             ) from error
 
 
-def load_data(source: str, preprocessing: Preprocessing, *, split: str = "train", root: Path | None = None) -> Images:
+def load_data(
+    source: str,
+    preprocessing: Preprocessing,
+    *,
+    split: str = "train",
+    root: Path | None = None,
+    id_column: str | None = None,
+) -> Images:
     """Read labelled images.
 
     Args:
         source: a folder of class folders (torchvision ImageFolder), whose samples' ids are their paths in it; an
             ``.npz`` with arrays ``x`` (uint8, ``[N, H, W]`` or ``[N, H, W, 3]``) and ``y`` (integers), or ``x_train``,
-            ``y_train``, ``x_test``, ``y_test``, optionally ``classes`` (names); or the name of a torchvision dataset,
-            found under ``root`` (never downloaded).
+            ``y_train``, ``x_test``, ``y_test``, optionally ``classes`` (names); a folder that ``save_to_disk`` of
+            Hugging Face datasets wrote, with one column of images and one of class labels; or the name of a torchvision
+            dataset, found under ``root`` (never downloaded).
         preprocessing: as the model wants it.
         split: ``"train"`` or ``"test"``, where the source has both.
         root: the folder of a torchvision dataset.
+        id_column: the column (of an ``.npz``, the array) that names each sample for good; by default its index does.
 
     Raises:
-        InputError: nothing of that name, a file that cannot be read, arrays of the wrong kind or length.
+        InputError: nothing of that name, a file that cannot be read, arrays of the wrong kind or length, ids that are
+            missing or not each their own.
     """
     path = Path(source)
+    if any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
+        return _from_hugging_face(path, preprocessing, split, id_column)
+    if path.suffix == ".npz":
+        return _from_npz(path, preprocessing, split, id_column)
+    if id_column is not None:
+        raise InputError(f"{source} has no columns: ids can be taken from an .npz or a Hugging Face dataset.")
     if path.is_dir():
         return _from_folder(path, preprocessing)
-    if path.suffix == ".npz":
-        return _from_npz(path, preprocessing, split)
     if hasattr(torchvision().datasets, source):
         return _from_torchvision(source, preprocessing, split, root)
     raise InputError(f"{source!r} is neither a folder, an .npz file nor a torchvision dataset name such as 'CIFAR10'.")
+
+
+def _named(column: Sequence[Any], source: Path) -> list[int | str]:
+    """Ids from a column: whole numbers or text, each of them once."""
+    ids = [int(each) if isinstance(each, int | np.integer) else str(each) for each in column]
+    if len(set(ids)) < len(ids):
+        twice = next(each for each, count in Counter(ids).items() if count > 1)
+        raise InputError(f"{source}: the id {twice!r} occurs more than once. Choose a column whose values are unique.")
+    return ids
+
+
+def _from_hugging_face(path: Path, preprocessing: Preprocessing, split: str, id_column: str | None) -> Images:
+    library = datasets()
+    try:
+        stored = library.load_from_disk(str(path))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as a Hugging Face dataset ({error}).") from error
+    if isinstance(stored, library.DatasetDict):
+        if split not in stored:
+            raise InputError(f"{path} has no split {split!r}; it holds {', '.join(stored)}.")
+        stored = stored[split]
+    image, label = (_column(stored, kind, path) for kind in (library.Image, library.ClassLabel))
+    ids = None
+    if id_column is not None:
+        if id_column not in stored.features:
+            raise InputError(f"{path} has no column {id_column!r}; it holds {', '.join(stored.features)}.")
+        ids = _named(stored[id_column][:], path)
+    return Images(_Column(stored, image), stored[label][:], stored.features[label].names, preprocessing, ids)
+
+
+def _column(stored: Any, kind: type, path: Path) -> str:
+    """The one column of that kind."""
+    found = [name for name, feature in stored.features.items() if isinstance(feature, kind)]
+    if len(found) != 1:
+        raise InputError(f"{path} needs one {kind.__name__} column, not {len(found)}. Cast or remove columns.")
+    return found[0]
+
+
+class _Column:
+    """One entry of every item of a dataset, read when asked for."""
+
+    def __init__(self, dataset: Any, key: str | int) -> None:
+        self.dataset, self.key = dataset, key
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[index][self.key]
 
 
 def _from_folder(path: Path, preprocessing: Preprocessing) -> Images:
@@ -113,16 +174,17 @@ def _from_folder(path: Path, preprocessing: Preprocessing) -> Images:
     return Images(_Folder(names), folder.targets, folder.classes, preprocessing, ids)
 
 
-def _from_npz(path: Path, preprocessing: Preprocessing, split: str) -> Images:
+def _from_npz(path: Path, preprocessing: Preprocessing, split: str, id_column: str | None) -> Images:
     if not path.is_file():
         raise InputError(f"there is no file {path}.")
     try:
         with np.load(path, allow_pickle=False) as archive:
-            keys = ("x", "y") if "x" in archive else (f"x_{split}", f"y_{split}")
+            keys = ["x", "y", *([id_column] if id_column else [])]
+            keys = keys if "x" in archive else [f"{key}_{split}" for key in keys]
             absent = [key for key in keys if key not in archive]
             if absent:
                 raise InputError(f"{path} has no array {absent[0]!r}; it holds {', '.join(archive.files)}.")
-            x, y = archive[keys[0]], archive[keys[1]]
+            x, y, *column = (archive[key] for key in keys)
             names = [str(name) for name in archive["classes"]] if "classes" in archive else None
     except (zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
         if isinstance(error, InputError):
@@ -136,7 +198,10 @@ def _from_npz(path: Path, preprocessing: Preprocessing, split: str) -> Images:
         raise InputError(
             f"{path}: needs one integer label an image, not {y.dtype} {list(y.shape)} for {len(x)} images."
         )
-    return Images(x, y.tolist(), names or [str(c) for c in range(int(y.max()) + 1)], preprocessing)
+    ids = _named(column[0].tolist(), path) if column else None
+    if ids is not None and len(ids) != len(y):
+        raise InputError(f"{path}: {len(ids)} ids for {len(y)} images.")
+    return Images(x, y.tolist(), names or [str(c) for c in range(int(y.max()) + 1)], preprocessing, ids)
 
 
 def _from_torchvision(name: str, preprocessing: Preprocessing, split: str, root: Path | None) -> Images:
@@ -155,17 +220,7 @@ def _from_torchvision(name: str, preprocessing: Preprocessing, split: str, root:
         raise InputError(f"torchvision's {name} has no list of labels. Export it to a folder of class folders.")
     labels = torch.as_tensor(labels).tolist()
     classes = getattr(dataset, "classes", None) or [str(c) for c in range(max(labels) + 1)]
-    return Images(_First(dataset), labels, list(classes), preprocessing)
-
-
-class _First:
-    """The images of a dataset of pairs."""
-
-    def __init__(self, dataset: Dataset) -> None:
-        self.dataset = dataset
-
-    def __getitem__(self, index: int) -> Any:
-        return self.dataset[index][0]
+    return Images(_Column(dataset, 0), labels, list(classes), preprocessing)
 
 
 def in_memory(data: Images, limit: int = 2_000_000_000) -> Dataset:

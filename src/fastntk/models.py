@@ -1,19 +1,20 @@
-"""Models by name from timm and torchvision, with a new head, local weights and the model's own preprocessing."""
+"""Models by name from timm, torchvision and transformers, or of your own, with a new head and their preprocessing."""
 
-import pickle
-from collections.abc import Mapping
+import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fastntk.compat import timm, torchvision
+from fastntk.compat import timm, torchvision, transformers
 from fastntk.errors import InputError
 from fastntk.tunable import head_name
+from fastntk.weights import load_weights, read_weights
+
+LIBRARIES = ("timm", "torchvision", "transformers")
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,18 @@ class Preprocessing:
     std: tuple[float, float, float]
 
 
+class Logits(nn.Module):
+    """A transformers classifier as a function from images to logits."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``[batch, 3, side, side]`` to ``[batch, C]``."""
+        return self.model(pixel_values=images).logits
+
+
 def load_model(
     name: str, classes: int, *, weights: Path | str | None = None, size: int | None = None, seed: int = 0
 ) -> tuple[nn.Module, Preprocessing]:
@@ -32,7 +45,9 @@ def load_model(
 
     Args:
         name: a timm name, or a torchvision name that timm does not have; ``torchvision/resnet18`` and ``timm/resnet18``
-            say which where both have it.
+            say which where both have it. ``transformers/vit`` is a type of transformers' image classifiers,
+            ``transformers/FOLDER`` what ``save_pretrained`` wrote, its weights included. ``FILE.py:FUNCTION`` is your
+            own: the function is called with the number of classes and returns the module and its ``Preprocessing``.
         classes: C.
         weights: a local state dict (.safetensors, or .pt/.pth of tensors only) whose head is ignored if it has other
             classes; ``"pretrained"`` lets the library download its own; None keeps random weights.
@@ -44,28 +59,56 @@ def load_model(
     """
     if classes < 2:
         raise InputError(f"a classifier needs at least 2 classes, got {classes}.")
-    library, _, short = name.rpartition("/")
-    if library not in ("", "timm", "torchvision"):
-        raise InputError(f"unknown library {library!r} in {name!r}. Use 'timm/NAME', 'torchvision/NAME' or 'NAME'.")
     pretrained = weights == "pretrained"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if library != "torchvision" and short in timm().list_models():
-            model, preprocessing = _from_timm(short, classes, size, pretrained)
-        elif library != "timm" and short in torchvision().models.list_models(module=torchvision().models):
-            model, preprocessing = _from_torchvision(short, classes, size, pretrained)
-        else:
-            raise InputError(f"neither timm nor torchvision has a model {name!r}.{_similar(short)}")
+        model, preprocessing = _maker(name)(classes, size, pretrained)
     if weights is not None and not pretrained:
         load_weights(model, read_weights(Path(weights)))
     reset_head(model, seed)
     return model.eval().to(memory_format=torch.channels_last), preprocessing  # type: ignore[call-overload]
 
 
+Make = Callable[[int, int | None, bool], tuple[nn.Module, Preprocessing]]
+"""Classes, side or None, and whether the library's own weights are wanted, to a model and its preprocessing."""
+
+
+def _maker(name: str) -> Make:
+    """Who makes the model of that name."""
+    file, _, function = name.rpartition(":")
+    if file.endswith(".py"):
+        return lambda classes, size, _: _from_file(Path(file), function, classes, size)
+    library, slash, short = name.partition("/")
+    if not slash:
+        library, short = "", name
+    elif library not in LIBRARIES:
+        raise InputError(f"unknown library {library!r} in {name!r}. Use one of {', '.join(LIBRARIES)}, as 'timm/NAME'.")
+    if library == "transformers":
+        return lambda *how: _from_transformers(short, *how)
+    if library != "torchvision" and short in timm().list_models():
+        return lambda *how: _from_timm(short, *how)
+    if library != "timm" and short in torchvision().models.list_models(module=torchvision().models):
+        return lambda *how: _from_torchvision(short, *how)
+    nobody = f"{library} has no" if library else "neither timm nor torchvision has a"
+    raise InputError(f"{nobody} model {short!r}.{_similar(short)}")
+
+
+def list_models(pattern: str = "") -> list[str]:
+    """The names that ``load_model`` knows and that contain ``pattern``, with their library."""
+    known = [f"timm/{name}" for name in timm().list_models()]
+    known += [f"torchvision/{name}" for name in torchvision().models.list_models(module=torchvision().models)]
+    try:
+        auto = transformers().models.auto
+        known += [f"transformers/{name}" for name in auto.modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES]
+    except InputError:  # it is not installed
+        pass
+    return [name for name in known if pattern in name]
+
+
 def _similar(name: str) -> str:
     from difflib import get_close_matches
 
-    known = {*timm().list_models(), *torchvision().models.list_models(module=torchvision().models)}
+    known = {each.partition("/")[2] for each in list_models()}
     close = get_close_matches(name, sorted(known), 3, 0.5)
     return f" Did you mean {', '.join(close)}?" if close else ""
 
@@ -89,6 +132,77 @@ def _from_torchvision(name: str, classes: int, size: int | None, pretrained: boo
     return model, Preprocessing(size or recipe.crop_size[0], tuple(recipe.mean), tuple(recipe.std))
 
 
+def _from_transformers(name: str, classes: int, size: int | None, pretrained: bool) -> tuple[nn.Module, Preprocessing]:
+    auto = transformers()
+    stored = pretrained or (Path(name) / "config.json").is_file()
+    try:
+        config = auto.AutoConfig.from_pretrained(name) if stored else auto.AutoConfig.for_model(name)
+        config.num_labels = classes
+        config.architectures = config.architectures or []  # which some types of transformers fail without
+        if size and hasattr(config, "image_size"):
+            config.image_size = size
+        processor = _processor(name if stored else None, config)
+        if not stored:
+            return Logits(auto.AutoModelForImageClassification.from_config(config)), _preprocessing(
+                processor, config, size
+            )
+        model, found = auto.AutoModelForImageClassification.from_pretrained(
+            name, config=config, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"transformers has no image classifier {name!r} ({str(error).splitlines()[0]}). Give a folder that "
+            "save_pretrained wrote, model and image processor, or one of its types, as 'transformers/vit'."
+        ) from error
+    wrapped = Logits(model)
+    lacking = {
+        each[0] if isinstance(each, tuple) else each
+        for key in ("missing_keys", "mismatched_keys")
+        for each in found[key]
+    }
+    lacking = {each for each in lacking if not f"model.{each}".startswith(f"{head_name(wrapped)}.")}
+    if lacking:
+        raise InputError(
+            f"the weights in {name} do not fit the model: {sorted(lacking)[0]!r} is missing or of another shape "
+            f"({len(lacking)} such). If a side of {size} pixels was asked for, leave it out."
+        )
+    return wrapped, _preprocessing(processor, config, size)
+
+
+def _processor(name: str | None, config: Any) -> Any:
+    """The image processor that was saved with a model, or the default one of its type."""
+    if name is not None:
+        return transformers().AutoImageProcessor.from_pretrained(name)
+    kinds = transformers().models.auto.image_processing_auto.IMAGE_PROCESSOR_MAPPING[type(config)]
+    return next(iter(kinds.values()))()
+
+
+def _preprocessing(processor: Any, config: Any, size: int | None) -> Preprocessing:
+    own = getattr(config, "image_size", None) or processor.size.get("height") or processor.size.get("shortest_edge")
+    plain = not getattr(processor, "do_normalize", True)
+    mean, std = ((0.0,) * 3, (1.0,) * 3) if plain else (tuple(processor.image_mean), tuple(processor.image_std))
+    return Preprocessing(int(size or own), mean, std)
+
+
+def _from_file(path: Path, function: str, classes: int, size: int | None) -> tuple[nn.Module, Preprocessing]:
+    """What a user's own function makes."""
+    if not path.is_file():
+        raise InputError(f"there is no file {path} with a model in it.")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise InputError(f"{path} cannot be imported.")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    make = getattr(module, function, None)
+    if make is None:
+        raise InputError(f"{path} has no function {function!r}.")
+    made = make(classes)
+    if not (isinstance(made, tuple) and isinstance(made[0], nn.Module) and isinstance(made[1], Preprocessing)):
+        raise InputError(f"{function} of {path} must return a module and its fastntk.Preprocessing.")
+    model, own = made
+    return model, Preprocessing(size or own.size, own.mean, own.std)
+
+
 def reset_head(model: nn.Module, seed: int) -> None:
     """Draw the head anew, in place: weights N(0, 0.01^2), bias 0."""
     head = model.get_submodule(head_name(model))
@@ -98,86 +212,3 @@ def reset_head(model: nn.Module, seed: int) -> None:
         head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * 0.01)
         if head.bias is not None:
             head.bias.zero_()
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a state dict file, without running code from it.
-
-    Raises:
-        InputError: the file is missing, truncated, or holds something other than tensors by name.
-    """
-    if not path.is_file():
-        raise InputError(f"there is no weights file {path}.")
-    try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path} cannot be read as weights ({reason}). It may be truncated: copy it again.") from error
-    state = state.get("state_dict", state) if isinstance(state, dict) else state
-    if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise InputError(f"{path} is not a state dict: a mapping of names to tensors. Save model.state_dict().")
-    return dict(state)
-
-
-def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, with_head: bool = False) -> None:
-    """Copy a state dict into ``model``, in place.
-
-    Unless ``with_head``, the head may be missing or of another shape and then stays as it is.
-
-    Raises:
-        InputError: another tensor is missing, too many or of another shape.
-    """
-    head = None if with_head else head_name(model)
-    wanted = model.state_dict()
-    usable = {
-        name: tensor
-        for name, tensor in state.items()
-        if not _in_head(name, head) or (name in wanted and wanted[name].shape == tensor.shape)
-    }
-    missing = [n for n in wanted if n not in usable and not _in_head(n, head) and not n.endswith("num_batches_tracked")]
-    surplus = [name for name in usable if name not in wanted]
-    for problem, names in (("lack", missing), ("have an unknown", surplus)):
-        if names:
-            raise InputError(
-                f"the weights do not fit the model: they {problem} tensor {names[0]!r} ({len(names)} such). "
-                "Give weights of this very architecture."
-            )
-    for name, tensor in usable.items():
-        if tensor.shape != wanted[name].shape:
-            raise InputError(
-                f"the weights do not fit the model: tensor {name!r} has shape {list(tensor.shape)}, the model needs "
-                f"{list(wanted[name].shape)}."
-            )
-    model.load_state_dict(usable, strict=False)
-
-
-def _in_head(name: str, head: str | None) -> bool:
-    return head is not None and name.startswith(f"{head}.")
-
-
-def rename_by_order(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The backbone tensors of ``state`` under ``model``'s names, for weights that were saved under other names.
-
-    Tensors are paired in order, batch counters skipped, and every pair must agree in shape; what ``state`` holds beyond
-    the backbone (a head) is left out.
-
-    Raises:
-        InputError: a pair disagrees, or ``state`` is too short.
-    """
-    head = head_name(model)
-    wanted = {
-        name: tensor
-        for name, tensor in model.state_dict().items()
-        if not _in_head(name, head) and not name.endswith("num_batches_tracked")
-    }
-    given = [(name, tensor) for name, tensor in state.items() if not name.endswith("num_batches_tracked")]
-    if len(given) < len(wanted):
-        raise InputError(f"the weights hold {len(given)} tensors, the model's backbone needs {len(wanted)}.")
-    renamed = {}
-    for (name, tensor), (source, value) in zip(wanted.items(), given, strict=False):
-        if tensor.shape != value.shape:
-            raise InputError(
-                f"the weights do not fit: {source!r} has shape {list(value.shape)}, {name!r} {list(tensor.shape)}."
-            )
-        renamed[name] = value
-    return renamed

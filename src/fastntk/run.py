@@ -26,13 +26,14 @@ from fastntk.loss import SquaredLoss
 from fastntk.members import Id
 from fastntk.memory import Memory, load
 from fastntk.methods import Method, Problem, Unlearned
-from fastntk.models import Preprocessing, load_model, load_weights
+from fastntk.models import Preprocessing, load_model
 from fastntk.planning import Plan, plan
 from fastntk.preparation import prepare, refresh
 from fastntk.report import Report
 from fastntk.store import Store
 from fastntk.training import Fit, Recipe, fit
 from fastntk.tunable import tune
+from fastntk.weights import load_weights
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,13 @@ class Settings:
     select: list[str]
     size: int
     recipe: dict[str, Any]
+    id_column: str | None = None
     files: dict[str, str] = field(default_factory=dict)
 
     def data_source(self, preprocessing: Preprocessing, source: str | None = None, split: str = "train") -> Images:
         """The training data, or another source read in the same way."""
-        return load_data(source or self.data, preprocessing, split=split, root=Path(self.root) if self.root else None)
+        root = Path(self.root) if self.root else None
+        return load_data(source or self.data, preprocessing, split=split, root=root, id_column=self.id_column)
 
 
 def parse_device(name: str) -> torch.device:
@@ -77,11 +80,13 @@ class Start:
     select: Sequence[str]
     size: int | None
     weights: str | None = None
+    id_column: str | None = None
 
     def open(self, device: torch.device, seed: int = 0) -> tuple[nn.Module, Images]:
         """The model with a head for the data's classes, the selection tuned, and the data as it wants them."""
         _, preprocessing = load_model(self.model, 2, size=self.size)
-        images = load_data(self.data, preprocessing, root=Path(self.root) if self.root else None)
+        root = Path(self.root) if self.root else None
+        images = load_data(self.data, preprocessing, root=root, id_column=self.id_column)
         size = preprocessing.size or None
         module, _ = load_model(self.model, len(images.classes), weights=self.weights, size=size, seed=seed)
         tune(module, *self.select)
@@ -96,6 +101,7 @@ class Run:
 
     def _model(self, settings: Settings, file: str) -> tuple[nn.Module, Preprocessing]:
         model, preprocessing = load_model(settings.model, len(settings.classes), size=settings.size or None)
+        tune(model, *settings.select)
         load_weights(model, read_tensors(self.folder / file)[0], with_head=True)
         return model.to(self.device), preprocessing
 
@@ -136,6 +142,7 @@ class Run:
             list(start.select),
             images.preprocessing.size,
             asdict(recipe),
+            start.id_column,
         )
         done = fit(module, in_memory(images), recipe)
         if distributed.rank():
@@ -156,7 +163,6 @@ class Run:
         """Settings, the fitted model and its training data, of which no image is read."""
         settings = self.settings()
         model, preprocessing = self._model(settings, "model.safetensors")
-        tune(model, *settings.select)
         images = settings.data_source(preprocessing)
         if images.classes != settings.classes:
             raise InputError(f"{settings.data} now has other classes than when the run was made: {images.classes}.")
@@ -254,9 +260,13 @@ def of_class(images: Images, class_name: str, memory: Memory) -> list[Id]:
     return ids
 
 
-def read_ids(text: str) -> list[Id]:
-    """Ids from text: numbers separated by commas, lines or spaces, or paths in a folder, by commas or lines."""
-    words = text.replace(",", " ").split()
-    if all(word.isdecimal() for word in words):
-        return [int(word) for word in words]
-    return [word.strip() for word in text.replace(",", "\n").splitlines() if word.strip()]
+def read_ids(text: str, images: Images) -> list[Id]:
+    """The ids that a text names: separated by commas or lines, or, if they are numbers, by spaces too.
+
+    What is no id of ``images`` stays as it is, for the memory to refuse.
+    """
+    known = {str(each): each for each in images.ids}
+    words = [word.strip() for word in text.replace(",", "\n").splitlines()]
+    if all(part.isdecimal() for word in words for part in word.split()):
+        words = [part for word in words for part in word.split()]
+    return [known.get(word, int(word) if word.isdecimal() else word) for word in words if word]
