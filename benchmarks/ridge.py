@@ -17,13 +17,12 @@ import torch
 from pretrained import cifar10, fingerprint, mobilenet_v2, vit_s14
 from rich.console import Console
 from rich.table import Table
-from stored import Stored, fitted
+from scenarios import scenarios, stored_references
+from stored import fitted
 from torch import Tensor
-from torch.utils.data import Subset
 
 import fastntk
-from fastntk.comparison import compare, references
-from fastntk.data import labels_of
+from fastntk.comparison import compare
 from fastntk.demo import digits, pretrained
 from fastntk.files import writable
 from fastntk.memory import Memory
@@ -36,7 +35,7 @@ JUDGED = (0.01, 0.03, 0.1, 0.15, 0.2, 0.3, 0.6, 1.0)
 MODELS = {
     "mobilenet_v2": (lambda: mobilenet_v2(128), ("bn", "head"), ("class", "random")),
     "efficientnet_lite0": (pretrained, ("bn", "head"), ("class", "random")),
-    "vit_s14": (lambda: vit_s14(112), ("prompts", "head"), ("class",)),
+    "vit_s14": (lambda: vit_s14(112), ("prompt:10", "head"), ("class",)),
 }
 
 
@@ -136,7 +135,7 @@ def chosen(memory: Memory) -> dict[str, float]:
 
 def judged(name: str, arguments: argparse.Namespace) -> tuple[dict[str, float], dict[str, dict]]:
     """What the rules choose for a model, and what the ridges in ``JUDGED`` do, beside retrained models."""
-    make, select, requests = MODELS[name]
+    make, select, wanted = MODELS[name]
     model, preprocessing = make()
     if name == "efficientnet_lite0":
         train, test = digits(preprocessing, 0, 100), digits(preprocessing, 100, 150)
@@ -147,16 +146,14 @@ def judged(name: str, arguments: argparse.Namespace) -> tuple[dict[str, float], 
     out = writable(arguments.out / "fits" / f"{name}-{key}")
     fit = fitted(model, train, recipe, out / "original.safetensors", key)
     memory = fastntk.prepare(model, train, fit.initial, form="dual")
-    scale, labels, reports = memory.ridge / memory.calibration.factor, labels_of(train), {}
-    forgotten_class = 3 if name == "efficientnet_lite0" else 0
-    tenth = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[: len(train) // 10].sort().values
-    for request in requests:
-        forget = (labels == forgotten_class).nonzero()[:, 0] if request == "class" else tenth
-        staying = (labels_of(test) != forgotten_class).nonzero()[:, 0].tolist()
+    scale, reports = memory.ridge / memory.calibration.factor, {}
+    for request, forget, held_out in scenarios(train, test, forgotten_class=3 if name == "efficientnet_lite0" else 0):
+        if request not in wanted:
+            continue
         problem = Problem(model, fit.initial, train, forget, recipe, memory)
-        kept = {row: Stored(method, out / f"{request}-{row}.safetensors", key) for row, method in references(1).items()}
+        kept = stored_references(1, out, request, key)
         ridges = {"automatic": FastNTK()} | {f"{factor:g}": FastNTK(ridge=factor * scale) for factor in JUDGED}
-        report, notes = compare(problem, Subset(test, staying) if request == "class" else test, {**kept, **ridges})
+        report, notes = compare(problem, held_out, {**kept, **ridges})
         Console(width=120).print(report.table(f"{name}, {request}"))
         Console(width=120).print("\n".join(f"{row}: {note}" for row, note in notes.items()), "")
         reports[request] = report.rows

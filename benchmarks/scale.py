@@ -1,10 +1,12 @@
 """Preparing a memory for more and more images: its memory must not grow, its time only in proportion.
 
     python benchmarks/scale.py [--full] [--samples 500 1000 2000] [--repeats 3]
+    python benchmarks/scale.py --case vit_b_32 --samples 50 200 --repeats 1 --planned 5000 50000
 
-ResNet-18 with random weights, batch norm tuned (p = 9,600), random images of CIFAR's size enlarged to 64 px, 10
-classes, primal form. Every number of images runs in a process of its own. ``--full`` goes on to 5,000 and 50,000
-images, once each; 50,000 take most of an hour.
+ResNet-18, batch norm tuned (p = 9,600), images of 64 px; or ViT-B/32 (88M parameters), ten prompts and head tuned
+(p = 15,370), images of 224 px. Random weights, random images enlarged from CIFAR's size, 10 classes, primal form. Every
+number of images runs in a process of its own. ``--full`` goes on to 5,000 and 50,000 images, once each; 50,000 take
+most of an hour. ``--planned`` says what fastntk.plan expects of so many, without doing it.
 
 memory_growth  peak resident memory of the process at the largest number of images over that at the smallest
 time_growth    time of the pass (Jacobians and sums) per image, at the largest over the smallest
@@ -24,31 +26,34 @@ from typing import Any
 import psutil
 import torch
 import torch.nn.functional as F
+from networks import randomise
 from rich.console import Console
 from rich.table import Table
 from timing import in_own_process, peak_bytes
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fastntk import plan, preparation, prepare
 from fastntk.compat import torchvision
 from fastntk.tunable import snapshot, tune, tuned
 
-CLASSES, SIDE = 10, 64
+CLASSES = 10
+CASES = {"resnet18": (("bn",), 64), "vit_b_32": (("prompt:10", "head"), 224)}
+"""What is tuned, and the side of the images."""
 
 
 class Images(Dataset):
     """Random images, each made when it is asked for."""
 
-    def __init__(self, count: int) -> None:
-        self.count = count
+    def __init__(self, count: int, side: int) -> None:
+        self.count, self.side = count, side
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(index))
-        return F.interpolate(pixels, size=SIDE, mode="bilinear")[0], index % CLASSES
+        return F.interpolate(pixels, size=self.side, mode="bilinear")[0], index % CLASSES
 
 
 def _timed(work: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
@@ -61,11 +66,19 @@ def _timed(work: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]
     return run
 
 
-def one(samples: int) -> dict[str, float]:
-    """Plan and prepare, in this process."""
+def problem(case: str, samples: int) -> tuple[nn.Module, Images]:
+    """The network, away from trivial values, and its images."""
     torch.manual_seed(0)
-    model, train = torchvision().models.resnet18(num_classes=CLASSES).eval(), Images(samples)
-    tune(model, "bn")
+    select, side = CASES[case]
+    model = getattr(torchvision().models, case)(num_classes=CLASSES).eval()
+    randomise(model)
+    tune(model, *select)
+    return model, Images(samples, side)
+
+
+def one(case: str, samples: int) -> dict[str, float]:
+    """Plan and prepare, in this process."""
+    model, train = problem(case, samples)
     initial = snapshot(tuned(model))
     with torch.no_grad():
         for parameter in tuned(model).values():
@@ -93,15 +106,17 @@ def main() -> None:
     parser.add_argument("--samples", type=int, nargs="+", default=[500, 1000, 2000])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--full", action="store_true")
+    parser.add_argument("--case", choices=list(CASES), default="resnet18")
+    parser.add_argument("--planned", type=int, nargs="*", default=[])
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        print(json.dumps(one(arguments.one)))
+        print(json.dumps(one(arguments.case, arguments.one)))
         return
     jobs = [samples for _ in range(arguments.repeats) for samples in arguments.samples]
     runs: dict[int, list[dict[str, float]]] = {}
     for samples in jobs + ([5000, 50000] if arguments.full else []):
-        runs.setdefault(samples, []).append(in_own_process(__file__, "--one", samples))
+        runs.setdefault(samples, []).append(in_own_process(__file__, "--case", arguments.case, "--one", samples))
         print(json.dumps(runs[samples][-1]), flush=True)
     rows = [{key: statistics.median(run[key] for run in each) for key in each[0]} for each in runs.values()]
     table = Table("images", "seconds", "of it the pass", "peak GB", "plan / time", "plan / memory")
@@ -110,6 +125,9 @@ def main() -> None:
         estimates = row["time_estimate"], row["memory_estimate"]
         table.add_row(f"{row['samples']:,.0f}", *(f"{each:.2f}" for each in (*figures, *estimates)))
     Console(width=100).print(table)
+    expected = {samples: plan(*problem(arguments.case, samples), form="primal") for samples in arguments.planned}
+    for planned in expected.values():
+        Console(width=100).print(planned.text())
     first, last = rows[0], rows[-1]
     result = {
         "memory_growth": last["peak_bytes"] / first["peak_bytes"],
@@ -117,6 +135,7 @@ def main() -> None:
         "time_estimate": [row["time_estimate"] for row in rows],
         "memory_estimate": [row["memory_estimate"] for row in rows],
         "seconds": {f"{row['samples']:.0f}": row["seconds"] for row in rows},
+        "planned_seconds": {samples: planned.total_seconds for samples, planned in expected.items()},
     }
     print(json.dumps(result))
 
