@@ -2,13 +2,13 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
 
-.PHONY: install demo test check clean
+.PHONY: install demo test check docs clean
 
 install: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(RUN)/pip install --constraint constraints.txt --editable ".[demo,test]"
+	$(RUN)/pip install --constraint constraints.txt --editable ".[demo,test,docs]"
 	touch $@
 
 demo: install
@@ -22,5 +22,8 @@ check: install
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
 
+docs: install
+	$(RUN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site
