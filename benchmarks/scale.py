@@ -11,7 +11,7 @@ most of an hour. ``--planned`` says what fastntk.plan expects of so many, withou
 memory_growth  peak resident memory of the process at the largest number of images over that at the smallest
 time_growth    time of the pass (Jacobians and sums) per image, at the largest over the smallest
 time_estimate  what fastntk.plan said of the time of everything, over what was then measured
-memory_estimate the same of the peak memory beside what the process held before
+memory_estimate the same of the peak memory, beyond what the process held before it planned
 
 Medians over the repeats. The last line is JSON.
 """
@@ -83,8 +83,8 @@ def one(case: str, samples: int) -> dict[str, float]:
     with torch.no_grad():
         for parameter in tuned(model).values():
             parameter.add_(0.01 * torch.randn_like(parameter))
-    planned = plan(model, train, form="primal")
     before = psutil.Process().memory_info().rss
+    planned = plan(model, train, form="primal")
     passes: list[float] = []
     preparation.collect_sums = _timed(preparation.collect_sums, passes)
     started = time.perf_counter()

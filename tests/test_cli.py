@@ -172,6 +172,7 @@ def test_help_explains_every_command(command):
         ("no class 'mauve'. The classes are: red, green, blue", ["--class-name", "mauve"]),
         ("exactly one of --ids, --ids-file and --class-name", []),
         ("cannot be read as text", ["--ids-file", "/nowhere.txt"]),
+        ("--dry-run only shows the verdict", ["--ids", "3", "--dry-run", "--full"]),
         ("device 'cuda:7' is not there", ["--ids", "1", "--device", "cuda:7"]),
         ("device 'abacus' is not there", ["--ids", "1", "--device", "abacus"]),
     ],
@@ -231,6 +232,7 @@ def test_a_plan_before_and_after_there_is_a_run(data, run):
     assert "peak memory" in succeed("plan", *MODEL, "--data", data)
     refuse("either a run folder, or --model and --data", "plan")
     refuse("either a run folder, or --model and --data", "plan", run, *MODEL, "--data", data)
+    refuse("either a run folder, or --model and --data", "plan", run, "--select", "bn")
 
 
 def test_what_can_be_named_and_tuned():

@@ -19,7 +19,7 @@ from fastntk.jacobian import PerSampleJacobian
 from fastntk.lora import lora_targets
 from fastntk.models import Logits
 from fastntk.prompts import prompts_of
-from fastntk.tunable import snapshot, tunables
+from fastntk.tunable import head_name, snapshot, tunables
 
 WIDTH, BLOCKS = 8, 2
 
@@ -264,6 +264,16 @@ def test_other_prompts_or_adapters_than_there_are():
     for other in ("lora:3", "lora:2:qkv"):
         with pytest.raises(fastntk.InputError, match="has adapters already"):
             fastntk.tune(model, other)
+
+
+def test_an_adapted_head_is_still_the_head():
+    model = made("timm")
+    fastntk.tune(model, "lora:2:head|qkv", "head")
+    assert head_name(model) == "head.base_layer"
+    x = images("timm")
+    jacobian = PerSampleJacobian(model, snapshot(fastntk.tune(model, "lora:2:head|qkv", "head")))
+    expected = oracles.jacobian(model, jacobian.parameters, jacobian.layout(x), x)
+    torch.testing.assert_close(jacobian(x).dense(), expected, rtol=1e-8, atol=1e-10)
 
 
 def test_adapters_go_to_attention_or_where_that_cannot_be_to_the_rest_of_the_block():

@@ -31,13 +31,17 @@ app = typer.Typer(
     "shows the result beside models retrained without the data. **demo** does all of it on packaged data.",
 )
 
+SELECTED = ["bn", "head"]
+"""What is tuned if nothing is said."""
+
 Folder = Annotated[Path, typer.Argument(metavar="RUN", help="The run folder: everything about one model lies in it.")]
 Root = Annotated[str | None, typer.Option(help="The folder that a torchvision dataset lies in.")]
 Select = Annotated[
-    list[str],
+    list[str] | None,
     typer.Option(
         help="What to tune, repeatable: bn, ln, norm, bias, head, prompt:10, deep-prompt:10, lora:8, last:1 (block), "
-        "all, or a regular expression over parameter names. `fastntk tunables MODEL` shows what there is."
+        "all, or a regular expression over parameter names; bn and head if nothing is said. `fastntk tunables MODEL` "
+        "shows what there is."
     ),
 ]
 Size = Annotated[int | None, typer.Option(help="Side of the input in pixels; the model's own by default.")]
@@ -111,7 +115,7 @@ def fit(
     weights: Annotated[
         str | None, typer.Option(help="A local state dict (.safetensors, .pt), or 'pretrained'.")
     ] = None,
-    select: Select = ["bn", "head"],  # noqa: B006
+    select: Select = None,
     image_size: Size = None,
     epochs: Annotated[int, typer.Option(help="Passes over the data.")] = 12,
     batch_size: Annotated[int, typer.Option(help="Images a step.")] = 32,
@@ -130,7 +134,7 @@ def fit(
     recipe = Recipe(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed)
     opened = Run(run, distributed.local_device(device))
     with distributed.session(opened.device):
-        done = opened.fit(Start(model, data, data_root, select, image_size, weights, id_column), recipe)
+        done = opened.fit(Start(model, data, data_root, select or SELECTED, image_size, weights, id_column), recipe)
         if distributed.rank():
             return
     count = sum(tensor.numel() for tensor in done.initial.values())
@@ -214,7 +218,7 @@ def plan(
     model: Annotated[str | None, typer.Option(help="In place of a run: what fit would be given.")] = None,
     data: Annotated[str | None, typer.Option(help="In place of a run: what fit would be given.")] = None,
     data_root: Root = None,
-    select: Select = ["bn", "head"],  # noqa: B006
+    select: Select = None,
     image_size: Size = None,
     form: Annotated[str, typer.Option(help="'primal', 'dual', 'matrix-free', or 'auto'.")] = "auto",
     sums: Sums = "float64",
@@ -232,12 +236,13 @@ def plan(
     from fastntk.run import Run, Start, parse_device
 
     options = {"form": form, **_engine(sums, precision, class_probes, workers)}
-    if (run is None) != (model is not None and data is not None) or (run and (model or data)):
-        raise InputError("say what to plan for: either a run folder, or --model and --data.")
+    described = any(each is not None for each in (model, data, data_root, select, image_size))
+    if (run and described) or (not run and (model is None or data is None)):
+        raise InputError("say what to plan for: either a run folder, or --model and --data with what goes with them.")
     if run:
         planned = Run(run, device).plan(**options)
     else:
-        start = Start(str(model), str(data), data_root, select, image_size)
+        start = Start(str(model), str(data), data_root, select or SELECTED, image_size)
         planned = planning.plan(*start.open(parse_device(device)), **options)
     show(planned.to_dict(), as_json, planned.text())
 
@@ -261,6 +266,8 @@ def forget(
 
     if sum(given is not None for given in (ids, ids_file, class_name)) != 1:
         raise InputError("say what to forget by exactly one of --ids, --ids-file and --class-name.")
+    if dry_run and (full or certificate or defer_purge):
+        raise InputError("--dry-run only shows the verdict: --full, --certificate and --defer-purge do not go with it.")
     memory, images = Run(run, device).memory()
     wanted = _wanted(ids, ids_file, images) if class_name is None else of_class(images, class_name, memory)
     if dry_run:

@@ -1,5 +1,6 @@
 """What preparing a memory will take, before any of it is done: form, memory, arithmetic and time."""
 
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -26,6 +27,7 @@ Form = Literal["primal", "dual", "matrix-free"]
 FORMS: tuple[Form, ...] = ("primal", "dual", "matrix-free")
 
 _BATCH_BYTES = 2**30  # of one batch's Jacobians
+_CALIBRATION = 10  # seconds, after which a piece of work is not timed again
 _TRIAL = 3072  # the side of the matrices that the calibration multiplies and inverts
 _SOLVE_PASSES = 15  # a guess at what the matrix-free form's first solve takes after its Krylov space
 
@@ -241,17 +243,18 @@ def calibrated(untimed: Plan, linearised: Linearised, dtype: torch.dtype) -> Pla
 
 
 def _timed(work: Callable[[], object], device: torch.device) -> tuple[float, float]:
-    """Seconds (the median of three runs after one) and floating-point operations of some work."""
+    """Seconds and floating-point operations of some work: after one run, the median of three, or of as many as start
+    within ten seconds."""
     with FlopCounterMode(display=False) as counter:
         work()
-    seconds = []
-    for _ in range(3):
+    seconds: list[float] = []
+    while len(seconds) < 3 and sum(seconds) < _CALIBRATION:
         _wait(device)
         started = time.perf_counter()
         work()
         _wait(device)
         seconds.append(time.perf_counter() - started)
-    return sorted(seconds)[1], float(counter.get_total_flops())
+    return statistics.median(seconds), float(counter.get_total_flops())
 
 
 def _wait(device: torch.device) -> None:
