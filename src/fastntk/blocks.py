@@ -1,7 +1,6 @@
 """The blocks that a network repeats, found in its structure alone, whichever library it comes from."""
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastntk.errors import InputError
 
@@ -50,14 +49,3 @@ def transformer_blocks(model: nn.Module) -> dict[str, nn.Module]:
             f"prompts need a plain vision transformer, and this model {kind}. Tune something else: 'norm', 'bias', ..."
         )
     return found
-
-
-def checked_tokens(tokens: object) -> Tensor:
-    """What enters a block.
-
-    Raises:
-        InputError: it is not ``[batch, tokens, width]``.
-    """
-    if not isinstance(tokens, torch.Tensor) or tokens.ndim != 3:
-        raise InputError("prompts need a plain vision transformer, whose blocks take [batch, tokens, width].")
-    return tokens

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
+from fastntk import options
 from fastntk.distributed import PeerLost, first, launched
 from fastntk.errors import InputError
 from fastntk.progress import console
@@ -31,43 +31,6 @@ app = typer.Typer(
     "shows the result beside models retrained without the data. **demo** does all of it on packaged data.",
 )
 
-SELECTED = ["bn", "head"]
-"""What is tuned if nothing is said."""
-
-Folder = Annotated[Path, typer.Argument(metavar="RUN", help="The run folder: everything about one model lies in it.")]
-Root = Annotated[str | None, typer.Option(help="The folder that a torchvision dataset lies in.")]
-Select = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="What to tune, repeatable: bn, ln, norm, bias, head, prompt:10, deep-prompt:10, lora:8, last:1 (block), "
-        "all, or a regular expression over parameter names; bn and head if nothing is said. `fastntk tunables MODEL` "
-        "shows what there is."
-    ),
-]
-Size = Annotated[int | None, typer.Option(help="Side of the input in pixels; the model's own by default.")]
-IdColumn = Annotated[
-    str | None, typer.Option(help="The column (array of an .npz) that names the samples; their index by default.")
-]
-Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")]
-Seed = Annotated[int, typer.Option(help="Of the head's first values and the order of the samples.")]
-Sums = Annotated[str, typer.Option(help="Dtype of the primal form's sums: float64, or float32 for half the memory.")]
-Precision = Annotated[str, typer.Option(help="Of the network: full, tf32 (NVIDIA only) or bf16.")]
-Probes = Annotated[
-    int | None, typer.Option(help="Random combinations of the logits in place of all classes; answers become rough.")
-]
-Workers = Annotated[int, typer.Option(help="Processes that read images ahead.")]
-Ids = Annotated[
-    str | None,
-    typer.Option(help="Places in the training set, as 3,17; paths in a folder of images; or what --id-column holds."),
-]
-IdsFile = Annotated[Path | None, typer.Option(help="A text file of such ids.")]
-Defer = Annotated[bool, typer.Option("--defer-purge", help="Leave the rewriting of the memory to a later command.")]
-Full = Annotated[bool, typer.Option("--full", help="Solve anew from the sums, to compare.")]
-CertificateFile = Annotated[
-    Path | None, typer.Option(help="Where to write the certificate (JSON), with the salt of its hashed ids.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-
 
 def show(document: Mapping[str, object], as_json: bool, text: object) -> None:
     """Results on standard output: JSON for machines, or text for people."""
@@ -80,9 +43,9 @@ def show(document: Mapping[str, object], as_json: bool, text: object) -> None:
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Where report.json and report.html go.")] = Path("runs/demo"),
-    device: Device = "cpu",
-    seed: Seed = 0,
-    as_json: Json = False,
+    device: options.Device = "cpu",
+    seed: options.Seed = 0,
+    as_json: options.Json = False,
 ) -> None:
     """Forget a whole digit, and a random tenth, of 1,000 MNIST images on EfficientNet-Lite0; compare with retraining.
 
@@ -102,27 +65,20 @@ def demo(
 
 @app.command()
 def fit(
-    run: Folder,
-    model: Annotated[
-        str, typer.Option(help="timm/NAME, torchvision/NAME, transformers/TYPE or /FOLDER, or FILE.py:FUNCTION.")
-    ],
-    data: Annotated[
-        str,
-        typer.Option(help="A folder of class folders, an .npz (x, y), a saved Hugging Face or a torchvision dataset."),
-    ],
-    data_root: Root = None,
-    id_column: IdColumn = None,
-    weights: Annotated[
-        str | None, typer.Option(help="A local state dict (.safetensors, .pt), or 'pretrained'.")
-    ] = None,
-    select: Select = None,
-    image_size: Size = None,
+    run: options.Folder,
+    model: options.Model,
+    data: options.Data,
+    data_root: options.Root = None,
+    id_column: options.IdColumn = None,
+    weights: options.Weights = None,
+    select: options.Select = None,
+    image_size: options.Size = None,
     epochs: Annotated[int, typer.Option(help="Passes over the data.")] = 12,
     batch_size: Annotated[int, typer.Option(help="Images a step.")] = 32,
     learning_rate: Annotated[float, typer.Option(help="Adam's first; it falls to 0 along a cosine.")] = 1e-3,
-    device: Device = "cpu",
-    seed: Seed = 0,
-    as_json: Json = False,
+    device: options.Device = "cpu",
+    seed: options.Seed = 0,
+    as_json: options.Json = False,
 ) -> None:
     """Fine-tune the selected parameters of a model on labelled images; all else stays frozen.
 
@@ -134,7 +90,9 @@ def fit(
     recipe = Recipe(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed)
     opened = Run(run, distributed.local_device(device))
     with distributed.session(opened.device):
-        done = opened.fit(Start(model, data, data_root, select or SELECTED, image_size, weights, id_column), recipe)
+        done = opened.fit(
+            Start(model, data, data_root, select or options.SELECTED, image_size, weights, id_column), recipe
+        )
         if distributed.rank():
             return
     count = sum(tensor.numel() for tensor in done.initial.values())
@@ -148,7 +106,7 @@ def fit(
 
 @app.command()
 def models(
-    pattern: Annotated[str, typer.Argument(help="Only names that contain this.")] = "", as_json: Json = False
+    pattern: Annotated[str, typer.Argument(help="Only names that contain this.")] = "", as_json: options.Json = False
 ) -> None:
     """List the models that can be named, of timm, torchvision and (if it is installed) transformers."""
     from fastntk.models import list_models
@@ -161,8 +119,8 @@ def models(
 def tunables(
     model: Annotated[str, typer.Argument(help="As for fit.")],
     classes: Annotated[int, typer.Option(help="Of the head.")] = 10,
-    image_size: Size = None,
-    as_json: Json = False,
+    image_size: options.Size = None,
+    as_json: options.Json = False,
 ) -> None:
     """Show what of a model can be tuned, with the number of parameters of each selection."""
     from fastntk.models import load_model
@@ -179,18 +137,18 @@ def tunables(
 
 @app.command()
 def prepare(
-    run: Folder,
+    run: options.Folder,
     ridge: Annotated[
         str, typer.Option(help="'auto', or the total L2 pull toward the parameters before fitting.")
     ] = "auto",
     form: Annotated[str, typer.Option(help="'primal' (p x p), 'dual' (nC x nC), 'matrix-free', or 'auto'.")] = "auto",
-    sums: Sums = "float64",
-    precision: Precision = "full",
-    class_probes: Probes = None,
-    workers: Workers = 0,
-    device: Device = "cpu",
+    sums: options.Sums = "float64",
+    precision: options.Precision = "full",
+    class_probes: options.Probes = None,
+    workers: options.Workers = 0,
+    device: options.Device = "cpu",
     seed: Annotated[int, typer.Option(help="Of the draw of retained samples that check every request.")] = 0,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """One pass over the training data; from then on forgetting needs only the forgotten samples.
 
@@ -200,10 +158,10 @@ def prepare(
     from fastntk import distributed
     from fastntk.run import Run
 
-    options = _engine(sums, precision, class_probes, workers)
+    engine = options.engine(sums, precision, class_probes, workers)
     opened = Run(run, distributed.local_device(device))
     with distributed.session(opened.device):
-        memory = opened.prepare(ridge if ridge == "auto" else _number(ridge), form, seed, **options)
+        memory = opened.prepare(ridge if ridge == "auto" else options.number(ridge), form, seed, **engine)
         if distributed.rank():
             return
     document = {"run": str(run), "form": memory.form, "ridge": memory.ridge, "samples": int(memory.present.sum())}
@@ -217,16 +175,16 @@ def plan(
     run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="A run folder that holds a fitted model.")] = None,
     model: Annotated[str | None, typer.Option(help="In place of a run: what fit would be given.")] = None,
     data: Annotated[str | None, typer.Option(help="In place of a run: what fit would be given.")] = None,
-    data_root: Root = None,
-    select: Select = None,
-    image_size: Size = None,
+    data_root: options.Root = None,
+    select: options.Select = None,
+    image_size: options.Size = None,
     form: Annotated[str, typer.Option(help="'primal', 'dual', 'matrix-free', or 'auto'.")] = "auto",
-    sums: Sums = "float64",
-    precision: Precision = "full",
-    class_probes: Probes = None,
-    workers: Workers = 0,
-    device: Device = "cpu",
-    as_json: Json = False,
+    sums: options.Sums = "float64",
+    precision: options.Precision = "full",
+    class_probes: options.Probes = None,
+    workers: options.Workers = 0,
+    device: options.Device = "cpu",
+    as_json: options.Json = False,
 ) -> None:
     """What prepare would take: form, peak memory, arithmetic, and a time from a calibration of some seconds.
 
@@ -235,31 +193,31 @@ def plan(
     from fastntk import planning
     from fastntk.run import Run, Start, parse_device
 
-    options = {"form": form, **_engine(sums, precision, class_probes, workers)}
+    engine = {"form": form, **options.engine(sums, precision, class_probes, workers)}
     described = any(each is not None for each in (model, data, data_root, select, image_size))
     if (run and described) or (not run and (model is None or data is None)):
         raise InputError("say what to plan for: either a run folder, or --model and --data with what goes with them.")
     if run:
-        planned = Run(run, device).plan(**options)
+        planned = Run(run, device).plan(**engine)
     else:
-        start = Start(str(model), str(data), data_root, select or SELECTED, image_size)
-        planned = planning.plan(*start.open(parse_device(device)), **options)
+        start = Start(str(model), str(data), data_root, select or options.SELECTED, image_size)
+        planned = planning.plan(*start.open(parse_device(device)), **engine)
     show(planned.to_dict(), as_json, planned.text())
 
 
 @app.command()
 def forget(
-    run: Folder,
-    ids: Ids = None,
-    ids_file: IdsFile = None,
+    run: options.Folder,
+    ids: options.Ids = None,
+    ids_file: options.IdsFile = None,
     class_name: Annotated[str | None, typer.Option(help="All samples of one class.")] = None,
     ridge: Annotated[float | None, typer.Option(help="For this request another total than the memory's.")] = None,
     dry_run: Annotated[bool, typer.Option(help="Show the verdict, change nothing.")] = False,
-    defer_purge: Defer = False,
-    full: Full = False,
-    certificate: CertificateFile = None,
-    device: Device = "cpu",
-    as_json: Json = False,
+    defer_purge: options.Defer = False,
+    full: options.Full = False,
+    certificate: options.CertificateFile = None,
+    device: options.Device = "cpu",
+    as_json: options.Json = False,
 ) -> None:
     """Forget samples, then purge their trace from the memory. A few others are read to check the answer."""
     from fastntk.run import Run, of_class
@@ -278,14 +236,14 @@ def forget(
 
 @app.command()
 def remember(
-    run: Folder,
-    ids: Ids = None,
-    ids_file: IdsFile = None,
-    defer_purge: Defer = False,
-    full: Full = False,
-    certificate: CertificateFile = None,
-    device: Device = "cpu",
-    as_json: Json = False,
+    run: options.Folder,
+    ids: options.Ids = None,
+    ids_file: options.IdsFile = None,
+    defer_purge: options.Defer = False,
+    full: options.Full = False,
+    certificate: options.CertificateFile = None,
+    device: options.Device = "cpu",
+    as_json: options.Json = False,
 ) -> None:
     """Add samples that are in the data and not in the memory: new ones, or some that were forgotten."""
     from fastntk.run import Run
@@ -298,7 +256,7 @@ def remember(
 
 
 @app.command()
-def ledger(run: Folder, as_json: Json = False) -> None:
+def ledger(run: options.Folder, as_json: options.Json = False) -> None:
     """Every request with its state: answered (its trace is still in the folder) or purged."""
     from fastntk.store import Store
 
@@ -313,7 +271,9 @@ def ledger(run: Folder, as_json: Json = False) -> None:
 
 
 @app.command()
-def verify(run: Folder, full: Full = False, device: Device = "cpu", as_json: Json = False) -> None:
+def verify(
+    run: options.Folder, full: options.Full = False, device: options.Device = "cpu", as_json: options.Json = False
+) -> None:
     """Check every file of the memory, that it belongs to the model and data, and that its solution is exact."""
     from fastntk.run import Run
 
@@ -334,7 +294,7 @@ def verify(run: Folder, full: Full = False, device: Device = "cpu", as_json: Jso
 
 
 @app.command()
-def refresh(run: Folder, device: Device = "cpu", as_json: Json = False) -> None:
+def refresh(run: options.Folder, device: options.Device = "cpu", as_json: options.Json = False) -> None:
     """Linearise anew where the weights are now, by one pass over the samples that are left."""
     from fastntk.run import Run
 
@@ -345,10 +305,10 @@ def refresh(run: Folder, device: Device = "cpu", as_json: Json = False) -> None:
 
 @app.command()
 def export(
-    run: Folder,
+    run: options.Folder,
     out: Annotated[Path | None, typer.Option(help="The file; by default unlearned.safetensors in the run.")] = None,
-    device: Device = "cpu",
-    as_json: Json = False,
+    device: options.Device = "cpu",
+    as_json: options.Json = False,
 ) -> None:
     """Write the whole model after all requests: a plain state dict, for load_state_dict(strict=True)."""
     from fastntk.run import Run
@@ -360,14 +320,14 @@ def export(
 
 @app.command()
 def evaluate(
-    run: Folder,
+    run: options.Folder,
     test: Annotated[str | None, typer.Option(help="Held-out data; by default the test split of the run's own.")] = None,
     retrain: Annotated[bool, typer.Option(help="Retrain twice without the forgotten samples, to compare with.")] = True,
-    device: Device = "cpu",
+    device: options.Device = "cpu",
     seed: Annotated[
         int | None, typer.Option(help="Of the second retrained model; the run's own + 1 by default.")
     ] = None,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Show the unlearned model beside the original and two models retrained without the forgotten samples."""
     from fastntk.report import document, write_report
@@ -384,7 +344,7 @@ def evaluate(
 def _wanted(ids: str | None, ids_file: Path | None, images: "Images") -> list[Any]:
     from fastntk.run import read_ids
 
-    return read_ids((ids or "") if ids_file is None else _text(ids_file), images)
+    return read_ids((ids or "") if ids_file is None else options.text_of(ids_file), images)
 
 
 def _answered(
@@ -408,28 +368,6 @@ def _report(run: Path, answer: Any, purge_seconds: float | None, as_json: bool) 
     )
     purged = "nothing was purged" if purge_seconds is None else f"purged in {purge_seconds:.2f} s"
     show(document, as_json, f"{text}\nThe memory's folder: {purged}.")
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError as error:
-        raise InputError(f"--ridge must be 'auto' or a number, not {text!r}.") from error
-
-
-def _engine(sums: str, precision: str, class_probes: int | None, workers: int) -> dict[str, Any]:
-    """The options that plan and prepare share, as the library takes them."""
-    if sums not in ("float64", "float32"):
-        raise InputError(f"--sums must be float64 or float32, not {sums!r}.")
-    dtype = torch.float64 if sums == "float64" else torch.float32
-    return {"dtype": dtype, "precision": precision, "class_probes": class_probes, "workers": workers}
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as text ({error}).") from error
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

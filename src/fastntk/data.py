@@ -84,7 +84,7 @@ def load_data(
     preprocessing: Preprocessing,
     *,
     split: str = "train",
-    root: Path | None = None,
+    root: Path | str | None = None,
     id_column: str | None = None,
 ) -> Images:
     """Read labelled images.
@@ -204,8 +204,8 @@ def _from_npz(path: Path, preprocessing: Preprocessing, split: str, id_column: s
     return Images(x, y.tolist(), names or [str(c) for c in range(int(y.max()) + 1)], preprocessing, ids)
 
 
-def _from_torchvision(name: str, preprocessing: Preprocessing, split: str, root: Path | None) -> Images:
-    if root is None:
+def _from_torchvision(name: str, preprocessing: Preprocessing, split: str, root: Path | str | None) -> Images:
+    if not root:
         raise InputError(f"the torchvision dataset {name} needs the folder that it lies in.")
     make = getattr(torchvision().datasets, name)
     accepted = inspect.signature(make).parameters

@@ -74,8 +74,7 @@ class Memory:
         vector: Float[Tensor, " p"] | None = None,
     ) -> None:
         self.linearised, self.solution, self.residuals, self.calibration = linearised, solution, residuals, calibration
-        self.record = record
-        self._order, self._probe = order, probe
+        self.record, self._order, self._probe = record, order, probe
         self._vector = self._layout.flatten(self.anchor) if vector is None else vector
         self._store: Store | None = None
 
@@ -191,8 +190,7 @@ class Memory:
         """
         with self._exclusive():
             started = time.perf_counter()
-            store = self._kept()
-            store.replace(*self._contents(), started)
+            self._kept().replace(*self._contents(), started)
             return time.perf_counter() - started
 
     def replace_(self, make: Callable[[], "Memory"]) -> float:
@@ -239,11 +237,7 @@ class Memory:
         return self.linearised.rows(positions.tolist())
 
     def check(self, positions: Int[Tensor, " some"], residuals: Float[Tensor, "some outputs"] | None = None) -> None:
-        """Whether the data source still has, under the members' ids, what was prepared.
-
-        Args:
-            positions: of the members to check.
-            residuals: theirs, if they are known already.
+        """Whether the data source still has, under the members' ids, what was prepared; from ``residuals`` if known.
 
         Raises:
             InputError: it has other pixels or labels, or the model is another.
@@ -342,23 +336,22 @@ class Memory:
         positions, sign = tensors["positions"], 1 if kind == "remember" else -1
         self.members.ids.extend(ids)
         if len(positions):
-            joined = tensors["residual"] if sign > 0 else None
-            self._apply_(replayed(tensors, sign, self.solution), tensors["vector"], joined)
+            update = replayed(tensors, sign, self.solution)
+            self._apply_(update, tensors["vector"], tensors["residual"] if sign > 0 else None)
 
     def _certify(
         self, kind: str, update: Update, change: Tensor, parameters: Mapping[str, Tensor], ridge: float, residual: float
     ) -> Certificate:
-        positions, before = update.positions, self.parameters
-        others = self._order[self.present[self._order] & ~torch.isin(self._order, positions)]
-        probe = self.members.available(others)[: self._probe]
-        ways = self.linearised, change, before, parameters
+        asked, before = update.positions.tolist(), self.parameters
+        others = self._order[self.present[self._order] & ~torch.isin(self._order, update.positions)]
+        probe = self.members.available(others)[: self._probe].tolist()
         known = update.rows.jacobian.matvec(change) if update.rows and not self.linearised.probes else None
-        requested, retained = departures(*ways, positions.tolist(), probe.tolist(), known)
+        requested, retained = departures(self.linearised, change, before, parameters, asked, probe, known)
         salt = new_salt()
         return Certificate(
             request=str(uuid.uuid4()),
             kind=kind,
-            samples=len(positions),
+            samples=len(asked),
             retained=len(others),
             ridge=ridge,
             departure_requested=requested,
@@ -369,7 +362,7 @@ class Memory:
             before=digest(before),
             after=digest(parameters),
             salt=salt,
-            hashes=hashed((self.members.ids[position] for position in positions.tolist()), salt),
+            hashes=hashed((self.members.ids[position] for position in asked), salt),
         )
 
     def _contents(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

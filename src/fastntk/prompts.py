@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastntk.blocks import checked_tokens, transformer_blocks
+from fastntk.blocks import transformer_blocks
 from fastntk.errors import InputError
 
 NAME = "prompts"
@@ -52,7 +52,9 @@ class _Enter:
         self.prompts, self.number = prompts, number
 
     def __call__(self, block: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        tokens = checked_tokens(arguments[0] if arguments else None)
+        tokens = arguments[0] if arguments else None
+        if not isinstance(tokens, Tensor) or tokens.ndim != 3:
+            raise InputError("prompts need a plain vision transformer, whose blocks take [batch, tokens, width].")
         prompts = self.prompts.tokens[self.number].expand(len(tokens), -1, -1)
         return torch.cat([tokens, prompts.to(tokens.dtype)], 1), *arguments[1:]
 

@@ -52,8 +52,7 @@ class Settings:
 
     def data_source(self, preprocessing: Preprocessing, source: str | None = None, split: str = "train") -> Images:
         """The training data, or another source read in the same way."""
-        root = Path(self.root) if self.root else None
-        return load_data(source or self.data, preprocessing, split=split, root=root, id_column=self.id_column)
+        return load_data(source or self.data, preprocessing, split=split, root=self.root, id_column=self.id_column)
 
 
 def parse_device(name: str) -> torch.device:
@@ -85,8 +84,7 @@ class Start:
     def open(self, device: torch.device, seed: int = 0) -> tuple[nn.Module, Images]:
         """The model with a head for the data's classes, the selection tuned, and the data as it wants them."""
         _, preprocessing = load_model(self.model, 2, size=self.size)
-        root = Path(self.root) if self.root else None
-        images = load_data(self.data, preprocessing, root=root, id_column=self.id_column)
+        images = load_data(self.data, preprocessing, root=self.root, id_column=self.id_column)
         size = preprocessing.size or None
         module, _ = load_model(self.model, len(images.classes), weights=self.weights, size=size, seed=seed)
         tune(module, *self.select)

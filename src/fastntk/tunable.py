@@ -120,34 +120,35 @@ SELECTORS: dict[str, Selector] = {
 
 
 def tunables(model: nn.Module) -> dict[str, int]:
-    """How many parameters each named selector would tune in ``model``; those that do not apply are left out."""
+    """How many parameters each named selector would tune in ``model``.
+
+    Those that do not apply are left out, and LoRA where peft is not installed.
+    """
     found = {}
     for key, selector in SELECTORS.items():
         trial = copy.deepcopy(model) if selector.adds else model
         try:
-            names = set(_named(trial, key))
+            names = set(selector.names(trial, selector.argument or ""))
         except InputError:
             continue
         found[key] = sum(parameter.numel() for name, parameter in trial.named_parameters() if name in names)
     return {key: size for key, size in found.items() if size}
 
 
-def _is_named(selector: str) -> bool:
-    """Whether it is a named one and not a regular expression, in which a colon may occur too."""
-    key, colon, _ = selector.partition(":")
-    return key in SELECTORS and (not colon or SELECTORS[key].argument is not None)
-
-
-def _named(model: nn.Module, selector: str) -> list[str]:
-    """The parameter names of a named selector."""
-    key, _, argument = selector.partition(":")
-    return SELECTORS[key].names(model, argument or SELECTORS[key].argument or "")
+def _parsed(selector: str) -> tuple[Selector, str] | None:
+    """A named selector and its argument; None for a regular expression, in which a colon may occur too."""
+    key, colon, argument = selector.partition(":")
+    named = SELECTORS.get(key)
+    if named is None or (colon and named.argument is None):
+        return None
+    return named, argument or named.argument or ""
 
 
 def _matching(model: nn.Module, selector: str) -> list[str]:
     """The parameter names of one selector: a named one, or a regular expression over the names."""
+    named = _parsed(selector)
     try:
-        names = _named(model, selector) if _is_named(selector) else _parameters(model, _searching(selector))
+        names = named[0].names(model, named[1]) if named else _parameters(model, _searching(selector))
     except re.error as error:
         raise InputError(f"selector {selector!r} is neither a name nor a regular expression ({error}).") from error
     if not names:
@@ -184,7 +185,7 @@ def select(model: nn.Module, *selectors: str | Iterable[str]) -> list[str]:
         InputError: no selector, or one that matches nothing; the message offers what exists.
     """
     chosen: set[str] = set()
-    adding = [each for each in selectors if isinstance(each, str) and _is_named(each) and SELECTORS[_key(each)].adds]
+    adding = [each for each in selectors if isinstance(each, str) and (named := _parsed(each)) and named[0].adds]
     with _whole_or_not_at_all(model):
         for selector in [*adding, *selectors]:
             chosen.update(_matching(model, selector) if isinstance(selector, str) else _listed(model, selector))
@@ -192,10 +193,6 @@ def select(model: nn.Module, *selectors: str | Iterable[str]) -> list[str]:
             offer = ", ".join(tunables(model))
             raise InputError(f"no parameter is selected to be tuned. Choose at least one of: {offer}.")
     return _parameters(model, lambda name: name in chosen)
-
-
-def _key(selector: str) -> str:
-    return selector.partition(":")[0]
 
 
 def _listed(model: nn.Module, names: Iterable[str]) -> list[str]:
