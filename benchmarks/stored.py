@@ -1,14 +1,16 @@
 """Fits and answers kept on disk, so that an interrupted benchmark goes on where it was."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import fastntk
+from fastntk.auditing import Retraining
 from fastntk.files import read_tensors, write_tensors
 from fastntk.methods import Method, Problem, Unlearned
+from fastntk.methods.retrain import retrained
 from fastntk.training import Fit, Recipe
 from fastntk.tunable import tuned
 
@@ -42,3 +44,20 @@ def fitted(model: nn.Module, train: Dataset, recipe: Recipe, path: Path, key: st
     done = fastntk.fit(model, train, recipe)
     write_tensors(path, tuned(model), {"key": key, "seconds": done.seconds})
     return done
+
+
+def stored_retraining(model: nn.Module, fit: Fit, folder: Path, key: str) -> Retraining:
+    """Training as ``fit`` did, for an audit; what each seed arrives at is kept in ``folder``."""
+
+    def retraining(data: Dataset, seed: int) -> dict[str, Tensor]:
+        path = folder / f"audit-{seed}.safetensors"
+        if path.exists():
+            tensors, record = read_tensors(path)
+            if record["key"] == key:
+                return tensors
+        recipe = replace(fit.recipe, seed=fit.recipe.seed + seed)
+        parameters, seconds = retrained(model, fit.initial, data, recipe)
+        write_tensors(path, parameters, {"key": key, "seconds": seconds})
+        return parameters
+
+    return retraining

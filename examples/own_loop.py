@@ -2,7 +2,7 @@
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import fastntk
 
@@ -23,16 +23,26 @@ train = People(torch.randn(80, 3, 16, 16), torch.arange(80) % 4)
 parameters = fastntk.tune(network, "bn", "head")
 initial = fastntk.snapshot(parameters)
 
-loss, pull = fastntk.SquaredLoss(), 1e-4
 network.eval()  # batch norm's running statistics stay: they would carry the data past any step over parameters
-optimiser = torch.optim.Adam(parameters.values(), lr=1e-2)
-for _ in range(5):
-    for images, labels in DataLoader(train, batch_size=16, shuffle=True):
-        optimiser.zero_grad()
-        away = sum((tensor - initial[name]).square().sum() for name, tensor in parameters.items())
-        (loss(network(images), labels) + pull / 2 * away).backward()
-        optimiser.step()
 
+
+def fit(data: Dataset, seed: int) -> dict[str, nn.Parameter]:
+    """The training loop, from the parameters before it."""
+    network.load_state_dict(initial, strict=False)
+    loss, pull = fastntk.SquaredLoss(), 1e-4
+    optimiser = torch.optim.Adam(parameters.values(), lr=1e-2)
+    order = torch.Generator().manual_seed(seed)
+    for _ in range(5):
+        for images, labels in DataLoader(data, batch_size=16, shuffle=True, generator=order):
+            optimiser.zero_grad()
+            away = sum((tensor - initial[name]).square().sum() for name, tensor in parameters.items())
+            (loss(network(images), labels) + pull / 2 * away).backward()
+            optimiser.step()
+    return parameters
+
+
+fit(train, seed=0)
 memory = fastntk.prepare(network, train, initial)
+print(fastntk.audit(memory, fit))  # two trainings more, once: how near retraining do its answers come?
 forgotten = memory.forget(["person-3", "person-40"])
 print(forgotten.certificate.explanation)

@@ -124,17 +124,21 @@ def test_the_whole_job(run, tmp_path):
 
 
 def the_later_life(folder):
-    """Of a run that has forgotten three times: remembering, verifying, refreshing."""
+    """Of a run that has forgotten three times: an audit, remembering, verifying, refreshing."""
+    text = succeed("audit", folder, "--fraction", 0.3)
+    assert re.search(r"The memory (passed|FAILED): audited on \d drawn samples", text)
+    audited = json.loads(succeed("audit", folder, "--class-name", "blue", "--json"))
     assert "remember: 1 samples" in succeed("remember", folder, "--ids", "17")
+    asked = json.loads(succeed("forget", folder, "--ids", "17", "--dry-run", "--json"))
+    assert asked["audit"].items() <= audited.items()
     refuse("id 17 is in the memory already", "remember", folder, "--ids", "17")
     text = succeed("verify", folder, "--full")
     assert "Every file is what was written" in text
     assert "Solved anew" in text
     assert "Refreshed on" in succeed("refresh", folder)
     assert [each["kind"] for each in json.loads(succeed("ledger", folder, "--json"))["requests"]] == [
-        "forget",
-        "forget",
-        "forget",
+        *["forget"] * 3,
+        *["audit"] * 2,
         "remember",
         "refresh",
     ]
@@ -150,8 +154,8 @@ def test_seed_repeats_a_fit(run, data, tmp_path):
 
 
 COMMANDS = [
-    "demo", "models", "tunables", "fit", "plan", "prepare", "forget", "remember", "ledger", "verify", "refresh",
-    "export", "evaluate",
+    "demo", "models", "tunables", "fit", "plan", "prepare", "audit", "forget", "remember", "ledger", "verify",
+    "refresh", "export", "evaluate",
 ]  # fmt: skip
 
 

@@ -1,10 +1,11 @@
 """Remove the influence of chosen training data from a fine-tuned vision model, without retraining it."""
 
-from fastntk.certificate import Certificate
+from fastntk.auditing import audit
+from fastntk.certificate import Audit, Certificate, Forgotten
 from fastntk.errors import InputError
 from fastntk.lora import add_lora, remove_lora
 from fastntk.loss import SquaredLoss
-from fastntk.memory import Forgotten, Memory, load
+from fastntk.memory import Memory, load
 from fastntk.models import Logits, Preprocessing, load_model
 from fastntk.outputs import at
 from fastntk.planning import Plan, plan
@@ -15,6 +16,7 @@ from fastntk.training import Fit, Recipe, fit
 from fastntk.tunable import snapshot, tunables, tune
 
 __all__ = [
+    "Audit",
     "Certificate",
     "Fit",
     "Forgotten",
@@ -29,6 +31,7 @@ __all__ = [
     "add_lora",
     "add_prompts",
     "at",
+    "audit",
     "evaluate",
     "fit",
     "load",

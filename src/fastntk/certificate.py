@@ -1,10 +1,11 @@
-"""What is known of one request: what is exact, and how far the network did as the linear prediction said."""
+"""What is known of one request: what is exact, how far the network did as the linear prediction said, and how near
+retrained models the memory's answers come."""
 
 import hashlib
 import hmac
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -20,6 +21,72 @@ LIMIT_REQUESTED, LIMIT_RETAINED = 0.5, 0.15
 """The departures, on the samples of the request and on retained ones, up to which an answer is trusted. They were
 chosen on the models of docs/benchmarks.md: good answers stay below both, ridges that harm other classes exceed the
 second."""
+
+LIMIT_RATIO, LIMIT_GAP = 1.5, 4.0
+"""Of an audit: the distance to retrained models over that between two of them, and the points of accuracy between the
+answer and them, up to which a memory is trusted. As many points as the two lie apart themselves are allowed too."""
+
+
+@dataclass(frozen=True)
+class Audit:
+    """How near models that were truly retrained the memory's answer to a request came, which nobody made.
+
+    All is measured on the drawn samples F. Distances are root mean square ones of logits; the retrained models differ
+    in the seed of their order of samples alone.
+
+    Attributes:
+        samples: how many were drawn.
+        accuracy: of the memory's answer, in percent.
+        retrained: the same of the two retrained models.
+        distances: of the answer to each of the two.
+        floor: the distance between the two: the least that any method can be asked for.
+        seconds: that retraining took, both together.
+    """
+
+    samples: int
+    accuracy: float
+    retrained: tuple[float, float]
+    distances: tuple[float, float]
+    floor: float
+    seconds: float
+
+    @property
+    def ratio(self) -> float:
+        """The mean of ``distances`` over ``floor``: 1 cannot be told from retraining."""
+        return sum(self.distances) / 2 / self.floor if self.floor else float("inf")
+
+    @property
+    def gap(self) -> float:
+        """``accuracy`` less the mean of ``retrained``, in points."""
+        return self.accuracy - sum(self.retrained) / 2
+
+    @property
+    def allowed(self) -> float:
+        """The largest gap that passes."""
+        return max(LIMIT_GAP, abs(self.retrained[0] - self.retrained[1]))
+
+    @property
+    def passed(self) -> bool:
+        """Whether both are within their limits."""
+        return self.ratio <= LIMIT_RATIO and abs(self.gap) <= self.allowed
+
+    def __str__(self) -> str:
+        return (
+            f"audited on {self.samples:,} drawn samples: the answer lay {self.ratio:.2f} times as far from two "
+            f"retrained models as they from each other (limit {LIMIT_RATIO:.2f}), accuracy {self.accuracy:.1f} % "
+            f"against theirs of {sum(self.retrained) / 2:.1f} % (within {self.allowed:.1f} points)"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        verdict = "passed" if self.passed else "failed"
+        return {**asdict(self), "ratio": self.ratio, "gap": self.gap, "passed": self.passed, "verdict": verdict}
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> "Audit":
+        """The reverse of ``to_dict``."""
+        values: dict[str, Any] = {field.name: document[field.name] for field in fields(cls)}
+        return cls(**{**values, "retrained": tuple(values["retrained"]), "distances": tuple(values["distances"])})
 
 
 @dataclass(frozen=True)
@@ -52,6 +119,7 @@ class Certificate:
         salt: of the hashes. It is in the certificate that the caller gets and nowhere in the memory's folder.
         hashes: HMAC-SHA-256 of each id under the salt: who has both can show that an id was in the request.
         error: to a full re-solve, or None.
+        audit: of the memory, the latest one since it was linearised, or None.
     """
 
     request: str
@@ -69,17 +137,21 @@ class Certificate:
     salt: str
     hashes: Sequence[str]
     error: float | None = None
+    audit: Audit | None = None
 
     @property
     def verdict(self) -> str:
         """``"trusted"``, ``"refresh needed"`` or ``"retrain needed"``.
 
-        Trusted is an answer whose solve is exact and whose departures are within their limits. Otherwise, if earlier
-        requests have moved the parameters, a refresh linearises the network anew where they are now; if not, this
-        request alone is too much for a linear prediction.
+        Trusted is an answer whose solve is exact, whose departures are within their limits, and whose memory has not
+        failed an audit. After a failed audit retraining is needed. Otherwise, if earlier requests have moved the
+        parameters, a refresh linearises the network anew where they are now; if not, this request alone is too much
+        for a linear prediction.
         """
         if not self.residual <= self.limit:
             return "refresh needed"
+        if self.audit and not self.audit.passed:
+            return "retrain needed"
         if self.departure_requested <= LIMIT_REQUESTED and (self.departure_retained or 0) <= LIMIT_RETAINED:
             return "trusted"
         return "refresh needed" if self.moved else "retrain needed"
@@ -97,21 +169,36 @@ class Certificate:
             "refresh needed": " Refresh the memory at the current weights, or retrain.",
             "retrain needed": " Retrain, or ask for fewer samples with a larger ridge.",
         }
+        audited = str(self.audit) if self.audit else "no audit has compared the memory's answers with retrained models"
         retained = "an unmeasured part" if self.departure_retained is None else f"{self.departure_retained:.0%}"
         return (
             f"{self.verdict}: the network departs from the linear prediction by {self.departure_requested:.0%} on the "
             f"samples of the request (limit {LIMIT_REQUESTED:.0%}) and {retained} on a probe of "
             f"retained ones (limit {LIMIT_RETAINED:.0%}), in units of the change predicted for the former; the linear "
-            f"solve is exact to {self.residual:.0e} (limit {self.limit:.0e}).{advice[self.verdict]}"
+            f"solve is exact to {self.residual:.0e} (limit {self.limit:.0e}); {audited}.{advice[self.verdict]}"
         )
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {**asdict(self), "hashes": list(self.hashes), "trusted": self.trusted, "verdict": self.verdict}
+        made = {"hashes": list(self.hashes), "audit": self.audit.to_dict() if self.audit else None}
+        return {**asdict(self), **made, "trusted": self.trusted, "verdict": self.verdict}
 
     def to_ledger(self) -> dict[str, Any]:
         """The same without the salt: ids are often small numbers, which hashes with a known salt do not hide."""
         return {key: value for key, value in self.to_dict().items() if key != "salt"}
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """The answer to a request: the tuned parameters after it, the time it took, and how sure it is.
+
+    ``model.load_state_dict(forgotten.parameters, strict=False)`` puts them into the model. ``seconds`` end when they
+    are durable, if the memory is kept in a folder.
+    """
+
+    parameters: dict[str, Tensor]
+    seconds: float
+    certificate: Certificate
 
 
 def hashed(ids: Iterable[Id], salt: str) -> list[str]:

@@ -3,7 +3,7 @@
 import json
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +15,7 @@ from rich.table import Table
 from fastntk import options
 from fastntk.distributed import PeerLost, first, launched
 from fastntk.errors import InputError
+from fastntk.printing import show, show_answer, table_of
 from fastntk.progress import console
 from fastntk.training import Recipe
 
@@ -27,17 +28,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     help="Remove the influence of chosen training data from a fine-tuned vision model, without retraining it.\n\n"
-    "The usual order: **fit** a model, **prepare** its memory once, then **forget** as requests come; **evaluate** "
-    "shows the result beside models retrained without the data. **demo** does all of it on packaged data.",
+    "The usual order: **fit** a model, **prepare** its memory once, **audit** it, then **forget** as requests come; "
+    "**evaluate** shows the result beside models retrained without the data. **demo** does all of it on packaged data.",
 )
-
-
-def show(document: Mapping[str, object], as_json: bool, text: object) -> None:
-    """Results on standard output: JSON for machines, or text for people."""
-    if as_json:
-        print(json.dumps(document))
-    else:
-        Console().print(text)
 
 
 @app.command()
@@ -167,7 +160,8 @@ def prepare(
     document = {"run": str(run), "form": memory.form, "ridge": memory.ridge, "samples": int(memory.present.sum())}
     found = f" ({memory.calibration})" if memory.calibration else " (given)"
     text = f"The memory holds {document['samples']:,} samples, {memory.form} form, ridge {memory.ridge:.4g}{found}."
-    show(document, as_json, f"{text}\nNext: fastntk forget {run} --ids 3,17")
+    following = f"Next: fastntk forget {run} --ids 3,17\nFirst see how near retraining it comes: fastntk audit {run}"
+    show(document, as_json, f"{text}\n{following}")
 
 
 @app.command()
@@ -206,6 +200,26 @@ def plan(
 
 
 @app.command()
+def audit(
+    run: options.Folder,
+    fraction: Annotated[float, typer.Option(help="Of the samples, drawn at random for the request.")] = 0.1,
+    class_name: Annotated[str | None, typer.Option(help="In place of drawn samples: all of one class.")] = None,
+    device: options.Device = "cpu",
+    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    as_json: options.Json = False,
+) -> None:
+    """Try a request that nobody made: retrain twice without its samples, and compare the memory's answer with that.
+
+    Nothing is forgotten. Every certificate from then on carries the result, and its verdict heeds it.
+    """
+    from fastntk.run import Run
+
+    done = Run(run, device).audit(fraction, class_name, seed)
+    text = f"The memory {'passed' if done.passed else 'FAILED'}: {done}.\nRetraining twice took {done.seconds:.0f} s."
+    show({"run": str(run), **done.to_dict()}, as_json, text)
+
+
+@app.command()
 def forget(
     run: options.Folder,
     ids: options.Ids = None,
@@ -229,7 +243,7 @@ def forget(
     memory, images = Run(run, device).memory()
     wanted = _wanted(ids, ids_file, images) if class_name is None else of_class(images, class_name, memory)
     if dry_run:
-        _report(run, memory.preview(wanted, ridge=ridge), None, as_json)
+        show_answer(run, memory.preview(wanted, ridge=ridge), None, as_json)
     else:
         _answered(run, memory, memory.forget(wanted, ridge=ridge, full=full), certificate, defer_purge, as_json)
 
@@ -261,13 +275,7 @@ def ledger(run: options.Folder, as_json: options.Json = False) -> None:
     from fastntk.store import Store
 
     requests = Store(run / "memory").requests()
-    table = Table("no", "kind", "samples", "answered (UTC)", "seconds", "state", "verdict")
-    for each in requests:
-        asked = (each.certificate.get(key, "") for key in ("samples", "verdict"))
-        samples, verdict = map(str, asked)
-        answered = each.answered[:16].replace("T", " ")
-        table.add_row(str(each.number), each.kind, samples, answered, f"{each.seconds:.2f}", each.state, verdict)
-    show({"run": str(run), "requests": [each.to_dict() for each in requests]}, as_json, table)
+    show({"run": str(run), "requests": [each.to_dict() for each in requests]}, as_json, table_of(requests))
 
 
 @app.command()
@@ -355,19 +363,7 @@ def _answered(
 
     if certificate_file:
         write_json(certificate_file, answer.certificate.to_dict())
-    _report(run, answer, None if defer_purge else memory.purge(), as_json)
-
-
-def _report(run: Path, answer: Any, purge_seconds: float | None, as_json: bool) -> None:
-    """An answer and its certificate; ``purge_seconds`` is None if nothing was purged."""
-    certificate = answer.certificate
-    document = {"run": str(run), "seconds": answer.seconds, "purge_seconds": purge_seconds, **certificate.to_dict()}
-    text = (
-        f"{certificate.kind}: {certificate.samples} samples in {answer.seconds:.2f} s; {certificate.retained:,} others "
-        f"stay.\n{certificate.explanation}"
-    )
-    purged = "nothing was purged" if purge_seconds is None else f"purged in {purge_seconds:.2f} s"
-    show(document, as_json, f"{text}\nThe memory's folder: {purged}.")
+    show_answer(run, answer, None if defer_purge else memory.purge(), as_json)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

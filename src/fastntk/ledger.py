@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
-from fastntk.certificate import Certificate
+from fastntk.certificate import Audit, Certificate
 from fastntk.errors import InputError
 from fastntk.files import file_digest, read_json, write_json
 
@@ -36,7 +36,7 @@ class Request:
     Attributes:
         number: from 1, in the order of the answers.
         request: its id, random.
-        kind: ``forget``, ``remember`` or ``refresh``.
+        kind: ``forget``, ``remember``, ``refresh`` or ``audit``.
         state: ``answered`` or ``purged``.
         answered: when, as ISO 8601 in UTC.
         purged: when the samples' trace was gone from the folder, or None.
@@ -83,6 +83,22 @@ class Ledger:
         with self._writing() as database:
             database.execute("INSERT INTO files VALUES (?, ?)", journal)
             database.execute(_INSERT, (*request, now(), None, seconds, None, journal[0], given))
+
+    def audited(self, audit: Audit) -> None:
+        """Enter an audit; it changes nothing of the memory."""
+        with self._writing() as database:
+            time, given = now(), json.dumps(audit.to_dict())
+            row = None, str(uuid.uuid4()), "audit", "purged", time, time, audit.seconds, None, None, given
+            database.execute(_INSERT, row)
+
+    def audit(self) -> Audit | None:
+        """The latest one since the memory was linearised."""
+        for request in reversed(self.requests()):
+            if request.kind == "refresh":
+                return None
+            if request.kind == "audit":
+                return Audit.from_dict(request.certificate)
+        return None
 
     def amend(self, certificate: Certificate) -> None:
         """What has been measured of a request since it was answered."""
@@ -166,8 +182,12 @@ class Ledger:
             return {row["name"]: row["sha256"] for row in database.execute("SELECT * FROM files")}
 
     def count(self) -> int:
-        """How many requests there have been."""
+        """How many rows there are."""
         return self._one("SELECT count(*) FROM requests")
+
+    def used(self) -> bool:
+        """Whether a request has been answered, or the memory refreshed."""
+        return bool(self._one("SELECT count(*) FROM requests WHERE kind != 'audit'"))
 
     def pending(self) -> list[str]:
         """The journals that are part of the memory, in order."""

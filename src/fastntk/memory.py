@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fastntk.archive import Solution, State, journal, pack, replayed, unpack
-from fastntk.certificate import Certificate, departures, hashed, new_salt
+from fastntk.certificate import Audit, Certificate, Forgotten, departures, hashed, new_salt
 from fastntk.errors import InputError
 from fastntk.files import digest
 from fastntk.jacobian import Layout
@@ -38,19 +38,6 @@ log = logging.getLogger(__name__)
 _CHECKED = 8  # samples that are compared when a memory is opened
 
 
-@dataclass(frozen=True)
-class Forgotten:
-    """The answer to a request: the tuned parameters after it, the time it took, and how sure it is.
-
-    ``model.load_state_dict(forgotten.parameters, strict=False)`` puts them into the model. ``seconds`` end when they
-    are durable, if the memory is kept in a folder.
-    """
-
-    parameters: dict[str, Tensor]
-    seconds: float
-    certificate: Certificate
-
-
 class Memory:
     """The linear problem over the members. Made by ``prepare``; ``forget`` and ``remember`` update it.
 
@@ -60,6 +47,7 @@ class Memory:
         residuals: of every member at the anchor, by which it is known again; zeros for who has left.
         calibration: how an automatic ridge was found, or None for a given one.
         record: how it was made, for replay.
+        audit: the latest one since the network was linearised, or None; see ``fastntk.audit``.
     """
 
     def __init__(
@@ -76,6 +64,7 @@ class Memory:
         self.linearised, self.solution, self.residuals, self.calibration = linearised, solution, residuals, calibration
         self.record, self._order, self._probe = record, order, probe
         self._vector = self._layout.flatten(self.anchor) if vector is None else vector
+        self.audit: Audit | None = None
         self._store: Store | None = None
 
     @property
@@ -214,6 +203,15 @@ class Memory:
         store = Store(Path(folder))
         store.create(*self._contents())
         self._store = store
+        if self.audit:
+            self.audited_(self.audit)
+
+    def audited_(self, audit: Audit) -> None:
+        """From now on every certificate carries this audit; the folder's ledger does too."""
+        with self._exclusive():
+            if self._store:
+                self._store.audited(audit)
+            self.audit = audit
 
     def requests(self) -> list[Request]:
         """What the folder's ledger says of every request."""
@@ -363,6 +361,7 @@ class Memory:
             after=digest(parameters),
             salt=salt,
             hashes=hashed((self.members.ids[position] for position in asked), salt),
+            audit=self.audit,
         )
 
     def _contents(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -394,7 +393,7 @@ def _opened(store: Store, model: nn.Module, train: Dataset) -> Memory:
     """The memory in a folder that is locked, with the requests since the latest purge."""
     contents = store.read()
     memory = Memory(**vars(unpack(contents, model, train, store.folder)))
-    memory._store = store
+    memory._store, memory.audit = store, store.ledger.audit()
     for tensors, record in contents.journal:
         memory._replay_(tensors, record["kind"], record["ids"])
     return memory

@@ -112,12 +112,18 @@ def refresh(memory: Memory, checkpoint: Path | None = None) -> float:
     return memory.replace_(lambda: _refreshed(memory, checkpoint))
 
 
-def _refreshed(memory: Memory, checkpoint: Path | None) -> Memory:
-    old, members = memory.linearised, Members(memory.members.source, memory.ids)
-    missing = len(members) - len(members.available(torch.arange(len(members))))
+def check_complete(memory: Memory) -> None:
+    """Raises ``InputError`` if a member's sample is missing in the data source or has changed; one forward pass."""
+    present = memory.present.nonzero()[:, 0]
+    missing = len(present) - len(memory.members.available(present))
     if missing:
-        raise InputError(f"the data source lacks {missing:,} of the memory's {len(members):,} samples.")
-    memory.check(memory.present.nonzero()[:, 0])
+        raise InputError(f"the data source lacks {missing:,} of the memory's {len(present):,} samples.")
+    memory.check(present)
+
+
+def _refreshed(memory: Memory, checkpoint: Path | None) -> Memory:
+    check_complete(memory)
+    old, members = memory.linearised, Members(memory.members.source, memory.ids)
     jacobian = PerSampleJacobian(memory.model, memory.parameters, old.layout)
     linearised = replace(old, jacobian=jacobian, train=members)
     return _prepared(linearised, memory.initial, memory.record["options"], checkpoint)

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from fastntk import distributed
+from fastntk.auditing import audit
+from fastntk.certificate import Audit
 from fastntk.collection import clear
 from fastntk.comparison import compare, references
 from fastntk.data import Images, in_memory, load_data
@@ -204,6 +206,13 @@ class Run:
         write_tensors(self.folder / "model.safetensors", {**model.state_dict(), **memory.parameters})
         self._seal(settings)
         return seconds, memory
+
+    def audit(self, fraction: float, class_name: str | None, seed: int) -> Audit:
+        """Audit the memory, with the run's own recipe."""
+        settings, model, images = self._opened()
+        memory = load(self.folder / "memory", model, in_memory(images))
+        ids = None if class_name is None else of_class(images, class_name, memory)
+        return audit(memory, self.recipe(settings), fraction=fraction, ids=ids, seed=seed)
 
     def verify(self) -> Memory:
         """The memory, if every file of the run is what was written.

@@ -20,7 +20,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from fastntk.certificate import Certificate
+from fastntk.certificate import Audit, Certificate
 from fastntk.errors import InputError
 from fastntk.files import file_digest, read_tensors, sync, writable, write_tensors
 from fastntk.ledger import Ledger, Request
@@ -92,7 +92,7 @@ class Store:
 
     def check_unused(self) -> None:
         """Raises ``InputError`` if the memory in the folder, if any, has answered requests."""
-        if self.ledger.path.is_file() and self.ledger.count():
+        if self.ledger.path.is_file() and self.ledger.used():
             raise InputError(
                 f"the memory in {self.folder} has answered requests, which a new one would undo. Refresh it, or choose "
                 "another folder."
@@ -139,6 +139,11 @@ class Store:
         """The answer is known to this process in full; what was measured of it since goes into the ledger."""
         if certificate.error is not None:
             self.ledger.amend(certificate)
+        self.version = self.ledger.version()
+
+    def audited(self, audit: Audit) -> None:
+        """Enter an audit into the ledger; the lock must be held."""
+        self.ledger.audited(audit)
         self.version = self.ledger.version()
 
     def replace(

@@ -1,10 +1,14 @@
 """The yardstick: training again without the forgotten samples."""
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
 from fastntk.methods.problem import Problem, Unlearned
-from fastntk.training import fit
+from fastntk.training import Recipe, fit
 from fastntk.tunable import snapshot, tuned
 
 
@@ -21,8 +25,16 @@ class Retrain:
 
     def __call__(self, problem: Problem) -> Unlearned:
         """Answer the request by training."""
-        model = copy.deepcopy(problem.model)
-        model.load_state_dict(dict(problem.initial), strict=False)
         seed = problem.recipe.seed if self.seed is None else self.seed
-        done = fit(model, problem.retain, replace(problem.recipe, seed=seed))
-        return Unlearned(snapshot(tuned(model)), done.seconds)
+        recipe = replace(problem.recipe, seed=seed)
+        return Unlearned(*retrained(problem.model, problem.initial, problem.retain, recipe))
+
+
+def retrained(
+    model: nn.Module, initial: Mapping[str, Tensor], retain: Dataset, recipe: Recipe
+) -> tuple[dict[str, Tensor], float]:
+    """The tuned parameters after fitting ``initial`` to ``retain``, and the seconds; the model is not changed."""
+    copied = copy.deepcopy(model)
+    copied.load_state_dict(dict(initial), strict=False)
+    done = fit(copied, retain, recipe)
+    return snapshot(tuned(copied)), done.seconds

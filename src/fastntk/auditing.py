@@ -1,0 +1,105 @@
+"""How near retrained models a memory's answers come, measured before anybody asks.
+
+A certificate's departures say that the network followed the linear prediction, not that retraining arrives at the same
+place. An audit measures the latter on a request that nobody made: the memory's answer to it beside two models that are
+truly retrained for it. It costs two retrainings, once; every certificate from then on carries the result.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+
+from fastntk.certificate import Audit
+from fastntk.data import labels_of
+from fastntk.errors import InputError
+from fastntk.members import Id
+from fastntk.memory import Memory
+from fastntk.methods.retrain import retrained
+from fastntk.metrics import accuracy, logit_distance
+from fastntk.outputs import at, logits_of
+from fastntk.preparation import check_complete
+from fastntk.progress import track
+from fastntk.training import Recipe
+from fastntk.tunable import snapshot, tuned
+
+Retraining = Callable[[Dataset, int], Mapping[str, Tensor]]
+"""A user's own training from the parameters before fitting: the data and a seed to the tuned parameters."""
+
+
+def audit(
+    memory: Memory,
+    recipe: Recipe | Retraining,
+    *,
+    fraction: float = 0.1,
+    ids: Iterable[Id] | None = None,
+    seed: int = 0,
+) -> Audit:
+    """Answer a drawn request from the memory, retrain twice without its samples, and compare.
+
+    The request is not carried out. Its samples are in the audit as a number alone. The audit is ``memory.audit`` from
+    now on, until ``refresh``; the certificates of requests carry it, and their verdict heeds it.
+
+    Args:
+        memory: with a data source that has all of its members.
+        recipe: how the model was fitted, or a function that fits it: ``recipe(data, seed)`` starts from the parameters
+            before fitting and returns the tuned ones after it. It may use the model itself, whose tuned parameters are
+            put back afterwards.
+        fraction: of the members, drawn at random, for the request.
+        ids: the request, in place of a drawn one: say, a class, where classes are what will be asked for.
+        seed: of the draw; the retrained models' are the two after the recipe's, or 1 and 2.
+
+    Raises:
+        InputError: the request is empty or everything, samples are missing or have changed, retraining returns other
+            parameters than the tuned ones, or the two retrained models are equal.
+    """
+    drawn = memory.members.positions(_drawn(memory, fraction, seed) if ids is None else ids)
+    if not len(drawn):
+        raise InputError("the audit's request is empty. Give a larger fraction.")
+    check_complete(memory)
+    positions = memory.present.nonzero()[:, 0]
+    retain = Subset(memory.members, positions[~torch.isin(positions, drawn)].tolist())
+    started = time.perf_counter()
+    first, second = (_fitted(memory, retain, recipe, number) for number in track((1, 2), "auditing, retraining"))
+    seconds = time.perf_counter() - started
+    answer = memory.preview(memory.members.ids[position] for position in drawn.tolist()).parameters
+    result = _compared(memory, Subset(memory.members, drawn.tolist()), (first, second, answer), seconds)
+    memory.audited_(result)
+    return result
+
+
+def _drawn(memory: Memory, fraction: float, seed: int) -> list[Id]:
+    """The ids of a share of the members, at random."""
+    ids = memory.ids
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
+    return [ids[place] for place in order[: round(fraction * len(ids))].tolist()]
+
+
+def _compared(memory: Memory, forget: Dataset, models: tuple[Mapping[str, Tensor], ...], seconds: float) -> Audit:
+    """The last of three models, each by its tuned parameters, beside the two retrained ones."""
+    device, labels = memory.linearised.device, labels_of(forget)
+    one, other, ours = (logits_of(at(memory.model, each), forget, device).cpu() for each in models)
+    floor, distances = logit_distance(one, other), (logit_distance(ours, one), logit_distance(ours, other))
+    if not floor:
+        raise InputError("the two retrained models are equal: retraining must depend on the seed that it is given.")
+    references = accuracy(one, labels), accuracy(other, labels)
+    return Audit(len(labels), accuracy(ours, labels), references, distances, floor, seconds)
+
+
+def _fitted(memory: Memory, retain: Dataset, recipe: Recipe | Retraining, number: int) -> Mapping[str, Tensor]:
+    """The retrained model of a number, 1 or 2; the memory's own is put back as it was."""
+    if isinstance(recipe, Recipe):
+        again = replace(recipe, seed=recipe.seed + number)
+        return retrained(memory.model, memory.initial, retain, again)[0]
+    before = snapshot(tuned(memory.model))
+    try:
+        fitted = {name: tensor.detach().clone() for name, tensor in recipe(retain, number).items()}
+    finally:
+        memory.model.load_state_dict(before, strict=False)
+    if fitted.keys() != before.keys():
+        odd = sorted(fitted.keys() ^ before.keys())[0]
+        raise InputError(f"retraining must return all tuned parameters and no others: it differs in {odd!r}.")
+    return fitted

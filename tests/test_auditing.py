@@ -1,0 +1,206 @@
+"""An audit: what it compares, what the verdict makes of it, and what it leaves alone."""
+
+import copy
+import json
+
+import pytest
+import torch
+from cases import CASES
+from test_memory import LINEAR, close, moved, prepared
+from torch.func import functional_call
+
+import fastntk
+from fastntk.certificate import Audit
+from fastntk.methods import Problem, Retrain
+from fastntk.training import Recipe
+from fastntk.tunable import snapshot, tuned
+
+IDS = [2, 9, 11]
+
+
+def around(parameters, seed, size):
+    """Parameters some way off, another way for each seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: tensor + size * torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
+        for name, tensor in parameters.items()
+    }
+
+
+def near(memory, size=1e-3, offset=0.0):
+    """A retraining that arrives at the memory's own answer, up to what the seed makes of it and an offset."""
+    answer = memory.preview(IDS).parameters
+    return lambda data, seed: {name: each + offset for name, each in around(answer, seed, size).items()}
+
+
+def test_it_compares_the_answer_with_two_retrained_models():
+    memory = prepared()
+    images, labels = (part[IDS] for part in memory.train.tensors)
+    fit = near(memory, 0.1)
+    models = [*(fit(None, seed) for seed in (1, 2)), memory.preview(IDS).parameters]
+    one, other, ours = (functional_call(memory.model, each, (images,)).detach() for each in models)
+
+    def distance(left, right):
+        return sum(((a - b) ** 2).sum() for a, b in zip(left, right, strict=True)).div(len(left)).sqrt().item()
+
+    done = fastntk.audit(memory, fit, ids=IDS)
+    assert done.samples == 3
+    assert done.floor == pytest.approx(distance(one, other))
+    assert done.distances == pytest.approx((distance(ours, one), distance(ours, other)))
+    accuracies = [100 * (each.argmax(1) == labels).double().mean().item() for each in (one, other, ours)]
+    assert (*done.retrained, done.accuracy) == pytest.approx(accuracies)
+    assert done.ratio == pytest.approx(sum(done.distances) / 2 / done.floor)
+    assert done.gap == pytest.approx(accuracies[2] - (accuracies[0] + accuracies[1]) / 2)
+
+
+def test_it_retrains_without_the_samples_and_changes_nothing():
+    memory, seen = prepared(), []
+    before, state = memory.parameters, copy.deepcopy(memory.model.state_dict())
+    memory.forget([4])
+    fit = near(memory)
+
+    def remembering(data, seed):
+        seen.append((sorted(memory.ids[index] for index in range(len(memory.ids))), len(data), seed))
+        return fit(data, seed)
+
+    after = memory.parameters
+    fastntk.audit(memory, remembering, ids=IDS)
+    everyone = [index for index in range(14) if index != 4]
+    assert seen == [(everyone, len(everyone) - 3, 1), (everyone, len(everyone) - 3, 2)]
+    close(memory.parameters, after, 0)
+    assert any(not torch.equal(after[name], before[name]) for name in after)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in memory.model.state_dict().items())
+
+
+def test_a_recipe_fits_as_the_method_retrain_does():
+    case, recipe = CASES["bn+head"], Recipe(epochs=2, batch_size=5, seed=3)
+    model, data = case.model(), case.data(20)
+    done = fastntk.fit(model, data, recipe)
+    memory = fastntk.prepare(model, data, done.initial, ridge=0.6)
+    problem = Problem(model, done.initial, data, torch.tensor(IDS), recipe, memory)
+    stored = {number: Retrain(3 + number)(problem).parameters for number in (1, 2)}
+    by_recipe = fastntk.audit(memory, recipe, ids=IDS)
+    by_hand = fastntk.audit(memory, lambda data, seed: stored[seed], ids=IDS)
+    assert by_recipe.distances == pytest.approx(by_hand.distances)
+    assert by_recipe.floor == pytest.approx(by_hand.floor)
+
+
+def test_a_share_is_drawn_by_its_seed():
+    memory, drawn = prepared(), []
+    preview = memory.preview
+
+    def watched(ids, **options):
+        drawn.append(list(ids))
+        return preview(drawn[-1], **options)
+
+    fit = near(memory)
+    memory.preview = watched
+    for seed in (0, 0, 1):
+        assert fastntk.audit(memory, fit, fraction=0.3, seed=seed).samples == 4
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "retrained", "distance", "passed"),
+    [
+        (50.0, (48.0, 47.0), 1.5, True),
+        (50.0, (48.0, 47.0), 1.51, False),
+        (54.0, (50.0, 50.0), 1.0, True),
+        (45.9, (50.0, 50.0), 1.0, False),
+        (57.0, (54.0, 46.0), 1.0, True),
+        (59.0, (54.0, 46.0), 1.0, False),
+    ],
+)
+def test_limits(accuracy, retrained, distance, passed):
+    done = Audit(100, accuracy, retrained, (distance + 0.1, distance - 0.1), 1.0, 60.0)
+    assert done.passed is passed
+    assert Audit.from_dict(json.loads(json.dumps(done.to_dict()))) == done
+
+
+def test_the_verdict_heeds_it():
+    model = LINEAR.model()
+    memory = fastntk.prepare(model, LINEAR.data(), moved(model), ridge=0.5)
+    assert memory.preview(IDS).certificate.trusted
+    assert "no audit" in memory.preview(IDS).certificate.explanation
+    fastntk.audit(memory, near(memory), ids=IDS)
+    certificate = memory.preview([1]).certificate
+    assert certificate.trusted
+    assert "audited on 3 drawn samples" in certificate.explanation
+    assert certificate.to_dict()["audit"]["passed"]
+    fastntk.audit(memory, near(memory, offset=0.1), ids=IDS)
+    certificate = memory.preview([1]).certificate
+    assert certificate.verdict == "retrain needed"
+    assert not certificate.to_ledger()["audit"]["passed"]
+    fastntk.refresh(memory)
+    assert memory.preview([1]).certificate.audit is None
+
+
+@pytest.mark.parametrize("saved_first", [True, False])
+def test_it_is_durable_until_a_refresh(saved_first, tmp_path):
+    memory, folder = prepared(), tmp_path / "m"
+    if saved_first:
+        memory.save(folder)
+    done = fastntk.audit(memory, near(memory), ids=IDS)
+    if not saved_first:
+        memory.save(folder)
+    again = fastntk.load(folder, memory.model, memory.train)
+    assert again.audit == done
+    [entry] = again.requests()
+    assert (entry.kind, entry.state, entry.certificate["verdict"]) == ("audit", "purged", "passed")
+    assert again.forget([1]).certificate.audit == done
+    memory.forget([3])  # the other process's request is known
+    assert fastntk.load(folder, memory.model, memory.train).audit == done
+    again.purge()
+    assert fastntk.load(folder, memory.model, memory.train).audit == done
+    fastntk.refresh(again)
+    assert fastntk.load(folder, memory.model, memory.train).audit is None
+
+
+def test_an_audited_memory_can_be_prepared_anew(tmp_path):
+    memory = prepared()
+    memory.save(tmp_path / "m")
+    fastntk.audit(memory, near(memory), ids=IDS)
+    prepared(ridge=0.7).save(tmp_path / "m")
+    assert fastntk.load(tmp_path / "m", memory.model, memory.train).audit is None
+
+
+@pytest.mark.parametrize(
+    ("message", "options"),
+    [
+        ("audit's request is empty", {"fraction": 0.01}),
+        ("would forget every sample", {"fraction": 1.0}),
+        ("id 99 is not in the memory", {"ids": [99]}),
+    ],
+)
+def test_bad_requests(message, options):
+    memory = prepared()
+    with pytest.raises(fastntk.InputError, match=message):
+        fastntk.audit(memory, near(memory), **options)
+    assert memory.audit is None
+
+
+def test_a_retraining_without_a_seed_is_refused():
+    memory = prepared()
+    with pytest.raises(fastntk.InputError, match="must depend on the seed"):
+        fastntk.audit(memory, lambda data, seed: moved(memory.model), ids=IDS)
+    assert memory.audit is None
+
+
+def test_a_loop_of_ones_own_may_use_the_model_itself():
+    memory = prepared()
+    before, fit = memory.parameters, near(memory)
+
+    def in_place(data, seed):
+        memory.model.load_state_dict(fit(data, seed), strict=False)
+        return tuned(memory.model)
+
+    expected = fastntk.audit(memory, fit, ids=IDS)
+    done = fastntk.audit(memory, in_place, ids=IDS)
+    assert (done.distances, done.floor) == (expected.distances, expected.floor)
+    close(snapshot(tuned(memory.model)), before, 0)
+
+
+def test_other_parameters_than_the_tuned_ones_are_refused():
+    memory = prepared()
+    with pytest.raises(fastntk.InputError, match=r"no others: it differs in 'head.bias'"):
+        fastntk.audit(memory, lambda data, seed: {n: t for n, t in memory.parameters.items() if n != "head.bias"})
