@@ -10,12 +10,42 @@ from cases import CASES
 import fastntk
 from fastntk.comparison import compare, one_shot, references
 from fastntk.data import labels_of
-from fastntk.methods import FastNTK, Golatkar, Problem, Retrain
+from fastntk.methods import (
+    BadTeacher,
+    Dampening,
+    FastNTK,
+    FineTune,
+    FisherForgetting,
+    Golatkar,
+    GradientAscent,
+    Newton,
+    Problem,
+    RandomLabel,
+    Retrain,
+    Scrub,
+)
 from fastntk.methods.golatkar import trapezium_factor
 from fastntk.training import Recipe
 from fastntk.tunable import snapshot, tuned
 
-METHODS = {"retrain": Retrain(), "retrain other seed": Retrain(1), "ridge": FastNTK(ridge=0.9), **one_shot()}
+METHODS = {
+    "retrain": Retrain(),
+    "retrain other seed": Retrain(1),
+    "ridge": FastNTK(ridge=0.9),
+    **one_shot(),
+    "golatkar with noise": Golatkar(noise=1e-3),
+    "newton": Newton(),
+    "fine-tune": FineTune(),
+    "l1-sparse": FineTune(sparsity=1e-3),
+    "gradient ascent": GradientAscent(),
+    "neggrad+": GradientAscent(retained_share=0.9),
+    "random label": RandomLabel(),
+    "salun": RandomLabel(saliency=0.5),
+    "scrub": Scrub(),
+    "bad teacher": BadTeacher(),
+    "fisher": FisherForgetting(),
+    "ssd": Dampening(threshold=1.0),
+}
 
 
 def problem(form="auto", ridge=0.6) -> Problem:

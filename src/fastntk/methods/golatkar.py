@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fastntk.methods.fisher import FisherForgetting, fisher_noise
 from fastntk.methods.problem import Problem, Unlearned
 
 
@@ -20,15 +21,19 @@ class Golatkar:
     Attributes:
         weight_decay: per sample; None takes the memory's ridge over the number of its samples.
         trapezium: scale the step by the trapezium rule.
+        noise: ``a`` of the noise ``a F_R^(-1/4) n`` that is added to the parameters; see ``FisherForgetting``.
+        seed: of n.
 
     Source: Golatkar, Achille, Soatto 2020, "Forgetting Outside the Box" (arXiv 2003.02960).
     """
 
     weight_decay: float | None = None
     trapezium: bool = False
+    noise: float = 0.0
+    seed: int = 0
 
     def __call__(self, problem: Problem) -> Unlearned:
-        """Answer the request by two solves over the stored sums."""
+        """Answer the request by two solves over the stored sums; noise takes a pass over the retained samples."""
         started = time.perf_counter()
         memory, zero = problem.memory, torch.zeros_like(problem.memory.displacement)
         count = int(memory.present.sum())
@@ -39,6 +44,8 @@ class Golatkar:
         step = step_retain - step_all
         if self.trapezium:
             step = step * trapezium_factor(step, memory.displacement - step_retain)
+        if self.noise:
+            step = step + fisher_noise(problem, self.noise, FisherForgetting.floor, self.seed)
         return Unlearned(memory.assemble(step), time.perf_counter() - started)
 
 

@@ -1,0 +1,210 @@
+"""What each baseline's paper says, written out on a case small enough to check.
+
+The batches hold everything, so that a step is an epoch and the order does not matter.
+"""
+
+import copy
+from dataclasses import replace
+
+import oracles
+import pytest
+import torch
+from test_methods import dense, problem
+from torch.func import functional_call
+
+from fastntk.data import labels_of
+from fastntk.methods import (
+    BadTeacher,
+    Dampening,
+    FineTune,
+    FisherForgetting,
+    Golatkar,
+    GradientAscent,
+    Newton,
+    RandomLabel,
+    Scrub,
+)
+from fastntk.methods.descent import descend, divergence
+from fastntk.methods.random_label import salient
+from fastntk.tunable import tuned
+
+RATE = 1e-3
+PARTS = "retain", "forget"
+
+
+@pytest.fixture
+def given():
+    whole = problem()
+    return replace(whole, recipe=replace(whole.recipe, batch_size=100))
+
+
+def data(given, part):
+    keep = torch.isin(torch.arange(20), given.forget)
+    images, labels = given.train.tensors
+    chosen = {"forget": keep, "retain": ~keep, "all": keep | True}[part]
+    return images[chosen], labels[chosen]
+
+
+def squared(logits, labels):
+    """``mean 1/2 |f - 10 (onehot - 1/3)|^2``."""
+    targets = 10 * (torch.nn.functional.one_hot(labels, 3).double() - 1 / 3)
+    return ((logits - targets) ** 2).sum(1).mean() / 2
+
+
+def kl(left, right, temperature):
+    """``mean_i sum_c p_ic log(p_ic / q_ic)``."""
+    p, q = ((logits / temperature).exp() for logits in (left, right))
+    p, q = p / p.sum(1, keepdim=True), q / q.sum(1, keepdim=True)
+    return (p * (p / q).log()).sum(1).mean()
+
+
+def taken(given, method, steps):
+    """The losses of a method's steps while the model stays where it is."""
+    losses = [float(loss) for loss in method.losses(given, given.model)]
+    assert len(losses) == steps
+    return losses
+
+
+def test_divergence_is_that_of_the_softmax():
+    left, right = torch.randn(2, 7, 4, dtype=torch.float64)
+    torch.testing.assert_close(divergence(left, right, 3.0), kl(left, right, 3.0))
+    assert float(divergence(left, left)) == 0
+
+
+def test_descending_is_adam_along_every_loss(given):
+    images, labels = data(given, "forget")
+    model = copy.deepcopy(given.model)
+    optimiser = torch.optim.Adam(tuned(model).values(), lr=RATE)
+    for _ in range(3):
+        optimiser.zero_grad()
+        (-squared(model(images), labels)).backward()
+        optimiser.step()
+    done = GradientAscent(epochs=3, learning_rate=RATE)(given)
+    for name, tensor in tuned(model).items():
+        torch.testing.assert_close(done.parameters[name], tensor.detach())
+
+
+def test_a_mask_holds_parameters(given):
+    mask = {name: torch.zeros_like(tensor) for name, tensor in given.memory.anchor.items()}
+    mask["head.bias"][1] = 1
+    losses = lambda model: FineTune(epochs=2).losses(given, model)  # noqa: E731
+    moved = descend(given, losses, RATE, mask).parameters
+    for name, tensor in given.memory.anchor.items():
+        assert torch.equal(moved[name] != tensor, mask[name] == 1)
+
+
+def test_fine_tuning_fits_what_is_retained(given):
+    images, labels = data(given, "retain")
+    expected = float(squared(given.model(images), labels))
+    assert taken(given, FineTune(epochs=2), 2) == pytest.approx([expected] * 2)
+    size = sum(float(tensor.abs().sum()) for tensor in tuned(given.model).values())
+    sparse = taken(given, FineTune(epochs=4, sparsity=0.1), 4)
+    assert sparse == pytest.approx([expected + 0.1 * (1 - step / 4) * size for step in range(4)])
+
+
+def test_ascent_climbs_the_forgotten_samples_loss(given):
+    retain, forget = (float(squared(given.model(images), y)) for images, y in (data(given, p) for p in PARTS))
+    assert taken(given, GradientAscent(epochs=2), 2) == pytest.approx([-forget] * 2)
+    both = taken(given, GradientAscent(retained_share=0.8, epochs=2), 2)
+    assert both == pytest.approx([0.8 * retain - 0.2 * forget] * 2)
+
+
+def test_an_epoch_of_negative_gradient_is_one_over_the_retained(given):
+    given = replace(given, recipe=replace(given.recipe, batch_size=5))
+    assert len(taken(given, GradientAscent(retained_share=0.5, epochs=2), 8)) == 8
+    assert len(taken(given, GradientAscent(epochs=3), 3)) == 3
+
+
+def test_random_labels_are_wrong_for_the_forgotten_alone(given):
+    method = RandomLabel(epochs=1)
+    before, after = labels_of(given.train), method.relabelled(given).labels
+    assert torch.equal((before != after).nonzero()[:, 0], given.forget)
+    drawn = {int(RandomLabel(seed=seed).relabelled(given).labels[2]) for seed in range(20)}
+    assert drawn == {0, 1, 2} - {int(before[2])}
+    expected = float(squared(given.model(given.train.tensors[0]), after))
+    assert taken(given, method, 1) == pytest.approx([expected])
+
+
+def test_saliency_moves_the_parameters_with_the_largest_gradients(given):
+    images, labels = data(given, "forget")
+    gradients = torch.autograd.grad(squared(given.model(images), labels), list(tuned(given.model).values()))
+    flat = torch.cat([gradient.abs().flatten() for gradient in gradients])
+    chosen = torch.cat([each.flatten() for each in salient(given, 0.25).values()])
+    assert int(chosen.sum()) == round(0.25 * len(flat))
+    assert flat[chosen == 1].min() >= flat[chosen == 0].max()
+    moved = RandomLabel(saliency=0.25, epochs=1)(given).parameters
+    change = torch.cat([(moved[name] - tensor).flatten() for name, tensor in given.memory.anchor.items()])
+    assert torch.equal(change != 0, chosen == 1)
+
+
+def test_scrub_turns_from_the_teacher_and_back(given):
+    student = copy.deepcopy(given.model)
+    with torch.no_grad():
+        student.head.weight.mul_(0.7)
+    logits = {}
+    for part in PARTS:
+        images, labels = data(given, part)
+        logits[part] = given.model(images), student(images), labels
+    away = -kl(*logits["forget"][:2], 4.0)
+    near = 0.3 * kl(*logits["retain"][:2], 4.0) + 0.9 * squared(*logits["retain"][1:])
+    method = Scrub(teaching=0.3, fitting=0.9, epochs=3, maximising=2)
+    losses = [float(loss) for loss in method.losses(given, student)]
+    assert losses == pytest.approx([float(each) for each in (away, near, away, near, near)])
+
+
+def test_bad_teaching_takes_the_unfitted_model_for_what_goes(given):
+    student = copy.deepcopy(given.model)
+    with torch.no_grad():
+        student.head.weight.mul_(0.7)
+    images, _ = data(given, "all")
+    good, bad = given.model(images), functional_call(given.model, dict(given.initial), (images,))
+    teacher = good.clone()
+    teacher[given.forget] = bad[given.forget]
+    losses = [float(loss) for loss in BadTeacher(retained_share=1.0, epochs=2).losses(given, student)]
+    assert losses == pytest.approx([float(kl(teacher, student(images), 1.0))] * 2)
+    some = BadTeacher(retained_share=0.3).marked(given)
+    assert sorted(int(some[place][1]) for place in range(len(some))) == [0] * 5 + [1] * 3
+
+
+def test_fisher_forgetting_adds_noise_of_the_fourth_root(given):
+    jacobian, _, _, keep, moved = dense(given)
+    information = (jacobian[keep] ** 2).sum(1).mean(0)
+    draw = torch.randn(information.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    expected = 0.02 * draw / (information + 0.1 * information.mean()) ** 0.25
+    torch.testing.assert_close(moved(FisherForgetting(0.02, 0.1, seed=4)(given)), expected)
+    noisy, plain = (moved(Golatkar(0.02, noise=noise, seed=4)(given)) for noise in (0.02, 0.0))
+    unfloored = 0.02 * draw / (information + 1e-6 * information.mean()) ** 0.25
+    torch.testing.assert_close(noisy - plain, unfloored)
+
+
+def test_dampening_shrinks_what_the_forgotten_need_most(given):
+    jacobian, residual, _, _, moved = dense(given)
+    gradients = torch.einsum("ncp,nc->np", jacobian, residual)
+    everything, forgotten = (gradients**2).mean(0), (gradients[given.forget] ** 2).mean(0)
+    layout = given.memory.linearised.layout
+    before = layout.flatten(given.memory.anchor)
+    expected = torch.zeros_like(before)
+    for j in range(len(before)):
+        if forgotten[j] > 1.2 * everything[j]:
+            expected[j] = before[j] * (min(0.9 * everything[j] / forgotten[j], 1) - 1)
+    assert 0 < int((expected != 0).sum()) < len(before)
+    torch.testing.assert_close(moved(Dampening(1.2, 0.9)(given)), expected)
+
+
+@pytest.mark.parametrize("form", ["primal", "dual"])
+def test_newton_takes_the_fit_for_optimal(form):
+    given = problem(form)
+    jacobian, residual, _, keep, moved = dense(given)
+    rows, errors = jacobian[keep].flatten(0, 1), jacobian[~keep].flatten(0, 1).T @ residual[~keep].flatten()
+    matrix = rows.T @ rows + 0.6 * torch.eye(rows.shape[1], dtype=torch.float64)
+    torch.testing.assert_close(moved(Newton()(given)), -torch.linalg.solve(matrix, errors), rtol=1e-7, atol=1e-9)
+
+
+def test_newton_is_our_step_where_the_fit_is_optimal():
+    given = problem("dual")
+    jacobian, residual, *_, moved = dense(given)
+    stationary = torch.einsum("ncp,nc->p", jacobian, residual) / 0.6  # u of an optimum with this residual
+    keep = ~torch.isin(torch.arange(20), given.forget)
+    ours = oracles.anchored_step(jacobian[keep], residual[keep], stationary, 0.6)
+    assert float(oracles.anchored_step(jacobian, residual, stationary, 0.6).norm()) < 1e-9
+    torch.testing.assert_close(moved(Newton()(given)), ours, rtol=1e-7, atol=1e-9)
