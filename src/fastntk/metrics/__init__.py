@@ -2,5 +2,20 @@
 
 from fastntk.metrics.accuracy import accuracy, margins
 from fastntk.metrics.distance import logit_distance
+from fastntk.metrics.gaps import average_gap, tug_of_war
+from fastntk.metrics.membership import attack_auc, modified_entropy, taken_for_members, threshold
+from fastntk.metrics.predictions import agreement, kl_divergence
 
-__all__ = ["accuracy", "logit_distance", "margins"]
+__all__ = [
+    "accuracy",
+    "agreement",
+    "attack_auc",
+    "average_gap",
+    "kl_divergence",
+    "logit_distance",
+    "margins",
+    "modified_entropy",
+    "taken_for_members",
+    "threshold",
+    "tug_of_war",
+]
