@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import fastntk
+from fastntk import metrics
 from fastntk.metrics import accuracy, logit_distance, margins
 from fastntk.report import document, write_report
 
@@ -48,6 +49,19 @@ def test_evaluate_measures_on_each_set():
         reference = models["retrain"](data[1].tensors[0]).detach()
         assert row["forget_distance"] == pytest.approx(logit_distance(logits[1], reference))
         torch.testing.assert_close(report.margins(name), margins(logits[1], data[1].tensors[1]))
+        parts = ("retain", "forget", "test")
+        entropy = [metrics.modified_entropy(each, part.tensors[1]) for each, part in zip(logits, data, strict=True)]
+        assert row["membership"] == metrics.taken_for_members(entropy[1], entropy[0], entropy[2])
+        assert row["forget_agreement"] == metrics.agreement(logits[1], reference)
+        assert row["forget_kl"] == pytest.approx(metrics.kl_divergence(reference, logits[1]))
+        theirs = report.rows["retrain"]
+        gaps = {part: abs(row[f"{part}_accuracy"] - theirs[f"{part}_accuracy"]) for part in parts}
+        assert row["average_gap"] == pytest.approx(
+            (sum(gaps.values()) + abs(row["membership"] - theirs["membership"])) / 4
+        )
+        product = (1 - gaps["retain"] / 100) * (1 - gaps["forget"] / 100) * (1 - gaps["test"] / 100)
+        assert row["tug_of_war"] == pytest.approx(product)
+        assert row["distance_ratio"] is None
     assert report.rows["fastntk"]["seconds"] == 0.5
     assert report.rows["original"]["seconds"] is None
 
@@ -76,11 +90,24 @@ def test_files_hold_the_numbers_and_need_nothing_else(tmp_path):
     assert not re.search(r"""(src|href)=["']https?:""", page)
 
 
+def test_distances_over_the_floor():
+    models, data, _ = reported()
+    torch.manual_seed(9)
+    models["retrain_other_seed"] = nn.Linear(4, 3)
+    rows = fastntk.evaluate(models, retain=data[0], forget=data[1], test=data[2]).rows
+    assert rows["retrain"]["distance_ratio"] == 0
+    assert rows["retrain_other_seed"]["distance_ratio"] == 1
+    floor = rows["retrain_other_seed"]["forget_distance"]
+    assert rows["fastntk"]["distance_ratio"] == pytest.approx(rows["fastntk"]["forget_distance"] / floor)
+
+
 def test_without_a_reference_there_are_no_distances():
     models, data, _ = reported()
     del models["retrain"]
     report = fastntk.evaluate(models, retain=data[0], forget=data[1], test=data[2])
     assert report.rows["fastntk"]["forget_distance"] is None
+    assert report.rows["fastntk"]["average_gap"] is None
+    assert report.rows["fastntk"]["membership"] is not None
     assert report.table().row_count == 2
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import matplotlib
@@ -21,18 +22,36 @@ from torch.utils.data import Dataset
 from fastntk.data import labels_of
 from fastntk.errors import InputError
 from fastntk.files import write, write_json
-from fastntk.metrics import accuracy, logit_distance, margins
+from fastntk.metrics import (
+    accuracy,
+    agreement,
+    average_gap,
+    kl_divergence,
+    logit_distance,
+    margins,
+    modified_entropy,
+    taken_for_members,
+    tug_of_war,
+)
 from fastntk.outputs import Model, logits_of
 
-REFERENCE = "retrain"
+REFERENCE, FLOOR = "retrain", "retrain_other_seed"
 COLUMNS = {
     "retain_accuracy": "retain %",
     "forget_accuracy": "forget %",
     "test_accuracy": "test %",
-    "forget_distance": "d(forget)",
-    "test_distance": "d(test)",
+    "forget_distance": "d forget",
+    "test_distance": "d test",
+    "distance_ratio": "ratio",
+    "membership": "member %",
+    "average_gap": "gap",
+    "tug_of_war": "ToW",
+    "forget_kl": "KL",
+    "forget_agreement": "agree %",
     "seconds": "seconds",
 }
+_PLACES = {column: 1 if heading.endswith("%") else 2 for column, heading in COLUMNS.items()}
+_ON_TERMINAL = [*list(COLUMNS)[:7], "seconds"]
 
 
 @dataclass(frozen=True)
@@ -40,8 +59,12 @@ class Report:
     """One request's evidence.
 
     Attributes:
-        rows: per model: accuracies in percent on the retained, forgotten and test samples; root mean square logit
-            distances to the reference model on the forgotten and test samples; seconds, where known.
+        rows: per model, None where it cannot be known: accuracies in percent on the retained, forgotten and test
+            samples; ``membership``, the share of the forgotten ones that an attack takes for members, in percent;
+            seconds. Against the reference model: root mean square logit distances on the forgotten and test samples;
+            ``distance_ratio``, the former over that of the row ``retrain_other_seed``; KL divergence and agreement of
+            predictions on the forgotten ones; ``average_gap`` of accuracies and membership; ``tug_of_war`` of
+            accuracies. See ``fastntk.metrics``.
         logits: per model and set (``retain``, ``forget``, ``test``), so that other metrics need no model.
         labels: per set.
         reference: the name of the row that distances are to.
@@ -62,20 +85,22 @@ class Report:
 
     def table(self, title: str = "") -> Table:
         """For a terminal."""
-        caption = f"%: accuracy; d: root mean square logit distance to {self.reference}"
-        table = Table(title=title, caption=caption, caption_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        caption = (
+            "%: accuracies; member: of the forgotten, taken for members by an attack; d: root mean square logit "
+            f"distance to {self.reference}; ratio: d forget over that of {FLOOR}"
+        )
+        table = Table(title=title, caption=caption, caption_justify="left", box=SIMPLE_HEAD, padding=0)
         table.add_column("model", no_wrap=True)
-        for heading in COLUMNS.values():
-            table.add_column(heading, justify="right")
+        for column in _ON_TERMINAL:
+            heading = COLUMNS[column]
+            table.add_column(heading, justify="right", min_width=max(map(len, heading.split())))
         for name, row in self.rows.items():
-            table.add_row(name, *(_cell(row[column], column) for column in COLUMNS))
+            table.add_row(name, *(_cell(row[column], column) for column in _ON_TERMINAL))
         return table
 
 
 def _cell(value: float | None, column: str) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.1f}" if column.endswith("accuracy") else f"{value:.2f}"
+    return "–" if value is None else f"{value:.{_PLACES[column]}f}"
 
 
 def evaluate(
@@ -114,20 +139,44 @@ def evaluate(
         name: {part: logits_of(model, data, device).cpu() for part, data in sets.items()}
         for name, model in models.items()
     }
-    rows = {name: _row(logits[name], labels, logits.get(reference), (seconds or {}).get(name)) for name in models}
+    rows = {name: _own(logits[name], labels) | {"seconds": (seconds or {}).get(name)} for name in models}
+    for name in rows:
+        rows[name] |= _against(name, rows, logits, reference)
     return Report(rows, logits, labels, reference)
 
 
-def _row(
-    logits: Mapping[str, Tensor],
-    labels: Mapping[str, Tensor],
-    reference: Mapping[str, Tensor] | None,
-    seconds: float | None,
-) -> dict[str, float | None]:
+_ACCURACIES = ("retain_accuracy", "forget_accuracy", "test_accuracy")
+
+
+def _own(logits: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> dict[str, float | None]:
+    """What a model's own outputs say."""
     row: dict[str, float | None] = {f"{part}_accuracy": accuracy(logits[part], labels[part]) for part in labels}
-    for part in ("forget", "test"):
-        row[f"{part}_distance"] = None if reference is None else logit_distance(logits[part], reference[part])
-    return row | {"seconds": seconds}
+    entropy = {part: modified_entropy(logits[part], labels[part]) for part in labels}
+    return row | {"membership": taken_for_members(entropy["forget"], entropy["retain"], entropy["test"])}
+
+
+def _against(
+    name: str, rows: Mapping[str, Mapping[str, Any]], logits: Mapping[str, Mapping[str, Tensor]], reference: str
+) -> dict[str, float | None]:
+    """What they say beside the reference model's."""
+    if reference not in rows:
+        return dict.fromkeys(column for column in COLUMNS if column not in rows[name])
+    ours, theirs = logits[name], logits[reference]
+    distance = {part: logit_distance(ours[part], theirs[part]) for part in ("forget", "test")}
+    floor = logit_distance(logits[FLOOR]["forget"], theirs["forget"]) if FLOOR in rows else 0.0
+    ours_in, theirs_in = (
+        {column: rows[model][column] for column in (*_ACCURACIES, "membership")} for model in (name, reference)
+    )
+    accuracies = ({column: each[column] for column in _ACCURACIES} for each in (ours_in, theirs_in))
+    return {
+        "forget_distance": distance["forget"],
+        "test_distance": distance["test"],
+        "distance_ratio": distance["forget"] / floor if floor else None,
+        "average_gap": average_gap(ours_in, theirs_in),
+        "tug_of_war": tug_of_war(*accuracies),
+        "forget_kl": kl_divergence(theirs["forget"], ours["forget"]),
+        "forget_agreement": agreement(theirs["forget"], ours["forget"]),
+    }
 
 
 def environment() -> dict[str, str | int]:
