@@ -24,10 +24,10 @@ from pretrained import cifar10, fingerprint, mobilenet_v2, vit_s14
 from rich.console import Console
 from rich.table import Table
 from scenarios import scenarios, stored_references
-from stored import fitted, stored_retraining
 from torch import nn
 
 import fastntk
+from fastntk.bench.stored import fitted, stored_retraining
 from fastntk.comparison import compare
 from fastntk.demo import pretrained
 from fastntk.files import read_json, writable, write_json

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from fastntk.compat import timm
-from fastntk.data import Images, in_memory, load_data
+from fastntk.data import in_memory, load_data
 from fastntk.models import Preprocessing, load_model
 from fastntk.weights import load_weights, read_weights, rename_by_order
 
@@ -104,10 +104,7 @@ def cifar10(path: str, preprocessing: Preprocessing, train: int, test: int = 100
     """The first ``train`` training and ``test`` test images of each class of the file, in memory."""
     parts = []
     for split, count in (("train", train), ("test", test)):
-        data = load_data(path, preprocessing, split=split)
-        chosen = torch.cat([(data.labels == c).nonzero()[:count, 0] for c in range(10)]).sort().values
-        part = Images(data.source[chosen.numpy()], data.labels[chosen].tolist(), data.classes, preprocessing)
-        parts.append(in_memory(part))
+        parts.append(in_memory(load_data(path, preprocessing, split=split).part(0, count)))
     return parts[0], parts[1]
 
 

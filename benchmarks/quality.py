@@ -15,9 +15,9 @@ from pathlib import Path
 from pretrained import cifar10, fingerprint, mobilenet_v2
 from rich.console import Console
 from scenarios import scenarios, stored_references
-from stored import fitted
 
 import fastntk
+from fastntk.bench.stored import fitted
 from fastntk.comparison import compare, references
 from fastntk.files import writable
 from fastntk.methods import FastNTK, Golatkar, Method, Problem, Unlearned

@@ -18,10 +18,10 @@ from pretrained import cifar10, fingerprint, mobilenet_v2, vit_s14
 from rich.console import Console
 from rich.table import Table
 from scenarios import scenarios, stored_references
-from stored import fitted
 from torch import Tensor
 
 import fastntk
+from fastntk.bench.stored import fitted
 from fastntk.comparison import compare
 from fastntk.demo import digits, pretrained
 from fastntk.files import writable

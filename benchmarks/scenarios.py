@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from stored import Stored
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
+from fastntk.bench.stored import Stored
 from fastntk.comparison import references
 from fastntk.data import labels_of
 from fastntk.methods import Method

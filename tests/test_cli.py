@@ -155,7 +155,7 @@ def test_seed_repeats_a_fit(run, data, tmp_path):
 
 COMMANDS = [
     "demo", "models", "tunables", "fit", "plan", "prepare", "audit", "forget", "remember", "ledger", "verify",
-    "refresh", "export", "evaluate",
+    "refresh", "export", "evaluate", "bench",
 ]  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from rich.logging import RichHandler
 from rich.table import Table
 
 from fastntk import options
+from fastntk.bench.command import bench
 from fastntk.distributed import PeerLost, first, launched
 from fastntk.errors import InputError
 from fastntk.printing import show, show_answer, table_of
@@ -347,6 +348,9 @@ def evaluate(
         print(json.dumps(document({"forgotten": report})))
         return
     Console().print(report.table(), f"Wrote {run / 'report.json'} and {run / 'report.html'}.", sep="\n")
+
+
+app.command()(bench)
 
 
 def _wanted(ids: str | None, ids_file: Path | None, images: "Images") -> list[Any]:

@@ -51,6 +51,22 @@ class Images(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self._tensor(self.source[index]), int(self.labels[index])
 
+    def part(self, first: int, last: int) -> "Images":
+        """Images ``first`` to ``last`` of each class, in the order in which they all are.
+
+        Raises:
+            InputError: a class has fewer.
+        """
+        places = [(self.labels == c).nonzero()[first:last, 0] for c in range(len(self.classes))]
+        for name, found in zip(self.classes, places, strict=True):
+            if len(found) < last - first:
+                raise InputError(f"class {name} has no images {first} to {last}. Ask for fewer of each class.")
+        chosen = torch.cat(places).sort().values
+        ids = [self.ids[place] for place in chosen.tolist()]
+        return Images(
+            _Chosen(self.source, chosen.tolist()), self.labels[chosen].tolist(), self.classes, self.preprocessing, ids
+        )
+
     def _tensor(self, image: Any) -> Tensor:
         transforms = torchvision().transforms.functional
         pixels = transforms.to_tensor(image.convert("RGB") if hasattr(image, "convert") else image)
@@ -59,6 +75,16 @@ class Images(Dataset):
         if wanted:
             pixels = transforms.center_crop(transforms.resize(pixels, [size], antialias=True), [size])
         return transforms.normalize(pixels, self.preprocessing.mean, self.preprocessing.std)
+
+
+class _Chosen:
+    """Some of a source's images."""
+
+    def __init__(self, source: Any, places: list[int]) -> None:
+        self.source, self.places = source, places
+
+    def __getitem__(self, index: int) -> Any:
+        return self.source[self.places[index]]
 
 
 class _Folder:

@@ -50,7 +50,7 @@ COLUMNS = {
     "forget_agreement": "agree %",
     "seconds": "seconds",
 }
-_PLACES = {column: 1 if heading.endswith("%") else 2 for column, heading in COLUMNS.items()}
+PLACES = {column: 1 if heading.endswith("%") else 2 for column, heading in COLUMNS.items()}
 _ON_TERMINAL = [*list(COLUMNS)[:7], "seconds"]
 
 
@@ -100,7 +100,7 @@ class Report:
 
 
 def _cell(value: float | None, column: str) -> str:
-    return "–" if value is None else f"{value:.{_PLACES[column]}f}"
+    return "–" if value is None else f"{value:.{PLACES[column]}f}"
 
 
 def evaluate(

@@ -24,12 +24,13 @@ class Stored:
     key: str
 
     def __call__(self, problem: Problem) -> Unlearned:
+        """The stored answer, or the method's, which is then stored."""
         if self.path.exists():
             tensors, record = read_tensors(self.path)
             if record["key"] == self.key:
-                return Unlearned(tensors, record["seconds"])
+                return Unlearned(tensors, record["seconds"], record["note"])
         done = self.method(problem)
-        write_tensors(self.path, done.parameters, {"key": self.key, "seconds": done.seconds})
+        write_tensors(self.path, done.parameters, {"key": self.key, "seconds": done.seconds, "note": done.note})
         return done
 
 

@@ -1,0 +1,43 @@
+"""The command line's ``bench``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastntk import options
+from fastntk.errors import InputError
+from fastntk.printing import show
+
+
+def bench(
+    config: Annotated[Path | None, typer.Argument(help="What to run: YAML, see docs/bench.md.")] = None,
+    out: Annotated[Path, typer.Option(help="Where results and tables go, and fits meanwhile.")] = Path("results"),
+    summary: Annotated[Path | None, typer.Option(help="Only draw tables and figures from the results here.")] = None,
+    ours: Annotated[str, typer.Option(help="The method that the summary judges.")] = "fast_ntk",
+    device: options.Device = "cpu",
+    as_json: options.Json = False,
+) -> None:
+    """Compare methods with retraining over a grid of data, models, requests and seeds.
+
+    What is in the results already is not run again, so a run that was cut off goes on with the same command.
+    """
+    from fastntk.bench import grid, tables
+    from fastntk.bench.config import read_config
+    from fastntk.bench.results import Results
+    from fastntk.files import write
+    from fastntk.run import parse_device
+
+    if (config is None) == (summary is None):
+        raise InputError("say either which CONFIG.yaml to run or, with --summary, which results to draw.")
+    if config:
+        results, folder = grid.run(read_config(config), out, parse_device(device)), out
+    else:
+        folder = Path(str(summary))
+        if not (folder / "results.sqlite").is_file():
+            raise InputError(f"there are no results in {folder}. Run a configuration first.")
+        results = Results(folder / "results.sqlite")
+    cells = results.cells()
+    text = tables.markdown(cells)
+    write(folder / "tables.md", lambda file: file.write_text(text))
+    show(tables.summary(cells, ours), as_json, f"{text}\nWrote {folder / 'tables.md'}.")

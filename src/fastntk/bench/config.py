@@ -1,0 +1,166 @@
+"""What a configuration says.
+
+recipe: {epochs: 12}                # of fastntk.Recipe
+seeds: [0, 1]
+per_class: [60, 100]                # training images of each class: the first ones
+test_per_class: 100
+data:
+  cifar10: {source: cifar10.npz}    # as fastntk fit takes it
+  eurosat: {source: eurosat.npz, test: rest}   # no test split: the images after the training ones
+models:
+  mobilenet_v2: {model: torchvision/mobilenet_v2, weights: mobilenet.pt, image_size: 128, select: [bn, head]}
+requests: [class, random 10%]       # the class whose number is the seed's, modulo C; a share at random
+methods:
+  fast_ntk: {method: FastNTK}       # of fastntk.methods, with its fields
+  scrub: {method: Scrub, epochs: 5}
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import product
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from fastntk import methods
+from fastntk.comparison import references
+from fastntk.errors import InputError
+from fastntk.methods import Method
+from fastntk.training import Recipe
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where images come from; ``test`` is ``split`` or ``rest``."""
+
+    source: str
+    root: str | None = None
+    test: str = "split"
+
+    def __post_init__(self) -> None:
+        if self.test not in ("split", "rest"):
+            raise InputError(f"test must be 'split' or 'rest', not {self.test!r}.")
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is fitted."""
+
+    model: str
+    select: Sequence[str]
+    weights: str | None = None
+    image_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One fitted model, by the names of the configuration."""
+
+    data: str
+    model: str
+    per_class: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole configuration."""
+
+    data: Mapping[str, Data]
+    models: Mapping[str, Model]
+    methods: Mapping[str, Method]
+    requests: tuple[str, ...]
+    per_class: tuple[int, ...]
+    test_per_class: int
+    seeds: tuple[int, ...]
+    recipe: Mapping[str, Any]
+
+    def settings(self) -> Iterator[Setting]:
+        """All combinations."""
+        for parts in product(self.data, self.models, self.per_class, self.seeds):
+            yield Setting(*parts)
+
+
+def read_config(path: Path) -> Config:
+    """A configuration from YAML.
+
+    Raises:
+        InputError: it cannot be read, or something in it is missing, unknown or out of range; says what.
+    """
+    try:
+        document = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path} cannot be read as YAML ({error}).") from error
+    try:
+        return _config(document)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def _config(document: Any) -> Config:
+    given = _checked(document, "the configuration", {field.name for field in fields(Config)})
+    given = {"seeds": [0], "recipe": {}, "test_per_class": 100, **given}
+    for field in fields(Config):
+        if field.name not in given:
+            raise InputError(f"it lacks {field.name!r}.")
+    lists = {name: tuple(given[name]) for name in ("requests", "per_class", "seeds")}
+    for request in lists["requests"]:
+        share(request)
+    _made(Recipe, given["recipe"], "recipe")
+    return Config(
+        data={name: _made(Data, entry, f"data {name}") for name, entry in given["data"].items()},
+        models={name: _made(Model, entry, f"model {name}") for name, entry in given["models"].items()},
+        methods={name: _method(entry, name) for name, entry in given["methods"].items()},
+        test_per_class=int(given["test_per_class"]),
+        recipe=given["recipe"],
+        **lists,
+    )
+
+
+def share(request: str) -> float | None:
+    """The share of samples of a request such as ``random 10%``; None for ``class``.
+
+    Raises:
+        InputError: it is neither.
+    """
+    word, _, percent = request.partition(" ")
+    if request == "class":
+        return None
+    try:
+        part = float(percent.removesuffix("%")) / 100
+    except ValueError:
+        part = 0.0
+    if word != "random" or not 0 < part < 1:
+        raise InputError(f"a request is 'class' or 'random P%', not {request!r}.")
+    return part
+
+
+def _method(entry: Any, name: str) -> Method:
+    """A method of ``fastntk.methods`` by its class and fields."""
+    if name == "original" or name in references(1):
+        raise InputError(f"method {name}: this name is taken by what every method is compared with.")
+    given = dict(entry)
+    kind = getattr(methods, str(given.pop("method", None)), None)
+    if kind is None:
+        raise InputError(f"method {name}: say which, as 'method: FastNTK'. There are {', '.join(methods.__all__)}.")
+    return _made(kind, given, f"method {name}")
+
+
+def _made(kind: type[T], entry: Mapping[str, Any], where: str) -> T:
+    """A dataclass from an entry with its fields."""
+    try:
+        return kind(**_checked(entry, where, {field.name for field in fields(kind)}))  # type: ignore[arg-type]
+    except TypeError as error:
+        raise InputError(f"{where}: {error}.") from error
+
+
+def _checked(entry: Any, where: str, known: set[str]) -> dict[str, Any]:
+    if not isinstance(entry, dict):
+        raise InputError(f"{where} must be a table of names and values.")
+    odd = sorted(set(map(str, entry)) - known)
+    if odd:
+        raise InputError(f"{where} has no field {odd[0]!r}; its fields are {', '.join(sorted(known))}.")
+    return entry

@@ -1,0 +1,131 @@
+"""Running what is not in the results yet: one fitted model after the other, and every request against it."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Subset
+
+from fastntk.auditing import audit
+from fastntk.bench.config import Config, Data, Setting, share
+from fastntk.bench.results import Results
+from fastntk.bench.stored import Stored, fitted, stored_retraining
+from fastntk.comparison import compare, references
+from fastntk.data import Images, in_memory, labels_of, load_data
+from fastntk.errors import InputError
+from fastntk.files import writable
+from fastntk.memory import Memory
+from fastntk.methods import Problem
+from fastntk.models import Preprocessing, load_model
+from fastntk.preparation import prepare
+from fastntk.process import settle
+from fastntk.progress import console
+from fastntk.training import Fit, Recipe
+from fastntk.tunable import tune, tuned
+
+
+def run(config: Config, folder: Path, device: torch.device | str = "cpu") -> Results:
+    """Every cell of the grid that is not in ``folder/results.sqlite`` yet, made with the same settings.
+
+    Fits and the methods' answers are kept in ``folder/fits``, so that what was cut off goes on where it was. For every
+    fitted model the memory is audited once, on a random tenth.
+
+    Raises:
+        InputError: the folder cannot be written, or a model or data cannot be had.
+    """
+    settle()
+    results = Results(writable(folder) / "results.sqlite")
+    for setting in config.settings():
+        described = _described(config, setting)
+        missing = [request for request in config.requests if not results.holds(setting, request, described)]
+        if not missing:
+            continue
+        console.print(f"{setting.data}, {setting.model}, {setting.per_class} a class, seed {setting.seed}")
+        key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
+        kept = writable(folder / "fits" / f"{setting.data}-{setting.model}-{setting.per_class}-{setting.seed}-{key}")
+        model, train, test = _opened(config, setting, device)
+        fit = fitted(model, train, Recipe(**config.recipe, seed=setting.seed), kept / "original.safetensors", key)
+        memory = prepare(model, train, fit.initial)
+        audit(memory, stored_retraining(model, fit, kept, key), seed=setting.seed + 1)
+        for request in missing:
+            forget, held_out = _request(request, train, test, setting.seed, memory.linearised.classes)
+            problem = Problem(model, fit.initial, train, forget, fit.recipe, memory)
+            methods = {
+                name: Stored(method, kept / f"{request}-{name}.safetensors", key)
+                for name, method in {**references(setting.seed + 1), **config.methods}.items()
+            }
+            report, notes = compare(problem, held_out, methods, fit.seconds)
+            results.add(setting, request, described, _facts(memory, fit, problem, held_out, notes), report)
+            console.print(report.table(request))
+    return results
+
+
+def _described(config: Config, setting: Setting) -> dict[str, object]:
+    """Everything that a setting's numbers depend on."""
+    methods = {name: [type(method).__name__, asdict(method)] for name, method in config.methods.items()}  # type: ignore[call-overload]
+    described = {
+        "data": asdict(config.data[setting.data]),
+        "model": asdict(config.models[setting.model]),
+        "methods": methods,
+        "test_per_class": config.test_per_class,
+        "recipe": dict(config.recipe),
+        **asdict(setting),
+    }
+    return json.loads(json.dumps(described))
+
+
+def _opened(config: Config, setting: Setting, device: torch.device | str) -> tuple[nn.Module, Dataset, Dataset]:
+    """The model, tuned and not fitted, and its training and test images."""
+    entry, data = config.models[setting.model], config.data[setting.data]
+    _, preprocessing = load_model(entry.model, 2, size=entry.image_size)
+    train, test = _images(data, preprocessing, setting.per_class, config.test_per_class)
+    size = entry.image_size or preprocessing.size or None
+    model, _ = load_model(entry.model, len(train.classes), weights=entry.weights, size=size, seed=setting.seed)
+    tune(model, *entry.select)
+    return model.to(device), in_memory(train), in_memory(test)
+
+
+def _images(data: Data, preprocessing: Preprocessing, train: int, test: int) -> tuple[Images, Images]:
+    """The first images of each class for training, and those of the test split, or the ones after them, for testing."""
+    whole = load_data(data.source, preprocessing, root=data.root)
+    if data.test == "rest":
+        return whole.part(0, train), whole.part(train, train + test)
+    held_out = load_data(data.source, preprocessing, split="test", root=data.root)
+    return whole.part(0, train), held_out.part(0, test)
+
+
+def _request(
+    request: str, train: Dataset, test: Dataset, seed: int, classes: int
+) -> tuple[Int[Tensor, " forget"], Dataset]:
+    """What goes, and the test images: those of a class go with it."""
+    labels, part = labels_of(train), share(request)
+    if part is None:
+        gone = seed % classes
+        staying = (labels_of(test) != gone).nonzero()[:, 0].tolist()
+        return (labels == gone).nonzero()[:, 0], Subset(test, staying)
+    count = round(part * len(labels))
+    if not count:
+        raise InputError(f"{request} of {len(labels)} images is none.")
+    return torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:count].sort().values, test
+
+
+def _facts(memory: Memory, fit: Fit, problem: Problem, test: Dataset, notes: Mapping[str, str]) -> dict[str, object]:
+    """What is known of a cell beside the methods' measures."""
+    calibration = memory.calibration
+    return {
+        "classes": memory.linearised.classes,
+        "parameters": sum(tensor.numel() for tensor in tuned(memory.model).values()),
+        "images": len(memory.ids),
+        "forgotten": len(problem.forget),
+        "test_images": len(test),  # type: ignore[arg-type]
+        "form": memory.form,
+        "ridge": asdict(calibration) if calibration else memory.ridge,
+        "audit": memory.audit.to_dict() if memory.audit else None,
+        "notes": dict(notes),
+        "fit_seconds": fit.seconds,
+    }

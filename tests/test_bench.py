@@ -1,0 +1,177 @@
+"""A grid on a small model of a user's own file: what it runs, keeps, and draws."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from test_cli import refuse, succeed
+
+import fastntk
+from fastntk.bench import grid, tables
+from fastntk.bench.config import Setting, read_config
+from fastntk.bench.results import Cell, Results
+from fastntk.comparison import compare, references
+from fastntk.methods import FastNTK, FineTune, Problem
+from fastntk.training import Recipe
+
+MODEL = """
+import torch
+from torch import nn
+from fastntk import Preprocessing
+
+def small(classes):
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    return nn.Sequential(*layers, nn.Linear(4, classes)), Preprocessing(8, (0.5,) * 3, (0.5,) * 3)
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    """What a configuration file holds, and where it goes."""
+    (tmp_path / "own.py").write_text(MODEL)
+    generator = np.random.default_rng(0)
+    arrays = {}
+    for split, count in (("train", 60), ("test", 30)):
+        arrays[f"y_{split}"] = np.arange(count) % 3
+        arrays[f"x_{split}"] = generator.integers(0, 255, (count, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "data.npz", **arrays)
+    return {
+        "recipe": {"epochs": 2, "learning_rate": 1e-2},
+        "per_class": [10],
+        "test_per_class": 5,
+        "data": {"noise": {"source": str(tmp_path / "data.npz")}},
+        "models": {"small": {"model": f"{tmp_path}/own.py:small", "select": ["bn", "head"]}},
+        "requests": ["class", "random 20%"],
+        "methods": {"fast_ntk": {"method": "FastNTK"}, "tuned": {"method": "FineTune", "epochs": 1}},
+    }
+
+
+def written(tmp_path, config):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def test_a_cell_holds_what_a_comparison_measures(config, tmp_path):
+    read = read_config(written(tmp_path, config))
+    results = grid.run(read, tmp_path / "out")
+    [setting] = read.settings()
+    assert setting == Setting("noise", "small", 10, 0)
+    by_class, by_share = results.cells()
+    assert (by_class.request, by_share.request) == ("class", "random 20%")
+    assert (by_class.facts["images"], by_class.facts["forgotten"], by_class.facts["test_images"]) == (30, 10, 10)
+    assert (by_share.facts["forgotten"], by_share.facts["test_images"]) == (6, 15)
+    assert by_class.facts["audit"]["samples"] == 3
+
+    model, train, test = grid._opened(read, setting, "cpu")
+    recipe = Recipe(epochs=2, learning_rate=1e-2)
+    fit = fastntk.fit(model, train, recipe)
+    memory = fastntk.prepare(model, train, fit.initial)
+    forget = torch.randperm(30, generator=torch.Generator().manual_seed(0))[:6].sort().values
+    methods = {**references(1), "fast_ntk": FastNTK(), "tuned": FineTune(epochs=1)}
+    report, _ = compare(Problem(model, fit.initial, train, forget, recipe, memory), test, methods)
+    assert list(by_share.rows) == list(report.rows)
+    for name, row in report.rows.items():
+        for measure, value in row.items():
+            if measure != "seconds":
+                assert by_share.rows[name][measure] == pytest.approx(value, rel=1e-4, abs=1e-5), (name, measure)
+    kept = results.logits(by_share, "tuned", "test")
+    torch.testing.assert_close(kept, report.logits["tuned"]["test"], rtol=1e-2, atol=1e-2)
+
+
+def test_what_is_there_is_not_run_again(config, tmp_path, monkeypatch):
+    path, out = written(tmp_path, config), tmp_path / "out"
+    done = []
+    monkeypatch.setattr(grid, "compare", lambda *given: done.append(given) or compare(*given))
+
+    def killed(*given):
+        raise KeyboardInterrupt
+
+    before = Results.add
+    monkeypatch.setattr(Results, "add", lambda self, *given: killed() if done[1:] else before(self, *given))
+    with pytest.raises(KeyboardInterrupt):
+        grid.run(read_config(path), out)
+    [first] = Results(out / "results.sqlite").cells()
+    monkeypatch.setattr(Results, "add", before)
+    monkeypatch.setattr(fastntk, "fit", killed)  # the fits are there
+    assert len(grid.run(read_config(path), out).cells()) == 2
+    assert len(done) == 3
+    again = grid.run(read_config(path), out).cells()
+    assert len(done) == 3
+    assert again[0].rows == first.rows
+    monkeypatch.undo()
+    changed = written(tmp_path, {**config, "recipe": {"epochs": 1}})
+    assert grid.run(read_config(changed), out).cells()[0].rows["original"] != first.rows["original"]
+
+
+def test_the_command(config, tmp_path):
+    out = tmp_path / "results"
+    text = succeed("bench", written(tmp_path, {**config, "seeds": [0, 1]}), "--out", out)
+    assert "noise, small, 10 images a class, forgotten: random 20%" in text
+    drawn = (out / "tables.md").read_text()
+    assert "Seeds: 0, 1." in drawn
+    assert "| fast_ntk |" in drawn
+    assert "±" in drawn
+    last = json.loads(succeed("bench", "--summary", out, "--json"))
+    assert last["cells"] == 4
+    assert set(last["distance_ratio"]) == {"fast_ntk", "tuned", "retrain_other_seed"}
+    assert last["distance_ratio"]["retrain_other_seed"] == 1
+    assert (out / "tables.md").read_text() == drawn
+    refuse("no results in", "bench", "--summary", tmp_path / "nowhere")
+    refuse("either which CONFIG.yaml", "bench")
+
+
+@pytest.mark.parametrize(
+    ("message", "change"),
+    [
+        ("no field 'epoch'", {"recipe": {"epoch": 3}}),
+        ("at least 1", {"recipe": {"epochs": 0}}),
+        ("no field 'sede'", {"sede": [1]}),
+        ("'class' or 'random P%', not 'random many'", {"requests": ["random many"]}),
+        ("'class' or 'random P%', not 'some'", {"requests": ["some"]}),
+        ("method a: say which.*FastNTK", {"methods": {"a": {"method": "Magic"}}}),
+        ("method a has no field 'power'", {"methods": {"a": {"method": "Scrub", "power": 3}}}),
+        ("this name is taken", {"methods": {"retrain": {"method": "Retrain"}}}),
+        ("model m: .*select", {"models": {"m": {"model": "resnet18"}}}),
+        ("'split' or 'rest'", {"data": {"d": {"source": "x.npz", "test": "some"}}}),
+        ("lacks 'requests'", {"requests": None}),
+    ],
+)
+def test_a_bad_configuration_is_refused(message, change, config, tmp_path):
+    document = {key: value for key, value in {**config, **change}.items() if value is not None}
+    with pytest.raises(fastntk.InputError, match=message):
+        read_config(written(tmp_path, document))
+
+
+def test_too_few_images_are_refused(config, tmp_path):
+    path = written(tmp_path, {**config, "per_class": [21]})
+    with pytest.raises(fastntk.InputError, match="class 0 has no images 0 to 21"):
+        grid.run(read_config(path), tmp_path / "out")
+
+
+def row(accuracy=80.0, ratio=1.0, membership=50.0, seconds=10.0):
+    parts = dict.fromkeys(("retain_accuracy", "forget_accuracy", "test_accuracy"), accuracy)
+    return {**parts, "distance_ratio": ratio, "average_gap": 1.0, "membership": membership, "seconds": seconds}
+
+
+def cell(ours, verdict="trusted"):
+    rows = {"original": row(), "retrain": row(80.0), "retrain_other_seed": row(82.0), "fast_ntk": ours}
+    facts = {"forgotten": 100, "notes": {"fast_ntk": f"{verdict}: because"}}
+    return Cell(Setting("d", "m", 10, 0), "class", facts, rows)
+
+
+def test_the_summary_counts_what_was_off_and_what_was_flagged():
+    cells = [
+        cell(row(83.9, ratio=1.2, seconds=0.5)),  # 2.9 points off: good
+        cell(row(84.1, ratio=1.4, membership=59.0), "retrain needed"),  # off, flagged
+        cell(row(77.0, ratio=3.0, membership=61.0)),  # off, not flagged; membership beyond 50 +- 9.8
+        cell(row(81.0), "refresh needed"),  # good, flagged
+    ]
+    found = tables.summary(cells, "fast_ntk")
+    assert (found["off"], found["off_and_not_flagged"], found["good"], found["good_and_flagged"]) == (2, 1, 2, 1)
+    assert found["membership_within"] == 0.75
+    assert found["distance_ratio"]["fast_ntk"] == pytest.approx(1.3)
+    assert found["time_fraction"]["fast_ntk"] == pytest.approx(1.0)
