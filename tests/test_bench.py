@@ -102,6 +102,9 @@ def test_what_is_there_is_not_run_again(config, tmp_path, monkeypatch):
     again = grid.run(read_config(path), out).cells()
     assert len(done) == 3
     assert again[0].rows == first.rows
+    more = written(tmp_path, {**config, "methods": {**config["methods"], "more": {"method": "Newton"}}})
+    assert all("more" in each.rows for each in grid.run(read_config(more), out).cells())
+    assert len(done) == 5  # compared again, with the fits and the answers that are there
     monkeypatch.undo()
     changed = written(tmp_path, {**config, "recipe": {"epochs": 1}})
     assert grid.run(read_config(changed), out).cells()[0].rows["original"] != first.rows["original"]

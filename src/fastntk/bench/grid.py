@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,11 +20,12 @@ from fastntk.data import Images, in_memory, labels_of, load_data
 from fastntk.errors import InputError
 from fastntk.files import writable
 from fastntk.memory import Memory
-from fastntk.methods import Problem
+from fastntk.methods import Method, Problem
 from fastntk.models import Preprocessing, load_model
 from fastntk.preparation import prepare
 from fastntk.process import settle
 from fastntk.progress import console
+from fastntk.report import Report
 from fastntk.training import Fit, Recipe
 from fastntk.tunable import tune, tuned
 
@@ -41,42 +42,54 @@ def run(config: Config, folder: Path, device: torch.device | str = "cpu") -> Res
     settle()
     results = Results(writable(folder) / "results.sqlite")
     for setting in config.settings():
-        described = _described(config, setting)
+        described = {**_described(config, setting), "methods": {n: _method(m) for n, m in config.methods.items()}}
         missing = [request for request in config.requests if not results.holds(setting, request, described)]
-        if not missing:
-            continue
-        console.print(f"{setting.data}, {setting.model}, {setting.per_class} a class, seed {setting.seed}")
-        key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
-        kept = writable(folder / "fits" / f"{setting.data}-{setting.model}-{setting.per_class}-{setting.seed}-{key}")
-        model, train, test = _opened(config, setting, device)
-        fit = fitted(model, train, Recipe(**config.recipe, seed=setting.seed), kept / "original.safetensors", key)
-        memory = prepare(model, train, fit.initial)
-        audit(memory, stored_retraining(model, fit, kept, key), seed=setting.seed + 1)
-        for request in missing:
-            forget, held_out = _request(request, train, test, setting.seed, memory.linearised.classes)
-            problem = Problem(model, fit.initial, train, forget, fit.recipe, memory)
-            methods = {
-                name: Stored(method, kept / f"{request}-{name}.safetensors", key)
-                for name, method in {**references(setting.seed + 1), **config.methods}.items()
-            }
-            report, notes = compare(problem, held_out, methods, fit.seconds)
-            results.add(setting, request, described, _facts(memory, fit, problem, held_out, notes), report)
-            console.print(report.table(request))
+        if missing:
+            console.print(f"{setting.data}, {setting.model}, {setting.per_class} a class, seed {setting.seed}")
+            for request, facts, report in _cells(config, setting, missing, folder / "fits", device):
+                results.add(setting, request, described, facts, report)
+                console.print(report.table(request))
     return results
 
 
+def _cells(
+    config: Config, setting: Setting, requests: Iterable[str], fits: Path, device: torch.device | str
+) -> Iterator[tuple[str, dict[str, object], Report]]:
+    """Requests against one fitted model: each with what is known of it and its report."""
+    key = _digest(_described(config, setting))
+    kept = writable(fits / f"{setting.data}-{setting.model}-{setting.per_class}-{setting.seed}-{key}")
+    model, train, test = _opened(config, setting, device)
+    fit = fitted(model, train, Recipe(**config.recipe, seed=setting.seed), kept / "original.safetensors", key)
+    memory = prepare(model, train, fit.initial)
+    audit(memory, stored_retraining(model, fit, kept, key), seed=setting.seed + 1)
+    for request in requests:
+        forget, held_out = _request(request, train, test, setting.seed, memory.linearised.classes)
+        problem = Problem(model, fit.initial, train, forget, fit.recipe, memory)
+        methods = {
+            name: Stored(method, kept / f"{request}-{name}.safetensors", _digest([key, *_method(method)]))
+            for name, method in {**references(setting.seed + 1), **config.methods}.items()
+        }
+        report, notes = compare(problem, held_out, methods, fit.seconds)
+        yield request, _facts(memory, fit, problem, held_out, notes), report
+
+
 def _described(config: Config, setting: Setting) -> dict[str, object]:
-    """Everything that a setting's numbers depend on."""
-    methods = {name: [type(method).__name__, asdict(method)] for name, method in config.methods.items()}  # type: ignore[call-overload]
-    described = {
+    """Everything that a fitted model and its test images depend on."""
+    return {
         "data": asdict(config.data[setting.data]),
-        "model": asdict(config.models[setting.model]),
-        "methods": methods,
+        "model": {**asdict(config.models[setting.model]), "select": list(config.models[setting.model].select)},
         "test_per_class": config.test_per_class,
         "recipe": dict(config.recipe),
-        **asdict(setting),
+        "setting": asdict(setting),
     }
-    return json.loads(json.dumps(described))
+
+
+def _method(method: Method) -> list[object]:
+    return [type(method).__name__, asdict(method)]  # type: ignore[call-overload]
+
+
+def _digest(document: object) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _opened(config: Config, setting: Setting, device: torch.device | str) -> tuple[nn.Module, Dataset, Dataset]:
