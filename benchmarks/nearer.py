@@ -1,0 +1,254 @@
+"""What was tried to come nearer to retraining than the one step does, on the fits that families.py leaves.
+
+    python benchmarks/nearer.py --data cifar10.npz --family mobilenet_v2-bn [--out runs/benchmarks]
+
+Distances on what is forgotten are means over the two retrained models, over the distance between these. Variants:
+
+ridge x gain   the step at multiples of the automatic ridge, and multiplied by a gain
+metric         |W (theta - theta_0)|^2 in place of |theta - theta_0|^2, at its own automatic ridge: "adam" has W^2 the
+               root of the Gauss-Newton diagonal, "moved" the inverse mean square displacement of each tensor
+simulated      Adam with the recipe's batches in the linearised model, on R and on D; the difference of the two
+fine-tuned     the step, then an epoch or three over the retained images
+left-out       what the linearised model predicts of images left out one by one, beside what the network does on unseen
+               ones: accuracy in percent and root mean square residual
+"""
+
+import argparse
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from families import FAMILIES
+from pretrained import cifar10, fingerprint
+from rich.console import Console
+from rich.table import Table
+from scenarios import scenarios, stored_references
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Subset
+
+import fastntk
+from fastntk.bench.stored import fitted
+from fastntk.data import labels_of
+from fastntk.jacobian import PerSampleJacobian
+from fastntk.linearised import Linearised
+from fastntk.metrics import accuracy, logit_distance
+from fastntk.outputs import at, logits_of
+from fastntk.process import settle
+from fastntk.training import Fit, Recipe
+from fastntk.tunable import snapshot, tuned
+
+FACTORS = torch.logspace(-4, 2, 121, dtype=torch.float64)
+
+
+@dataclass
+class Problem:
+    """The linearised model's rows, and what is asked of it."""
+
+    model: nn.Module
+    fit: Fit
+    linearised: Linearised
+    train: Dataset
+    requests: dict[str, tuple[Tensor, Dataset, list[Tensor]]]
+
+    def __post_init__(self) -> None:
+        self.rows = self.linearised.rows(range(len(self.train)))
+        layout = self.linearised.layout
+        self.anchor = layout.flatten(self.linearised.jacobian.parameters)
+        self.u = self.anchor - layout.flatten(self.fit.initial)
+        self.classes = self.linearised.classes
+        self.jacobian = self.rows.jacobian.dense().flatten(0, 1)
+
+    def places(self, forget: Tensor) -> Tensor:
+        """The rows of samples."""
+        return (forget[:, None] * self.classes + torch.arange(self.classes)).flatten()
+
+    def judged(self, request: str, vector: Tensor) -> list[str]:
+        """Distance over floor on what is forgotten, and accuracies there and on the test images."""
+        forget, held_out, references = self.requests[request]
+        sets = Subset(self.train, forget.tolist()), held_out
+        models = [
+            at(self.model, self.linearised.layout.unflatten(each, self.fit.initial)) for each in (vector, *references)
+        ]
+        gone, one, other = (logits_of(each, sets[0], "cpu") for each in models)
+        ratio = (logit_distance(gone, one) + logit_distance(gone, other)) / 2 / logit_distance(one, other)
+        test = accuracy(logits_of(models[0], sets[1], "cpu"), labels_of(sets[1]))
+        return [f"{ratio:.2f}", f"{accuracy(gone, labels_of(sets[0])):.1f}", f"{test:.1f}"]
+
+
+@dataclass
+class Step:
+    """The linear problem with ``|W (theta - theta_0)|^2`` for a penalty, ``inverse`` the diagonal of ``W^-2``."""
+
+    problem: Problem
+    inverse: Tensor
+
+    def __post_init__(self) -> None:
+        scaled = self.problem.jacobian * self.inverse.sqrt().float()
+        kernel = (scaled @ scaled.T).double()
+        self.mean = kernel.diagonal().mean()
+        self.moved = self.problem.jacobian @ self.problem.u.float()
+        self.target = self.problem.rows.residual.double().flatten() + self.moved.double()
+        self.values, self.vectors = torch.linalg.eigh(kernel)
+        self.rotated = self.vectors.T @ self.target
+
+    def automatic(self) -> float:
+        """The factor whose optimum has the outputs nearest to the network's."""
+
+        def miss(factor: Tensor) -> float:
+            outputs = self.vectors @ (self.values * self.rotated / (self.values + factor * self.mean))
+            return float((outputs - self.moved).norm())
+
+        return float(min(FACTORS, key=miss))
+
+    def solved(self, factor: float) -> tuple[Tensor, Tensor]:
+        """``(K + ridge I)^-1`` and it times the target."""
+        inverse = (self.vectors / (self.values + factor * self.mean)) @ self.vectors.T
+        return inverse, inverse @ self.target
+
+    def change(self, factor: float, forget: Tensor) -> Tensor:
+        """``s(R) - s(D)``."""
+        inverse, coefficients = self.solved(factor)
+        gone = self.problem.places(forget)
+        core = torch.linalg.solve(inverse[gone][:, gone], coefficients[gone])
+        return self.inverse * (self.problem.jacobian.T @ (-inverse[:, gone] @ core).float()).double()
+
+    def left_out(self, factor: float) -> tuple[float, float]:
+        """Accuracy and root mean square residual on every image, by the step that forgets it alone."""
+        inverse, coefficients = self.solved(factor)
+        blocks = torch.stack([inverse[g][:, g] for g in torch.arange(len(inverse)).split(self.problem.classes)])
+        per_image = coefficients.view(len(blocks), -1, 1)
+        error = torch.linalg.solve(blocks, per_image)[..., 0] - factor * self.mean * per_image[..., 0]
+        residual, labels = self.problem.rows.residual.double(), labels_of(self.problem.train)
+        targets = self.problem.linearised.loss.targets(labels, self.problem.classes).double()
+        left = residual + error
+        return accuracy(targets - left, labels), float(left.square().sum(1).mean().sqrt())
+
+
+def variants(problem: Problem) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """A name, and the parameters it arrives at for each request."""
+    yield "original", dict.fromkeys(problem.requests, problem.anchor)
+    ones = torch.ones_like(problem.u)
+    plain = Step(problem, ones)
+    automatic = plain.automatic()
+    for times in (1 / 3, 1, 3):
+        for gain in (1.0, 1.2, 1.4, 1.7):
+            answers = {
+                request: problem.anchor + gain * plain.change(times * automatic, forget)
+                for request, (forget, *_) in problem.requests.items()
+            }
+            yield f"ridge {times * automatic:.3f} x {gain}", answers
+    for name, inverse in metrics(problem).items():
+        step = Step(problem, inverse)
+        factor = step.automatic()
+        answers = {r: problem.anchor + step.change(factor, forget) for r, (forget, *_) in problem.requests.items()}
+        yield f"metric {name}, ridge {factor:.3f}", answers
+    whole = simulated(problem, torch.arange(len(problem.train)))
+    retained = {request: staying(problem, forget) for request, (forget, *_) in problem.requests.items()}
+    yield "simulated", {r: problem.anchor + simulated(problem, keep) - whole for r, keep in retained.items()}
+    stepped = {r: problem.anchor + plain.change(automatic, forget) for r, (forget, *_) in problem.requests.items()}
+    for rate, epochs in ((1e-4, 1), (3e-4, 1), (1e-3, 1), (1e-3, 3)):
+        answers = {r: fine_tuned(problem, each, retained[r], rate, epochs) for r, each in stepped.items()}
+        yield f"fine-tuned {epochs} x {rate:g}", answers
+
+
+def metrics(problem: Problem) -> dict[str, Tensor]:
+    """The diagonals of ``W^-2``, of mean 1."""
+    diagonal = problem.jacobian.double().square().sum(0)
+    adam = (diagonal / diagonal.mean()).sqrt().clamp_min(1e-3).reciprocal()
+    layout = problem.linearised.layout
+    moved = {
+        name: torch.full_like(tensor, float(tensor.square().mean()))
+        for name, tensor in layout.unflatten(problem.u, problem.fit.initial).items()
+    }
+    return {name: each / each.mean() for name, each in {"adam": adam, "moved": layout.flatten(moved)}.items()}
+
+
+def staying(problem: Problem, forget: Tensor) -> Tensor:
+    everyone = torch.arange(len(problem.train))
+    return everyone[~torch.isin(everyone, forget)]
+
+
+def simulated(problem: Problem, keep: Tensor) -> Tensor:
+    """The recipe's Adam on the samples ``keep``, in the linearised model, from the parameters before fitting."""
+    recipe, classes = problem.fit.recipe, problem.classes
+    start = (problem.anchor - problem.u).float()
+    theta, anchor = nn.Parameter(start.clone()), problem.anchor.float()
+    optimiser = torch.optim.Adam([theta], lr=recipe.learning_rate)
+    generator = torch.Generator().manual_seed(recipe.seed)
+    steps = math.ceil(len(keep) / recipe.batch_size) * recipe.epochs
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda done: (1 + math.cos(math.pi * done / steps)) / 2)
+    blocks = problem.jacobian.view(len(problem.train), classes, -1)
+    for _ in range(recipe.epochs):
+        for batch in keep[torch.randperm(len(keep), generator=generator)].split(recipe.batch_size):
+            residual = problem.rows.residual[batch] + blocks[batch] @ (anchor - theta.detach())
+            gradient = -(blocks[batch].flatten(0, 1).T @ residual.flatten()) / len(batch)
+            theta.grad = gradient + recipe.weight_decay * (theta.detach() - start)
+            optimiser.step()
+            schedule.step()
+    return theta.detach().double()
+
+
+def fine_tuned(problem: Problem, vector: Tensor, keep: Tensor, rate: float, epochs: int) -> Tensor:
+    layout, model = problem.linearised.layout, copy.deepcopy(problem.model)
+    model.load_state_dict(layout.unflatten(vector, problem.fit.initial), strict=False)
+    recipe = replace(problem.fit.recipe, learning_rate=rate, epochs=epochs)
+    fastntk.fit(model, Subset(problem.train, keep.tolist()), recipe)
+    return layout.flatten(snapshot(tuned(model)))
+
+
+def opened(name: str, arguments: argparse.Namespace) -> tuple[Problem, Dataset]:
+    """The family's fits, as families.py left them (or made now)."""
+    make, select = FAMILIES[name]
+    model, preprocessing = make()
+    train, test = cifar10(arguments.data, preprocessing, arguments.per_class)
+    fastntk.tune(model, *select)
+    recipe = Recipe(epochs=arguments.epochs)
+    key = fingerprint(preprocessing, select, arguments.per_class, recipe)
+    folder = arguments.out / "fits" / f"{name}-{key}"
+    fit = fitted(model, train, recipe, folder / "original.safetensors", key)
+    linearised = Linearised(PerSampleJacobian(model, snapshot(tuned(model))), train)
+    memory = fastntk.prepare(model, train, fit.initial)
+    requests = {}
+    for scenario, forget, held_out in scenarios(train, test):
+        asked = fastntk.methods.Problem(model, fit.initial, train, forget, recipe, memory)
+        found = [method(asked).parameters for method in stored_references(1, folder, scenario, key).values()]
+        requests[scenario] = forget, held_out, [linearised.layout.flatten(each) for each in found]
+    return Problem(model, fit, linearised, train, requests), test
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="CIFAR-10 as .npz")
+    parser.add_argument("--family", choices=list(FAMILIES), default="mobilenet_v2-bn")
+    parser.add_argument("--per-class", type=int, default=60, help="training images of each class")
+    parser.add_argument("--epochs", type=int, default=12, help="of every fit")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="where families.py kept its fits")
+    arguments = parser.parse_args()
+    settle()
+    problem, test = opened(arguments.family, arguments)
+    console = Console(width=120)
+    table = Table(
+        "variant", *(f"{request}: {title}" for request in problem.requests for title in ("ratio", "forget %", "test %"))
+    )
+    for name, answers in variants(problem):
+        cells = [cell for request, vector in answers.items() for cell in problem.judged(request, vector)]
+        console.print(name, *cells)
+        table.add_row(name, *cells)
+    console.print(table)
+    labels = labels_of(test)
+    logits = logits_of(at(problem.model, problem.linearised.jacobian.parameters), test, "cpu")
+    residual = problem.linearised.loss.residual(logits, labels).square().sum(1).mean().sqrt()
+    console.print(f"unseen images: accuracy {accuracy(logits, labels):.1f} %, residual {float(residual):.2f}")
+    step = Step(problem, torch.ones_like(problem.u))
+    for times in (0.3, 0.6, 1, 2, 3):
+        factor = times * step.automatic()
+        console.print(
+            "left out at ridge {:.3f}: accuracy {:.1f} %, residual {:.2f}".format(factor, *step.left_out(factor))
+        )
+
+
+if __name__ == "__main__":
+    main()
