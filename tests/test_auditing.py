@@ -2,14 +2,17 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from cases import CASES
 from test_memory import LINEAR, close, moved, prepared
 from torch.func import functional_call
+from torch.utils.data import TensorDataset
 
 import fastntk
+from fastntk.auditing import left_out
 from fastntk.certificate import Audit
 from fastntk.methods import Problem, Retrain
 from fastntk.training import Recipe
@@ -115,6 +118,43 @@ def test_limits(accuracy, retrained, distance, passed):
     done = Audit(100, accuracy, retrained, (distance + 0.1, distance - 0.1), 1.0, 60.0)
     assert done.passed is passed
     assert Audit.from_dict(json.loads(json.dumps(done.to_dict()))) == done
+
+
+@pytest.mark.parametrize("form", ["primal", "dual"])
+def test_left_out_is_what_forgetting_each_alone_predicts(form):
+    memory = prepared(form=form)
+    for request in ([], [4, 12]):
+        memory.forget(request)
+        places = torch.tensor([1, 2, 7])
+        layout = memory.linearised.layout
+        dense, logits = memory.rows(places).jacobian.dense(), memory.model(memory.train.tensors[0][places]).detach()
+        expected = [
+            logits[k] + dense[k] @ (layout.flatten(memory.preview([i]).parameters) - layout.flatten(memory.anchor))
+            for k, i in enumerate(places.tolist())
+        ]
+        torch.testing.assert_close(left_out(memory, places), torch.stack(expected), rtol=1e-8, atol=1e-8)
+
+
+def test_left_out_and_unseen_samples_should_be_classified_alike():
+    memory = prepared()
+    memory.forget([4])
+    images, labels = CASES["bn+head"].images(9, seed=8), torch.arange(9) % 3
+    done = fastntk.audit(memory, near(memory), ids=IDS, held_out=TensorDataset(images, labels))
+    everyone = torch.tensor([place for place in range(14) if place != 4])
+    right = left_out(memory, everyone).argmax(1) == memory.train.tensors[1][everyone]
+    unseen = functional_call(memory.model, memory.parameters, (images,)).argmax(1) == labels
+    assert done.left_out == pytest.approx(100 * right.double().mean().item())
+    assert done.unseen == pytest.approx(100 * unseen.double().mean().item())
+    assert f"unseen ones in {done.unseen:.1f} %" in str(done)
+    matched = Audit(100, 50.0, (50.0, 50.0), (1.0, 1.0), 1.0, 60.0, 83.0, 80.0)
+    assert matched.passed
+    assert not replace(matched, left_out=83.1).passed
+    assert not replace(matched, left_out=76.9).passed
+
+
+def test_left_out_needs_a_stored_solution():
+    with pytest.raises(fastntk.InputError, match="primal and the dual form alone"):
+        left_out(prepared(form="matrix-free"), torch.tensor([1]))
 
 
 def test_the_verdict_heeds_it():

@@ -125,7 +125,9 @@ def test_the_whole_job(run, tmp_path):
 
 def the_later_life(folder):
     """Of a run that has forgotten three times: an audit, remembering, verifying, refreshing."""
-    text = succeed("audit", folder, "--fraction", 0.3)
+    data = json.loads((folder / "run.json").read_text())["data"]
+    text = succeed("audit", folder, "--fraction", 0.3, "--test", data)
+    assert "unseen ones" in text
     assert re.search(r"The memory (passed|FAILED): audited on \d drawn samples", text)
     audited = json.loads(succeed("audit", folder, "--class-name", "blue", "--json"))
     assert "remember: 1 samples" in succeed("remember", folder, "--ids", "17")

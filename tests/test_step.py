@@ -49,6 +49,20 @@ def test_primal_and_dual_are_the_least_squares_solution(name):
     "make", [lambda r, u: PrimalSolution.of(sums_of(r), u, RIDGE), lambda r, u: DualSolution.of(r, u, RIDGE)]
 )
 @pytest.mark.parametrize("name", NAMES)
+def test_alone_is_each_sample_leaving_by_itself(name, make):
+    rows, dense, u = problem(name)
+    solution, everyone = make(rows, u), torch.arange(len(dense))
+    expected = torch.stack(
+        [dense[i] @ solution.update(torch.tensor([i]), rows.__getitem__, -1).change for i in everyone]
+    )
+    close(solution.alone(everyone, rows.__getitem__), expected)
+    close(solution.alone(everyone[[5, 2]], rows.__getitem__), expected[[5, 2]])
+
+
+@pytest.mark.parametrize(
+    "make", [lambda r, u: PrimalSolution.of(sums_of(r), u, RIDGE), lambda r, u: DualSolution.of(r, u, RIDGE)]
+)
+@pytest.mark.parametrize("name", NAMES)
 def test_leaving_is_solving_without(name, make):
     rows, dense, u = problem(name)
     solution = make(rows, u)

@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from fastntk.certificate import Audit
 from fastntk.data import labels_of
 from fastntk.errors import InputError
+from fastntk.matrix_free import MatrixFreeSolution
 from fastntk.members import Id
 from fastntk.memory import Memory
 from fastntk.methods.retrain import retrained
@@ -25,6 +27,9 @@ from fastntk.preparation import check_complete
 from fastntk.progress import track
 from fastntk.training import Recipe
 from fastntk.tunable import snapshot, tuned
+
+_LEFT_OUT = 1000  # members at most
+_TOGETHER = 64  # of them at a time
 
 Retraining = Callable[[Dataset, int], Mapping[str, Tensor]]
 """A user's own training from the parameters before fitting: the data and a seed to the tuned parameters."""
@@ -36,6 +41,7 @@ def audit(
     *,
     fraction: float = 0.1,
     ids: Iterable[Id] | None = None,
+    held_out: Dataset | None = None,
     seed: int = 0,
 ) -> Audit:
     """Answer a drawn request from the memory, retrain twice without its samples, and compare.
@@ -50,6 +56,8 @@ def audit(
             put back afterwards.
         fraction: of the members, drawn at random, for the request.
         ids: the request, in place of a drawn one: say, a class, where classes are what will be asked for.
+        held_out: labelled samples that the model was not fitted to. With them the accuracy on members left out one by
+            one is compared with that on unseen samples; see ``left_out``.
         seed: of the draw; the retrained models' are the two after the recipe's, or 1 and 2.
 
     Raises:
@@ -67,6 +75,9 @@ def audit(
     seconds = time.perf_counter() - started
     answer = memory.preview(memory.members.ids[position] for position in drawn.tolist()).parameters
     result = _compared(memory, Subset(memory.members, drawn.tolist()), (first, second, answer), seconds)
+    if held_out is not None:
+        foreseen, unseen = _beside_unseen(memory, held_out)
+        result = replace(result, left_out=foreseen, unseen=unseen)
     memory.audited_(result)
     return result
 
@@ -87,6 +98,38 @@ def _compared(memory: Memory, forget: Dataset, models: tuple[Mapping[str, Tensor
         raise InputError("the two retrained models are equal: retraining must depend on the seed that it is given.")
     references = accuracy(one, labels), accuracy(other, labels)
     return Audit(len(labels), accuracy(ours, labels), references, distances, floor, seconds)
+
+
+def left_out(memory: Memory, positions: Int[Tensor, " samples"]) -> Float[Tensor, "samples classes"]:
+    """The logits that the linear prediction gives each member at ``positions`` after forgetting it alone.
+
+    ``f(x_i; theta*) + J_i (theta - theta* + s(S - i) - s(S))``, with S the members and theta the current parameters.
+
+    Raises:
+        InputError: the memory is matrix-free, which needs a solve a sample, or its classes are probed.
+    """
+    linearised, solution = memory.linearised, memory.solution
+    if isinstance(solution, MatrixFreeSolution) or linearised.probes:
+        raise InputError(
+            "samples can be left out one by one in the primal and the dual form alone, without class probes."
+        )
+    layout, ids = linearised.layout, positions.tolist()
+    labels = labels_of(Subset(memory.members, ids)).to(linearised.device)
+    logits = linearised.loss.targets(labels, linearised.classes) - memory.residuals[positions]
+    moved = layout.flatten(memory.parameters) - layout.flatten(memory.anchor)
+    if moved.any():
+        logits = logits + linearised.tangent(ids, moved)
+    return logits + torch.cat([solution.alone(some, memory.rows) for some in positions.split(_TOGETHER)])
+
+
+def _beside_unseen(memory: Memory, held_out: Dataset) -> tuple[float, float]:
+    """Accuracies on some members left out, and on held-out samples."""
+    generator = torch.Generator().manual_seed(0)
+    positions = memory.present.nonzero()[:, 0]
+    positions = positions[torch.randperm(len(positions), generator=generator)[:_LEFT_OUT].sort().values]
+    members = labels_of(Subset(memory.members, positions.tolist()))
+    unseen = logits_of(at(memory.model, memory.parameters), held_out, memory.linearised.device).cpu()
+    return accuracy(left_out(memory, positions).cpu(), members), accuracy(unseen, labels_of(held_out))
 
 
 def _fitted(memory: Memory, retain: Dataset, recipe: Recipe | Retraining, number: int) -> Mapping[str, Tensor]:

@@ -205,6 +205,7 @@ def audit(
     run: options.Folder,
     fraction: Annotated[float, typer.Option(help="Of the samples, drawn at random for the request.")] = 0.1,
     class_name: Annotated[str | None, typer.Option(help="In place of drawn samples: all of one class.")] = None,
+    test: Annotated[str | None, typer.Option(help="Held-out data, to compare samples left out with.")] = None,
     device: options.Device = "cpu",
     seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
     as_json: options.Json = False,
@@ -215,7 +216,7 @@ def audit(
     """
     from fastntk.run import Run
 
-    done = Run(run, device).audit(fraction, class_name, seed)
+    done = Run(run, device).audit(fraction, class_name, test, seed)
     text = f"The memory {'passed' if done.passed else 'FAILED'}: {done}.\nRetraining twice took {done.seconds:.0f} s."
     show({"run": str(run), **done.to_dict()}, as_json, text)
 

@@ -207,12 +207,13 @@ class Run:
         self._seal(settings)
         return seconds, memory
 
-    def audit(self, fraction: float, class_name: str | None, seed: int) -> Audit:
+    def audit(self, fraction: float, class_name: str | None, test: str | None, seed: int) -> Audit:
         """Audit the memory, with the run's own recipe."""
         settings, model, images = self._opened()
         memory = load(self.folder / "memory", model, in_memory(images))
         ids = None if class_name is None else of_class(images, class_name, memory)
-        return audit(memory, self.recipe(settings), fraction=fraction, ids=ids, seed=seed)
+        held_out = in_memory(settings.data_source(images.preprocessing, test, split="test")) if test else None
+        return audit(memory, self.recipe(settings), fraction=fraction, ids=ids, held_out=held_out, seed=seed)
 
     def verify(self) -> Memory:
         """The memory, if every file of the run is what was written.

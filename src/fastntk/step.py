@@ -111,14 +111,33 @@ class PrimalSolution:
         of ``I + sign J_F B J_F'``.
         """
         these = rows(positions)
-        j, h = (part.to(self.inverse.dtype) for part in (these.jacobian.rest, these.jacobian.features))
-        solved = self.head_inverse @ h.T
-        reduced = (j.permute(2, 0, 1) - (self.sums.cross @ solved).permute(1, 2, 0)).flatten(1)
-        upper = self.inverse @ reduced
-        core = reduced.T @ upper + torch.kron(h @ solved, torch.eye(j.shape[1]).to(h))
+        h, solved, reduced, upper = self._projected(these)
+        core = reduced.T @ upper + torch.kron(h @ solved, torch.eye(len(self.sums.cross)).to(h))
         factor = factorised(torch.eye(len(core)).to(core) + sign * core)
         weights = torch.cholesky_solve(self._error(these, self.step)[:, None].to(factor), factor)[:, 0]
         return Update(sign * self._lift(upper, solved, weights), positions, sign, these, (upper, solved, factor))
+
+    def _projected(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The head's inputs h, ``(H + ridge I)^-1 h'``, and the rest's rows of J' less what the head takes up of them,
+        before and after the inverse; one column a sample and class."""
+        j, h = (part.to(self.inverse.dtype) for part in (rows.jacobian.rest, rows.jacobian.features))
+        solved = self.head_inverse @ h.T
+        reduced = (j.permute(2, 0, 1) - (self.sums.cross @ solved).permute(1, 2, 0)).flatten(1)
+        return h, solved, reduced, self.inverse @ reduced
+
+    def alone(self, positions: Int[Tensor, " samples"], rows: RowsOf) -> Float[Tensor, "samples classes"]:
+        """``J_i (s(S - i) - s(S)) = -M_i (I - M_i)^-1 (r_i - J_i s(S))`` with ``M_i = J_i B J_i'``, for each sample i.
+
+        It is what forgetting a sample alone changes of its own logits, to first order.
+        """
+        these = rows(positions)
+        h, solved, reduced, upper = self._projected(these)
+        samples, classes = these.residual.shape
+        blocks = [each.view(-1, samples, classes).permute(1, 2, 0) for each in (reduced, upper)]
+        eye = torch.eye(classes).to(h)
+        leverage = blocks[0] @ blocks[1].mT + (h * solved.T).sum(1)[:, None, None] * eye
+        error = self._error(these, self.step).view(samples, classes, 1).to(h)
+        return -(leverage @ torch.linalg.solve(eye - leverage, error))[..., 0]
 
     def _lift(self, upper: Tensor, solved: Tensor, weights: Float[Tensor, " rows"]) -> Float[Tensor, " p"]:
         """``B J_F' w``, in float64, from parts of an update's ``low_rank``."""
@@ -264,6 +283,15 @@ class DualSolution:
         change = rows.jacobian.rmatvec(joining.view_as(rows.residual))
         change = change + self.rows.jacobian.rmatvec(staying.view_as(self.rows.residual))
         return Update(change, positions, 1, rows, (joining, lifted, factor, across))
+
+    def alone(self, positions: Int[Tensor, " samples"], rows: RowsOf) -> Float[Tensor, "samples classes"]:
+        """``J_i (s(S - i) - s(S)) = ridge a_i - A_ii^-1 a_i``, for each sample i; ``rows`` are not needed.
+
+        It is what forgetting a sample alone changes of its own logits, to first order.
+        """
+        places = self._rows(positions).view(len(positions), -1)
+        blocks, own = self.inverse[places[:, :, None], places[:, None, :]], self.coefficients[places]
+        return self.ridge * own - torch.linalg.solve(blocks, own[..., None])[..., 0]
 
     def apply_(self, update: Update) -> None:
         """Add the samples of an ``update`` to S, or take them out, in place."""

@@ -61,7 +61,7 @@ def _cells(
     model, train, test = _opened(config, setting, device)
     fit = fitted(model, train, Recipe(**config.recipe, seed=setting.seed), kept / "original.safetensors", key)
     memory = prepare(model, train, fit.initial)
-    audit(memory, stored_retraining(model, fit, kept, key), seed=setting.seed + 1)
+    audit(memory, stored_retraining(model, fit, kept, key), held_out=test, seed=setting.seed + 1)
     for request in requests:
         forget, held_out = _request(request, train, test, setting.seed, memory.linearised.classes)
         problem = Problem(model, fit.initial, train, forget, fit.recipe, memory)
