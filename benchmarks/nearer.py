@@ -32,6 +32,7 @@ from torch.utils.data import Dataset, Subset
 import fastntk
 from fastntk.bench.stored import fitted
 from fastntk.data import labels_of
+from fastntk.files import writable
 from fastntk.jacobian import PerSampleJacobian
 from fastntk.linearised import Linearised
 from fastntk.metrics import accuracy, logit_distance
@@ -207,7 +208,7 @@ def opened(name: str, arguments: argparse.Namespace) -> tuple[Problem, Dataset]:
     fastntk.tune(model, *select)
     recipe = Recipe(epochs=arguments.epochs)
     key = fingerprint(preprocessing, select, arguments.per_class, recipe)
-    folder = arguments.out / "fits" / f"{name}-{key}"
+    folder = writable(arguments.out / "fits" / f"{name}-{key}")
     fit = fitted(model, train, recipe, folder / "original.safetensors", key)
     linearised = Linearised(PerSampleJacobian(model, snapshot(tuned(model))), train)
     memory = fastntk.prepare(model, train, fit.initial)
