@@ -1,11 +1,13 @@
 """One contract for every method, and what each method's paper says on cases that can be solved otherwise."""
 
 import copy
+from dataclasses import replace
 
 import oracles
 import pytest
 import torch
 from cases import CASES
+from torch.utils.data import TensorDataset
 
 import fastntk
 from fastntk.comparison import compare, one_shot, references
@@ -113,6 +115,16 @@ def test_golatkar_solves_twice_with_a_ridge_per_sample_and_no_anchor(form):
     assert factor > 1
     torch.testing.assert_close(moved(Golatkar(0.02, trapezium=True)(given)), factor * step, rtol=1e-8, atol=1e-9)
     torch.testing.assert_close(moved(Golatkar()(given)), moved(Golatkar(0.03)(given)))
+
+
+def test_samples_may_have_names_of_their_own():
+    given = problem()
+    named = TensorDataset(*given.train.tensors)
+    named.ids = [f"sample {number}" for number in reversed(range(20))]
+    memory = fastntk.prepare(given.model, named, given.initial, ridge=0.6)
+    answer = FastNTK()(replace(given, train=named, memory=memory))
+    for name, tensor in FastNTK()(given).parameters.items():
+        torch.testing.assert_close(answer.parameters[name], tensor)
 
 
 def test_retrain_is_fitting_without_the_forgotten():

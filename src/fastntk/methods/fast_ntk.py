@@ -20,5 +20,6 @@ class FastNTK:
 
     def __call__(self, problem: Problem) -> Unlearned:
         """Answer the request from the forgotten samples alone."""
-        answer = problem.memory.preview(problem.forget.tolist(), ridge=self.ridge)
+        known = problem.memory.members.ids
+        answer = problem.memory.preview([known[index] for index in problem.forget.tolist()], ridge=self.ridge)
         return Unlearned(answer.parameters, answer.seconds, answer.certificate.explanation)
