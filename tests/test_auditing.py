@@ -52,6 +52,9 @@ def test_it_compares_the_answer_with_two_retrained_models():
     assert done.distances == pytest.approx((distance(ours, one), distance(ours, other)))
     accuracies = [100 * (each.argmax(1) == labels).double().mean().item() for each in (one, other, ours)]
     assert (*done.retrained, done.accuracy) == pytest.approx(accuracies)
+    right = [each.argmax(1) == labels for each in (one, other, ours)]
+    differ = ((right[2] != right[0]).sum() + (right[2] != right[1]).sum()) / 2
+    assert done.deviation == pytest.approx(100 * differ.sqrt().item() / 3)
     assert done.ratio == pytest.approx(sum(done.distances) / 2 / done.floor)
     assert done.gap == pytest.approx(accuracies[2] - (accuracies[0] + accuracies[1]) / 2)
 
@@ -104,18 +107,20 @@ def test_a_share_is_drawn_by_its_seed():
 
 
 @pytest.mark.parametrize(
-    ("accuracy", "retrained", "distance", "passed"),
+    ("accuracy", "retrained", "deviation", "distance", "passed"),
     [
-        (50.0, (48.0, 47.0), 1.5, True),
-        (50.0, (48.0, 47.0), 1.51, False),
-        (54.0, (50.0, 50.0), 1.0, True),
-        (45.9, (50.0, 50.0), 1.0, False),
-        (57.0, (54.0, 46.0), 1.0, True),
-        (59.0, (54.0, 46.0), 1.0, False),
+        (50.0, (48.0, 47.0), 1.0, 1.5, True),
+        (50.0, (48.0, 47.0), 1.0, 1.51, False),
+        (54.0, (50.0, 50.0), 1.0, 1.0, True),
+        (45.9, (50.0, 50.0), 1.0, 1.0, False),
+        (57.0, (54.0, 46.0), 1.0, 1.0, True),
+        (59.0, (54.0, 46.0), 1.0, 1.0, False),
+        (55.8, (50.0, 50.0), 3.0, 1.0, True),
+        (55.9, (50.0, 50.0), 3.0, 1.0, False),
     ],
 )
-def test_limits(accuracy, retrained, distance, passed):
-    done = Audit(100, accuracy, retrained, (distance + 0.1, distance - 0.1), 1.0, 60.0)
+def test_limits(accuracy, retrained, deviation, distance, passed):
+    done = Audit(100, accuracy, retrained, deviation, (distance + 0.1, distance - 0.1), 1.0, 60.0)
     assert done.passed is passed
     assert Audit.from_dict(json.loads(json.dumps(done.to_dict()))) == done
 
@@ -146,10 +151,15 @@ def test_left_out_and_unseen_samples_should_be_classified_alike():
     assert done.left_out == pytest.approx(100 * right.double().mean().item())
     assert done.unseen == pytest.approx(100 * unseen.double().mean().item())
     assert f"unseen ones in {done.unseen:.1f} %" in str(done)
-    matched = Audit(100, 50.0, (50.0, 50.0), (1.0, 1.0), 1.0, 60.0, 83.0, 80.0)
+    assert done.compared == (13, 9)
+    matched = Audit(100, 50.0, (50.0, 50.0), 1.0, (1.0, 1.0), 1.0, 60.0, 83.0, 80.0, (9000, 9000))
     assert matched.passed
     assert not replace(matched, left_out=83.1).passed
     assert not replace(matched, left_out=76.9).passed
+    few = replace(matched, left_out=70.0, unseen=60.0, compared=(200, 200))
+    assert few.allowed_unseen == pytest.approx(1.96 * (70 * 30 / 200 + 60 * 40 / 200) ** 0.5)
+    assert not few.passed
+    assert replace(few, left_out=69.0).passed
 
 
 def test_left_out_needs_a_stored_solution():

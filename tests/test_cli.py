@@ -123,6 +123,16 @@ def test_the_whole_job(run, tmp_path):
     the_later_life(folder)
 
 
+def test_training_images_are_not_taken_for_test_images(run, data, tmp_path):
+    folder, arrays = copied(run, tmp_path), np.load(data)
+    np.savez(tmp_path / "plain.npz", x=arrays["x_train"], y=arrays["y_train"], classes=arrays["classes"])
+    settings = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**settings, "data": str(tmp_path / "plain.npz")}))
+    succeed("forget", folder, "--ids", "3")
+    refuse("has no test split.*--test", "evaluate", folder)
+    assert "retrain" in succeed("evaluate", folder, "--test", data, "--no-retrain")
+
+
 def the_later_life(folder):
     """Of a run that has forgotten three times: an audit, remembering, verifying, refreshing."""
     data = json.loads((folder / "run.json").read_text())["data"]

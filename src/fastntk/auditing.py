@@ -76,8 +76,8 @@ def audit(
     answer = memory.preview(memory.members.ids[position] for position in drawn.tolist()).parameters
     result = _compared(memory, Subset(memory.members, drawn.tolist()), (first, second, answer), seconds)
     if held_out is not None:
-        foreseen, unseen = _beside_unseen(memory, held_out)
-        result = replace(result, left_out=foreseen, unseen=unseen)
+        (foreseen, unseen), compared = _beside_unseen(memory, held_out)
+        result = replace(result, left_out=foreseen, unseen=unseen, compared=compared)
     memory.audited_(result)
     return result
 
@@ -96,8 +96,10 @@ def _compared(memory: Memory, forget: Dataset, models: tuple[Mapping[str, Tensor
     floor, distances = logit_distance(one, other), (logit_distance(ours, one), logit_distance(ours, other))
     if not floor:
         raise InputError("the two retrained models are equal: retraining must depend on the seed that it is given.")
-    references = accuracy(one, labels), accuracy(other, labels)
-    return Audit(len(labels), accuracy(ours, labels), references, distances, floor, seconds)
+    references, right = (accuracy(one, labels), accuracy(other, labels)), ours.argmax(1) == labels
+    differ = sum(int((right != (each.argmax(1) == labels)).sum()) for each in (one, other)) / 2
+    deviation = 100 * differ**0.5 / len(labels)
+    return Audit(len(labels), accuracy(ours, labels), references, deviation, distances, floor, seconds)
 
 
 def left_out(memory: Memory, positions: Int[Tensor, " samples"]) -> Float[Tensor, "samples classes"]:
@@ -122,14 +124,15 @@ def left_out(memory: Memory, positions: Int[Tensor, " samples"]) -> Float[Tensor
     return logits + torch.cat([solution.alone(some, memory.rows) for some in positions.split(_TOGETHER)])
 
 
-def _beside_unseen(memory: Memory, held_out: Dataset) -> tuple[float, float]:
-    """Accuracies on some members left out, and on held-out samples."""
+def _beside_unseen(memory: Memory, held_out: Dataset) -> tuple[tuple[float, float], tuple[int, int]]:
+    """Accuracies on some members left out and on held-out samples, and how many there are of each."""
     generator = torch.Generator().manual_seed(0)
     positions = memory.present.nonzero()[:, 0]
     positions = positions[torch.randperm(len(positions), generator=generator)[:_LEFT_OUT].sort().values]
     members = labels_of(Subset(memory.members, positions.tolist()))
     unseen = logits_of(at(memory.model, memory.parameters), held_out, memory.linearised.device).cpu()
-    return accuracy(left_out(memory, positions).cpu(), members), accuracy(unseen, labels_of(held_out))
+    accuracies = accuracy(left_out(memory, positions).cpu(), members), accuracy(unseen, labels_of(held_out))
+    return accuracies, (len(members), len(unseen))
 
 
 def _fitted(memory: Memory, retain: Dataset, recipe: Recipe | Retraining, number: int) -> Mapping[str, Tensor]:

@@ -3,6 +3,7 @@ retrained models the memory's answers come."""
 
 import hashlib
 import hmac
+import math
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -24,10 +25,15 @@ second."""
 
 LIMIT_RATIO, LIMIT_GAP = 1.5, 4.0
 """Of an audit: the distance to retrained models over that between two of them, and the points of accuracy between the
-answer and them, up to which a memory is trusted. As many points as the two lie apart themselves are allowed too."""
+answer and them, up to which a memory is trusted. As many points as the two lie apart themselves, or as chance makes of
+so few samples, are allowed too."""
 
 LIMIT_UNSEEN = 3.0
-"""Points between the accuracy on samples left out and on unseen ones, up to which a memory is trusted."""
+"""Points between the accuracy on samples left out and on unseen ones, up to which a memory is trusted, or as many as
+chance makes of so few."""
+
+CHANCE = 1.96
+"""Standard deviations that chance is granted."""
 
 
 @dataclass(frozen=True)
@@ -43,21 +49,26 @@ class Audit:
         accuracy: of the memory's answer, in percent.
         retrained: the same of the two retrained models.
         distances: of the answer to each of the two.
+        deviation: the standard deviation that chance gives ``gap``, in points: over the samples, the root of the number
+            that are right in one of answer and retrained model and wrong in the other.
         floor: the distance between the two: the least that any method can be asked for.
         seconds: that retraining took, both together.
         left_out: the share of members, in percent, that the linear prediction classifies rightly after forgetting each
             of them alone; None if there were no held-out samples to compare it with.
         unseen: the share of those that the network classifies rightly.
+        compared: how many samples each of the two shares is of.
     """
 
     samples: int
     accuracy: float
     retrained: tuple[float, float]
+    deviation: float
     distances: tuple[float, float]
     floor: float
     seconds: float
     left_out: float | None = None
     unseen: float | None = None
+    compared: tuple[int, int] = (0, 0)
 
     @property
     def ratio(self) -> float:
@@ -72,13 +83,19 @@ class Audit:
     @property
     def allowed(self) -> float:
         """The largest gap that passes."""
-        return max(LIMIT_GAP, abs(self.retrained[0] - self.retrained[1]))
+        return max(LIMIT_GAP, abs(self.retrained[0] - self.retrained[1]), CHANCE * self.deviation)
+
+    @property
+    def allowed_unseen(self) -> float:
+        """The largest difference of ``left_out`` and ``unseen`` that passes."""
+        shares = zip((self.left_out or 0.0, self.unseen or 0.0), self.compared, strict=True)
+        return max(LIMIT_UNSEEN, CHANCE * math.sqrt(sum(p * (100 - p) / max(count, 1) for p, count in shares)))
 
     @property
     def passed(self) -> bool:
         """Whether all are within their limits."""
         near = self.ratio <= LIMIT_RATIO and abs(self.gap) <= self.allowed
-        return near and abs((self.left_out or 0.0) - (self.unseen or 0.0)) <= LIMIT_UNSEEN
+        return near and abs((self.left_out or 0.0) - (self.unseen or 0.0)) <= self.allowed_unseen
 
     def __str__(self) -> str:
         text = (
@@ -90,7 +107,7 @@ class Audit:
             return text
         return (
             f"{text}; samples left out one by one are classified rightly in {self.left_out:.1f} %, unseen ones in "
-            f"{self.unseen:.1f} % (within {LIMIT_UNSEEN:.1f} points)"
+            f"{self.unseen:.1f} % (within {self.allowed_unseen:.1f} points)"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -102,7 +119,7 @@ class Audit:
     def from_dict(cls, document: Mapping[str, Any]) -> "Audit":
         """The reverse of ``to_dict``."""
         values: dict[str, Any] = {field.name: document[field.name] for field in fields(cls)}
-        return cls(**{**values, "retrained": tuple(values["retrained"]), "distances": tuple(values["distances"])})
+        return cls(**{**values, **{name: tuple(values[name]) for name in ("retrained", "distances", "compared")}})
 
 
 @dataclass(frozen=True)

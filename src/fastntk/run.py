@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from fastntk import distributed
 from fastntk.auditing import audit
@@ -212,7 +213,7 @@ class Run:
         settings, model, images = self._opened()
         memory = load(self.folder / "memory", model, in_memory(images))
         ids = None if class_name is None else of_class(images, class_name, memory)
-        held_out = in_memory(settings.data_source(images.preprocessing, test, split="test")) if test else None
+        held_out = _held_out(settings, images, test) if test else None
         return audit(memory, self.recipe(settings), fraction=fraction, ids=ids, held_out=held_out, seed=seed)
 
     def verify(self) -> Memory:
@@ -236,7 +237,7 @@ class Run:
         settings, model, images = self._opened()
         train = in_memory(images)
         memory = load(self.folder / "memory", model, train)
-        held_out = in_memory(settings.data_source(images.preprocessing, test, split="test"))
+        held_out = _held_out(settings, images, test)
         known = set(memory.ids)
         forget = torch.tensor([place for place, each in enumerate(images.ids) if each not in known], dtype=torch.long)
         if not len(forget):
@@ -245,6 +246,18 @@ class Run:
         other = problem.recipe.seed + 1 if seed is None else seed
         methods: dict[str, Method] = references(other) if retrain else {}
         return compare(problem, held_out, {**methods, "fastntk": _as_remembered})[0]
+
+
+def _held_out(settings: Settings, images: Images, test: str | None) -> Dataset:
+    """The test images: of ``test``, or the test split of the run's own data.
+
+    Raises:
+        InputError: the run's own data have no test split, so that the training images would be taken.
+    """
+    held_out = settings.data_source(images.preprocessing, test, split="test")
+    if test is None and torch.equal(held_out.labels, images.labels) and torch.equal(held_out[0][0], images[0][0]):
+        raise InputError(f"{settings.data} has no test split. Give images that the model was not fitted to: --test.")
+    return in_memory(held_out)
 
 
 def _as_remembered(problem: Problem) -> Unlearned:
