@@ -87,8 +87,7 @@ def test_descending_is_adam_along_every_loss(given):
 def test_a_mask_holds_parameters(given):
     mask = {name: torch.zeros_like(tensor) for name, tensor in given.memory.anchor.items()}
     mask["head.bias"][1] = 1
-    losses = lambda model: FineTune(epochs=2).losses(given, model)  # noqa: E731
-    moved = descend(given, losses, RATE, mask).parameters
+    moved = descend(given, FineTune(epochs=2).losses, RATE, mask).parameters
     for name, tensor in given.memory.anchor.items():
         assert torch.equal(moved[name] != tensor, mask[name] == 1)
 

@@ -200,7 +200,9 @@ class Certificate:
         advice = {
             "trusted": "",
             "refresh needed": " Refresh the memory at the current weights, or retrain.",
-            "retrain needed": " Retrain, or ask for fewer samples with a larger ridge.",
+            "retrain needed": " Retrain, or ask for fewer samples with a larger ridge."
+            if self.audit is None or self.audit.passed
+            else " Retrain, or prepare with another ridge and audit again.",
         }
         audited = str(self.audit) if self.audit else "no audit has compared the memory's answers with retrained models"
         retained = "an unmeasured part" if self.departure_retained is None else f"{self.departure_retained:.0%}"

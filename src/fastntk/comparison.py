@@ -7,12 +7,15 @@ from torch.utils.data import Dataset
 from fastntk.methods import FastNTK, Golatkar, Method, Problem, Retrain
 from fastntk.outputs import at
 from fastntk.progress import track
-from fastntk.report import Report, evaluate
+from fastntk.report import FLOOR, REFERENCE, Report, evaluate
+
+COMPARED_WITH = ("original", REFERENCE, FLOOR)
+"""The rows of a comparison that are no methods."""
 
 
 def references(other_seed: int) -> dict[str, Method]:
     """Two models retrained without the data, the second with another seed: the yardstick and its noise floor."""
-    return {"retrain": Retrain(), "retrain_other_seed": Retrain(other_seed)}
+    return {REFERENCE: Retrain(), FLOOR: Retrain(other_seed)}
 
 
 def one_shot() -> dict[str, Method]:

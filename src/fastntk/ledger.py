@@ -78,18 +78,15 @@ class Ledger:
 
     def answer(self, certificate: Certificate, journal: tuple[str, str], seconds: float) -> None:
         """Enter a request whose journal, a file's name and SHA-256, is now part of the memory."""
-        given = json.dumps(certificate.to_ledger())
-        request = None, certificate.request, certificate.kind, "answered"
         with self._writing() as database:
             database.execute("INSERT INTO files VALUES (?, ?)", journal)
-            database.execute(_INSERT, (*request, now(), None, seconds, None, journal[0], given))
+            row = certificate.request, certificate.kind, certificate.to_ledger()
+            _enter(database, *row, seconds, file=journal[0])
 
     def audited(self, audit: Audit) -> None:
         """Enter an audit; it changes nothing of the memory."""
         with self._writing() as database:
-            time, given = now(), json.dumps(audit.to_dict())
-            row = None, str(uuid.uuid4()), "audit", "purged", time, time, audit.seconds, None, None, given
-            database.execute(_INSERT, row)
+            _enter(database, str(uuid.uuid4()), "audit", audit.to_dict(), audit.seconds, purged=True)
 
     def audit(self) -> Audit | None:
         """The latest one since the memory was linearised."""
@@ -113,8 +110,7 @@ class Ledger:
             database.execute("INSERT INTO files VALUES (?, ?)", base)
             database.execute("UPDATE requests SET file = NULL")
             if refresh is not None:
-                request = None, str(uuid.uuid4()), "refresh", "answered"
-                database.execute(_INSERT, (*request, now(), None, seconds, None, None, json.dumps(dict(refresh))))
+                _enter(database, str(uuid.uuid4()), "refresh", refresh, seconds)
 
     def purged(self, seconds: float | None) -> None:
         """The files that ``switch`` has left out are gone; so say the requests concerned."""
@@ -202,6 +198,21 @@ class Ledger:
     def _one(self, query: str) -> int:
         with self._open() as database:
             return int(database.execute(query).fetchone()[0])
+
+
+def _enter(
+    database: sqlite3.Connection,
+    request: str,
+    kind: str,
+    certificate: Mapping[str, object],
+    seconds: float,
+    file: str | None = None,
+    purged: bool = False,
+) -> None:
+    """Insert a row: answered now, or, where nothing is to be purged, purged now as well."""
+    time, state = now(), "purged" if purged else "answered"
+    row = None, request, kind, state, time, time if purged else None, seconds, None, file, json.dumps(dict(certificate))
+    database.execute(_INSERT, row)
 
 
 def now() -> str:

@@ -30,10 +30,10 @@ def bench(
 
     if (config is None) == (summary is None):
         raise InputError("say either which CONFIG.yaml to run or, with --summary, which results to draw.")
+    folder = summary or out
     if config:
-        results, folder = grid.run(read_config(config), out, parse_device(device)), out
+        results = grid.run(read_config(config), folder, parse_device(device))
     else:
-        folder = Path(str(summary))
         if not (folder / "results.sqlite").is_file():
             raise InputError(f"there are no results in {folder}. Run a configuration first.")
         results = Results(folder / "results.sqlite")

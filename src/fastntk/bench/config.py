@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import yaml
 
 from fastntk import methods
-from fastntk.comparison import references
+from fastntk.comparison import COMPARED_WITH
 from fastntk.errors import InputError
 from fastntk.methods import Method
 from fastntk.training import Recipe
@@ -140,7 +140,7 @@ def share(request: str) -> float | None:
 
 def _method(entry: Any, name: str) -> Method:
     """A method of ``fastntk.methods`` by its class and fields."""
-    if name == "original" or name in references(1):
+    if name in COMPARED_WITH:
         raise InputError(f"method {name}: this name is taken by what every method is compared with.")
     given = dict(entry)
     kind = getattr(methods, str(given.pop("method", None)), None)

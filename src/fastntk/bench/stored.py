@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -25,10 +26,9 @@ class Stored:
 
     def __call__(self, problem: Problem) -> Unlearned:
         """The stored answer, or the method's, which is then stored."""
-        if self.path.exists():
-            tensors, record = read_tensors(self.path)
-            if record["key"] == self.key:
-                return Unlearned(tensors, record["seconds"], record["note"])
+        if kept := _kept(self.path, self.key):
+            tensors, record = kept
+            return Unlearned(tensors, record["seconds"], record["note"])
         done = self.method(problem)
         write_tensors(self.path, done.parameters, {"key": self.key, "seconds": done.seconds, "note": done.note})
         return done
@@ -36,12 +36,11 @@ class Stored:
 
 def fitted(model: nn.Module, train: Dataset, recipe: Recipe, path: Path, key: str) -> Fit:
     """Fit ``model``, or put the fit stored at ``path`` under the same ``key`` into it."""
-    if path.exists():
-        tensors, record = read_tensors(path)
-        if record["key"] == key:
-            initial = fastntk.snapshot(tuned(model))
-            model.eval().load_state_dict(tensors, strict=False)
-            return Fit(initial, [], recipe, record["seconds"])
+    if kept := _kept(path, key):
+        tensors, record = kept
+        initial = fastntk.snapshot(tuned(model))
+        model.eval().load_state_dict(tensors, strict=False)
+        return Fit(initial, [], recipe, record["seconds"])
     done = fastntk.fit(model, train, recipe)
     write_tensors(path, tuned(model), {"key": key, "seconds": done.seconds})
     return done
@@ -52,13 +51,19 @@ def stored_retraining(model: nn.Module, fit: Fit, folder: Path, key: str) -> Ret
 
     def retraining(data: Dataset, seed: int) -> dict[str, Tensor]:
         path = folder / f"audit-{seed}.safetensors"
-        if path.exists():
-            tensors, record = read_tensors(path)
-            if record["key"] == key:
-                return tensors
+        if kept := _kept(path, key):
+            return kept[0]
         recipe = replace(fit.recipe, seed=fit.recipe.seed + seed)
         parameters, seconds = retrained(model, fit.initial, data, recipe)
         write_tensors(path, parameters, {"key": key, "seconds": seconds})
         return parameters
 
     return retraining
+
+
+def _kept(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """What was stored at ``path`` under ``key``: tensors and record; None if nothing was."""
+    if not path.exists():
+        return None
+    tensors, record = read_tensors(path)
+    return (tensors, record) if record["key"] == key else None

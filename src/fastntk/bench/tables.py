@@ -6,11 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean, median, stdev
 
 from fastntk.bench.results import Cell
-from fastntk.comparison import references
+from fastntk.comparison import COMPARED_WITH
 from fastntk.report import COLUMNS, FLOOR, PLACES, REFERENCE
-
-_TAKEN_FROM = ("original", *references(1))
-"""Rows that are no methods."""
 
 
 def markdown(cells: Iterable[Cell]) -> str:
@@ -59,7 +56,7 @@ def summary(cells: Sequence[Cell], ours: str) -> dict[str, object]:
     A cell is off if an accuracy of ``ours`` differs from the retrained models' mean by more than 3 points; ``flagged``
     if its verdict was not "trusted".
     """
-    methods = {name: None for cell in cells for name in cell.rows if name not in _TAKEN_FROM}
+    methods = {name: None for cell in cells for name in cell.rows if name not in COMPARED_WITH}
     medians = {
         figure: {name: _median(_figure(cell, name, figure) for cell in cells) for name in (*methods, FLOOR)}
         for figure in ("distance_ratio", "average_gap", "time_fraction")

@@ -13,8 +13,8 @@ from fastntk.data import batches, checked
 from fastntk.methods.problem import Problem, Unlearned
 from fastntk.tunable import snapshot, tuned
 
-Losses = Callable[[nn.Module], Iterator[Float[Tensor, ""]]]
-"""From the model to one loss a step, each computed at the parameters which that step finds."""
+Losses = Callable[[Problem, nn.Module], Iterator[Float[Tensor, ""]]]
+"""From a request and a model to one loss a step, each computed at the parameters which that step finds."""
 
 
 def descend(
@@ -33,7 +33,7 @@ def descend(
     model.load_state_dict(problem.memory.anchor, strict=False)
     parameters = tuned(model)
     optimiser = torch.optim.Adam(parameters.values(), lr=learning_rate)
-    for loss in losses(model.eval()):
+    for loss in losses(problem, model.eval()):
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         for name, allowed in (mask or {}).items():

@@ -30,7 +30,7 @@ class FineTune:
 
     def __call__(self, problem: Problem) -> Unlearned:
         """Answer the request by training on."""
-        return descend(problem, lambda model: self.losses(problem, model), self.learning_rate)
+        return descend(problem, self.losses, self.learning_rate)
 
     def losses(self, problem: Problem, model: nn.Module) -> Iterator[Tensor]:
         """The loss of every step."""

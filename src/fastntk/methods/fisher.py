@@ -71,8 +71,7 @@ class Dampening:
 
 def fisher_noise(problem: Problem, scale: float, floor: float, seed: int) -> Float[Tensor, " p"]:
     """``a (F_R + floor mean(F_R))^(-1/4) n``."""
-    gone = set(problem.forget.tolist())
-    information = fisher(problem, [i for i in range(len(problem.train)) if i not in gone])  # type: ignore[arg-type]
+    information = fisher(problem, problem.retain.indices)
     draw = torch.randn(information.shape, generator=torch.Generator().manual_seed(seed), dtype=information.dtype)
     return scale * draw.to(information) / (information + floor * information.mean()) ** 0.25
 

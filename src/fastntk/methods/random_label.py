@@ -49,7 +49,7 @@ class RandomLabel:
     def __call__(self, problem: Problem) -> Unlearned:
         """Answer the request by training on."""
         mask = None if self.saliency is None else salient(problem, self.saliency)
-        return descend(problem, lambda model: self.losses(problem, model), self.learning_rate, mask)
+        return descend(problem, self.losses, self.learning_rate, mask)
 
     def losses(self, problem: Problem, model: nn.Module) -> Iterator[Tensor]:
         """The loss of every step."""

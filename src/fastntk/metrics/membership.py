@@ -18,16 +18,13 @@ def modified_entropy(
     Small for a confident and right prediction, as members have it; unlike entropy, large for a confident wrong one.
     """
     logs = logits.double().log_softmax(1)
-    # log(1 - p_c) as the log of the others' sum: exact where p_c is all but 1
-    others = torch.stack([_without(logs, c).logsumexp(1) for c in range(logs.shape[1])], 1)
+    # log(1 - p_c); for the likeliest class, whose p_c may be all but 1, as the log of the others' sum
+    top = logs.argmax(1, keepdim=True)
+    others = torch.log1p(-logs.exp()).scatter(1, top, logs.scatter(1, top, -torch.inf).logsumexp(1, keepdim=True))
     own = labels[:, None]
     right = others.gather(1, own).exp() * logs.gather(1, own)
     wrong = (logs.exp() * others).scatter(1, own, 0.0)
     return -(right[:, 0] + wrong.sum(1))
-
-
-def _without(logs: Tensor, column: int) -> Tensor:
-    return torch.cat([logs[:, :column], logs[:, column + 1 :]], 1)
 
 
 def threshold(members: Float[Tensor, " m"], strangers: Float[Tensor, " n"]) -> float:
