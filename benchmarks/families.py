@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from scenarios import scenarios, stored_references
 from torch import nn
+from torch.utils.data import Dataset
 
 import fastntk
 from fastntk.bench.stored import fitted, stored_retraining
@@ -35,7 +36,7 @@ from fastntk.files import read_json, writable, write_json
 from fastntk.methods import FastNTK, Problem
 from fastntk.models import Preprocessing
 from fastntk.process import settle
-from fastntk.training import Recipe
+from fastntk.training import Fit, Recipe
 
 Make = Callable[[], tuple[nn.Module, Preprocessing]]
 FAMILIES: dict[str, tuple[Make, tuple[str, ...]]] = {
@@ -47,26 +48,32 @@ FAMILIES: dict[str, tuple[Make, tuple[str, ...]]] = {
 }
 
 
-def measured(name: str, arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Both scenarios of a family."""
+def opened(name: str, arguments: argparse.Namespace) -> tuple[nn.Module, Dataset, Dataset, Fit, Path, str]:
+    """A family's fitted model, training and test images, the fit, and where under which key its fits are kept."""
     make, select = FAMILIES[name]
     model, preprocessing = make()
     train, test = cifar10(arguments.data, preprocessing, arguments.per_class)
-    parameters = sum(parameter.numel() for parameter in fastntk.tune(model, *select).values())
+    fastntk.tune(model, *select)
     recipe = Recipe(epochs=arguments.epochs)
     key = fingerprint(preprocessing, select, arguments.per_class, recipe)
     folder = writable(arguments.out / "fits" / f"{name}-{key}")
     fit = fitted(model, train, recipe, folder / "original.safetensors", key)
+    return model, train, test, fit, folder, key
+
+
+def measured(name: str, arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Both scenarios of a family."""
+    model, train, test, fit, folder, key = opened(name, arguments)
     memory = fastntk.prepare(model, train, fit.initial)
     audit = fastntk.audit(memory, stored_retraining(model, fit, folder, key), held_out=test, seed=1)
     results = {}
     for scenario, forget, held_out in scenarios(train, test):
         methods = {**stored_references(1, folder, scenario, key), "fastntk": FastNTK()}
-        problem = Problem(model, fit.initial, train, forget, recipe, memory)
+        problem = Problem(model, fit.initial, train, forget, fit.recipe, memory)
         report, notes = compare(problem, held_out, methods, fit.seconds)
         Console(width=120).print(report.table(f"{name}, {scenario}"), notes["fastntk"], "")
         results[scenario] = {
-            "parameters": parameters,
+            "parameters": sum(tensor.numel() for tensor in fit.initial.values()),
             "images": len(train),
             "form": memory.form,
             "ridge": memory.calibration.factor,

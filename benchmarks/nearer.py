@@ -21,8 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from families import FAMILIES
-from pretrained import cifar10, fingerprint
+from families import FAMILIES, opened
 from rich.console import Console
 from rich.table import Table
 from scenarios import scenarios, stored_references
@@ -30,15 +29,13 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
 import fastntk
-from fastntk.bench.stored import fitted
 from fastntk.data import labels_of
-from fastntk.files import writable
 from fastntk.jacobian import PerSampleJacobian
 from fastntk.linearised import Linearised
 from fastntk.metrics import accuracy, logit_distance
 from fastntk.outputs import at, logits_of
 from fastntk.process import settle
-from fastntk.training import Fit, Recipe
+from fastntk.training import Fit
 from fastntk.tunable import snapshot, tuned
 
 FACTORS = torch.logspace(-4, 2, 121, dtype=torch.float64)
@@ -200,21 +197,14 @@ def fine_tuned(problem: Problem, vector: Tensor, keep: Tensor, rate: float, epoc
     return layout.flatten(snapshot(tuned(model)))
 
 
-def opened(name: str, arguments: argparse.Namespace) -> tuple[Problem, Dataset]:
-    """The family's fits, as families.py left them (or made now)."""
-    make, select = FAMILIES[name]
-    model, preprocessing = make()
-    train, test = cifar10(arguments.data, preprocessing, arguments.per_class)
-    fastntk.tune(model, *select)
-    recipe = Recipe(epochs=arguments.epochs)
-    key = fingerprint(preprocessing, select, arguments.per_class, recipe)
-    folder = writable(arguments.out / "fits" / f"{name}-{key}")
-    fit = fitted(model, train, recipe, folder / "original.safetensors", key)
+def posed(name: str, arguments: argparse.Namespace) -> tuple[Problem, Dataset]:
+    """The linear problem of a family's fits, as families.py left them (or made now), and the test images."""
+    model, train, test, fit, folder, key = opened(name, arguments)
     linearised = Linearised(PerSampleJacobian(model, snapshot(tuned(model))), train)
     memory = fastntk.prepare(model, train, fit.initial)
     requests = {}
     for scenario, forget, held_out in scenarios(train, test):
-        asked = fastntk.methods.Problem(model, fit.initial, train, forget, recipe, memory)
+        asked = fastntk.methods.Problem(model, fit.initial, train, forget, fit.recipe, memory)
         found = [method(asked).parameters for method in stored_references(1, folder, scenario, key).values()]
         requests[scenario] = forget, held_out, [linearised.layout.flatten(each) for each in found]
     return Problem(model, fit, linearised, train, requests), test
@@ -229,7 +219,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="where families.py kept its fits")
     arguments = parser.parse_args()
     settle()
-    problem, test = opened(arguments.family, arguments)
+    problem, test = posed(arguments.family, arguments)
     console = Console(width=120)
     table = Table(
         "variant", *(f"{request}: {title}" for request in problem.requests for title in ("ratio", "forget %", "test %"))
