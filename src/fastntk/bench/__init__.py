@@ -4,6 +4,6 @@ config.py    what a configuration says: the settings (a fitted model each) and t
 grid.py      runs what is not in the results yet
 stored.py    fits and answers that are kept, so that a run that was cut off goes on
 results.py   one SQLite file: the measures of every method, and the logits that they were computed from
-tables.py    drawn from the results alone
+tables.py    tables and a summary, from the results alone; plots.py and drawing.py, the same as a page
 command.py   the command line's bench
 """

@@ -22,10 +22,9 @@ def bench(
 
     What is in the results already is not run again, so a run that was cut off goes on with the same command.
     """
-    from fastntk.bench import grid, tables
+    from fastntk.bench import drawing, grid, tables
     from fastntk.bench.config import read_config
     from fastntk.bench.results import Results
-    from fastntk.files import write
     from fastntk.run import parse_device
 
     if (config is None) == (summary is None):
@@ -38,6 +37,7 @@ def bench(
             raise InputError(f"there are no results in {folder}. Run a configuration first.")
         results = Results(folder / "results.sqlite")
     cells = results.cells()
-    text = tables.markdown(cells)
-    write(folder / "tables.md", lambda file: file.write_text(text))
-    show(tables.summary(cells, ours), as_json, f"{text}\nWrote {folder / 'tables.md'}.")
+    if not cells:
+        raise InputError(f"the results in {folder} hold no request yet. Run a configuration first.")
+    text = drawing.draw(results, cells, ours, folder)
+    show(tables.summary(cells, ours), as_json, f"{text}\nWrote {folder / 'tables.md'} and {folder / 'tables.html'}.")

@@ -16,7 +16,7 @@ methods:
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,6 +30,13 @@ from fastntk.methods import Method
 from fastntk.training import Recipe
 
 T = TypeVar("T")
+
+METHODS: dict[str, type[Any]] = {
+    name: kind
+    for name, kind in vars(methods).items()
+    if isinstance(kind, type) and is_dataclass(kind) and "__call__" in vars(kind)
+}
+"""By the names that a configuration calls them."""
 
 
 @dataclass(frozen=True)
@@ -143,9 +150,9 @@ def _method(entry: Any, name: str) -> Method:
     if name in COMPARED_WITH:
         raise InputError(f"method {name}: this name is taken by what every method is compared with.")
     given = dict(entry)
-    kind = getattr(methods, str(given.pop("method", None)), None)
+    kind = METHODS.get(str(given.pop("method", None)))
     if kind is None:
-        raise InputError(f"method {name}: say which, as 'method: FastNTK'. There are {', '.join(methods.__all__)}.")
+        raise InputError(f"method {name}: say which, as 'method: FastNTK'. There are {', '.join(METHODS)}.")
     return _made(kind, given, f"method {name}")
 
 

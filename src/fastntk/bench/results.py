@@ -1,4 +1,4 @@
-"""The results of a grid: one SQLite file."""
+"""The results of a grid: one SQLite file. Cells have labels, rows have measures and logits."""
 
 import json
 import sqlite3
@@ -17,10 +17,11 @@ from fastntk.errors import InputError
 from fastntk.report import Report
 
 _KEY = "data, model, per_class, seed, request"
+_PARTS = ("forget", "test")
 _TABLES = f"""
 CREATE TABLE IF NOT EXISTS cells (
     data TEXT, model TEXT, per_class INTEGER, seed INTEGER, request TEXT, settings TEXT NOT NULL, facts TEXT NOT NULL,
-    PRIMARY KEY ({_KEY}));
+    forget BLOB NOT NULL, test BLOB NOT NULL, PRIMARY KEY ({_KEY}));
 CREATE TABLE IF NOT EXISTS rows (
     data TEXT, model TEXT, per_class INTEGER, seed INTEGER, request TEXT, method TEXT, measures TEXT NOT NULL,
     forget BLOB NOT NULL, test BLOB NOT NULL, PRIMARY KEY ({_KEY}, method));
@@ -67,10 +68,11 @@ class Results:
         with self._open() as database:
             for table in ("cells", "rows"):
                 database.execute(f"DELETE FROM {table} WHERE ({_KEY}) = (?, ?, ?, ?, ?)", key)
-            made = json.dumps(settings), json.dumps(facts)
-            database.execute("INSERT INTO cells VALUES (?, ?, ?, ?, ?, ?, ?)", (*key, *made))
+            labels = (_packed(report.labels[part], np.int16) for part in _PARTS)
+            made = (*key, json.dumps(settings), json.dumps(facts), *labels)
+            database.execute("INSERT INTO cells VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", made)
             for method, measures in report.rows.items():
-                scores = (_packed(report.logits[method][part]) for part in ("forget", "test"))
+                scores = (_packed(report.logits[method][part], np.float16) for part in _PARTS)
                 row = (*key, method, json.dumps(measures), *scores)
                 database.execute("INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
 
@@ -86,10 +88,20 @@ class Results:
 
     def logits(self, cell: Cell, method: str, part: str) -> Tensor:
         """Of a method's model on the ``forget`` or ``test`` samples."""
+        key = *_key(cell.setting, cell.request), method
+        values = self._unpacked(f"SELECT {part} FROM rows WHERE ({_KEY}, method) = (?, ?, ?, ?, ?, ?)", key, np.float16)
+        return torch.from_numpy(values.reshape(-1, cell.facts["classes"]).astype(np.float32))
+
+    def labels(self, cell: Cell, part: str) -> Tensor:
+        """Of the ``forget`` or ``test`` samples."""
+        query = f"SELECT {part} FROM cells WHERE ({_KEY}) = (?, ?, ?, ?, ?)"
+        values = self._unpacked(query, _key(cell.setting, cell.request), np.int16)
+        return torch.from_numpy(values.astype(np.int64))
+
+    def _unpacked(self, query: str, key: tuple, kind: type[np.generic]) -> np.ndarray:
+        """A blob's numbers."""
         with self._open() as database:
-            query = f"SELECT {part} FROM rows WHERE ({_KEY}, method) = (?, ?, ?, ?, ?, ?)"
-            blob = database.execute(query, (*_key(cell.setting, cell.request), method)).fetchone()[0]
-        return torch.from_numpy(np.frombuffer(blob, np.float16).reshape(-1, cell.facts["classes"]).astype(np.float32))
+            return np.frombuffer(database.execute(query, key).fetchone()[0], kind)
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
@@ -111,5 +123,5 @@ def _key(setting: Setting, request: str) -> tuple[str, str, int, int, str]:
     return setting.data, setting.model, setting.per_class, setting.seed, request
 
 
-def _packed(logits: Tensor) -> bytes:
-    return logits.numpy().astype(np.float16).tobytes()
+def _packed(values: Tensor, kind: type[np.generic]) -> bytes:
+    return values.numpy().astype(kind).tobytes()

@@ -11,6 +11,7 @@ import fastntk
 from fastntk.auditing import Retraining
 from fastntk.files import read_tensors, write_tensors
 from fastntk.methods import Method, Problem, Unlearned
+from fastntk.methods.problem import measured
 from fastntk.methods.retrain import retrained
 from fastntk.training import Fit, Recipe
 from fastntk.tunable import tuned
@@ -28,9 +29,10 @@ class Stored:
         """The stored answer, or the method's, which is then stored."""
         if kept := _kept(self.path, self.key):
             tensors, record = kept
-            return Unlearned(tensors, record["seconds"], record["note"])
-        done = self.method(problem)
-        write_tensors(self.path, done.parameters, {"key": self.key, "seconds": done.seconds, "note": done.note})
+            return Unlearned(tensors, record["seconds"], record["note"], record["bytes"])
+        done = measured(self.method, problem)
+        record = {"key": self.key, "seconds": done.seconds, "note": done.note, "bytes": done.bytes}
+        write_tensors(self.path, done.parameters, record)
         return done
 
 

@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import mean, median, stdev
 
 from fastntk.bench.results import Cell
@@ -10,28 +11,37 @@ from fastntk.comparison import COMPARED_WITH
 from fastntk.report import COLUMNS, FLOOR, PLACES, REFERENCE
 
 
-def markdown(cells: Iterable[Cell]) -> str:
-    """A table for each data, model, number of images and request: means over seeds, and standard deviations."""
+@dataclass(frozen=True)
+class Table:
+    """Of one data, model, number of images and request: a row a method, means over seeds and standard deviations."""
+
+    title: str
+    note: str
+    rows: Mapping[str, Sequence[str]]
+
+    def markdown(self) -> str:
+        """The table with its title."""
+        head = f"| method | {' | '.join(COLUMNS.values())} |", "|---" * (len(COLUMNS) + 1) + "|"
+        rows = (f"| {method} | {' | '.join(texts)} |" for method, texts in self.rows.items())
+        return "\n".join([f"### {self.title}", "", self.note, "", *head, *rows])
+
+
+def tables(cells: Iterable[Cell]) -> list[Table]:
+    """All of them."""
     groups: dict[tuple, list[Cell]] = defaultdict(list)
     for cell in cells:
         groups[cell.setting.data, cell.setting.model, cell.setting.per_class, cell.request].append(cell)
-    return "\n\n".join(_table(*group) for group in groups.items()) + "\n"
+    return [_table(*group) for group in groups.items()]
 
 
-def _table(group: tuple, cells: Sequence[Cell]) -> str:
+def _table(group: tuple, cells: Sequence[Cell]) -> Table:
     data, model, per_class, request = group
-    lines = [
-        f"### {data}, {model}, {per_class} images a class, forgotten: {request}",
-        "",
+    found = {method: [cell.rows[method] for cell in cells if method in cell.rows] for method in cells[0].rows}
+    return Table(
+        f"{data}, {model}, {per_class} images a class, forgotten: {request}",
         f"{_audits(cells)} Seeds: {', '.join(str(cell.setting.seed) for cell in cells)}.",
-        "",
-        f"| method | {' | '.join(COLUMNS.values())} |",
-        "|---" * (len(COLUMNS) + 1) + "|",
-    ]
-    for method in cells[0].rows:
-        found = [cell.rows[method] for cell in cells if method in cell.rows]
-        lines.append(f"| {method} | {' | '.join(_cell(found, column) for column in COLUMNS)} |")
-    return "\n".join(lines)
+        {method: [_cell(rows, column) for column in COLUMNS] for method, rows in found.items()},
+    )
 
 
 def _cell(rows: Sequence[Mapping[str, float | None]], column: str) -> str:
@@ -56,9 +66,9 @@ def summary(cells: Sequence[Cell], ours: str) -> dict[str, object]:
     A cell is off if an accuracy of ``ours`` differs from the retrained models' mean by more than 3 points; ``flagged``
     if its verdict was not "trusted".
     """
-    methods = {name: None for cell in cells for name in cell.rows if name not in COMPARED_WITH}
+    names = *methods_of(cells), FLOOR
     medians = {
-        figure: {name: _median(_figure(cell, name, figure) for cell in cells) for name in (*methods, FLOOR)}
+        figure: {name: _median(figure_of(cell, name, figure) for cell in cells) for name in names}
         for figure in ("distance_ratio", "average_gap", "time_fraction")
     }
     judged = [(_off(cell, ours), _flagged(cell, ours)) for cell in cells if ours in cell.rows]
@@ -74,7 +84,13 @@ def summary(cells: Sequence[Cell], ours: str) -> dict[str, object]:
     }
 
 
-def _figure(cell: Cell, method: str, figure: str) -> float | None:
+def methods_of(cells: Iterable[Cell]) -> list[str]:
+    """The names of all methods in any cell."""
+    return list({name: None for cell in cells for name in cell.rows if name not in COMPARED_WITH})
+
+
+def figure_of(cell: Cell, method: str, figure: str) -> float | None:
+    """A measure of a method, or its ``time_fraction``: seconds over those of retraining."""
     row = cell.rows.get(method, {})
     if figure != "time_fraction":
         return row.get(figure)

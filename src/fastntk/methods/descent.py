@@ -18,19 +18,24 @@ Losses = Callable[[Problem, nn.Module], Iterator[Float[Tensor, ""]]]
 
 
 def descend(
-    problem: Problem, losses: Losses, learning_rate: float, mask: Mapping[str, Tensor] | None = None
+    problem: Problem,
+    losses: Losses,
+    learning_rate: float,
+    mask: Mapping[str, Tensor] | None = None,
+    start: Mapping[str, Tensor] | None = None,
 ) -> Unlearned:
-    """Adam, from the anchor, along one loss after the other; the problem's model is not changed.
+    """Adam along one loss after the other; the problem's model is not changed.
 
     Args:
         problem: the request.
         losses: to be minimised, one a step.
         learning_rate: constant.
         mask: of the tuned parameters, 1 where they may move and 0 where not.
+        start: the tuned parameters to begin with; None takes the fitted ones.
     """
     started = time.perf_counter()
     model = copy.deepcopy(problem.model)
-    model.load_state_dict(problem.memory.anchor, strict=False)
+    model.load_state_dict(dict(start or problem.memory.anchor), strict=False)
     parameters = tuned(model)
     optimiser = torch.optim.Adam(parameters.values(), lr=learning_rate)
     for loss in losses(problem, model.eval()):

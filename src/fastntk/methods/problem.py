@@ -1,7 +1,7 @@
 """What every unlearning method is given, and what it gives back."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Int
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
 from fastntk.memory import Memory
+from fastntk.process import peak_memory
 from fastntk.training import Recipe
 
 
@@ -48,12 +49,20 @@ class Problem:
 @dataclass(frozen=True)
 class Unlearned:
     """The tuned parameters that a method arrived at, the seconds it took from a prepared memory if that was measured,
-    and what it says of its own result, if anything."""
+    what it says of its own result, if anything, and the bytes that it took at most, if measured."""
 
     parameters: dict[str, Tensor]
     seconds: float | None
     note: str = ""
+    bytes: int | None = None
 
 
 Method = Callable[[Problem], Unlearned]
 """A method answers a request. It is a frozen dataclass whose fields are its hyper-parameters."""
+
+
+def measured(method: Method, problem: Problem) -> Unlearned:
+    """The method's answer with the bytes that it took at most, unless it says itself."""
+    with peak_memory(problem.memory.linearised.device) as peak:
+        done = method(problem)
+    return done if done.bytes is not None else replace(done, bytes=peak.bytes)

@@ -1,0 +1,43 @@
+"""What a results folder shows: ``tables.md``, and ``tables.html`` with drawings."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastntk.bench.plots import accuracy_against_time, attack_curves, distance_ratios
+from fastntk.bench.results import Cell, Results
+from fastntk.bench.tables import summary, tables
+from fastntk.files import write
+from fastntk.pages import page, svg
+from fastntk.report import COLUMNS
+
+
+def draw(results: Results, cells: Sequence[Cell], ours: str, folder: Path) -> str:
+    """Write both files; returns the text of the first."""
+    made = tables(cells)
+    text = "\n\n".join(table.markdown() for table in made) + "\n"
+    figures = [
+        ("Accuracy against time", "Down and left is better.", accuracy_against_time(cells, ours)),
+        (
+            "Distance to retraining",
+            "Root mean square logit distance on the forgotten images to a retrained model, over that of a second "
+            "retrained model.",
+            distance_ratios(cells, ours),
+        ),
+        (
+            "Membership attack",
+            "By modified entropy, forgotten against test images, mean over requests. Where the forgotten images are a "
+            "class, retrained models tell them from test images of the others, too.",
+            attack_curves(results, cells, ours),
+        ),
+    ]
+    content = {
+        "title": "Unlearning methods against retraining",
+        "summary": summary(cells, ours),
+        "figures": [{"title": title, "caption": caption, "svg": svg(figure)} for title, caption, figure in figures],
+        "tables": made,
+        "columns": list(COLUMNS.values()),
+        "ours": ours,
+    }
+    write(folder / "tables.md", lambda file: file.write_text(text))
+    write(folder / "tables.html", lambda file: file.write_text(page("bench.html", **content)))
+    return text

@@ -1,0 +1,86 @@
+"""Relearning and refitting, on a linear model where both can be followed by hand."""
+
+import pytest
+import torch
+from sklearn.linear_model import RidgeClassifier
+from sklearn.preprocessing import StandardScaler
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import fastntk
+from fastntk.methods import Problem
+from fastntk.process import peak_memory
+from fastntk.recovery import STEPS, first_reached, head_inputs, head_recovery, relearn_steps
+from fastntk.training import Recipe
+
+
+@pytest.fixture(scope="module")
+def problem():
+    torch.manual_seed(0)
+    images, labels = torch.randn(40, 6), torch.arange(40) % 3
+    images[torch.arange(40), labels] += 2
+    model, train = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)), TensorDataset(images, labels)
+    fastntk.tune(model, "all")
+    recipe = Recipe(epochs=20, learning_rate=3e-2)
+    fit = fastntk.fit(model, train, recipe)
+    memory = fastntk.prepare(model, train, fit.initial)
+    return Problem(model, fit.initial, train, torch.arange(0, 40, 4), recipe, memory)
+
+
+def test_where_a_curve_reaches_a_level():
+    assert first_reached([50.0, 80.0, 100.0], 90.0) == pytest.approx(1.5)
+    assert first_reached([50.0, 80.0, 100.0], 80.0) == 1
+    assert first_reached([95.0], 90.0) == 0
+    assert first_reached([10.0, 20.0], 90.0) is None
+    assert first_reached([10.0, 95.0, 20.0, 99.0], 90.0) == pytest.approx(80 / 85)
+
+
+def test_relearning_is_training_on_what_was_forgotten(problem):
+    images, labels = (tensor[problem.forget] for tensor in problem.train.tensors)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+
+    def accuracy():
+        return 100 * float((model(images).argmax(1) == labels).double().mean())
+
+    model.load_state_dict(problem.model.state_dict())
+    enough = 0.9 * accuracy()
+    anchor = problem.memory.anchor
+    hidden = {**anchor, "2.bias": anchor["2.bias"] - torch.tensor([3.0, 0.0, 0.0])}
+    model.load_state_dict(hidden)
+    optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
+    curve = [accuracy()]
+    while curve[-1] < enough and len(curve) <= STEPS:
+        optimiser.zero_grad()
+        problem.recipe.loss(model(images), labels).backward()
+        optimiser.step()
+        curve.append(accuracy())
+    steps = relearn_steps(problem, hidden)
+    assert steps == first_reached(curve, enough)
+    assert steps is not None
+    assert steps > 1
+    assert relearn_steps(problem, anchor) == 0
+    assert relearn_steps(problem, problem.initial) is None  # too far for so many steps
+
+
+def test_a_new_head_is_fitted_to_half_of_what_was_forgotten(problem):
+    part = torch.utils.data.Subset(problem.train, range(40))
+    inputs = head_inputs(problem, problem.memory.anchor, part)
+    torch.testing.assert_close(inputs, problem.model[:2](problem.train.tensors[0]).detach())
+    order = torch.randperm(10, generator=torch.Generator().manual_seed(0))
+    known, asked = problem.forget[order[:5]], problem.forget[order[5:]]
+    keep = torch.tensor([i for i in range(40) if i not in problem.forget.tolist()])
+    rows = torch.cat([known, keep])
+    labels, scaler = problem.train.tensors[1], StandardScaler().fit(inputs[rows])
+    head = RidgeClassifier().fit(scaler.transform(inputs[rows]), labels[rows])
+    expected = 100 * head.score(scaler.transform(inputs[asked]), labels[asked])
+    assert head_recovery(problem, problem.memory.anchor) == pytest.approx(expected)
+    one = Problem(problem.model, problem.initial, problem.train, problem.forget[:1], problem.recipe, problem.memory)
+    assert head_recovery(one, problem.memory.anchor) is None
+
+
+def test_the_memory_of_a_block_is_seen():
+    with peak_memory(torch.device("cpu")) as small:
+        pass
+    with peak_memory(torch.device("cpu")) as large:
+        torch.ones(30_000_000).sum()
+    assert large.bytes - small.bytes > 100_000_000
