@@ -34,6 +34,7 @@ METHODS = {
     "retrain": Retrain(),
     "retrain other seed": Retrain(1),
     "ridge": FastNTK(ridge=0.9),
+    "exact head": FastNTK(exact_head=True),
     **one_shot(),
     "golatkar with noise": Golatkar(noise=1e-3),
     "newton": Newton(),

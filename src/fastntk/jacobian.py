@@ -204,6 +204,14 @@ class PerSampleJacobian:
             rest, features = torch.cat([rest, head], 2), features[:, :0]
         return Jacobian(rest, features), logits.detach()
 
+    def features(self, x: Tensor) -> tuple[Float[Tensor, "batch features"], Float[Tensor, "batch classes"]]:
+        """The head's inputs, as a ``Jacobian`` has them, and the logits of a batch ``x`` of images: a forward pass."""
+        head = self.layout(x).head
+        mode = PerSample({name: self.parameters[name] for name in head}, len(x), self.known)
+        with torch.no_grad():
+            logits = self._forward(x, self.parameters, mode)
+            return self._features(logits, head, mode).to(self.dtype), logits
+
     @property
     def device(self) -> torch.device:
         """Where the model is."""

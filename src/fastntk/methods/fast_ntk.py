@@ -1,7 +1,9 @@
 """This project's method: the anchored difference, from a prepared memory."""
 
+import time
 from dataclasses import dataclass
 
+from fastntk.heads import exact_head
 from fastntk.methods.problem import Problem, Unlearned
 
 
@@ -14,12 +16,22 @@ class FastNTK:
 
     Attributes:
         ridge: a total; None takes the memory's own, which is quicker.
+        exact_head: solve the head anew at the features after the step (``fastntk.heads``), by a forward pass over all
+            samples before and after it.
     """
 
     ridge: float | None = None
+    exact_head: bool = False
 
     def __call__(self, problem: Problem) -> Unlearned:
-        """Answer the request from the forgotten samples alone."""
-        known = problem.memory.members.ids
-        answer = problem.memory.preview([known[index] for index in problem.forget.tolist()], ridge=self.ridge)
-        return Unlearned(answer.parameters, answer.seconds, answer.certificate.explanation)
+        """Answer the request from the forgotten samples alone, and with an exact head from all of them."""
+        started, memory = time.perf_counter(), problem.memory
+        known = memory.members.ids
+        answer = memory.preview([known[index] for index in problem.forget.tolist()], ridge=self.ridge)
+        note = answer.certificate.explanation
+        if not self.exact_head:
+            return Unlearned(answer.parameters, answer.seconds, note)
+        ridge = memory.ridge if self.ridge is None else self.ridge
+        retain, everyone = problem.retain.indices, range(len(problem.train))  # type: ignore[arg-type]
+        parameters = exact_head(memory.linearised, problem.initial, answer.parameters, retain, everyone, ridge)
+        return Unlearned(parameters, time.perf_counter() - started, note)

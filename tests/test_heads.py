@@ -1,0 +1,77 @@
+"""The head solved exactly at the features after the step."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import CASES
+
+import fastntk
+from fastntk.errors import InputError
+from fastntk.methods import FastNTK, Problem
+from fastntk.training import Recipe
+
+
+def problem(*select) -> Problem:
+    case = CASES["bn+head"]
+    model, data, recipe = case.model(), case.data(20), Recipe(epochs=3, batch_size=5)
+    fastntk.tune(model, *select)
+    done = fastntk.fit(model, data, recipe)
+    memory = fastntk.prepare(model, data, done.initial, ridge=0.6)
+    return Problem(model, done.initial, data, torch.tensor([2, 9, 15]), recipe, memory)
+
+
+def ridge_regression(inputs, targets, start, ridge):
+    """By least squares with the ridge as further rows."""
+    count = start.shape[1]
+    rows = torch.cat([inputs, ridge**0.5 * torch.eye(count, dtype=inputs.dtype)])
+    wanted = torch.cat([targets, ridge**0.5 * start.T])
+    return torch.linalg.lstsq(rows, wanted).solution.T
+
+
+@pytest.mark.parametrize("select", [("bn", "head"), ("bn", "head.weight")])
+def test_it_is_ridge_regression_on_the_moved_features(select):
+    given = problem(*select)
+    images, labels = given.train.tensors
+    plain, exact = FastNTK()(given).parameters, FastNTK(exact_head=True)(given).parameters
+    keep = torch.tensor(given.retain.indices)
+    with_bias = "head.bias" in given.initial
+
+    def features(parameters):
+        inputs = []
+        hook = given.model.head.register_forward_pre_hook(lambda _, x: inputs.append(x[0].detach()))
+        torch.func.functional_call(given.model, dict(parameters), (images,))
+        hook.remove()
+        return torch.cat([inputs[0], torch.ones(20, 1)], 1) if with_bias else inputs[0]
+
+    def head(parameters):
+        parts = [parameters["head.weight"]] + ([parameters["head.bias"][:, None]] if with_bias else [])
+        return torch.cat(parts, 1)
+
+    targets = given.recipe.loss.targets(labels, 3) - (0 if with_bias else given.model.head.bias.detach())
+    start, anchor = head(given.initial), given.memory.anchor
+    new = ridge_regression(features(plain)[keep], targets[keep], start, 0.6)
+    old = ridge_regression(features(anchor), targets, start, 0.6)
+    torch.testing.assert_close(head(exact), head(anchor) + new - old)
+    assert all(torch.equal(exact[name], plain[name]) for name in plain if not name.startswith("head"))
+    assert not torch.allclose(head(exact), head(plain), rtol=1e-3)
+
+
+def test_where_the_head_alone_is_tuned_it_is_the_step():
+    given = problem("head")
+    plain, exact = FastNTK()(given).parameters, FastNTK(exact_head=True)(given).parameters
+    for name, tensor in plain.items():
+        torch.testing.assert_close(exact[name], tensor)
+
+
+def test_nothing_forgotten_changes_nothing():
+    given = problem("bn", "head")
+    nothing = replace(given, forget=given.forget[:0])
+    for name, tensor in FastNTK(exact_head=True)(nothing).parameters.items():
+        torch.testing.assert_close(tensor, given.memory.anchor[name])
+
+
+def test_it_needs_a_tuned_head():
+    given = problem("bn")
+    with pytest.raises(InputError, match="a tuned head"):
+        FastNTK(exact_head=True)(given)
