@@ -1,6 +1,7 @@
 """A grid on a small model of a user's own file: what it runs, keeps, and draws."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -160,26 +161,44 @@ def test_too_few_images_are_refused(config, tmp_path):
         grid.run(read_config(path), tmp_path / "out")
 
 
-def row(accuracy=80.0, ratio=1.0, membership=50.0, seconds=10.0):
+def row(accuracy=80.0, ratio=1.0, membership=50.0, seconds=10.0, relearn=8.0):
     parts = dict.fromkeys(("retain_accuracy", "forget_accuracy", "test_accuracy"), accuracy)
-    return {**parts, "distance_ratio": ratio, "average_gap": 1.0, "membership": membership, "seconds": seconds}
+    measures = {"distance_ratio": ratio, "average_gap": 1.0, "membership": membership}
+    return {**parts, **measures, "seconds": seconds, "relearn_steps": relearn}
 
 
-def cell(ours, verdict="trusted"):
-    rows = {"original": row(), "retrain": row(80.0), "retrain_other_seed": row(82.0), "fast_ntk": ours}
-    facts = {"forgotten": 100, "notes": {"fast_ntk": f"{verdict}: because"}}
-    return Cell(Setting("d", "m", 10, 0), "class", facts, rows)
+def cell(ours, verdict="trusted", relearn=8.0):
+    rows = {"original": row(), "retrain": row(80.0), "retrain_other_seed": row(82.0, relearn=relearn)}
+    facts = {"images": 1000, "forgotten": 100, "test_images": 500, "notes": {"fast_ntk": f"{verdict}: because"}}
+    return Cell(Setting("d", "m", 10, 0), "class", facts, {**rows, "fast_ntk": ours})
 
 
 def test_the_summary_counts_what_was_off_and_what_was_flagged():
     cells = [
         cell(row(83.9, ratio=1.2, seconds=0.5)),  # 2.9 points off: good
-        cell(row(84.1, ratio=1.4, membership=59.0), "retrain needed"),  # off, flagged
-        cell(row(77.0, ratio=3.0, membership=61.0)),  # off, not flagged; membership beyond 50 +- 9.8
-        cell(row(81.0), "refresh needed"),  # good, flagged
+        cell(row(84.1, ratio=1.4, membership=59.0, relearn=10.1), "retrain needed"),  # off, flagged
+        cell(row(77.0, ratio=3.0, membership=61.0, relearn=None)),  # off, not flagged; membership beyond 50 +- 9.6
+        cell(row(81.0, relearn=None), "refresh needed", relearn=None),  # good, flagged
     ]
     found = tables.summary(cells, "fast_ntk")
-    assert (found["off"], found["off_and_not_flagged"], found["good"], found["good_and_flagged"]) == (2, 1, 2, 1)
-    assert found["membership_within"] == 0.75
+    assert found["flags"]["off"] == {"bad": 2, "bad_and_flagged": 1, "good": 2, "good_and_flagged": 1}
+    assert found["membership_within"] == {"fast_ntk": 0.75, "retrain_other_seed": 1}
+    assert found["relearn_within"]["fast_ntk"] == 0.25
     assert found["distance_ratio"]["fast_ntk"] == pytest.approx(1.3)
+    low, high = found["distance_ratio_interval"]
+    assert 1.0 <= low < 1.3 < high <= 3.0
     assert found["time_fraction"]["fast_ntk"] == pytest.approx(1.0)
+
+
+def test_what_chance_makes_of_few_samples_is_not_off_beyond_it():
+    few = {"forgotten": 10, "images": 1000, "test_images": 500, "notes": {"fast_ntk": "trusted"}}
+    gap = {**row(81.0), "forget_accuracy": 90.0}  # 9 points: one image of ten
+    near = replace(cell(gap), facts=few)
+    assert tables.summary([near], "fast_ntk")["flags"]["off"]["bad"] == 1
+    assert tables.summary([near], "fast_ntk")["flags"]["off_beyond_chance"]["bad"] == 0
+    assert (
+        tables.summary([replace(near, facts={**few, "forgotten": 1000})], "fast_ntk")["flags"]["off_beyond_chance"][
+            "bad"
+        ]
+        == 1
+    )

@@ -47,7 +47,7 @@ def test_relearning_is_training_on_what_was_forgotten(problem):
     anchor = problem.memory.anchor
     hidden = {**anchor, "2.bias": anchor["2.bias"] - torch.tensor([3.0, 0.0, 0.0])}
     model.load_state_dict(hidden)
-    optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
+    optimiser = torch.optim.Adam(model.parameters(), lr=3e-2)
     curve = [accuracy()]
     while curve[-1] < enough and len(curve) <= STEPS:
         optimiser.zero_grad()

@@ -18,19 +18,19 @@ from fastntk.metrics import accuracy
 from fastntk.outputs import at, logits_of
 from fastntk.tunable import head_name
 
-STEPS = 40
+STEPS = 30
 """After which relearning is given up."""
 BACK = 0.9
 """The share of the original's accuracy on the forgotten samples at which they are taken to be back."""
-SAMPLES = 128
+SAMPLES = 64
 """Of the forgotten, and 4 times as many of the retained, are used at most: the first ones of a fixed random order."""
 
 
 def relearn_steps(problem: Problem, parameters: Mapping[str, Tensor]) -> float | None:
     """Steps on the forgotten samples alone until their accuracy is back at ``BACK`` times the original's.
 
-    Every step is one of Adam on all of them (at most ``SAMPLES``), at a tenth of the recipe's learning rate; between
-    two steps the accuracy is interpolated. None if ``STEPS`` are not enough. "Relearn time" as in Golatkar et al. 2020
+    Every step is one of Adam on all of them (at most ``SAMPLES``), at the recipe's learning rate; between two steps
+    the accuracy is interpolated. None if ``STEPS`` are not enough. "Relearn time" as in Golatkar et al. 2020
     (arXiv 1911.04933) and Tarun et al. 2021 (arXiv 2111.08947).
     """
     forgotten = _some(problem.forgotten, SAMPLES)
@@ -48,7 +48,7 @@ def relearn_steps(problem: Problem, parameters: Mapping[str, Tensor]) -> float |
                 return
             yield problem.recipe.loss(logits, wanted.to(device))
 
-    descend(problem, losses, problem.recipe.learning_rate / 10, start=parameters)
+    descend(problem, losses, problem.recipe.learning_rate, start=parameters)
     return first_reached(curve, enough)
 
 

@@ -1,10 +1,11 @@
 """Tables and a summary, drawn from stored results alone."""
 
-import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, median, stdev
+
+import numpy as np
 
 from fastntk.bench.results import Cell
 from fastntk.comparison import COMPARED_WITH
@@ -60,28 +61,37 @@ def _audits(cells: Sequence[Cell]) -> str:
 def summary(cells: Sequence[Cell], ours: str) -> dict[str, object]:
     """Medians over cells of every method, and how often the method ``ours`` was off, and flagged.
 
-    ``distance_ratio``, ``average_gap`` as in a report; ``time_fraction`` is a method's seconds over retraining's.
-    ``membership_within`` is the share of cells in which the attack takes as many forgotten samples for members as in
-    the retrained models: within their difference, or the 95 % interval of a share of so many samples if that is more.
-    A cell is off if an accuracy of ``ours`` differs from the retrained models' mean by more than 3 points; ``flagged``
-    if its verdict was not "trusted".
+    ``distance_ratio``, ``average_gap`` as in a report; ``time_fraction`` is a method's seconds over retraining's,
+    ``relearn_ratio`` its relearn steps over the retrained models' mean. ``distance_ratio_interval`` is the 95 %
+    interval of the median over requests of ``ours``, by the bootstrap. ``membership_within`` is the share of cells in
+    which the attack takes as many forgotten samples for members as in the retrained models; ``relearn_within`` that in
+    which relearning takes at most a quarter more or fewer steps (or neither comes back).
+
+    A cell is off if an accuracy of ``ours`` differs from the retrained models' mean by more than 3 points, and off
+    beyond chance if it also is outside of what they span, and outside the 95 % interval (Wilson) of a share of so many
+    samples. It is flagged if its verdict was not "trusted".
     """
     names = *methods_of(cells), FLOOR
-    medians = {
-        figure: {name: _median(figure_of(cell, name, figure) for cell in cells) for name in names}
-        for figure in ("distance_ratio", "average_gap", "time_fraction")
-    }
-    judged = [(_off(cell, ours), _flagged(cell, ours)) for cell in cells if ours in cell.rows]
-    good = [flagged for off, flagged in judged if not off]
+    figures = ("distance_ratio", "average_gap", "time_fraction", "relearn_ratio")
+    medians = {f: {name: _median(figure_of(cell, name, f) for cell in cells) for name in names} for f in figures}
+    within = {name: _share(_within(cell, name) for cell in cells if name in cell.rows) for name in names}
+    relearned = {name: _share(_relearned(cell, name) for cell in cells if name in cell.rows) for name in names}
+    judged = [cell for cell in cells if ours in cell.rows]
     return {
         "cells": len(cells),
         **medians,
-        "membership_within": mean(_within(cell, ours) for cell in cells if ours in cell.rows) if judged else None,
-        "off": sum(off for off, _ in judged),
-        "off_and_not_flagged": sum(off and not flagged for off, flagged in judged),
-        "good_and_flagged": sum(good),
-        "good": len(good),
+        "distance_ratio_interval": _interval([figure_of(cell, ours, "distance_ratio") for cell in judged]),
+        "membership_within": within,
+        "relearn_within": relearned,
+        "flags": {off.__name__.removeprefix("_"): _flags(judged, ours, off) for off in (_off, _off_beyond_chance)},
     }
+
+
+def _flags(cells: Sequence[Cell], ours: str, off: Callable[[Cell, str], bool]) -> dict[str, int]:
+    """How many cells are off, and of these and of the others, how many were flagged."""
+    bad = [_flagged(cell, ours) for cell in cells if off(cell, ours)]
+    good = [_flagged(cell, ours) for cell in cells if not off(cell, ours)]
+    return {"bad": len(bad), "bad_and_flagged": sum(bad), "good": len(good), "good_and_flagged": sum(good)}
 
 
 def methods_of(cells: Iterable[Cell]) -> list[str]:
@@ -90,12 +100,18 @@ def methods_of(cells: Iterable[Cell]) -> list[str]:
 
 
 def figure_of(cell: Cell, method: str, figure: str) -> float | None:
-    """A measure of a method, or its ``time_fraction``: seconds over those of retraining."""
+    """A measure of a method; or its ``time_fraction``, seconds over those of retraining; or its ``relearn_ratio``."""
     row = cell.rows.get(method, {})
-    if figure != "time_fraction":
-        return row.get(figure)
-    ours, whole = row.get("seconds"), cell.rows[REFERENCE]["seconds"]
-    return ours / whole if ours is not None and whole else None
+    if figure == "time_fraction":
+        return _over(row.get("seconds"), cell.rows[REFERENCE]["seconds"])
+    if figure == "relearn_ratio":
+        steps = [cell.rows[name]["relearn_steps"] for name in (REFERENCE, FLOOR)]
+        return _over(row.get("relearn_steps"), None if None in steps else mean(steps))  # type: ignore[type-var]
+    return row.get(figure)
+
+
+def _over(value: float | None, whole: float | None) -> float | None:
+    return value / whole if value is not None and whole else None
 
 
 def _median(values: Iterable[float | None]) -> float | None:
@@ -103,22 +119,66 @@ def _median(values: Iterable[float | None]) -> float | None:
     return median(known) if known else None
 
 
+def _share(hits: Iterable[bool]) -> float | None:
+    found = list(hits)
+    return mean(found) if found else None
+
+
+def _interval(values: Sequence[float | None]) -> list[float] | None:
+    """Of the median, by the bootstrap; None for fewer than two values."""
+    from scipy.stats import bootstrap  # a second to import
+
+    known = [value for value in values if value is not None]
+    if len(known) < 2:
+        return None
+    found = bootstrap((known,), np.median, method="percentile", rng=np.random.default_rng(0)).confidence_interval
+    return [float(found.low), float(found.high)]
+
+
 def _retrained(cell: Cell, column: str) -> tuple[float, float]:
     one, other = (cell.rows[name][column] or 0.0 for name in (REFERENCE, FLOOR))
     return one, other
 
 
-def _off(cell: Cell, ours: str) -> bool:
-    parts = ("retain_accuracy", "forget_accuracy", "test_accuracy")
-    return any(abs((cell.rows[ours][part] or 0.0) - mean(_retrained(cell, part))) > 3 for part in parts)
+def _off(cell: Cell, method: str) -> bool:
+    return bool(_off_parts(cell, method))
+
+
+def _off_beyond_chance(cell: Cell, method: str) -> bool:
+    counts = {"retain": cell.facts["images"] - cell.facts["forgotten"], "test": cell.facts["test_images"]}
+    counts["forget"] = cell.facts["forgotten"]
+    return any(not _plausible(cell, method, f"{part}_accuracy", counts[part]) for part in _off_parts(cell, method))
+
+
+def _off_parts(cell: Cell, method: str) -> list[str]:
+    """The sets on which the accuracy differs from the retrained models' mean by more than 3 points."""
+    gaps = {
+        part: abs((cell.rows[method][f"{part}_accuracy"] or 0.0) - mean(_retrained(cell, f"{part}_accuracy")))
+        for part in ("retain", "forget", "test")
+    }
+    return [part for part, gap in gaps.items() if gap > 3]
 
 
 def _flagged(cell: Cell, ours: str) -> bool:
     return not cell.facts["notes"][ours].startswith("trusted")
 
 
-def _within(cell: Cell, ours: str) -> bool:
-    one, other = _retrained(cell, "membership")
-    share = (one + other) / 200
-    sampling = 196 * math.sqrt(share * (1 - share) / cell.facts["forgotten"])
-    return abs((cell.rows[ours]["membership"] or 0.0) - 100 * share) <= max(abs(one - other), sampling)
+def _within(cell: Cell, method: str) -> bool:
+    return _plausible(cell, method, "membership", cell.facts["forgotten"])
+
+
+def _plausible(cell: Cell, method: str, column: str, count: int) -> bool:
+    """Whether a percentage is one that the two retrained models span, or that chance makes of their mean (95 %)."""
+    from scipy.stats import binomtest
+
+    pair = _retrained(cell, column)
+    interval = binomtest(round(mean(pair) * count / 100), count).proportion_ci(method="wilson")
+    low, high = min(*pair, 100 * interval.low), max(*pair, 100 * interval.high)
+    return bool(low <= (cell.rows[method][column] or 0.0) <= high)
+
+
+def _relearned(cell: Cell, method: str) -> bool:
+    ours, ratio = cell.rows[method]["relearn_steps"], figure_of(cell, method, "relearn_ratio")
+    if ratio is None:
+        return ours == cell.rows[REFERENCE]["relearn_steps"]  # neither comes back, or both at once
+    return abs(ratio - 1) <= 0.25
