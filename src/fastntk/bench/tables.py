@@ -121,7 +121,7 @@ def _median(values: Iterable[float | None]) -> float | None:
 
 def _share(hits: Iterable[bool]) -> float | None:
     found = list(hits)
-    return mean(found) if found else None
+    return sum(found) / len(found) if found else None
 
 
 def _interval(values: Sequence[float | None]) -> list[float] | None:
