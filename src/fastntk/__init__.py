@@ -4,7 +4,7 @@ from fastntk.auditing import audit
 from fastntk.certificate import Audit, Certificate, Forgotten
 from fastntk.errors import InputError
 from fastntk.lora import add_lora, remove_lora
-from fastntk.loss import SquaredLoss
+from fastntk.loss import CrossEntropy, SquaredLoss
 from fastntk.memory import Memory, load
 from fastntk.models import Logits, Preprocessing, load_model
 from fastntk.outputs import at
@@ -18,6 +18,7 @@ from fastntk.tunable import snapshot, tunables, tune
 __all__ = [
     "Audit",
     "Certificate",
+    "CrossEntropy",
     "Fit",
     "Forgotten",
     "InputError",

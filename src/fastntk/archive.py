@@ -14,7 +14,7 @@ from fastntk.errors import InputError
 from fastntk.files import digest
 from fastntk.jacobian import Jacobian, Layout, PerSampleJacobian
 from fastntk.linearised import Linearised
-from fastntk.loss import SquaredLoss
+from fastntk.loss import loss_from
 from fastntk.matrix_free import GramOperator, MatrixFreeSolution
 from fastntk.members import Members
 from fastntk.probes import ClassProbes
@@ -88,7 +88,7 @@ def unpack(contents: Contents, model: nn.Module, train: Dataset, folder: Path) -
     linearised = Linearised(
         PerSampleJacobian(model, anchor, layout),
         members,
-        SquaredLoss(**record["loss"]),
+        loss_from(record["loss"]),
         batch_size=record["batch_size"],
         precision=record["precision"],
         probes=ClassProbes(**record["class_probes"]) if record["class_probes"] else None,

@@ -103,7 +103,8 @@ def _compared(memory: Memory, forget: Dataset, models: tuple[Mapping[str, Tensor
 
 
 def left_out(memory: Memory, positions: Int[Tensor, " samples"]) -> Float[Tensor, "samples classes"]:
-    """The logits that the linear prediction gives each member at ``positions`` after forgetting it alone.
+    """The logits that the linear prediction gives each member at ``positions`` after forgetting it alone; with
+    cross-entropy, up to a number that is the same for all classes of a sample.
 
     ``f(x_i; theta*) + J_i (theta - theta* + s(S - i) - s(S))``, with S the members and theta the current parameters.
 
@@ -116,12 +117,11 @@ def left_out(memory: Memory, positions: Int[Tensor, " samples"]) -> Float[Tensor
             "samples can be left out one by one in the primal and the dual form alone, without class probes."
         )
     layout, ids = linearised.layout, positions.tolist()
-    labels = labels_of(Subset(memory.members, ids)).to(linearised.device)
-    logits = linearised.loss.targets(labels, linearised.classes) - memory.residuals[positions]
+    fitted = logits_of(at(memory.model, memory.anchor), Subset(memory.members, ids), linearised.device)
     moved = layout.flatten(memory.parameters) - layout.flatten(memory.anchor)
-    if moved.any():
-        logits = logits + linearised.tangent(ids, moved)
-    return logits + torch.cat([solution.alone(some, memory.rows) for some in positions.split(_TOGETHER)])
+    logits = fitted + linearised.tangent(ids, moved) if moved.any() else fitted
+    changes = torch.cat([solution.alone(some, memory.rows) for some in positions.split(_TOGETHER)])
+    return logits + linearised.loss.whitened(changes, fitted)
 
 
 def _beside_unseen(memory: Memory, held_out: Dataset) -> tuple[tuple[float, float], tuple[int, int]]:

@@ -41,9 +41,11 @@ def exact_head(
         ridge: the step's, a total.
 
     Raises:
-        InputError: the head is not tuned, or what it puts out are not the logits.
+        InputError: the head is not tuned, what it puts out are not the logits, or the loss is not the squared one.
     """
     layout, fitted = linearised.layout, linearised.jacobian.parameters
+    if linearised.curved:
+        raise InputError("an exact head is a closed form for squared loss alone.")
     if not layout.head:
         raise InputError("an exact head needs a tuned head that gives the logits: fastntk.tune(model, 'bn', 'head').")
     start = _head(initial, layout)

@@ -5,7 +5,7 @@ and C ordinary backward passes then give all of ``J``. A parameter that is used 
 by a trial run and differentiated by ``torch.func`` instead, slower and as exact.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -182,18 +182,20 @@ class PerSampleJacobian:
         return self.with_logits(x)[0]
 
     def with_logits(
-        self, x: Tensor, probes: Float[Tensor, "batch classes probes"] | None = None
+        self, x: Tensor, combined: Callable[[Tensor], Float[Tensor, "batch classes outputs"] | None] = lambda _: None
     ) -> tuple[Jacobian, Float[Tensor, "batch classes"]]:
         """The Jacobian and the logits of a batch ``x`` of images.
 
-        With ``probes`` V the Jacobian is that of ``V_i' f(x_i)``: one backward pass a probe in place of one a class.
-        The head's part then has no Kronecker structure left and is written out among the ``rest``.
+        With ``combined``, which finds V from the logits, the Jacobian is that of ``V_i' f(x_i)`` with V held fixed: one
+        backward pass a column. The head's part then has no Kronecker structure left and is written out among the
+        ``rest``.
         """
         layout = self.layout(x)
         mapped = {name: self.parameters[name] for name in (*layout.fast, *layout.head)}
         mode = PerSample(mapped, len(x), layout)
         with torch.enable_grad():
             logits = self._forward(x, self.parameters, mode)
+            probes = combined(logits.detach().to(self.dtype))
             outputs = logits if probes is None else torch.einsum("nck,nc->nk", probes.to(logits), logits)
             rest = self._backward(outputs, [mode.copies[name] for name in layout.fast])
         if layout.slow:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from fastntk.data import batches, checked
 from fastntk.jacobian import Jacobian, Layout, PerSampleJacobian
-from fastntk.loss import SquaredLoss
+from fastntk.loss import Loss, SquaredLoss
 from fastntk.precision import arithmetic
 from fastntk.probes import ClassProbes
 from fastntk.progress import track
@@ -40,7 +40,7 @@ class Linearised:
 
     jacobian: PerSampleJacobian
     train: Dataset
-    loss: SquaredLoss = SquaredLoss()  # noqa: RUF009 (frozen)
+    loss: Loss = SquaredLoss()  # noqa: RUF009 (frozen)
     batch_size: int = 64
     workers: int = 0
     precision: str = "full"
@@ -70,15 +70,17 @@ class Linearised:
         return torch.cat(parts)[: len(ids)]
 
     def residual(self, ids: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of images with their residuals ``r_i = t_i - f(x_i; theta*)``."""
-        for images, labels in self._prepared(ids):
-            with torch.no_grad(), arithmetic(self.precision, self.device):
-                residual = self.loss.residual(self._logits(images), labels)
-            yield images, residual
+        """Batches of images with ``r_i``, the loss's negative gradient with respect to the logits: for squared loss
+        ``t_i - f(x_i; theta*)``."""
+        for images, logits, labels in self._forward(ids):
+            yield images, self.loss.residual(logits, labels)
 
     def residuals(self, ids: Sequence[int]) -> Float[Tensor, "samples outputs"]:
-        """``r_i`` of the samples by a forward pass, or, where the classes are probed, ``V_i'r_i``."""
-        rows = torch.cat([residual for _, residual in self.residual(ids or [self._first])])[: len(ids)]
+        """What ``rows`` have for residuals, by a forward pass: ``L_i^+ r_i``, and ``V_i'`` times it where the classes
+        are probed."""
+        passed = self._forward(ids or [self._first])
+        parts = [self.loss.whitened(self.loss.residual(logits, labels), logits) for _, logits, labels in passed]
+        rows = torch.cat(parts)[: len(ids)]
         if self.probes is None:
             return rows
         return torch.einsum("nck,nc->nk", self.probes.draw(ids, rows.shape[1]).to(rows), rows)
@@ -107,8 +109,32 @@ class Linearised:
         return total
 
     def gram(self, ids: Sequence[int], vector: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
-        """``G v = sum_i J_i'(J_i v)`` over the samples: a forward-mode and a backward pass, no Jacobian."""
-        return self.pull((images, self.tangent_of(images, vector)) for images, _ in self._prepared(ids))
+        """``G v = sum_i J_i'H_i(J_i v)`` over the samples: a forward-mode and a backward pass, no Jacobian."""
+        return self.pull((images, self.curve(images, self.tangent_of(images, vector))) for images in self._only(ids))
+
+    def _only(self, ids: Sequence[int]) -> Iterator[Tensor]:
+        return (images for images, _ in self._prepared(ids))
+
+    def curve(self, images: Tensor, vectors: Float[Tensor, "batch classes"]) -> Float[Tensor, "batch classes"]:
+        """``H_i z_i``, the loss's Hessian times vectors of logits."""
+        root = self._root(images)
+        return vectors if root is None else torch.einsum("nck,ndk,nd->nc", root, root, vectors.to(root)).to(vectors)
+
+    def lift(self, images: Tensor, vectors: Float[Tensor, "batch classes"]) -> Float[Tensor, "batch classes"]:
+        """``L_i a_i``, with ``L_i L_i' = H_i``."""
+        root = self._root(images)
+        return vectors if root is None else torch.einsum("nck,nk->nc", root, vectors.to(root)).to(vectors)
+
+    def _root(self, images: Tensor) -> Tensor | None:
+        if not self.curved:
+            return None
+        with torch.no_grad():
+            return self.loss.root(self._logits(images))
+
+    @property
+    def curved(self) -> bool:
+        """Whether the loss's Hessian is another than the identity: rows are then ``L_i'J_i``."""
+        return not isinstance(self.loss, SquaredLoss)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -154,6 +180,13 @@ class Linearised:
         for images, labels in track(self.images(ids), "one pass"):
             yield checked(images).to(self.device), labels.to(self.device)
 
+    def _forward(self, ids: Sequence[int]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Batches of images, logits and labels."""
+        for images, labels in self._prepared(ids):
+            with torch.no_grad(), arithmetic(self.precision, self.device):
+                logits = self._logits(images)
+            yield images, logits, labels
+
     def _logits(self, images: Tensor, parameters: dict[str, Tensor] | None = None) -> Tensor:
         return functional_call(self.jacobian.model, parameters or self.jacobian.parameters, (images,))
 
@@ -180,12 +213,13 @@ def _forward_mode() -> Iterator[None]:
 def jacobians(
     jacobian: PerSampleJacobian,
     samples: Iterable[tuple[Tensor, Tensor]],
-    loss: SquaredLoss,
+    loss: Loss,
     precision: str = "full",
     probes: ClassProbes | None = None,
     ids: Iterable[int] = (),
 ) -> Iterator[tuple[Jacobian, Tensor]]:
-    """The Jacobian and residual of every sample, batch by batch.
+    """The Jacobian and residual of every sample, batch by batch: ``J_i`` and ``r_i``, or, for a loss with another
+    Hessian than the identity, ``L_i'J_i`` and ``L_i^+ r_i`` (see ``fastntk.loss``).
 
     Args:
         jacobian: of the model.
@@ -206,6 +240,15 @@ def jacobians(
             classes = classes or jacobian.classes(images)
             draws = probes.draw([next(names) for _ in images], classes).to(images)
         with arithmetic(precision, device):
-            batch, logits = jacobian.with_logits(images, draws)
-        residual = loss.residual(logits.to(images.dtype), labels.to(device))
+            batch, logits = jacobian.with_logits(images, partial(_combined, loss, draws))
+        logits = logits.to(images.dtype)
+        residual = loss.whitened(loss.residual(logits, labels.to(device)), logits)
         yield batch, residual if draws is None else torch.einsum("nck,nc->nk", draws.to(residual), residual)
+
+
+def _combined(loss: Loss, draws: Tensor | None, logits: Tensor) -> Tensor | None:
+    """The combinations of the logits whose Jacobian is taken: the loss's ``L_i``, probed if the classes are."""
+    root = loss.root(logits)
+    if root is None or draws is None:
+        return draws if root is None else root
+    return root @ draws.to(root)

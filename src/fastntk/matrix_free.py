@@ -46,19 +46,20 @@ class GramOperator:
         return self._total(self.linearised.gram(self._mine, vector)).to(vector)
 
     def rhs(self, step: Float[Tensor, " p"] | None = None) -> Float[Tensor, " p"]:
-        """``sum J_i'(r_i - J_i d)`` for a ``step`` d; by default ``b``."""
+        """``sum J_i'(r_i - H_i J_i d)`` for a ``step`` d; by default ``b``."""
         pairs = self.linearised.residual(self._mine)
         if step is not None:
-            pairs = ((x, r - self.linearised.tangent_of(x, step).to(r)) for x, r in pairs)
+            moved = self.linearised.tangent_of
+            pairs = ((x, r - self.linearised.curve(x, moved(x, step)).to(r)) for x, r in pairs)
         return self._total(self.linearised.pull(pairs))
 
     def trace(self, seed: int = 0) -> float:
-        """An unbiased estimate of ``tr G``: the mean square of ``J'a`` over random signs a, one draw a batch."""
+        """An unbiased estimate of ``tr G``: the mean square of ``J'L a`` over random signs a, one draw a batch."""
         generator = torch.Generator().manual_seed(seed)
         total = torch.zeros((), dtype=torch.float64, device=self.linearised.device)
         for x, r in self.linearised.residual(self._mine):
             signs = torch.randint(2, r.shape, generator=generator).to(r) * 2 - 1
-            total += self.linearised.pull([(x, signs)]).square().sum()
+            total += self.linearised.pull([(x, self.linearised.lift(x, signs))]).square().sum()
         return float(self._total(total))
 
     def after(self, ids: Int[Tensor, " some"], sign: int) -> "GramOperator":

@@ -343,7 +343,8 @@ class Memory:
         asked, before = update.positions.tolist(), self.parameters
         others = self._order[self.present[self._order] & ~torch.isin(self._order, update.positions)]
         probe = self.members.available(others)[: self._probe].tolist()
-        known = update.rows.jacobian.matvec(change) if update.rows and not self.linearised.probes else None
+        plain = not (self.linearised.probes or self.linearised.curved)
+        known = update.rows.jacobian.matvec(change) if update.rows and plain else None
         requested, retained = departures(self.linearised, change, before, parameters, asked, probe, known)
         salt = new_salt()
         return Certificate(

@@ -17,7 +17,7 @@ from fastntk.errors import InputError
 from fastntk.jacobian import PerSampleJacobian
 from fastntk.linalg import add_product_, invert_, mirror_
 from fastntk.linearised import Linearised
-from fastntk.loss import SquaredLoss
+from fastntk.loss import Loss, SquaredLoss
 from fastntk.probes import ClassProbes
 from fastntk.process import settle
 from fastntk.statistics import ROWS
@@ -170,7 +170,7 @@ def workload(linearised: Linearised, dtype: torch.dtype) -> Workload:
     if probes:
         probes.check(linearised.classes)
     outputs = probes.count if probes else linearised.classes
-    head = 0 if probes else sum(layout.shapes[name].numel() for name in layout.head)
+    head = 0 if probes or linearised.curved else sum(layout.shapes[name].numel() for name in layout.head)
     rest = layout.size - head
     itemsize = linearised.dtype.itemsize
     batch_size = max(1, min(linearised.batch_size, _BATCH_BYTES // (outputs * max(rest, 1) * itemsize)))
@@ -203,7 +203,7 @@ def plan(
     train: Dataset,
     *,
     form: str = "auto",
-    loss: SquaredLoss = SquaredLoss(),
+    loss: Loss = SquaredLoss(),
     batch_size: int = 64,
     workers: int = 0,
     dtype: torch.dtype = torch.float64,

@@ -18,7 +18,7 @@ from fastntk.collection import Checkpoint, collect_rows, collect_sums, key
 from fastntk.errors import InputError
 from fastntk.jacobian import PerSampleJacobian
 from fastntk.linearised import Linearised
-from fastntk.loss import SquaredLoss
+from fastntk.loss import Loss, SquaredLoss
 from fastntk.matrix_free import GramOperator, MatrixFreeSolution
 from fastntk.members import Members
 from fastntk.memory import Memory
@@ -41,7 +41,7 @@ def prepare(
     *,
     ridge: float | str = "auto",
     form: str = "auto",
-    loss: SquaredLoss = SquaredLoss(),
+    loss: Loss = SquaredLoss(),
     batch_size: int = 64,
     workers: int = 0,
     dtype: torch.dtype = torch.float64,

@@ -25,7 +25,7 @@ from fastntk.comparison import compare, references
 from fastntk.data import Images, in_memory, load_data
 from fastntk.errors import InputError
 from fastntk.files import file_digest, read_json, read_tensors, writable, write_json, write_tensors
-from fastntk.loss import SquaredLoss
+from fastntk.loss import loss_from
 from fastntk.members import Id
 from fastntk.memory import Memory, load
 from fastntk.methods import Method, Problem, Unlearned
@@ -124,7 +124,7 @@ class Run:
     def recipe(self, settings: Settings) -> Recipe:
         """How the model was fitted."""
         fields: dict[str, Any] = dict(settings.recipe)
-        return Recipe(**{**fields, "loss": SquaredLoss(**fields["loss"])})
+        return Recipe(**{**fields, "loss": loss_from(fields["loss"])})
 
     def fit(self, start: Start, recipe: Recipe) -> Fit:
         """Fit a model and write the run.

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from fastntk import distributed
 from fastntk.data import batches, checked
 from fastntk.errors import InputError
-from fastntk.loss import SquaredLoss
+from fastntk.loss import Loss, SquaredLoss
 from fastntk.process import settle
 from fastntk.progress import track
 from fastntk.tunable import snapshot, tuned
@@ -31,7 +31,7 @@ class Recipe:
     batch_size: int = 32
     weight_decay: float = 1e-4
     seed: int = 0
-    loss: SquaredLoss = SquaredLoss()  # noqa: RUF009 (frozen)
+    loss: Loss = SquaredLoss()  # noqa: RUF009 (frozen)
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 1 or self.learning_rate <= 0 or self.weight_decay < 0:

@@ -6,6 +6,7 @@ from fastntk.methods.finetune import FineTune
 from fastntk.methods.fisher import Dampening, FisherForgetting
 from fastntk.methods.golatkar import Golatkar
 from fastntk.methods.gradient_ascent import GradientAscent
+from fastntk.methods.iterated import Iterated
 from fastntk.methods.newton import Newton
 from fastntk.methods.problem import Method, Problem, Unlearned
 from fastntk.methods.random_label import RandomLabel
@@ -20,6 +21,7 @@ __all__ = [
     "FisherForgetting",
     "Golatkar",
     "GradientAscent",
+    "Iterated",
     "Method",
     "Newton",
     "Problem",
