@@ -139,6 +139,7 @@ def test_the_command(config, tmp_path):
         ("no field 'epoch'", {"recipe": {"epoch": 3}}),
         ("at least 1", {"recipe": {"epochs": 0}}),
         ("no field 'sede'", {"sede": [1]}),
+        ("one of squared, cross-entropy, not 'hinge'", {"recipe": {"loss": "hinge"}}),
         ("'class' or 'random P%', not 'random many'", {"requests": ["random many"]}),
         ("'class' or 'random P%', not 'some'", {"requests": ["some"]}),
         ("method a: say which.*FastNTK", {"methods": {"a": {"method": "Magic"}}}),
@@ -153,6 +154,17 @@ def test_a_bad_configuration_is_refused(message, change, config, tmp_path):
     document = {key: value for key, value in {**config, **change}.items() if value is not None}
     with pytest.raises(fastntk.InputError, match=message):
         read_config(written(tmp_path, document))
+
+
+def test_a_grid_of_cross_entropy(config, tmp_path):
+    changed = {
+        "recipe": {"epochs": 1, "batch_size": 8, "loss": "cross-entropy"},
+        "methods": {"iterated": {"method": "Iterated"}},
+    }
+    read = read_config(written(tmp_path, {**config, **changed, "requests": ["random 20%"]}))
+    assert read.fitting(3) == Recipe(epochs=1, batch_size=8, seed=3, loss=fastntk.CrossEntropy())
+    [found] = grid.run(read, tmp_path / "out").cells()
+    assert found.rows["iterated"]["distance_ratio"] > 0
 
 
 def test_too_few_images_are_refused(config, tmp_path):

@@ -82,6 +82,23 @@ def copied(run, tmp_path):
     return shutil.copytree(run, tmp_path / "run")
 
 
+def test_a_run_fitted_to_cross_entropy(data, tmp_path):
+    run = tmp_path / "run"
+    succeed("fit", run, *MODEL, "--data", data, "--epochs", 2, "--loss", "cross-entropy")
+    succeed("prepare", run)
+    assert "trusted" in succeed("forget", run, "--ids", "3,7")
+    refuse(
+        "one of squared, cross-entropy, not 'hinge'",
+        "fit",
+        tmp_path / "other",
+        *MODEL,
+        "--data",
+        data,
+        "--loss",
+        "hinge",
+    )
+
+
 def test_the_whole_job(run, tmp_path):
     folder = copied(run, tmp_path)
     before = load_file(folder / "model.safetensors")
@@ -100,6 +117,12 @@ def test_the_whole_job(run, tmp_path):
     assert changed
     assert all(re.search(r"bn|norm|classifier", name) for name in changed)
     assert "running" not in "".join(changed)
+    succeed("export", folder, "--exact-head", "--out", folder / "exact.safetensors")
+    exact = load_file(folder / "exact.safetensors")
+    assert {name for name in exact if not (exact[name] == after[name]).all()} == {
+        "classifier.weight",
+        "classifier.bias",
+    }
     (tmp_path / "ids.txt").write_text("0\n5 6\n")
     text = succeed("forget", folder, "--ids-file", tmp_path / "ids.txt", "--defer-purge")
     assert "forget: 3 samples" in text
@@ -117,7 +140,7 @@ def test_the_whole_job(run, tmp_path):
     refuse("no sample of class 'green'", "forget", folder, "--class-name", "green")
     report = json.loads(succeed("evaluate", folder, "--json"))
     rows = report["scenarios"]["forgotten"]["rows"]
-    assert list(rows) == ["original", "retrain", "retrain_other_seed", "fastntk"]
+    assert list(rows) == ["original", "retrain", "retrain_other_seed", "fastntk", "fastntk_exact_head"]
     assert json.loads((folder / "report.json").read_text())["scenarios"] == report["scenarios"]
     assert "<svg" in (folder / "report.html").read_text()
     the_later_life(folder)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import CASES
+from torch.utils.data import TensorDataset
 
 import fastntk
 from fastntk.errors import InputError
@@ -12,12 +13,12 @@ from fastntk.methods import FastNTK, Problem
 from fastntk.training import Recipe
 
 
-def problem(*select) -> Problem:
+def problem(*select, form="auto", **options) -> Problem:
     case = CASES["bn+head"]
     model, data, recipe = case.model(), case.data(20), Recipe(epochs=3, batch_size=5)
     fastntk.tune(model, *select)
     done = fastntk.fit(model, data, recipe)
-    memory = fastntk.prepare(model, data, done.initial, ridge=0.6)
+    memory = fastntk.prepare(model, data, done.initial, ridge=0.6, form=form, **options)
     return Problem(model, done.initial, data, torch.tensor([2, 9, 15]), recipe, memory)
 
 
@@ -29,9 +30,10 @@ def ridge_regression(inputs, targets, start, ridge):
     return torch.linalg.lstsq(rows, wanted).solution.T
 
 
-@pytest.mark.parametrize("select", [("bn", "head"), ("bn", "head.weight")])
-def test_it_is_ridge_regression_on_the_moved_features(select):
-    given = problem(*select)
+@pytest.mark.parametrize("form", ["primal", "dual"])
+@pytest.mark.parametrize("select", [("bn", "head"), ("bn", r"head\.weight")])
+def test_it_is_ridge_regression_on_the_moved_features(select, form):
+    given = problem(*select, form=form)
     images, labels = given.train.tensors
     plain, exact = FastNTK()(given).parameters, FastNTK(exact_head=True)(given).parameters
     keep = torch.tensor(given.retain.indices)
@@ -71,7 +73,41 @@ def test_nothing_forgotten_changes_nothing():
         torch.testing.assert_close(tensor, given.memory.anchor[name])
 
 
-def test_it_needs_a_tuned_head():
-    given = problem("bn")
-    with pytest.raises(InputError, match="a tuned head"):
+def test_after_requests_it_is_that_of_all_of_them_in_any_order(tmp_path):
+    together, apart = problem("bn", "head"), problem("bn", "head")
+    expected = FastNTK(exact_head=True)(together).parameters
+    apart.memory.save(tmp_path / "memory")
+    apart.memory.forget([9])
+    fastntk.exact_head(apart.memory)
+    apart.memory.forget([15, 2])
+    found = fastntk.exact_head(fastntk.load(tmp_path / "memory", apart.model, apart.train))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor)
+
+
+def test_a_member_that_is_missing_is_noticed(tmp_path):
+    given = problem("bn", "head")
+    images, labels = given.train.tensors
+    data = TensorDataset(images, labels)
+    data.ids = list(range(20))
+    fastntk.prepare(given.model, data, given.initial, ridge=0.6).save(tmp_path / "memory")
+    fewer = TensorDataset(images[:-1], labels[:-1])
+    fewer.ids = data.ids[:-1]
+    with pytest.raises(InputError, match="all 20 retained samples; the data source lacks 1"):
+        fastntk.exact_head(fastntk.load(tmp_path / "memory", given.model, fewer))
+
+
+@pytest.mark.parametrize(
+    ("select", "options"),
+    [
+        (("bn",), {}),
+        (("bn", "head"), {"form": "matrix-free"}),
+        (("bn", "head"), {"class_probes": 2}),
+    ],
+)
+def test_where_there_is_no_closed_form_it_says_so(select, options):
+    given = problem(*select, **options)
+    with pytest.raises(InputError, match="needs a tuned head"):
         FastNTK(exact_head=True)(given)
+    with pytest.raises(InputError, match="own ridge"):
+        FastNTK(ridge=0.3, exact_head=True)

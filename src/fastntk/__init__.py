@@ -3,6 +3,7 @@
 from fastntk.auditing import audit
 from fastntk.certificate import Audit, Certificate, Forgotten
 from fastntk.errors import InputError
+from fastntk.heads import exact_head
 from fastntk.lora import add_lora, remove_lora
 from fastntk.loss import CrossEntropy, SquaredLoss
 from fastntk.memory import Memory, load
@@ -34,6 +35,7 @@ __all__ = [
     "at",
     "audit",
     "evaluate",
+    "exact_head",
     "fit",
     "load",
     "load_model",

@@ -40,6 +40,7 @@ class State:
     probe: int
     record: Mapping[str, Any]
     vector: Float[Tensor, " p"]
+    short_of_head: Float[Tensor, "classes features"] | None
 
 
 def pack(state: State) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -50,6 +51,7 @@ def pack(state: State) -> tuple[dict[str, Tensor], dict[str, Any]]:
         **{f"anchor.{name}": tensor for name, tensor in anchor.items()},
         **{f"solution.{name}": tensor for name, tensor in solution.tensors().items()},
         **{name: getattr(state, name) for name in ("residuals", "order", "vector")},
+        **({} if state.short_of_head is None else {"short_of_head": state.short_of_head}),
     }
     return tensors, {
         **state.record,
@@ -97,7 +99,8 @@ def unpack(contents: Contents, model: nn.Module, train: Dataset, folder: Path) -
     calibration = Calibration(**record["calibration"]) if record["calibration"] else None
     made = {key: record[key] for key in ("versions", "options")}
     order, vector = tensors["order"].cpu(), tensors["vector"]
-    return State(linearised, solution, tensors["residuals"], calibration, order, record["probe"], made, vector)
+    rest = calibration, order, record["probe"], made, vector, tensors.get("short_of_head")
+    return State(linearised, solution, tensors["residuals"], *rest)
 
 
 def journal(update: Update, vector: Float[Tensor, " p"], joined: Tensor | None) -> dict[str, Tensor]:

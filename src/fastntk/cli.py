@@ -16,6 +16,7 @@ from fastntk import options
 from fastntk.bench.command import bench
 from fastntk.distributed import PeerLost, first, launched
 from fastntk.errors import InputError
+from fastntk.loss import loss_named
 from fastntk.printing import show, show_answer, table_of
 from fastntk.progress import console
 from fastntk.training import Recipe
@@ -70,6 +71,7 @@ def fit(
     epochs: Annotated[int, typer.Option(help="Passes over the data.")] = 12,
     batch_size: Annotated[int, typer.Option(help="Images a step.")] = 32,
     learning_rate: Annotated[float, typer.Option(help="Adam's first; it falls to 0 along a cosine.")] = 1e-3,
+    loss: options.LossName = "squared",
     device: options.Device = "cpu",
     seed: options.Seed = 0,
     as_json: options.Json = False,
@@ -81,7 +83,7 @@ def fit(
     from fastntk import distributed
     from fastntk.run import Run, Start
 
-    recipe = Recipe(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed)
+    recipe = Recipe(epochs, learning_rate, batch_size, seed=seed, loss=loss_named(loss))
     opened = Run(run, distributed.local_device(device))
     with distributed.session(opened.device):
         done = opened.fit(
@@ -317,6 +319,7 @@ def refresh(run: options.Folder, device: options.Device = "cpu", as_json: option
 def export(
     run: options.Folder,
     out: Annotated[Path | None, typer.Option(help="The file; by default unlearned.safetensors in the run.")] = None,
+    exact_head: Annotated[bool, typer.Option(help="Solve the head anew, over the retained images.")] = False,
     device: options.Device = "cpu",
     as_json: options.Json = False,
 ) -> None:
@@ -324,7 +327,7 @@ def export(
     from fastntk.run import Run
 
     path = out or run / "unlearned.safetensors"
-    Run(run, device).export(path)
+    Run(run, device).export(path, exact_head)
     show({"run": str(run), "out": str(path)}, as_json, f"Wrote {path}.")
 
 

@@ -132,6 +132,11 @@ class Linearised:
             return self.loss.root(self._logits(images))
 
     @property
+    def of_logits(self) -> bool:
+        """Whether rows are of the logits themselves, and not of combinations of them."""
+        return not (self.curved or self.probes)
+
+    @property
     def curved(self) -> bool:
         """Whether the loss's Hessian is another than the identity: rows are then ``L_i'J_i``."""
         return not isinstance(self.loss, SquaredLoss)

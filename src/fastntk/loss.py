@@ -100,6 +100,17 @@ def loss_from(record: dict[str, Any]) -> Loss:
     return LOSSES[fields.pop("name")](**fields)
 
 
+def loss_named(name: str) -> Loss:
+    """The loss of that name, as it is by default.
+
+    Raises:
+        InputError: there is none.
+    """
+    if name not in LOSSES:
+        raise InputError(f"the loss is one of {', '.join(LOSSES)}, not {name!r}.")
+    return LOSSES[name]()
+
+
 def _onehot(labels: Int[Tensor, " batch"], classes: int) -> Float[Tensor, "batch classes"]:
     outside = labels[(labels < 0) | (labels >= classes)]
     if len(outside):

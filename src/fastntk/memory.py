@@ -47,6 +47,7 @@ class Memory:
         residuals: of every member at the anchor, by which it is known again; zeros for who has left.
         calibration: how an automatic ridge was found, or None for a given one.
         record: how it was made, for replay.
+        short_of_head: what the fitted head falls short of, or None; see ``fastntk.heads``.
         audit: the latest one since the network was linearised, or None; see ``fastntk.audit``.
     """
 
@@ -60,9 +61,10 @@ class Memory:
         probe: int,
         record: Mapping[str, Any],
         vector: Float[Tensor, " p"] | None = None,
+        short_of_head: Float[Tensor, "classes features"] | None = None,
     ) -> None:
         self.linearised, self.solution, self.residuals, self.calibration = linearised, solution, residuals, calibration
-        self.record, self._order, self._probe = record, order, probe
+        self.record, self.short_of_head, self._order, self._probe = record, short_of_head, order, probe
         self._vector = self._layout.flatten(self.anchor) if vector is None else vector
         self.audit: Audit | None = None
         self._store: Store | None = None
@@ -343,8 +345,7 @@ class Memory:
         asked, before = update.positions.tolist(), self.parameters
         others = self._order[self.present[self._order] & ~torch.isin(self._order, update.positions)]
         probe = self.members.available(others)[: self._probe].tolist()
-        plain = not (self.linearised.probes or self.linearised.curved)
-        known = update.rows.jacobian.matvec(change) if update.rows and plain else None
+        known = update.rows.jacobian.matvec(change) if update.rows and self.linearised.of_logits else None
         requested, retained = departures(self.linearised, change, before, parameters, asked, probe, known)
         salt = new_salt()
         return Certificate(
@@ -367,8 +368,8 @@ class Memory:
 
     def _contents(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything, as tensors and as what JSON can hold."""
-        made = self.calibration, self._order, self._probe, self.record
-        return pack(State(self.linearised, self.solution, self.residuals, *made, self._vector))
+        made = self.calibration, self._order, self._probe, self.record, self._vector, self.short_of_head
+        return pack(State(self.linearised, self.solution, self.residuals, *made))
 
 
 def load(folder: Path | str, model: nn.Module, train: Dataset) -> Memory:

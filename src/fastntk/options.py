@@ -35,6 +35,7 @@ IdColumn = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")]
 Seed = Annotated[int, typer.Option(help="Of the head's first values and the order of the samples.")]
+LossName = Annotated[str, typer.Option("--loss", help="squared, for which one step is enough, or cross-entropy.")]
 Sums = Annotated[str, typer.Option(help="Dtype of the primal form's sums: float64, or float32 for half the memory.")]
 Precision = Annotated[str, typer.Option(help="Of the network: full, tf32 (NVIDIA only) or bf16.")]
 Probes = Annotated[

@@ -16,6 +16,7 @@ from fastntk import distributed, probes
 from fastntk.archive import Solution
 from fastntk.collection import Checkpoint, collect_rows, collect_sums, key
 from fastntk.errors import InputError
+from fastntk.heads import short_of_head
 from fastntk.jacobian import PerSampleJacobian
 from fastntk.linearised import Linearised
 from fastntk.loss import Loss, SquaredLoss
@@ -145,7 +146,8 @@ def _prepared(
     order = torch.randperm(count, generator=torch.Generator().manual_seed(options["seed"]))
     versions = {name: version(name) for name in ("fastntk", "torch")} | {"python": platform.python_version()}
     record = {"versions": versions, "options": options}
-    return Memory(linearised, solution, residuals, calibration, order, options["probe"], record)
+    short = short_of_head(linearised, solution)
+    return Memory(linearised, solution, residuals, calibration, order, options["probe"], record, None, short)
 
 
 def _planned(linearised: Linearised, form: str, dtype: torch.dtype) -> tuple[Linearised, Form]:

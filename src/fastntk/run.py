@@ -25,6 +25,7 @@ from fastntk.comparison import compare, references
 from fastntk.data import Images, in_memory, load_data
 from fastntk.errors import InputError
 from fastntk.files import file_digest, read_json, read_tensors, writable, write_json, write_tensors
+from fastntk.heads import exact_head
 from fastntk.loss import loss_from
 from fastntk.members import Id
 from fastntk.memory import Memory, load
@@ -227,10 +228,15 @@ class Run:
                 raise InputError(f"{self.folder / name} is damaged. Restore it from a backup.")
         return self.memory()[0]
 
-    def export(self, out: Path) -> None:
-        """Write the whole model after all requests, a plain state dict."""
+    def export(self, out: Path, with_exact_head: bool = False) -> None:
+        """Write the whole model after all requests, a plain state dict; its head from ``fastntk.exact_head`` if asked.
+
+        Raises:
+            InputError: the memory has no exact head, or the data lack one of its members.
+        """
         memory, _ = self.memory()
-        write_tensors(out, {**memory.model.state_dict(), **memory.parameters})
+        parameters = exact_head(memory) if with_exact_head else memory.parameters
+        write_tensors(out, {**memory.model.state_dict(), **parameters})
 
     def evaluate(self, test: str | None, retrain: bool, seed: int | None = None) -> Report:
         """The fitted and the unlearned model beside two that are retrained without what was forgotten."""
@@ -245,7 +251,10 @@ class Run:
         problem = Problem(model, self._initial(), train, forget, self.recipe(settings), memory)
         other = problem.recipe.seed + 1 if seed is None else seed
         methods: dict[str, Method] = references(other) if retrain else {}
-        return compare(problem, held_out, {**methods, "fastntk": _as_remembered})[0]
+        ours: dict[str, Method] = {"fastntk": lambda problem: Unlearned(problem.memory.parameters, None)}
+        if memory.short_of_head is not None:
+            ours["fastntk_exact_head"] = lambda problem: Unlearned(exact_head(problem.memory), None)
+        return compare(problem, held_out, {**methods, **ours})[0]
 
 
 def _held_out(settings: Settings, images: Images, test: str | None) -> Dataset:
@@ -258,11 +267,6 @@ def _held_out(settings: Settings, images: Images, test: str | None) -> Dataset:
     if test is None and torch.equal(held_out.labels, images.labels) and torch.equal(held_out[0][0], images[0][0]):
         raise InputError(f"{settings.data} has no test split. Give images that the model was not fitted to: --test.")
     return in_memory(held_out)
-
-
-def _as_remembered(problem: Problem) -> Unlearned:
-    """The method that answers with what earlier requests left."""
-    return Unlearned(problem.memory.parameters, None)
 
 
 def of_class(images: Images, class_name: str, memory: Memory) -> list[Id]:

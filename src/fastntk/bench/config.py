@@ -1,6 +1,6 @@
 """What a configuration says.
 
-recipe: {epochs: 12}                # of fastntk.Recipe
+recipe: {epochs: 12}                # of fastntk.Recipe; loss: squared or cross-entropy
 seeds: [0, 1]
 per_class: [60, 100]                # training images of each class: the first ones
 test_per_class: 100
@@ -26,6 +26,7 @@ import yaml
 from fastntk import methods
 from fastntk.comparison import COMPARED_WITH
 from fastntk.errors import InputError
+from fastntk.loss import loss_named
 from fastntk.methods import Method
 from fastntk.training import Recipe
 
@@ -85,6 +86,10 @@ class Config:
     seeds: tuple[int, ...]
     recipe: Mapping[str, Any]
 
+    def fitting(self, seed: int) -> Recipe:
+        """How models are fitted with a seed."""
+        return _recipe({**self.recipe, "seed": seed})
+
     def settings(self) -> Iterator[Setting]:
         """All combinations."""
         for parts in product(self.data, self.models, self.per_class, self.seeds):
@@ -116,7 +121,7 @@ def _config(document: Any) -> Config:
     lists = {name: tuple(given[name]) for name in ("requests", "per_class", "seeds")}
     for request in lists["requests"]:
         share(request)
-    _made(Recipe, given["recipe"], "recipe")
+    _recipe(given["recipe"])
     return Config(
         data={name: _made(Data, entry, f"data {name}") for name, entry in given["data"].items()},
         models={name: _made(Model, entry, f"model {name}") for name, entry in given["models"].items()},
@@ -143,6 +148,11 @@ def share(request: str) -> float | None:
     if word != "random" or not 0 < part < 1:
         raise InputError(f"a request is 'class' or 'random P%', not {request!r}.")
     return part
+
+
+def _recipe(entry: Mapping[str, Any]) -> Recipe:
+    made = {"loss": loss_named(entry["loss"])} if isinstance(entry, dict) and "loss" in entry else {}
+    return _made(Recipe, {**entry, **made} if made else entry, "recipe")
 
 
 def _method(entry: Any, name: str) -> Method:

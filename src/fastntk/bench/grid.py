@@ -26,7 +26,7 @@ from fastntk.preparation import prepare
 from fastntk.process import settle
 from fastntk.progress import console
 from fastntk.report import Report
-from fastntk.training import Fit, Recipe
+from fastntk.training import Fit
 from fastntk.tunable import tune, tuned
 
 
@@ -59,8 +59,8 @@ def _cells(
     key = _digest(_described(config, setting))
     kept = writable(fits / f"{setting.data}-{setting.model}-{setting.per_class}-{setting.seed}-{key}")
     model, train, test = _opened(config, setting, device)
-    fit = fitted(model, train, Recipe(**config.recipe, seed=setting.seed), kept / "original.safetensors", key)
-    memory = prepare(model, train, fit.initial)
+    fit = fitted(model, train, config.fitting(setting.seed), kept / "original.safetensors", key)
+    memory = prepare(model, train, fit.initial, loss=fit.recipe.loss)
     audit(memory, stored_retraining(model, fit, kept, key), held_out=test, seed=setting.seed + 1)
     for request in requests:
         forget, held_out = _request(request, train, test, setting.seed, memory.linearised.classes)

@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass
 
+from fastntk.errors import InputError
 from fastntk.heads import exact_head
 from fastntk.methods.problem import Problem, Unlearned
 
@@ -16,12 +17,16 @@ class FastNTK:
 
     Attributes:
         ridge: a total; None takes the memory's own, which is quicker.
-        exact_head: solve the head anew at the features after the step (``fastntk.heads``), by a forward pass over all
-            samples before and after it.
+        exact_head: solve the head anew at the features after the step (``fastntk.heads``), by a forward pass over the
+            retained samples; with the memory's own ridge alone.
     """
 
     ridge: float | None = None
     exact_head: bool = False
+
+    def __post_init__(self) -> None:
+        if self.exact_head and self.ridge is not None:
+            raise InputError("an exact head goes with the memory's own ridge: prepare with the ridge that you want.")
 
     def __call__(self, problem: Problem) -> Unlearned:
         """Answer the request from the forgotten samples alone, and with an exact head from all of them."""
@@ -31,7 +36,5 @@ class FastNTK:
         note = answer.certificate.explanation
         if not self.exact_head:
             return Unlearned(answer.parameters, answer.seconds, note)
-        ridge = memory.ridge if self.ridge is None else self.ridge
-        retain, everyone = problem.retain.indices, range(len(problem.train))  # type: ignore[arg-type]
-        parameters = exact_head(memory.linearised, problem.initial, answer.parameters, retain, everyone, ridge)
+        parameters = exact_head(memory, answer.parameters, problem.forget.tolist())
         return Unlearned(parameters, time.perf_counter() - started, note)
