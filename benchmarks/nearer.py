@@ -8,7 +8,10 @@ ridge x gain   the step at multiples of the automatic ridge, and multiplied by a
 metric         |W (theta - theta_0)|^2 in place of |theta - theta_0|^2, at its own automatic ridge: "adam" has W^2 the
                root of the Gauss-Newton diagonal, "moved" the inverse mean square displacement of each tensor
 simulated      Adam with the recipe's batches in the linearised model, on R and on D; the difference of the two
+exact head     the step, then the head solved anew (fastntk.exact_head), at several ridges of the step
 fine-tuned     the step, then an epoch or three over the retained images
+shrunk         the step with the exact head, drawn back toward the parameters before fitting, then an epoch
+origin         the step with the targets that the network had left to learn at its start, t - f(theta_0), for r + J u
 left-out       what the linearised model predicts of images left out one by one, beside what the network does on unseen
                ones: accuracy in percent and root mean square residual
 """
@@ -48,6 +51,7 @@ class Problem:
     model: nn.Module
     fit: Fit
     linearised: Linearised
+    memory: fastntk.Memory
     train: Dataset
     requests: dict[str, tuple[Tensor, Dataset, list[Tensor]]]
 
@@ -143,6 +147,8 @@ def variants(problem: Problem) -> Iterator[tuple[str, dict[str, Tensor]]]:
         factor = step.automatic()
         answers = {r: problem.anchor + step.change(factor, forget) for r, (forget, *_) in problem.requests.items()}
         yield f"metric {name}, ridge {factor:.3f}", answers
+    yield from with_head(problem, plain, automatic)
+    yield "origin", from_origin(problem, ones)
     whole = simulated(problem, torch.arange(len(problem.train)))
     retained = {request: staying(problem, forget) for request, (forget, *_) in problem.requests.items()}
     yield "simulated", {r: problem.anchor + simulated(problem, keep) - whole for r, keep in retained.items()}
@@ -150,6 +156,42 @@ def variants(problem: Problem) -> Iterator[tuple[str, dict[str, Tensor]]]:
     for rate, epochs in ((1e-4, 1), (3e-4, 1), (1e-3, 1), (1e-3, 3)):
         answers = {r: fine_tuned(problem, each, retained[r], rate, epochs) for r, each in stepped.items()}
         yield f"fine-tuned {epochs} x {rate:g}", answers
+
+
+def with_head(problem: Problem, plain: Step, automatic: float) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """The exact head after the step, and an epoch after that."""
+    for times in (1.0, 3.0):
+        yield f"exact head, ridge {times * automatic:.3f}", heads_at(problem, plain, times * automatic)
+    headed = heads_at(problem, plain, automatic)
+    start = problem.anchor - problem.u
+    retained = {request: staying(problem, forget) for request, (forget, *_) in problem.requests.items()}
+    for share, rate in ((1.0, 3e-4), (0.7, 1e-3)):
+        moved = {r: start + share * (each - start) for r, each in headed.items()}
+        yield (
+            f"exact head, shrunk {share}, fine-tuned 1 x {rate:g}",
+            {r: fine_tuned(problem, each, retained[r], rate, 1) for r, each in moved.items()},
+        )
+
+
+def heads_at(problem: Problem, plain: Step, factor: float) -> dict[str, Tensor]:
+    """The step at a ridge, then the exact head at the memory's."""
+    layout, answers = problem.linearised.layout, {}
+    for request, (forget, *_) in problem.requests.items():
+        stepped = layout.unflatten(problem.anchor + plain.change(factor, forget), problem.fit.initial)
+        answers[request] = layout.flatten(fastntk.exact_head(problem.memory, stepped, forget.tolist()))
+    return answers
+
+
+def from_origin(problem: Problem, ones: Tensor) -> dict[str, Tensor]:
+    """The step from the outputs that the network really had before fitting."""
+    layout, labels = problem.linearised.layout, labels_of(problem.train)
+    before = layout.unflatten(problem.anchor - problem.u, problem.fit.initial)
+    outputs = logits_of(at(problem.model, before), problem.train, "cpu")
+    step = Step(problem, ones)
+    step.target = (problem.linearised.loss.targets(labels, problem.classes) - outputs).double().flatten()
+    step.rotated = step.vectors.T @ step.target
+    factor = step.automatic()
+    return {r: problem.anchor + step.change(factor, forget) for r, (forget, *_) in problem.requests.items()}
 
 
 def metrics(problem: Problem) -> dict[str, Tensor]:
@@ -207,7 +249,7 @@ def posed(name: str, arguments: argparse.Namespace) -> tuple[Problem, Dataset]:
         asked = fastntk.methods.Problem(model, fit.initial, train, forget, fit.recipe, memory)
         found = [method(asked).parameters for method in stored_references(1, folder, scenario, key).values()]
         requests[scenario] = forget, held_out, [linearised.layout.flatten(each) for each in found]
-    return Problem(model, fit, linearised, train, requests), test
+    return Problem(model, fit, linearised, memory, train, requests), test
 
 
 def main() -> None:
