@@ -5,6 +5,7 @@ from fastntk.metrics.distance import logit_distance
 from fastntk.metrics.gaps import average_gap, tug_of_war
 from fastntk.metrics.membership import attack_auc, modified_entropy, taken_for_members, threshold
 from fastntk.metrics.predictions import agreement, kl_divergence
+from fastntk.metrics.shadows import klom, ulira
 
 __all__ = [
     "accuracy",
@@ -12,10 +13,12 @@ __all__ = [
     "attack_auc",
     "average_gap",
     "kl_divergence",
+    "klom",
     "logit_distance",
     "margins",
     "modified_entropy",
     "taken_for_members",
     "threshold",
     "tug_of_war",
+    "ulira",
 ]

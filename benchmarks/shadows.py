@@ -1,0 +1,107 @@
+"""Many models of every kind: can an attacker who knows both distributions tell unlearned from retrained?
+
+    python benchmarks/shadows.py [--models 16] [--per-class 20] [--out runs/benchmarks]
+
+EfficientNet-Lite0 (batch norm and head) on MNIST digits at 48 px. Each of the models is fitted with a seed of its own
+(order and head), prepared, and forgets the same random tenth; as many are retrained without it from the same seeds, and
+as many from others, which are the floor. Margins are kept under --out, so an interrupted run goes on. The last line is
+JSON.
+
+klom     median and 95th percentile over the forgotten images of KL(margins || retrained margins), in nats
+u-lira   share of models and images that the attack places rightly, with the 95 % interval over images (bootstrap)
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from pretrained import fingerprint
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import bootstrap
+from torch import Tensor
+from torch.utils.data import Subset
+
+import fastntk
+from fastntk.data import labels_of
+from fastntk.demo import digits, pretrained
+from fastntk.files import read_tensors, writable, write_tensors
+from fastntk.methods import FastNTK, Problem
+from fastntk.methods.retrain import retrained
+from fastntk.metrics import klom, margins, ulira
+from fastntk.outputs import at, logits_of
+from fastntk.process import settle
+from fastntk.progress import track
+from fastntk.training import Recipe
+from fastntk.tunable import tuned
+
+UNLEARNING = {"fast_ntk": FastNTK(), "fast_ntk_exact_head": FastNTK(exact_head=True)}
+
+
+def of_seed(seed: int, unlearned: bool, arguments: argparse.Namespace) -> dict[str, Tensor]:
+    """The margins of the forgotten images, by kind of model."""
+    model, preprocessing = pretrained(seed)
+    train = digits(preprocessing, 0, arguments.per_class)
+    fastntk.tune(model, "bn", "head")
+    recipe = Recipe(epochs=arguments.epochs, seed=seed)
+    key = fingerprint(preprocessing, arguments.per_class, recipe, unlearned)
+    path = writable(arguments.out / "shadows") / f"{key}.safetensors"
+    if path.exists():
+        return read_tensors(path)[0]
+    count = len(train)
+    forget = torch.randperm(count, generator=torch.Generator().manual_seed(0))[: count // 10].sort().values
+    staying = torch.arange(count)[~torch.isin(torch.arange(count), forget)]
+    initial, gone = fastntk.snapshot(tuned(model)), Subset(train, forget.tolist())
+    answers = {"retrain": retrained(model, initial, Subset(train, staying.tolist()), recipe)[0]}
+    if unlearned:
+        fastntk.fit(model, train, recipe)
+        memory = fastntk.prepare(model, train, initial)
+        problem = Problem(model, initial, train, forget, recipe, memory)
+        answers |= {name: method(problem).parameters for name, method in UNLEARNING.items()}
+        answers["original"] = memory.anchor
+    found = {
+        name: margins(logits_of(at(model, parameters), gone, "cpu"), labels_of(gone))
+        for name, parameters in answers.items()
+    }
+    write_tensors(path, found)
+    return found
+
+
+def compared(ours: Tensor, retrained: Tensor) -> dict[str, float | list[float]]:
+    """Both measures of a kind of model beside retrained ones, ``[models, images]`` each."""
+    divergence, right = klom(ours, retrained), ulira(ours, retrained).mean(0).numpy()
+    interval = bootstrap((right,), np.mean, rng=np.random.default_rng(0)).confidence_interval
+    return {
+        "klom_median": float(divergence.median()),
+        "klom_95": float(divergence.quantile(0.95)),
+        "ulira": 100 * float(right.mean()),
+        "ulira_interval": [100 * float(interval.low), 100 * float(interval.high)],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=int, default=16, help="of every kind")
+    parser.add_argument("--per-class", type=int, default=20, help="training images of each class")
+    parser.add_argument("--epochs", type=int, default=12, help="of every fit")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="where margins are kept")
+    arguments = parser.parse_args()
+    settle()
+    count = arguments.models
+    ours = [of_seed(seed, True, arguments) for seed in track(range(count), "unlearned")]
+    others = [of_seed(seed, False, arguments) for seed in track(range(count, 2 * count), "retrained")]
+    reference = torch.stack([each["retrain"] for each in others])
+    results = {name: compared(torch.stack([each[name] for each in ours]), reference) for name in ours[0]}
+    table = Table("models", "KLoM median", "95 %", "U-LiRA %", "interval")
+    for name, found in results.items():
+        low, high = found["ulira_interval"]
+        figures = (f"{found['klom_median']:.2f}", f"{found['klom_95']:.2f}", f"{found['ulira']:.1f}")
+        table.add_row(name, *figures, f"{low:.1f} to {high:.1f}")
+    Console().print(table)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

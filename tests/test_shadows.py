@@ -1,0 +1,40 @@
+import math
+
+import pytest
+import torch
+
+from fastntk.metrics import klom, ulira
+
+
+def normal(models, samples, shift=0.0, seed=0):
+    return torch.randn(models, samples, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + shift
+
+
+def test_klom_by_hand():
+    left = torch.tensor([[0.0], [1.0], [1.0], [1.0]])
+    right = torch.tensor([[0.0], [0.0], [0.0], [1.0]])
+    shares = [1.5 / 5, 3.5 / 5]
+    assert float(klom(left, right, bins=2)) == pytest.approx((shares[1] - shares[0]) * math.log(shares[1] / shares[0]))
+    assert klom(left, left).tolist() == [0]
+
+
+def test_klom_grows_with_the_distance_and_its_floor_falls_with_the_number_of_models():
+    near, far = (klom(normal(40, 30, shift), normal(40, 30, seed=1)).mean() for shift in (0.5, 2.0))
+    floors = [klom(normal(count, 30), normal(count, 30, seed=1)).mean() for count in (10, 100)]
+    assert floors[1] < floors[0] < far
+    assert floors[1] < near < far
+
+
+def test_ulira_tells_kinds_apart_where_they_differ_and_only_there():
+    same = ulira(normal(30, 40), normal(30, 40, seed=1))
+    assert same.shape == (60, 40)
+    assert float(same.mean()) == pytest.approx(0.5, abs=0.05)
+    # two normal distributions one deviation apart are told apart in Phi(1/2) = 69 %
+    assert float(ulira(normal(60, 40), normal(60, 40, 1.0, seed=1)).mean()) == pytest.approx(0.69, abs=0.03)
+    assert float(ulira(normal(5, 4), normal(5, 4, 50.0, seed=1)).mean()) == 1
+    with pytest.raises(ValueError, match="three models"):
+        ulira(normal(2, 4), normal(5, 4))
+
+
+def test_margins_that_do_not_vary_are_no_evidence():
+    assert ulira(torch.ones(4, 3), torch.ones(4, 3)).tolist() == [[0.5] * 3] * 8
