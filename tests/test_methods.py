@@ -35,7 +35,6 @@ METHODS = {
     "retrain": Retrain(),
     "retrain other seed": Retrain(1),
     "ridge": FastNTK(ridge=0.9),
-    "exact head": FastNTK(exact_head=True),
     **one_shot(),
     "golatkar with noise": Golatkar(noise=1e-3),
     "newton": Newton(),
@@ -53,17 +52,18 @@ METHODS = {
 }
 
 
-def problem(form="auto", ridge=0.6) -> Problem:
-    case = CASES["bn+head"]
+def problem(form="auto", ridge=0.6, name="bn+head") -> Problem:
+    case = CASES[name]
     model, data, recipe = case.model(), case.data(20), Recipe(epochs=3, batch_size=5)
     done = fastntk.fit(model, data, recipe)
     memory = fastntk.prepare(model, data, done.initial, ridge=ridge, form=form)
     return Problem(model, done.initial, data, torch.tensor([2, 9, 15]), recipe, memory)
 
 
+@pytest.mark.parametrize("selection", ["bn+head", "everything", "prompts+head"])
 @pytest.mark.parametrize("name", METHODS)
-def test_contract(name):
-    given = problem()
+def test_contract(name, selection):
+    given = problem(name=selection)
     state, memory = copy.deepcopy(given.model.state_dict()), given.memory.parameters
     first, second = METHODS[name](given), METHODS[name](given)
     assert first.seconds > 0
@@ -149,11 +149,12 @@ def test_comparison_measures_every_method_beside_the_original():
         "retrain",
         "retrain_other_seed",
         "fastntk",
+        "fastntk_exact_head",
         "golatkar",
         "golatkar_trapezium",
     ]
     assert report.rows["original"]["seconds"] == 3.0
     assert report.rows["retrain"]["forget_distance"] == 0
     assert report.rows["retrain_other_seed"]["forget_distance"] > 0
-    assert notes.keys() == {"fastntk"}
+    assert notes.keys() == {"fastntk", "fastntk_exact_head"}
     assert "the network departs" in notes["fastntk"]

@@ -23,7 +23,8 @@ def references(other_seed: int) -> dict[str, Method]:
 
 def one_shot() -> dict[str, Method]:
     """The methods that take one step."""
-    return {"fastntk": FastNTK(), "golatkar": Golatkar(), "golatkar_trapezium": Golatkar(trapezium=True)}
+    ours = {"fastntk": FastNTK(), "fastntk_exact_head": FastNTK(exact_head=True)}
+    return {**ours, "golatkar": Golatkar(), "golatkar_trapezium": Golatkar(trapezium=True)}
 
 
 def compare(

@@ -230,6 +230,7 @@ COLOURS = {
     "retrain": "#1b7f4b",
     "retrain_other_seed": "#7cc49a",
     "fastntk": "#d1495b",
+    "fastntk_exact_head": "#e8a0a9",
     "golatkar": "#5b7db1",
     "golatkar_trapezium": "#a9bddb",
 }
@@ -243,7 +244,7 @@ def draw(report: Report) -> Figure:
     _draw_margins(report, axes["margins"], axes["spread"])
     for each in axes.values():
         each.spines[["top", "right"]].set_visible(False)
-    axes["accuracies"].legend(ncols=6, frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    axes["accuracies"].legend(ncols=7, frameon=False, fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return figure
 
 
