@@ -122,8 +122,9 @@ def test_the_command(config, tmp_path):
     assert "±" in drawn
     shown = (out / "tables.html").read_text()
     assert shown.count("<svg") == 3
-    assert shown.count("<table") == 2
+    assert shown.count("<table") == 3
     assert '<tr class="ours"><td>fast_ntk</td>' in shown
+    assert drawn.index("### All requests") < drawn.index("### noise, small")
     last = json.loads(succeed("bench", "--summary", out, "--json"))
     assert last["cells"] == 4
     assert set(last["distance_ratio"]) == {"fast_ntk", "tuned", "retrain_other_seed"}

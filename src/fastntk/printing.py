@@ -18,7 +18,7 @@ def show(document: Mapping[str, object], as_json: bool, text: object) -> None:
     if as_json:
         print(json.dumps(document))
     else:
-        Console().print(text)
+        Console().print(text, soft_wrap=isinstance(text, str))  # a terminal wraps, a file should not
 
 
 def table_of(requests: "Sequence[Request]") -> Table:

@@ -5,15 +5,15 @@ from pathlib import Path
 
 from fastntk.bench.plots import accuracy_against_time, attack_curves, distance_ratios
 from fastntk.bench.results import Cell, Results
-from fastntk.bench.tables import summary, tables
+from fastntk.bench.tables import overview, summary, tables
 from fastntk.files import write
 from fastntk.pages import page, svg
-from fastntk.report import COLUMNS
 
 
 def draw(results: Results, cells: Sequence[Cell], ours: str, folder: Path) -> str:
     """Write both files; returns the text of the first."""
-    made = tables(cells)
+    found = summary(cells, ours)
+    made = [overview(found), *tables(cells)]
     text = "\n\n".join(table.markdown() for table in made) + "\n"
     figures = [
         ("Accuracy against time", "Down and left is better.", accuracy_against_time(cells, ours)),
@@ -32,10 +32,9 @@ def draw(results: Results, cells: Sequence[Cell], ours: str, folder: Path) -> st
     ]
     content = {
         "title": "Unlearning methods against retraining",
-        "summary": summary(cells, ours),
+        "summary": found,
         "figures": [{"title": title, "caption": caption, "svg": svg(figure)} for title, caption, figure in figures],
         "tables": made,
-        "columns": list(COLUMNS.values()),
         "ours": ours,
     }
     write(folder / "tables.md", lambda file: file.write_text(text))

@@ -49,13 +49,16 @@ def distance_ratios(cells: Sequence[Cell], ours: str) -> Figure:
     axes.axvline(1, color=COLOURS[FLOOR], linewidth=1.5, zorder=0)
     axes.set_yticks(range(len(order)), order)
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.tick_params(axis="x", which="minor", labelsize=7)
     axes.set_xlabel("distance ratio; bar: median; line: the noise floor")
     return _bare(figure)
 
 
 def attack_curves(results: Results, cells: Sequence[Cell], ours: str) -> Figure:
     """A curve a model: the attack's true against its false positive rate, forgotten against test samples."""
-    figure = Figure(figsize=(6.5, 6), layout="constrained")
+    figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
     for place, name in enumerate((*COMPARED_WITH, *methods_of(cells))):
         curves = [_roc(results, cell, name) for cell in cells if name in cell.rows]
@@ -67,7 +70,7 @@ def attack_curves(results: Results, cells: Sequence[Cell], ours: str) -> Figure:
     axes.plot([0, 1], [0, 1], color="#cccccc", linewidth=0.8, zorder=0)
     axes.set_xlabel("test samples taken for members")
     axes.set_ylabel("forgotten samples taken for members")
-    axes.legend(frameon=False, fontsize=7, loc="lower right")
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return _bare(figure)
 
 

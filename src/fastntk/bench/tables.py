@@ -1,9 +1,11 @@
 """Tables and a summary, drawn from stored results alone."""
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, median, stdev
+from typing import Any
 
 import numpy as np
 
@@ -14,21 +16,22 @@ from fastntk.report import COLUMNS, FLOOR, PLACES, REFERENCE
 
 @dataclass(frozen=True)
 class Table:
-    """Of one data, model, number of images and request: a row a method, means over seeds and standard deviations."""
+    """A row a method."""
 
     title: str
     note: str
+    columns: Sequence[str]
     rows: Mapping[str, Sequence[str]]
 
     def markdown(self) -> str:
         """The table with its title."""
-        head = f"| method | {' | '.join(COLUMNS.values())} |", "|---" * (len(COLUMNS) + 1) + "|"
+        head = f"| method | {' | '.join(self.columns)} |", "|---" * (len(self.columns) + 1) + "|"
         rows = (f"| {method} | {' | '.join(texts)} |" for method, texts in self.rows.items())
         return "\n".join([f"### {self.title}", "", self.note, "", *head, *rows])
 
 
 def tables(cells: Iterable[Cell]) -> list[Table]:
-    """All of them."""
+    """One for each data, model, number of images and request: means over seeds, and standard deviations."""
     groups: dict[tuple, list[Cell]] = defaultdict(list)
     for cell in cells:
         groups[cell.setting.data, cell.setting.model, cell.setting.per_class, cell.request].append(cell)
@@ -41,6 +44,7 @@ def _table(group: tuple, cells: Sequence[Cell]) -> Table:
     return Table(
         f"{data}, {model}, {per_class} images a class, forgotten: {request}",
         f"{_audits(cells)} Seeds: {', '.join(str(cell.setting.seed) for cell in cells)}.",
+        list(COLUMNS.values()),
         {method: [_cell(rows, column) for column in COLUMNS] for method, rows in found.items()},
     )
 
@@ -58,7 +62,26 @@ def _audits(cells: Sequence[Cell]) -> str:
     return f"Audit of the memory before the request: {', '.join(audits)}."
 
 
-def summary(cells: Sequence[Cell], ours: str) -> dict[str, object]:
+def overview(found: Mapping[str, Any]) -> Table:
+    """The figures of a summary that are of every method, the nearest to retraining first."""
+    headings = {
+        "distance_ratio": "distance ratio",
+        "average_gap": "average gap",
+        "time_fraction": "time fraction",
+        "relearn_ratio": "relearn ratio",
+        "membership_within": "membership within",
+        "relearn_within": "relearning within",
+    }
+    order = sorted(found["distance_ratio"], key=lambda name: found["distance_ratio"][name] or math.inf)
+    rows = {
+        name: ["–" if (value := found[figure][name]) is None else f"{value:.2f}" for figure in headings]
+        for name in order
+    }
+    note = f"Medians over {found['cells']} requests, and the shares of them that are within what retrained models do."
+    return Table("All requests", note, list(headings.values()), rows)
+
+
+def summary(cells: Sequence[Cell], ours: str) -> dict[str, Any]:
     """Medians over cells of every method, and how often the method ``ours`` was off, and flagged.
 
     ``distance_ratio``, ``average_gap`` as in a report; ``time_fraction`` is a method's seconds over retraining's,
