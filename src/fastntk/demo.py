@@ -67,10 +67,11 @@ def pretrained(seed: int = 0, size: int = SIZE) -> tuple[nn.Module, Preprocessin
 
 
 def digits(preprocessing: Preprocessing, first: int, last: int) -> Dataset:
-    """Images ``first`` to ``last`` of each class of ``mnist``, in memory."""
+    """Images ``first`` to ``last`` of each class of ``mnist``, in memory; their ids count from 0."""
     images, labels = mnist()
+    chosen = np.concatenate([np.flatnonzero(labels == c)[first:last] for c in range(10)])
     names = [str(c) for c in range(10)]
-    return in_memory(Images(images, labels.tolist(), names, preprocessing).part(first, last))
+    return in_memory(Images(images[chosen], labels[chosen].tolist(), names, preprocessing))
 
 
 def mnist() -> tuple[np.ndarray, np.ndarray]:
