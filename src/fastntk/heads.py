@@ -57,7 +57,7 @@ def exact_head(
     linearised, layout = memory.linearised, memory.linearised.layout
     stepped, gone = parameters or memory.parameters, set(without)
     retain = [position for position in memory.present.nonzero()[:, 0].tolist() if position not in gone]
-    missing = len(retain) - len(memory.members.available(torch.tensor(retain, dtype=torch.long)))
+    missing = memory.members.missing(torch.tensor(retain, dtype=torch.long))
     if missing:
         raise InputError(
             f"an exact head needs all {len(retain):,} retained samples; the data source lacks {missing:,}."

@@ -110,10 +110,7 @@ class Linearised:
 
     def gram(self, ids: Sequence[int], vector: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
         """``G v = sum_i J_i'H_i(J_i v)`` over the samples: a forward-mode and a backward pass, no Jacobian."""
-        return self.pull((images, self.curve(images, self.tangent_of(images, vector))) for images in self._only(ids))
-
-    def _only(self, ids: Sequence[int]) -> Iterator[Tensor]:
-        return (images for images, _ in self._prepared(ids))
+        return self.pull((x, self.curve(x, self.tangent_of(x, vector))) for x, _ in self._prepared(ids))
 
     def curve(self, images: Tensor, vectors: Float[Tensor, "batch classes"]) -> Float[Tensor, "batch classes"]:
         """``H_i z_i``, the loss's Hessian times vectors of logits."""

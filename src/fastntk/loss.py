@@ -91,7 +91,7 @@ class CrossEntropy:
 
 
 Loss = SquaredLoss | CrossEntropy
-LOSSES: dict[str, type[Loss]] = {"squared": SquaredLoss, "cross-entropy": CrossEntropy}
+LOSSES: dict[str, type[Loss]] = {kind().name: kind for kind in (SquaredLoss, CrossEntropy)}
 
 
 def loss_from(record: dict[str, Any]) -> Loss:

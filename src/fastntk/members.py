@@ -101,6 +101,10 @@ class Members(Dataset):
         """Those whose samples the source still has."""
         return positions[[self.ids[position] in self._index for position in positions.tolist()]]
 
+    def missing(self, positions: Int[Tensor, " some"]) -> int:
+        """How many of them the source no longer has."""
+        return len(positions) - len(self.available(positions))
+
 
 def _ids_of(source: Dataset) -> Sequence[Id]:
     return getattr(source, "ids", range(len(source)))  # type: ignore[arg-type]

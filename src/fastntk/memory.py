@@ -34,7 +34,6 @@ from fastntk.store import Store
 from fastntk.update import Update
 
 log = logging.getLogger(__name__)
-
 _CHECKED = 8  # samples that are compared when a memory is opened
 
 

@@ -116,7 +116,7 @@ def refresh(memory: Memory, checkpoint: Path | None = None) -> float:
 def check_complete(memory: Memory) -> None:
     """Raises ``InputError`` if a member's sample is missing in the data source or has changed; one forward pass."""
     present = memory.present.nonzero()[:, 0]
-    missing = len(present) - len(memory.members.available(present))
+    missing = memory.members.missing(present)
     if missing:
         raise InputError(f"the data source lacks {missing:,} of the memory's {len(present):,} samples.")
     memory.check(present)

@@ -120,8 +120,8 @@ def evaluate(
     """Compare models with the one retrained on the retained data.
 
     Args:
-        models: by name; modules, or any function of a batch of images (``fastntk.at(model, parameters)``). One should
-            be called ``reference``; a second retrained model beside it shows how far apart two of them lie.
+        models: by name; modules, or functions of a batch of images (``fastntk.at(model, parameters)``). One should be
+            called ``reference``; a second retrained model beside it shows how far apart two of them lie.
         retain: the training samples that stay.
         forget: those that go.
         test: samples that no model was fitted to.
@@ -143,10 +143,9 @@ def evaluate(
         name: {part: logits_of(model, data, device).cpu() for part, data in sets.items()}
         for name, model in models.items()
     }
-    taken, later = seconds or {}, dict.fromkeys(_COMPARED)
-    rows = {name: _own(logits[name], labels) | {"seconds": taken.get(name)} | later for name in models}
+    rows = {name: _own(logits[name], labels) | {"seconds": (seconds or {}).get(name)} for name in models}
     for name in rows:
-        rows[name] |= _against(name, rows, logits, reference)
+        rows[name] |= dict.fromkeys(_COMPARED) | _against(name, rows, logits, reference)
     return Report(rows, logits, labels, reference)
 
 

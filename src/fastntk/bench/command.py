@@ -39,5 +39,6 @@ def bench(
     cells = results.cells()
     if not cells:
         raise InputError(f"the results in {folder} hold no request yet. Run a configuration first.")
-    text = drawing.draw(results, cells, ours, folder)
-    show(tables.summary(cells, ours), as_json, f"{text}\nWrote {folder / 'tables.md'} and {folder / 'tables.html'}.")
+    found = tables.summary(cells, ours)
+    text = drawing.draw(results, cells, found, ours, folder)
+    show(found, as_json, f"{text}\nWrote {folder / 'tables.md'} and {folder / 'tables.html'}.")

@@ -151,8 +151,9 @@ def share(request: str) -> float | None:
 
 
 def _recipe(entry: Mapping[str, Any]) -> Recipe:
-    made = {"loss": loss_named(entry["loss"])} if isinstance(entry, dict) and "loss" in entry else {}
-    return _made(Recipe, {**entry, **made} if made else entry, "recipe")
+    if isinstance(entry, dict) and "loss" in entry:
+        entry = {**entry, "loss": loss_named(entry["loss"])}
+    return _made(Recipe, entry, "recipe")
 
 
 def _method(entry: Any, name: str) -> Method:

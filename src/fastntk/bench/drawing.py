@@ -1,18 +1,18 @@
 """What a results folder shows: ``tables.md``, and ``tables.html`` with drawings."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from fastntk.bench.plots import accuracy_against_time, attack_curves, distance_ratios
 from fastntk.bench.results import Cell, Results
-from fastntk.bench.tables import overview, summary, tables
+from fastntk.bench.tables import overview, tables
 from fastntk.files import write
 from fastntk.pages import page, svg
 
 
-def draw(results: Results, cells: Sequence[Cell], ours: str, folder: Path) -> str:
-    """Write both files; returns the text of the first."""
-    found = summary(cells, ours)
+def draw(results: Results, cells: Sequence[Cell], found: Mapping[str, Any], ours: str, folder: Path) -> str:
+    """Write both files; ``found`` is the summary of the cells. Returns the text of the first."""
     made = [overview(found), *tables(cells)]
     text = "\n\n".join(table.markdown() for table in made) + "\n"
     figures = [
