@@ -149,12 +149,23 @@ def test_the_command(config, tmp_path):
         ("model m: .*select", {"models": {"m": {"model": "resnet18"}}}),
         ("'split' or 'rest'", {"data": {"d": {"source": "x.npz", "test": "some"}}}),
         ("lacks 'requests'", {"requests": None}),
+        ("per_class must be a list", {"per_class": 100}),
+        ("requests must be a list", {"requests": []}),
+        ("models must be a table", {"models": ["resnet18"]}),
+        ("method a: say which", {"methods": {"a": "Newton"}}),
+        ("nowhere.yaml cannot be read", {"methods": "nowhere.yaml"}),
     ],
 )
 def test_a_bad_configuration_is_refused(message, change, config, tmp_path):
     document = {key: value for key, value in {**config, **change}.items() if value is not None}
     with pytest.raises(fastntk.InputError, match=message):
         read_config(written(tmp_path, document))
+
+
+def test_methods_can_stand_in_a_file_of_their_own(config, tmp_path):
+    (tmp_path / "methods.yaml").write_text(yaml.safe_dump(config["methods"]))
+    apart = read_config(written(tmp_path, {**config, "methods": "methods.yaml"}))
+    assert apart == read_config(written(tmp_path, config))
 
 
 def test_a_grid_of_cross_entropy(config, tmp_path):

@@ -13,6 +13,8 @@ requests: [class, random 10%]       # the class whose number is the seed's, modu
 methods:
   fast_ntk: {method: FastNTK}       # of fastntk.methods, with its fields
   scrub: {method: Scrub, epochs: 5}
+
+``methods`` can also be the name of a file beside the configuration that holds such a table.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -102,14 +104,20 @@ def read_config(path: Path) -> Config:
     Raises:
         InputError: it cannot be read, or something in it is missing, unknown or out of range; says what.
     """
-    try:
-        document = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path} cannot be read as YAML ({error}).") from error
+    document = _yaml(path)
+    if isinstance(document, dict) and isinstance(document.get("methods"), str):
+        document["methods"] = _yaml(path.parent / document["methods"])
     try:
         return _config(document)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
+
+
+def _yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path} cannot be read as YAML ({error}).") from error
 
 
 def _config(document: Any) -> Config:
@@ -118,6 +126,11 @@ def _config(document: Any) -> Config:
     for field in fields(Config):
         if field.name not in given:
             raise InputError(f"it lacks {field.name!r}.")
+    for kind, names in ((list, ("requests", "per_class", "seeds")), (dict, ("data", "models", "methods"))):
+        for name in names:
+            if not isinstance(given[name], kind) or not given[name]:
+                shape = "a list" if kind is list else "a table of names and entries"
+                raise InputError(f"{name} must be {shape}, with something in it.")
     lists = {name: tuple(given[name]) for name in ("requests", "per_class", "seeds")}
     for request in lists["requests"]:
         share(request)
@@ -160,7 +173,7 @@ def _method(entry: Any, name: str) -> Method:
     """A method of ``fastntk.methods`` by its class and fields."""
     if name in COMPARED_WITH:
         raise InputError(f"method {name}: this name is taken by what every method is compared with.")
-    given = dict(entry)
+    given = dict(entry) if isinstance(entry, dict) else {}
     kind = METHODS.get(str(given.pop("method", None)))
     if kind is None:
         raise InputError(f"method {name}: say which, as 'method: FastNTK'. There are {', '.join(METHODS)}.")
