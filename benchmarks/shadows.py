@@ -51,7 +51,7 @@ def of_seed(seed: int, unlearned: bool, arguments: argparse.Namespace) -> dict[s
     if path.exists():
         return read_tensors(path)[0]
     count = len(train)
-    forget = torch.randperm(count, generator=torch.Generator().manual_seed(0))[: count // 10].sort().values
+    forget, _ = drawn("random 10%", train, train)
     staying = torch.arange(count)[~torch.isin(torch.arange(count), forget)]
     initial, gone = fastntk.snapshot(tuned(model)), Subset(train, forget.tolist())
     answers = {"retrain": retrained(model, initial, Subset(train, staying.tolist()), recipe)[0]}

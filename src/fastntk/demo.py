@@ -7,10 +7,11 @@ from types import ModuleType
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 
+from fastntk.bench.requests import drawn
 from fastntk.comparison import compare, one_shot, references
-from fastntk.data import Images, in_memory, labels_of
+from fastntk.data import Images, in_memory
 from fastntk.errors import InputError
 from fastntk.files import writable
 from fastntk.methods import Problem
@@ -40,16 +41,13 @@ def run(out: Path, device: torch.device | str = "cpu", seed: int = 0) -> tuple[d
     fitted = fit(model, train, Recipe(seed=seed))
     console.print("preparing the memory, once for all requests")
     memory = prepare(model, train, fitted.initial)
-    labels = labels_of(train)
-    tenth = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[: len(labels) // 10]
-    requests = {"class": (labels == 3).nonzero()[:, 0], "random": tenth}
-    staying = Subset(test, (labels_of(test) != 3).nonzero()[:, 0].tolist())
     reports, verdicts = {}, {}
-    for name, forget in requests.items():
+    for name, request in {"class": "class", "random": "random 10%"}.items():
+        forget, held_out = drawn(request, train, test, seed, gone=3)
         console.print(f"forgetting, and retraining twice to compare: {name}")
         problem = Problem(model, fitted.initial, train, forget, fitted.recipe, memory)
         methods = references(seed + 1) | one_shot()
-        reports[name], notes = compare(problem, staying if name == "class" else test, methods, fitted.seconds)
+        reports[name], notes = compare(problem, held_out, methods, fitted.seconds)
         verdicts[name] = notes["fastntk"]
     write_report(out, "Forgetting MNIST digits with EfficientNet-Lite0", reports, verdicts)
     return reports, verdicts

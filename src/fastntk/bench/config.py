@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 import yaml
 
 from fastntk import methods
+from fastntk.bench.requests import share
 from fastntk.comparison import COMPARED_WITH
 from fastntk.errors import InputError
 from fastntk.loss import loss_named
@@ -143,24 +144,6 @@ def _config(document: Any) -> Config:
         recipe=given["recipe"],
         **lists,
     )
-
-
-def share(request: str) -> float | None:
-    """The share of samples of a request such as ``random 10%``; None for ``class``.
-
-    Raises:
-        InputError: it is neither.
-    """
-    word, _, percent = request.partition(" ")
-    if request == "class":
-        return None
-    try:
-        part = float(percent.removesuffix("%")) / 100
-    except ValueError:
-        part = 0.0
-    if word != "random" or not 0 < part < 1:
-        raise InputError(f"a request is 'class' or 'random P%', not {request!r}.")
-    return part
 
 
 def _recipe(entry: Mapping[str, Any]) -> Recipe:

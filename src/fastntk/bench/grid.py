@@ -7,17 +7,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from jaxtyping import Int
-from torch import Tensor, nn
-from torch.utils.data import Dataset, Subset
+from torch import nn
+from torch.utils.data import Dataset
 
 from fastntk.auditing import audit
-from fastntk.bench.config import Config, Data, Setting, share
+from fastntk.bench.config import Config, Data, Setting
+from fastntk.bench.requests import drawn
 from fastntk.bench.results import Results
 from fastntk.bench.stored import Stored, fitted, stored_retraining
 from fastntk.comparison import compare, references
-from fastntk.data import Images, in_memory, labels_of, load_data
-from fastntk.errors import InputError
+from fastntk.data import Images, in_memory, load_data
 from fastntk.files import writable
 from fastntk.memory import Memory
 from fastntk.methods import Method, Problem
@@ -63,7 +62,7 @@ def _cells(
     memory = prepare(model, train, fit.initial, loss=fit.recipe.loss)
     audit(memory, stored_retraining(model, fit, kept, key), held_out=test, seed=setting.seed + 1)
     for request in requests:
-        forget, held_out = _request(request, train, test, setting.seed, memory.linearised.classes)
+        forget, held_out = drawn(request, train, test, setting.seed, setting.seed % memory.linearised.classes)
         problem = Problem(model, fit.initial, train, forget, fit.recipe, memory)
         methods = {
             name: Stored(method, kept / f"{request}-{name}.safetensors", _digest([key, *_method(method)]))
@@ -110,21 +109,6 @@ def _images(data: Data, preprocessing: Preprocessing, train: int, test: int) -> 
         return whole.part(0, train), whole.part(train, train + test)
     held_out = load_data(data.source, preprocessing, split="test", root=data.root)
     return whole.part(0, train), held_out.part(0, test)
-
-
-def _request(
-    request: str, train: Dataset, test: Dataset, seed: int, classes: int
-) -> tuple[Int[Tensor, " forget"], Dataset]:
-    """What goes, and the test images: those of a class go with it."""
-    labels, part = labels_of(train), share(request)
-    if part is None:
-        gone = seed % classes
-        staying = (labels_of(test) != gone).nonzero()[:, 0].tolist()
-        return (labels == gone).nonzero()[:, 0], Subset(test, staying)
-    count = round(part * len(labels))
-    if not count:
-        raise InputError(f"{request} of {len(labels)} images is none.")
-    return torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:count].sort().values, test
 
 
 def _facts(memory: Memory, fit: Fit, problem: Problem, test: Dataset, notes: Mapping[str, str]) -> dict[str, object]:
