@@ -57,6 +57,8 @@ def test_it_compares_the_answer_with_two_retrained_models():
     assert done.deviation == pytest.approx(100 * differ.sqrt().item() / 3)
     assert done.ratio == pytest.approx(sum(done.distances) / 2 / done.floor)
     assert done.gap == pytest.approx(accuracies[2] - (accuracies[0] + accuracies[1]) / 2)
+    certificate = memory.preview(IDS).certificate
+    assert done.departures == pytest.approx((certificate.departure_requested, certificate.departure_retained))
 
 
 def test_it_retrains_without_the_samples_and_changes_nothing():
@@ -120,7 +122,7 @@ def test_a_share_is_drawn_by_its_seed():
     ],
 )
 def test_limits(accuracy, retrained, deviation, distance, passed):
-    done = Audit(100, accuracy, retrained, deviation, (distance + 0.1, distance - 0.1), 1.0, 60.0)
+    done = Audit(100, accuracy, retrained, deviation, (distance + 0.1, distance - 0.1), 1.0, (0.2, 0.1), 60.0)
     assert done.passed is passed
     assert Audit.from_dict(json.loads(json.dumps(done.to_dict()))) == done
 
@@ -152,7 +154,7 @@ def test_left_out_and_unseen_samples_should_be_classified_alike():
     assert done.unseen == pytest.approx(100 * unseen.double().mean().item())
     assert f"unseen ones in {done.unseen:.1f} %" in str(done)
     assert done.compared == (13, 9)
-    matched = Audit(100, 50.0, (50.0, 50.0), 1.0, (1.0, 1.0), 1.0, 60.0, 83.0, 80.0, (9000, 9000))
+    matched = Audit(100, 50.0, (50.0, 50.0), 1.0, (1.0, 1.0), 1.0, (0.2, 0.1), 60.0, 83.0, 80.0, (9000, 9000))
     assert matched.passed
     assert not replace(matched, left_out=83.1).passed
     assert not replace(matched, left_out=76.9).passed
@@ -183,6 +185,25 @@ def test_the_verdict_heeds_it():
     assert not certificate.to_ledger()["audit"]["passed"]
     fastntk.refresh(memory)
     assert memory.preview([1]).certificate.audit is None
+
+
+@pytest.mark.parametrize(
+    ("passed", "departures", "verdict"),
+    [
+        (True, (0.5, 0.2), "trusted"),
+        (True, (0.47, 0.2), "retrain needed"),
+        (True, (0.5, 0.15), "retrain needed"),
+        (False, (0.5, 0.2), "retrain needed"),
+    ],
+)
+def test_what_passed_an_audit_may_depart_as_far_again(passed, departures, verdict):
+    memory = prepared()
+    fastntk.audit(memory, near(memory), ids=IDS)
+    audit = replace(memory.audit, departures=departures, accuracy=memory.audit.accuracy if passed else 200.0)
+    certificate = memory.preview([1]).certificate
+    certificate = replace(certificate, audit=audit, departure_requested=0.6, departure_retained=0.2, moved=False)
+    assert certificate.verdict == verdict
+    assert replace(certificate, departure_requested=0.5, departure_retained=0.15).trusted == passed
 
 
 @pytest.mark.parametrize("saved_first", [True, False])

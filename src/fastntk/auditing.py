@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from fastntk.certificate import Audit
+from fastntk.certificate import Audit, Forgotten
 from fastntk.data import labels_of
 from fastntk.errors import InputError
 from fastntk.matrix_free import MatrixFreeSolution
@@ -73,8 +73,8 @@ def audit(
     started = time.perf_counter()
     first, second = (_fitted(memory, retain, recipe, number) for number in track((1, 2), "auditing, retraining"))
     seconds = time.perf_counter() - started
-    answer = memory.preview(memory.members.ids[position] for position in drawn.tolist()).parameters
-    result = _compared(memory, Subset(memory.members, drawn.tolist()), (first, second, answer), seconds)
+    answer = memory.preview(memory.members.ids[position] for position in drawn.tolist())
+    result = _compared(memory, Subset(memory.members, drawn.tolist()), (first, second), answer, seconds)
     if held_out is not None:
         (foreseen, unseen), compared = _beside_unseen(memory, held_out)
         result = replace(result, left_out=foreseen, unseen=unseen, compared=compared)
@@ -89,17 +89,20 @@ def _drawn(memory: Memory, fraction: float, seed: int) -> list[Id]:
     return [ids[place] for place in order[: round(fraction * len(ids))].tolist()]
 
 
-def _compared(memory: Memory, forget: Dataset, models: tuple[Mapping[str, Tensor], ...], seconds: float) -> Audit:
-    """The last of three models, each by its tuned parameters, beside the two retrained ones."""
-    device, labels = memory.linearised.device, labels_of(forget)
-    one, other, ours = (logits_of(at(memory.model, each), forget, device).cpu() for each in models)
+def _compared(
+    memory: Memory, forget: Dataset, models: tuple[Mapping[str, Tensor], ...], answer: Forgotten, seconds: float
+) -> Audit:
+    """An answer beside the two retrained models, each by its tuned parameters."""
+    device, labels, certificate = memory.linearised.device, labels_of(forget), answer.certificate
+    one, other, ours = (logits_of(at(memory.model, p), forget, device).cpu() for p in (*models, answer.parameters))
     floor, distances = logit_distance(one, other), (logit_distance(ours, one), logit_distance(ours, other))
     if not floor:
         raise InputError("the two retrained models are equal: retraining must depend on the seed that it is given.")
     references, right = (accuracy(one, labels), accuracy(other, labels)), ours.argmax(1) == labels
     differ = sum(int((right != (each.argmax(1) == labels)).sum()) for each in (one, other)) / 2
     deviation = 100 * differ**0.5 / len(labels)
-    return Audit(len(labels), accuracy(ours, labels), references, deviation, distances, floor, seconds)
+    departures = certificate.departure_requested, certificate.departure_retained or 0.0
+    return Audit(len(labels), accuracy(ours, labels), references, deviation, distances, floor, departures, seconds)
 
 
 def left_out(memory: Memory, positions: Int[Tensor, " samples"]) -> Float[Tensor, "samples classes"]:

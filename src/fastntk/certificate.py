@@ -21,7 +21,11 @@ from fastntk.outputs import at, logits_of
 LIMIT_REQUESTED, LIMIT_RETAINED = 0.5, 0.15
 """The departures, on the samples of the request and on retained ones, up to which an answer is trusted. They were
 chosen on the models of docs/benchmarks.md: good answers stay below both, ridges that harm other classes exceed the
-second."""
+second. An audit that passed has seen a good answer at certain departures: up to ``BEYOND`` times these, answers of its
+memory are trusted as well."""
+
+BEYOND = 1.25
+"""Departures differ by so much between requests of the same kind."""
 
 LIMIT_RATIO, LIMIT_GAP = 1.5, 4.0
 """Of an audit: the distance to retrained models over that between two of them, and the points of accuracy between the
@@ -52,6 +56,7 @@ class Audit:
         deviation: the standard deviation that chance gives ``gap``, in points: over the samples, the root of the number
             that are right in one of answer and retrained model and wrong in the other.
         floor: the distance between the two: the least that any method can be asked for.
+        departures: of the answer, on F and on retained samples; see ``Certificate``.
         seconds: that retraining took, both together.
         left_out: the share of members, in percent, that the linear prediction classifies rightly after forgetting each
             of them alone; None if there were no held-out samples to compare it with.
@@ -65,6 +70,7 @@ class Audit:
     deviation: float
     distances: tuple[float, float]
     floor: float
+    departures: tuple[float, float]
     seconds: float
     left_out: float | None = None
     unseen: float | None = None
@@ -119,7 +125,9 @@ class Audit:
     def from_dict(cls, document: Mapping[str, Any]) -> "Audit":
         """The reverse of ``to_dict``."""
         values: dict[str, Any] = {field.name: document[field.name] for field in fields(cls)}
-        return cls(**{**values, **{name: tuple(values[name]) for name in ("retrained", "distances", "compared")}})
+        return cls(
+            **{**values, **{name: tuple(values[name]) for name in ("retrained", "distances", "departures", "compared")}}
+        )
 
 
 @dataclass(frozen=True)
@@ -173,6 +181,14 @@ class Certificate:
     audit: Audit | None = None
 
     @property
+    def limits(self) -> tuple[float, float]:
+        """Of the departures, on F and on retained samples."""
+        if not (self.audit and self.audit.passed):
+            return LIMIT_REQUESTED, LIMIT_RETAINED
+        requested, retained = self.audit.departures
+        return max(LIMIT_REQUESTED, BEYOND * requested), max(LIMIT_RETAINED, BEYOND * retained)
+
+    @property
     def verdict(self) -> str:
         """``"trusted"``, ``"refresh needed"`` or ``"retrain needed"``.
 
@@ -185,7 +201,8 @@ class Certificate:
             return "refresh needed"
         if self.audit and not self.audit.passed:
             return "retrain needed"
-        if self.departure_requested <= LIMIT_REQUESTED and (self.departure_retained or 0) <= LIMIT_RETAINED:
+        requested, retained = self.limits
+        if self.departure_requested <= requested and (self.departure_retained or 0) <= retained:
             return "trusted"
         return "refresh needed" if self.moved else "retrain needed"
 
@@ -205,11 +222,12 @@ class Certificate:
             else " Retrain, or prepare with another ridge and audit again.",
         }
         audited = str(self.audit) if self.audit else "no audit has compared the memory's answers with retrained models"
+        of_requested, of_retained = self.limits
         retained = "an unmeasured part" if self.departure_retained is None else f"{self.departure_retained:.0%}"
         return (
             f"{self.verdict}: the network departs from the linear prediction by {self.departure_requested:.0%} on the "
-            f"samples of the request (limit {LIMIT_REQUESTED:.0%}) and {retained} on a probe of "
-            f"retained ones (limit {LIMIT_RETAINED:.0%}), in units of the change predicted for the former; the linear "
+            f"samples of the request (limit {of_requested:.0%}) and {retained} on a probe of "
+            f"retained ones (limit {of_retained:.0%}), in units of the change predicted for the former; the linear "
             f"solve is exact to {self.residual:.0e} (limit {self.limit:.0e}); {audited}.{advice[self.verdict]}"
         )
 
