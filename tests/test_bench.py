@@ -212,6 +212,9 @@ def test_the_summary_counts_what_was_off_and_what_was_flagged():
     low, high = found["distance_ratio_interval"]
     assert 1.0 <= low < 1.3 < high <= 3.0
     assert found["time_fraction"]["fast_ntk"] == pytest.approx(1.0)
+    assert found["time_fraction_with_preparing"] is None
+    timed = replace(cells[0], facts={**cells[0].facts, "prepare_seconds": 4.5})
+    assert tables.summary([timed, *cells], "fast_ntk")["time_fraction_with_preparing"] == pytest.approx(0.5)
 
 
 def test_what_chance_makes_of_few_samples_is_not_off_beyond_it():

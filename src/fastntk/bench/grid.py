@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -59,7 +60,9 @@ def _cells(
     kept = writable(fits / f"{setting.data}-{setting.model}-{setting.per_class}-{setting.seed}-{key}")
     model, train, test = _opened(config, setting, device)
     fit = fitted(model, train, config.fitting(setting.seed), kept / "original.safetensors", key)
+    started = time.perf_counter()
     memory = prepare(model, train, fit.initial, loss=fit.recipe.loss)
+    preparing = time.perf_counter() - started
     audit(memory, stored_retraining(model, fit, kept, key), held_out=test, seed=setting.seed + 1)
     for request in requests:
         forget, held_out = drawn(request, train, test, setting.seed, setting.seed % memory.linearised.classes)
@@ -69,7 +72,7 @@ def _cells(
             for name, method in {**references(setting.seed + 1), **config.methods}.items()
         }
         report, notes = compare(problem, held_out, methods, fit.seconds)
-        yield request, _facts(memory, fit, problem, held_out, notes), report
+        yield request, {**_facts(memory, fit, problem, held_out, notes), "prepare_seconds": preparing}, report
 
 
 def _described(config: Config, setting: Setting) -> dict[str, object]:

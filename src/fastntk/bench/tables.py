@@ -85,10 +85,11 @@ def summary(cells: Sequence[Cell], ours: str) -> dict[str, Any]:
     """Medians over cells of every method, and how often the method ``ours`` was off, and flagged.
 
     ``distance_ratio``, ``average_gap`` as in a report; ``time_fraction`` is a method's seconds over retraining's,
-    ``relearn_ratio`` its relearn steps over the retrained models' mean. ``distance_ratio_interval`` is the 95 %
-    interval of the median over requests of ``ours``, by the bootstrap. ``membership_within`` is the share of cells in
-    which the attack takes as many forgotten samples for members as in the retrained models; ``relearn_within`` that in
-    which relearning takes at most a quarter more or fewer steps (or neither comes back).
+    ``relearn_ratio`` its relearn steps over the retrained models' mean; ``time_fraction_with_preparing`` is that of
+    ``ours`` for who has no memory yet, over the cells in which preparing was timed. ``distance_ratio_interval`` is the
+    95 % interval of the median over requests of ``ours``, by the bootstrap. ``membership_within`` is the share of cells
+    in which the attack takes as many forgotten samples for members as in the retrained models; ``relearn_within`` that
+    in which relearning takes at most a quarter more or fewer steps (or neither comes back).
 
     A cell is off if an accuracy of ``ours`` differs from the retrained models' mean by more than 3 points, and off
     beyond chance if it also is outside of what they span, and outside the 95 % interval (Wilson) of a share of so many
@@ -103,6 +104,7 @@ def summary(cells: Sequence[Cell], ours: str) -> dict[str, Any]:
     return {
         "cells": len(cells),
         **medians,
+        "time_fraction_with_preparing": _median(_with_preparing(cell, ours) for cell in judged),
         "distance_ratio_interval": _interval([figure_of(cell, ours, "distance_ratio") for cell in judged]),
         "membership_within": within,
         "relearn_within": relearned,
@@ -131,6 +133,11 @@ def figure_of(cell: Cell, method: str, figure: str) -> float | None:
         steps = [cell.rows[name]["relearn_steps"] for name in (REFERENCE, FLOOR)]
         return _over(row.get("relearn_steps"), None if None in steps else mean(steps))  # type: ignore[type-var]
     return row.get(figure)
+
+
+def _with_preparing(cell: Cell, method: str) -> float | None:
+    preparing = cell.facts.get("prepare_seconds")
+    return None if preparing is None else (preparing + cell.rows[method]["seconds"]) / cell.rows[REFERENCE]["seconds"]
 
 
 def _over(value: float | None, whole: float | None) -> float | None:
