@@ -10,6 +10,8 @@ metric         |W (theta - theta_0)|^2 in place of |theta - theta_0|^2, at its o
 simulated      Adam with the recipe's batches in the linearised model, on R and on D; the difference of the two
 exact head     the step, then the head solved anew (fastntk.exact_head), at several ridges of the step
 fine-tuned     the step, then an epoch or three over the retained images
+damped         after the step with the exact head, Gauss-Newton steps on the anchored objective, each the best of a line
+               search with the exact head at every point
 shrunk         the step with the exact head, drawn back toward the parameters before fitting, then an epoch
 origin         the step with the targets that the network had left to learn at its start, t - f(theta_0), for r + J u
 left-out       what the linearised model predicts of images left out one by one, beside what the network does on unseen
@@ -171,6 +173,34 @@ def with_head(problem: Problem, plain: Step, automatic: float) -> Iterator[tuple
             f"exact head, shrunk {share}, fine-tuned 1 x {rate:g}",
             {r: fine_tuned(problem, each, retained[r], rate, 1) for r, each in moved.items()},
         )
+    for number in (1, 2, 3):
+        headed = {r: damped(problem, each, problem.requests[r][0], retained[r]) for r, each in headed.items()}
+        yield f"exact head, damped {number}", headed
+
+
+def damped(problem: Problem, vector: Tensor, forget: Tensor, keep: Tensor) -> Tensor:
+    """One step on ``F_R(theta) - grad F_D(theta*) . theta``, of which ``theta*`` is the optimum with R = D."""
+    memory, linearised, layout = problem.memory, problem.linearised, problem.linearised.layout
+    start, ridge, everyone = problem.anchor - problem.u, problem.memory.ridge, range(len(problem.train))
+    correction = ridge * problem.u - linearised.pull(linearised.residual(everyone))
+    loss, labels = linearised.loss, labels_of(problem.train)[keep]
+
+    def objective(theta: Tensor) -> float:
+        model = at(problem.model, layout.unflatten(theta, problem.fit.initial))
+        residual = loss.residual(logits_of(model, Subset(problem.train, keep.tolist()), "cpu"), labels).double()
+        pulled = ridge / 2 * (theta - start).square().sum() - correction @ theta
+        return float(residual.square().sum() / 2 + pulled)
+
+    parameters = layout.unflatten(vector, problem.fit.initial)
+    here = replace(linearised, jacobian=PerSampleJacobian(problem.model, parameters, layout))
+    downhill = here.pull(here.residual(keep.tolist())) - ridge * (vector - start) + correction
+    # resolve takes a displacement v to (G_R + ridge I)^-1 (b_R - ridge v)
+    direction = memory.resolve(forget, torch.zeros_like(start), ridge) - memory.resolve(forget, downhill / ridge, ridge)
+    trials = [vector]
+    for size in (0.05, 0.1, 0.2, 0.4, 0.8):
+        moved = layout.unflatten(vector + size * direction, problem.fit.initial)
+        trials.append(layout.flatten(fastntk.exact_head(memory, moved, forget.tolist())))
+    return min(trials, key=objective)
 
 
 def heads_at(problem: Problem, plain: Step, factor: float) -> dict[str, Tensor]:
