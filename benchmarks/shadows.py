@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 import fastntk
+from fastntk.bench.requests import drawn
 from fastntk.data import labels_of
 from fastntk.demo import digits, pretrained
 from fastntk.files import read_tensors, writable, write_tensors
