@@ -124,10 +124,9 @@ class Audit:
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> "Audit":
         """The reverse of ``to_dict``."""
-        values: dict[str, Any] = {field.name: document[field.name] for field in fields(cls)}
-        return cls(
-            **{**values, **{name: tuple(values[name]) for name in ("retrained", "distances", "departures", "compared")}}
-        )
+        given = (document[field.name] for field in fields(cls))
+        values: list[Any] = [tuple(value) if isinstance(value, list) else value for value in given]
+        return cls(*values)
 
 
 @dataclass(frozen=True)

@@ -136,8 +136,9 @@ def figure_of(cell: Cell, method: str, figure: str) -> float | None:
 
 
 def _with_preparing(cell: Cell, method: str) -> float | None:
-    preparing = cell.facts.get("prepare_seconds")
-    return None if preparing is None else (preparing + cell.rows[method]["seconds"]) / cell.rows[REFERENCE]["seconds"]
+    preparing, seconds = cell.facts.get("prepare_seconds"), cell.rows[method]["seconds"]
+    whole = None if preparing is None or seconds is None else preparing + seconds
+    return _over(whole, cell.rows[REFERENCE]["seconds"])
 
 
 def _over(value: float | None, whole: float | None) -> float | None:
