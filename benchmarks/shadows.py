@@ -8,11 +8,14 @@ as many from others, which are the floor. Margins are kept under --out, so an in
 JSON.
 
 klom     median and 95th percentile over the forgotten images of KL(margins || retrained margins), in nats
-u-lira   share of models and images that the attack places rightly, with the 95 % interval over images (bootstrap)
+u-lira   share of models and images that the attack places rightly
+
+Intervals are of 95 %, of the median and the share, by the bootstrap over images.
 """
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -72,14 +75,20 @@ def of_seed(seed: int, unlearned: bool, arguments: argparse.Namespace) -> dict[s
 
 def compared(ours: Tensor, retrained: Tensor) -> dict[str, float | list[float]]:
     """Both measures of a kind of model beside retrained ones, ``[models, images]`` each."""
-    divergence, right = klom(ours, retrained), ulira(ours, retrained).mean(0).numpy()
-    interval = bootstrap((right,), np.mean, rng=np.random.default_rng(0)).confidence_interval
+    divergence, right = klom(ours, retrained), 100 * ulira(ours, retrained).mean(0)
     return {
-        "klom_median": float(divergence.median()),
+        "klom_median": float(np.median(divergence)),
+        "klom_interval": interval(divergence, np.median),
         "klom_95": float(divergence.quantile(0.95)),
-        "ulira": 100 * float(right.mean()),
-        "ulira_interval": [100 * float(interval.low), 100 * float(interval.high)],
+        "ulira": float(right.mean()),
+        "ulira_interval": interval(right, np.mean),
     }
+
+
+def interval(values: Tensor, statistic: Callable) -> list[float]:
+    """Of a statistic over images."""
+    found = bootstrap((values.numpy(),), statistic, method="percentile", rng=np.random.default_rng(0))
+    return [float(found.confidence_interval.low), float(found.confidence_interval.high)]
 
 
 def main() -> None:
@@ -95,11 +104,12 @@ def main() -> None:
     others = [of_seed(seed, False, arguments) for seed in track(range(count, 2 * count), "retrained")]
     reference = torch.stack([each["retrain"] for each in others])
     results = {name: compared(torch.stack([each[name] for each in ours]), reference) for name in ours[0]}
-    table = Table("models", "KLoM median", "95 %", "U-LiRA %", "interval")
+    table = Table("models", "KLoM median, nats", "95 % interval", "95th percentile", "U-LiRA %", "95 % interval")
     for name, found in results.items():
-        low, high = found["ulira_interval"]
-        figures = (f"{found['klom_median']:.2f}", f"{found['klom_95']:.2f}", f"{found['ulira']:.1f}")
-        table.add_row(name, *figures, f"{low:.1f} to {high:.1f}")
+        klom_range = "{:.2f} to {:.2f}".format(*found["klom_interval"])
+        ulira_range = "{:.1f} to {:.1f}".format(*found["ulira_interval"])
+        klom_figures = f"{found['klom_median']:.2f}", klom_range, f"{found['klom_95']:.2f}"
+        table.add_row(name, *klom_figures, f"{found['ulira']:.1f}", ulira_range)
     Console().print(table)
     print(json.dumps(results))
 

@@ -10,9 +10,10 @@ import yaml
 from test_cli import refuse, succeed
 
 import fastntk
-from fastntk.bench import grid, tables
+from fastntk.bench import grid
 from fastntk.bench.config import Setting, read_config
 from fastntk.bench.results import Cell, Results
+from fastntk.bench.summary import summarise
 from fastntk.comparison import compare, references
 from fastntk.methods import FastNTK, FineTune, Problem
 from fastntk.training import Recipe
@@ -122,15 +123,19 @@ def test_the_command(config, tmp_path):
     assert "±" in drawn
     shown = (out / "tables.html").read_text()
     assert shown.count("<svg") == 3
-    assert shown.count("<table") == 3
+    assert shown.count("<table") == 4
     assert '<tr class="ours"><td>fast_ntk</td>' in shown
     assert drawn.index("### All requests") < drawn.index("### noise, small")
     last = json.loads(succeed("bench", "--summary", out, "--json"))
     assert last["cells"] == 4
+    assert "| noise, small, 10, class, seed 1 |" in drawn
     assert set(last["distance_ratio"]) == {"fast_ntk", "tuned", "retrain_other_seed"}
     assert last["distance_ratio"]["retrain_other_seed"] == 1
     assert (out / "tables.md").read_text() == drawn
+    other = json.loads(succeed("bench", "--summary", out, "--ours", "tuned", "--json"))
+    assert other["flags"]["off"]["good_and_flagged"] == 0, "fine-tuning gives no verdict"
     refuse("no results in", "bench", "--summary", tmp_path / "nowhere")
+    refuse("answered by 'ours'.*fast_ntk, tuned", "bench", "--summary", out, "--ours", "ours")
     refuse("either which CONFIG.yaml", "bench")
 
 
@@ -204,7 +209,7 @@ def test_the_summary_counts_what_was_off_and_what_was_flagged():
         cell(row(77.0, ratio=3.0, membership=61.0, relearn=None)),  # off, not flagged; membership beyond 50 +- 9.6
         cell(row(81.0, relearn=None), "refresh needed", relearn=None),  # good, flagged
     ]
-    found = tables.summary(cells, "fast_ntk")
+    found = summarise(cells, "fast_ntk")
     assert found["flags"]["off"] == {"bad": 2, "bad_and_flagged": 1, "good": 2, "good_and_flagged": 1}
     assert found["membership_within"] == {"fast_ntk": 0.75, "retrain_other_seed": 1}
     assert found["relearn_within"]["fast_ntk"] == 0.25
@@ -214,18 +219,16 @@ def test_the_summary_counts_what_was_off_and_what_was_flagged():
     assert found["time_fraction"]["fast_ntk"] == pytest.approx(1.0)
     assert found["time_fraction_with_preparing"] is None
     timed = replace(cells[0], facts={**cells[0].facts, "prepare_seconds": 4.5})
-    assert tables.summary([timed, *cells], "fast_ntk")["time_fraction_with_preparing"] == pytest.approx(0.5)
+    assert summarise([timed, *cells], "fast_ntk")["time_fraction_with_preparing"] == pytest.approx(0.5)
 
 
 def test_what_chance_makes_of_few_samples_is_not_off_beyond_it():
     few = {"forgotten": 10, "images": 1000, "test_images": 500, "notes": {"fast_ntk": "trusted"}}
     gap = {**row(81.0), "forget_accuracy": 90.0}  # 9 points: one image of ten
     near = replace(cell(gap), facts=few)
-    assert tables.summary([near], "fast_ntk")["flags"]["off"]["bad"] == 1
-    assert tables.summary([near], "fast_ntk")["flags"]["off_beyond_chance"]["bad"] == 0
+    assert summarise([near], "fast_ntk")["flags"]["off"]["bad"] == 1
+    assert summarise([near], "fast_ntk")["flags"]["off_beyond_chance"]["bad"] == 0
     assert (
-        tables.summary([replace(near, facts={**few, "forgotten": 1000})], "fast_ntk")["flags"]["off_beyond_chance"][
-            "bad"
-        ]
+        summarise([replace(near, facts={**few, "forgotten": 1000})], "fast_ntk")["flags"]["off_beyond_chance"]["bad"]
         == 1
     )

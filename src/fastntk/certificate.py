@@ -39,6 +39,9 @@ chance makes of so few."""
 CHANCE = 1.96
 """Standard deviations that chance is granted."""
 
+VERDICTS = "trusted", "refresh needed", "retrain needed"
+"""Of a certificate; see ``Certificate.verdict``."""
+
 
 @dataclass(frozen=True)
 class Audit:
@@ -189,7 +192,7 @@ class Certificate:
 
     @property
     def verdict(self) -> str:
-        """``"trusted"``, ``"refresh needed"`` or ``"retrain needed"``.
+        """One of ``VERDICTS``.
 
         Trusted is an answer whose solve is exact, whose departures are within their limits, and whose memory has not
         failed an audit. After a failed audit retraining is needed. Otherwise, if earlier requests have moved the

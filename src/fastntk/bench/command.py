@@ -22,9 +22,10 @@ def bench(
 
     What is in the results already is not run again, so a run that was cut off goes on with the same command.
     """
-    from fastntk.bench import drawing, grid, tables
+    from fastntk.bench import drawing, grid
     from fastntk.bench.config import read_config
     from fastntk.bench.results import Results
+    from fastntk.bench.summary import methods_of, summarise
     from fastntk.run import parse_device
 
     if (config is None) == (summary is None):
@@ -39,6 +40,8 @@ def bench(
     cells = results.cells()
     if not cells:
         raise InputError(f"the results in {folder} hold no request yet. Run a configuration first.")
-    found = tables.summary(cells, ours)
+    if ours not in (names := methods_of(cells)):
+        raise InputError(f"no request in {folder} was answered by {ours!r}. Name one of {', '.join(names)} by --ours.")
+    found = summarise(cells, ours)
     text = drawing.draw(results, cells, found, ours, folder)
     show(found, as_json, f"{text}\nWrote {folder / 'tables.md'} and {folder / 'tables.html'}.")

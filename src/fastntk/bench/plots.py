@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fastntk.bench.results import Cell, Results
-from fastntk.bench.tables import figure_of, methods_of
+from fastntk.bench.summary import figure_of, methods_of
 from fastntk.comparison import COMPARED_WITH
 from fastntk.metrics import modified_entropy
 from fastntk.report import COLOURS, FLOOR, REFERENCE

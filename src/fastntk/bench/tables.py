@@ -1,32 +1,31 @@
-"""Tables and a summary, drawn from stored results alone."""
+"""Tables, drawn from stored results alone."""
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import mean, median, stdev
+from statistics import mean, stdev
 from typing import Any
 
-import numpy as np
-
 from fastntk.bench.results import Cell
-from fastntk.comparison import COMPARED_WITH
+from fastntk.bench.summary import figure_of, methods_of, verdict_of
 from fastntk.report import COLUMNS, FLOOR, PLACES, REFERENCE
 
 
 @dataclass(frozen=True)
 class Table:
-    """A row a method."""
+    """A row a method, or a row a request."""
 
     title: str
     note: str
     columns: Sequence[str]
     rows: Mapping[str, Sequence[str]]
+    first: str = "method"
 
     def markdown(self) -> str:
         """The table with its title."""
-        head = f"| method | {' | '.join(self.columns)} |", "|---" * (len(self.columns) + 1) + "|"
-        rows = (f"| {method} | {' | '.join(texts)} |" for method, texts in self.rows.items())
+        head = f"| {self.first} | {' | '.join(self.columns)} |", "|---" * (len(self.columns) + 1) + "|"
+        rows = (f"| {name} | {' | '.join(texts)} |" for name, texts in self.rows.items())
         return "\n".join([f"### {self.title}", "", self.note, "", *head, *rows])
 
 
@@ -81,135 +80,39 @@ def overview(found: Mapping[str, Any]) -> Table:
     return Table("All requests", note, list(headings.values()), rows)
 
 
-def summary(cells: Sequence[Cell], ours: str) -> dict[str, Any]:
-    """Medians over cells of every method, and how often the method ``ours`` was off, and flagged.
-
-    ``distance_ratio``, ``average_gap`` as in a report; ``time_fraction`` is a method's seconds over retraining's,
-    ``relearn_ratio`` its relearn steps over the retrained models' mean; ``time_fraction_with_preparing`` is that of
-    ``ours`` for who has no memory yet, over the cells in which preparing was timed. ``distance_ratio_interval`` is the
-    95 % interval of the median over requests of ``ours``, by the bootstrap. ``membership_within`` is the share of cells
-    in which the attack takes as many forgotten samples for members as in the retrained models; ``relearn_within`` that
-    in which relearning takes at most a quarter more or fewer steps (or neither comes back).
-
-    A cell is off if an accuracy of ``ours`` differs from the retrained models' mean by more than 3 points, and off
-    beyond chance if it also is outside of what they span, and outside the 95 % interval (Wilson) of a share of so many
-    samples. It is flagged if its verdict was not "trusted".
-    """
-    names = *methods_of(cells), FLOOR
-    figures = ("distance_ratio", "average_gap", "time_fraction", "relearn_ratio")
-    medians = {f: {name: _median(figure_of(cell, name, f) for cell in cells) for name in names} for f in figures}
-    within = {name: _share(_within(cell, name) for cell in cells if name in cell.rows) for name in names}
-    relearned = {name: _share(_relearned(cell, name) for cell in cells if name in cell.rows) for name in names}
-    judged = [cell for cell in cells if ours in cell.rows]
-    return {
-        "cells": len(cells),
-        **medians,
-        "time_fraction_with_preparing": _median(_with_preparing(cell, ours) for cell in judged),
-        "distance_ratio_interval": _interval([figure_of(cell, ours, "distance_ratio") for cell in judged]),
-        "membership_within": within,
-        "relearn_within": relearned,
-        "flags": {off.__name__.removeprefix("_"): _flags(judged, ours, off) for off in (_off, _off_beyond_chance)},
-    }
+_BESIDE_RETRAINED = "forget_accuracy", "membership", "relearn_steps"
 
 
-def _flags(cells: Sequence[Cell], ours: str, off: Callable[[Cell, str], bool]) -> dict[str, int]:
-    """How many cells are off, and of these and of the others, how many were flagged."""
-    bad = [_flagged(cell, ours) for cell in cells if off(cell, ours)]
-    good = [_flagged(cell, ours) for cell in cells if not off(cell, ours)]
-    return {"bad": len(bad), "bad_and_flagged": sum(bad), "good": len(good), "good_and_flagged": sum(good)}
+def by_request(cells: Iterable[Cell], ours: str) -> Table:
+    """One method beside the two retrained models, request by request."""
+    headings = (COLUMNS[column] for column in _BESIDE_RETRAINED)
+    pairs = [text for heading in headings for text in (f"{heading}, retrained", heading)]
+    return Table(
+        f"{ours}, request by request",
+        "Beside the figures of both retrained models, and the second's gap to the first; then the method that is "
+        "nearest to retraining, and the verdict that came with the answer, before anything was retrained.",
+        [*pairs, "gap, retrained", "gap", "ratio", "nearest", "verdict"],
+        {_name_of(cell): _beside_retrained(cell, ours) for cell in cells if ours in cell.rows},
+        "request",
+    )
 
 
-def methods_of(cells: Iterable[Cell]) -> list[str]:
-    """The names of all methods in any cell."""
-    return list({name: None for cell in cells for name in cell.rows if name not in COMPARED_WITH})
+def _name_of(cell: Cell) -> str:
+    setting = cell.setting
+    return f"{setting.data}, {setting.model}, {setting.per_class}, {cell.request}, seed {setting.seed}"
 
 
-def figure_of(cell: Cell, method: str, figure: str) -> float | None:
-    """A measure of a method; or its ``time_fraction``, seconds over those of retraining; or its ``relearn_ratio``."""
-    row = cell.rows.get(method, {})
-    if figure == "time_fraction":
-        return _over(row.get("seconds"), cell.rows[REFERENCE]["seconds"])
-    if figure == "relearn_ratio":
-        steps = [cell.rows[name]["relearn_steps"] for name in (REFERENCE, FLOOR)]
-        return _over(row.get("relearn_steps"), None if None in steps else mean(steps))  # type: ignore[type-var]
-    return row.get(figure)
+def _beside_retrained(cell: Cell, ours: str) -> list[str]:
+    pairs = (
+        [", ".join(_cell([cell.rows[name]], column) for name in (REFERENCE, FLOOR)), _cell([cell.rows[ours]], column)]
+        for column in _BESIDE_RETRAINED
+    )
+    gaps = [_cell([cell.rows[name]], "average_gap") for name in (FLOOR, ours)]
+    return [*(text for pair in pairs for text in pair), *gaps, *_nearest(cell, ours), verdict_of(cell, ours) or "–"]
 
 
-def _with_preparing(cell: Cell, method: str) -> float | None:
-    preparing, seconds = cell.facts.get("prepare_seconds"), cell.rows[method]["seconds"]
-    whole = None if preparing is None or seconds is None else preparing + seconds
-    return _over(whole, cell.rows[REFERENCE]["seconds"])
-
-
-def _over(value: float | None, whole: float | None) -> float | None:
-    return value / whole if value is not None and whole else None
-
-
-def _median(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return median(known) if known else None
-
-
-def _share(hits: Iterable[bool]) -> float | None:
-    found = list(hits)
-    return sum(found) / len(found) if found else None
-
-
-def _interval(values: Sequence[float | None]) -> list[float] | None:
-    """Of the median, by the bootstrap; None for fewer than two values."""
-    from scipy.stats import bootstrap  # a second to import
-
-    known = [value for value in values if value is not None]
-    if len(known) < 2:
-        return None
-    found = bootstrap((known,), np.median, method="percentile", rng=np.random.default_rng(0)).confidence_interval
-    return [float(found.low), float(found.high)]
-
-
-def _retrained(cell: Cell, column: str) -> tuple[float, float]:
-    one, other = (cell.rows[name][column] or 0.0 for name in (REFERENCE, FLOOR))
-    return one, other
-
-
-def _off(cell: Cell, method: str) -> bool:
-    return bool(_off_parts(cell, method))
-
-
-def _off_beyond_chance(cell: Cell, method: str) -> bool:
-    counts = {"retain": cell.facts["images"] - cell.facts["forgotten"], "test": cell.facts["test_images"]}
-    counts["forget"] = cell.facts["forgotten"]
-    return any(not _plausible(cell, method, f"{part}_accuracy", counts[part]) for part in _off_parts(cell, method))
-
-
-def _off_parts(cell: Cell, method: str) -> list[str]:
-    """The sets on which the accuracy differs from the retrained models' mean by more than 3 points."""
-    gaps = {
-        part: abs((cell.rows[method][f"{part}_accuracy"] or 0.0) - mean(_retrained(cell, f"{part}_accuracy")))
-        for part in ("retain", "forget", "test")
-    }
-    return [part for part, gap in gaps.items() if gap > 3]
-
-
-def _flagged(cell: Cell, ours: str) -> bool:
-    return not cell.facts["notes"][ours].startswith("trusted")
-
-
-def _within(cell: Cell, method: str) -> bool:
-    return _plausible(cell, method, "membership", cell.facts["forgotten"])
-
-
-def _plausible(cell: Cell, method: str, column: str, count: int) -> bool:
-    """Whether a percentage is one that the two retrained models span, or that chance makes of their mean (95 %)."""
-    from scipy.stats import binomtest
-
-    pair = _retrained(cell, column)
-    interval = binomtest(round(mean(pair) * count / 100), count).proportion_ci(method="wilson")
-    low, high = min(*pair, 100 * interval.low), max(*pair, 100 * interval.high)
-    return bool(low <= (cell.rows[method][column] or 0.0) <= high)
-
-
-def _relearned(cell: Cell, method: str) -> bool:
-    ours, ratio = cell.rows[method]["relearn_steps"], figure_of(cell, method, "relearn_ratio")
-    if ratio is None:
-        return ours == cell.rows[REFERENCE]["relearn_steps"]  # neither comes back, or both at once
-    return abs(ratio - 1) <= 0.25
+def _nearest(cell: Cell, ours: str) -> list[str]:
+    """The ratio of a method, and the name and the ratio of the nearest one of all."""
+    ratios = {name: ratio for name in methods_of([cell]) if (ratio := figure_of(cell, name, "distance_ratio"))}
+    name = min(ratios, key=ratios.__getitem__, default=None)
+    return [_cell([cell.rows[ours]], "distance_ratio"), "–" if name is None else f"{name} {ratios[name]:.2f}"]
