@@ -159,8 +159,13 @@ def test_training_images_are_not_taken_for_test_images(run, data, tmp_path):
 def the_later_life(folder):
     """Of a run that has forgotten three times: an audit, remembering, verifying, refreshing."""
     data = json.loads((folder / "run.json").read_text())["data"]
+    refuse("a gain comes from an audit", "export", folder, "--gain")
     text = succeed("audit", folder, "--fraction", 0.3, "--test", data)
     assert "unseen ones" in text
+    assert "with a gain of" in text
+    succeed("export", folder, "--gain", "--out", folder / "gain.safetensors")
+    rows = json.loads(succeed("evaluate", folder, "--no-retrain", "--json"))["scenarios"]["forgotten"]["rows"]
+    assert list(rows)[1:] == ["fastntk", "fastntk_gain", "fastntk_exact_head", "fastntk_gain_exact_head"]
     assert re.search(r"The memory (passed|FAILED): audited on \d drawn samples", text)
     audited = json.loads(succeed("audit", folder, "--class-name", "blue", "--json"))
     assert "remember: 1 samples" in succeed("remember", folder, "--ids", "17")

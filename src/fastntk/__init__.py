@@ -3,6 +3,7 @@
 from fastntk.auditing import audit
 from fastntk.certificate import Audit, Certificate, Forgotten
 from fastntk.errors import InputError
+from fastntk.gain import amplified
 from fastntk.heads import exact_head
 from fastntk.lora import add_lora, remove_lora
 from fastntk.loss import CrossEntropy, SquaredLoss
@@ -32,6 +33,7 @@ __all__ = [
     "SquaredLoss",
     "add_lora",
     "add_prompts",
+    "amplified",
     "at",
     "audit",
     "evaluate",

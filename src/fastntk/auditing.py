@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, Subset
 from fastntk.certificate import Audit, Forgotten
 from fastntk.data import labels_of
 from fastntk.errors import InputError
+from fastntk.gain import calibrated
 from fastntk.matrix_free import MatrixFreeSolution
 from fastntk.members import Id
 from fastntk.memory import Memory
@@ -57,7 +58,7 @@ def audit(
         fraction: of the members, drawn at random, for the request.
         ids: the request, in place of a drawn one: say, a class, where classes are what will be asked for.
         held_out: labelled samples that the model was not fitted to. With them the accuracy on members left out one by
-            one is compared with that on unseen samples; see ``left_out``.
+            one is compared with that on unseen samples, see ``left_out``, and a gain found, see ``fastntk.gain``.
         seed: of the draw; the retrained models' are the two after the recipe's, or 1 and 2.
 
     Raises:
@@ -76,8 +77,7 @@ def audit(
     answer = memory.preview(memory.members.ids[position] for position in drawn.tolist())
     result = _compared(memory, Subset(memory.members, drawn.tolist()), (first, second), answer, seconds)
     if held_out is not None:
-        (foreseen, unseen), compared = _beside_unseen(memory, held_out)
-        result = replace(result, left_out=foreseen, unseen=unseen, compared=compared)
+        result = _beside_unseen(result, memory, held_out)
     memory.audited_(result)
     return result
 
@@ -105,11 +105,14 @@ def _compared(
     return Audit(len(labels), accuracy(ours, labels), references, deviation, distances, floor, departures, seconds)
 
 
-def left_out(memory: Memory, positions: Int[Tensor, " samples"]) -> Float[Tensor, "samples classes"]:
-    """The logits that the linear prediction gives each member at ``positions`` after forgetting it alone; with
-    cross-entropy, up to a number that is the same for all classes of a sample.
+def left_out(
+    memory: Memory, positions: Int[Tensor, " samples"]
+) -> tuple[Float[Tensor, "samples classes"], Float[Tensor, "samples classes"]]:
+    """The logits of each member at ``positions`` at the anchor, ``f(x_i; theta*)``, and what they change by after
+    forgetting it alone, as the linear prediction has it; with cross-entropy, up to a number that is the same for all
+    classes of a sample.
 
-    ``f(x_i; theta*) + J_i (theta - theta* + s(S - i) - s(S))``, with S the members and theta the current parameters.
+    The change is ``J_i (theta - theta* + s(S - i) - s(S))``, with S the members and theta the current parameters.
 
     Raises:
         InputError: the memory is matrix-free, which needs a solve a sample, or its classes are probed.
@@ -122,20 +125,26 @@ def left_out(memory: Memory, positions: Int[Tensor, " samples"]) -> Float[Tensor
     layout, ids = linearised.layout, positions.tolist()
     fitted = logits_of(at(memory.model, memory.anchor), Subset(memory.members, ids), linearised.device)
     moved = layout.flatten(memory.parameters) - layout.flatten(memory.anchor)
-    logits = fitted + linearised.tangent(ids, moved) if moved.any() else fitted
     changes = torch.cat([solution.alone(some, memory.rows) for some in positions.split(_TOGETHER)])
-    return logits + linearised.loss.whitened(changes, fitted)
+    alone = linearised.loss.whitened(changes, fitted)
+    return fitted, alone + linearised.tangent(ids, moved) if moved.any() else alone
 
 
-def _beside_unseen(memory: Memory, held_out: Dataset) -> tuple[tuple[float, float], tuple[int, int]]:
-    """Accuracies on some members left out and on held-out samples, and how many there are of each."""
+def _beside_unseen(result: Audit, memory: Memory, held_out: Dataset) -> Audit:
+    """With the accuracies on some members left out and on held-out samples, and the gain."""
     generator = torch.Generator().manual_seed(0)
     positions = memory.present.nonzero()[:, 0]
     positions = positions[torch.randperm(len(positions), generator=generator)[:_LEFT_OUT].sort().values]
     members = labels_of(Subset(memory.members, positions.tolist()))
+    fitted, change = (logits.cpu() for logits in left_out(memory, positions))
     unseen = logits_of(at(memory.model, memory.parameters), held_out, memory.linearised.device).cpu()
-    accuracies = accuracy(left_out(memory, positions).cpu(), members), accuracy(unseen, labels_of(held_out))
-    return accuracies, (len(members), len(unseen))
+    return replace(
+        result,
+        left_out=accuracy(fitted + change, members),
+        unseen=accuracy(unseen, labels_of(held_out)),
+        compared=(len(members), len(unseen)),
+        gain=calibrated(fitted, change, members, unseen, labels_of(held_out)),
+    )
 
 
 def _fitted(memory: Memory, retain: Dataset, recipe: Recipe | Retraining, number: int) -> Mapping[str, Tensor]:

@@ -65,6 +65,8 @@ class Audit:
             of them alone; None if there were no held-out samples to compare it with.
         unseen: the share of those that the network classifies rightly.
         compared: how many samples each of the two shares is of.
+        gain: by which the step would be multiplied for members left out to be as sure of their labels as unseen samples
+            are; see ``fastntk.gain``. All else is of the step as it is.
     """
 
     samples: int
@@ -78,6 +80,7 @@ class Audit:
     left_out: float | None = None
     unseen: float | None = None
     compared: tuple[int, int] = (0, 0)
+    gain: float | None = None
 
     @property
     def ratio(self) -> float:
@@ -116,7 +119,7 @@ class Audit:
             return text
         return (
             f"{text}; samples left out one by one are classified rightly in {self.left_out:.1f} %, unseen ones in "
-            f"{self.unseen:.1f} % (within {self.allowed_unseen:.1f} points)"
+            f"{self.unseen:.1f} % (within {self.allowed_unseen:.1f} points), as surely with a gain of {self.gain:.2f}"
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -320,6 +320,7 @@ def export(
     run: options.Folder,
     out: Annotated[Path | None, typer.Option(help="The file; by default unlearned.safetensors in the run.")] = None,
     exact_head: Annotated[bool, typer.Option(help="Solve the head anew, over the retained images.")] = False,
+    gain: Annotated[bool, typer.Option(help="Multiply the step by the audit's gain, before that.")] = False,
     device: options.Device = "cpu",
     as_json: options.Json = False,
 ) -> None:
@@ -327,7 +328,7 @@ def export(
     from fastntk.run import Run
 
     path = out or run / "unlearned.safetensors"
-    Run(run, device).export(path, exact_head)
+    Run(run, device).export(path, exact_head, gain)
     show({"run": str(run), "out": str(path)}, as_json, f"Wrote {path}.")
 
 

@@ -230,6 +230,8 @@ COLOURS = {
     "retrain_other_seed": "#7cc49a",
     "fastntk": "#d1495b",
     "fastntk_exact_head": "#e8a0a9",
+    "fastntk_gain": "#8c2f5e",
+    "fastntk_gain_exact_head": "#c98aa8",
     "golatkar": "#5b7db1",
     "golatkar_trapezium": "#a9bddb",
 }

@@ -8,7 +8,7 @@ memory/                the memory, see ``fastntk.store``; samples that were forg
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from fastntk.comparison import compare, references
 from fastntk.data import Images, in_memory, load_data
 from fastntk.errors import InputError
 from fastntk.files import file_digest, read_json, read_tensors, writable, write_json, write_tensors
+from fastntk.gain import amplified
 from fastntk.heads import exact_head
 from fastntk.loss import loss_from
 from fastntk.members import Id
@@ -228,14 +229,16 @@ class Run:
                 raise InputError(f"{self.folder / name} is damaged. Restore it from a backup.")
         return self.memory()[0]
 
-    def export(self, out: Path, with_exact_head: bool = False) -> None:
-        """Write the whole model after all requests, a plain state dict; its head from ``fastntk.exact_head`` if asked.
+    def export(self, out: Path, with_exact_head: bool = False, with_gain: bool = False) -> None:
+        """Write the whole model after all requests, a plain state dict; if asked, ``fastntk.amplified``, and its head
+        from ``fastntk.exact_head``.
 
         Raises:
-            InputError: the memory has no exact head, or the data lack one of its members.
+            InputError: the memory has no gain or exact head, or the data lack one of its members.
         """
         memory, _ = self.memory()
-        parameters = exact_head(memory) if with_exact_head else memory.parameters
+        parameters = amplified(memory) if with_gain else memory.parameters
+        parameters = exact_head(memory, parameters) if with_exact_head else parameters
         write_tensors(out, {**memory.model.state_dict(), **parameters})
 
     def evaluate(self, test: str | None, retrain: bool, seed: int | None = None) -> Report:
@@ -251,10 +254,18 @@ class Run:
         problem = Problem(model, self._initial(), train, forget, self.recipe(settings), memory)
         other = problem.recipe.seed + 1 if seed is None else seed
         methods: dict[str, Method] = references(other) if retrain else {}
-        ours: dict[str, Method] = {"fastntk": lambda problem: Unlearned(problem.memory.parameters, None)}
+        answers = {"fastntk": memory.parameters}
+        if memory.audit and memory.audit.gain is not None:
+            answers["fastntk_gain"] = amplified(memory)
         if memory.short_of_head is not None:
-            ours["fastntk_exact_head"] = lambda problem: Unlearned(exact_head(problem.memory), None)
+            answers |= {f"{name}_exact_head": exact_head(memory, answer) for name, answer in answers.items()}
+        ours = {name: _answered(answer) for name, answer in answers.items()}
         return compare(problem, held_out, {**methods, **ours})[0]
+
+
+def _answered(parameters: Mapping[str, Tensor]) -> Method:
+    """What has been answered already, as a method."""
+    return lambda problem: Unlearned(dict(parameters), None)
 
 
 def _held_out(settings: Settings, images: Images, test: str | None) -> Dataset:

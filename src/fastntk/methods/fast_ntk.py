@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass
 
 from fastntk.errors import InputError
+from fastntk.gain import amplified
 from fastntk.heads import exact_head
 from fastntk.methods.problem import Problem, Unlearned
 
@@ -19,10 +20,12 @@ class FastNTK:
         ridge: a total; None takes the memory's own, which is quicker.
         exact_head: solve the head anew at the features after the step (``fastntk.heads``), by a forward pass over the
             retained samples; with the memory's own ridge alone.
+        gain: multiply the step, before that, by the gain of the memory's audit (``fastntk.gain``).
     """
 
     ridge: float | None = None
     exact_head: bool = False
+    gain: bool = False
 
     def __post_init__(self) -> None:
         if self.exact_head and self.ridge is not None:
@@ -34,7 +37,9 @@ class FastNTK:
         known = memory.members.ids
         answer = memory.preview([known[index] for index in problem.forget.tolist()], ridge=self.ridge)
         note = answer.certificate.explanation
-        if not self.exact_head:
+        if not self.exact_head and not self.gain:
             return Unlearned(answer.parameters, answer.seconds, note)
-        parameters = exact_head(memory, answer.parameters, problem.forget.tolist())
+        parameters = amplified(memory, answer.parameters) if self.gain else answer.parameters
+        if self.exact_head:
+            parameters = exact_head(memory, parameters, problem.forget.tolist())
         return Unlearned(parameters, time.perf_counter() - started, note)
