@@ -136,6 +136,7 @@ def test_the_command(config, tmp_path):
     assert other["flags"]["off"]["good_and_flagged"] == 0, "fine-tuning gives no verdict"
     refuse("no results in", "bench", "--summary", tmp_path / "nowhere")
     refuse("answered by 'ours'.*fast_ntk, tuned", "bench", "--summary", out, "--ours", "ours")
+    refuse("--methods goes with a CONFIG", "bench", "--summary", out, "--methods", "some.yaml")
     refuse("either which CONFIG.yaml", "bench")
 
 
@@ -171,6 +172,8 @@ def test_methods_can_stand_in_a_file_of_their_own(config, tmp_path):
     (tmp_path / "methods.yaml").write_text(yaml.safe_dump(config["methods"]))
     apart = read_config(written(tmp_path, {**config, "methods": "methods.yaml"}))
     assert apart == read_config(written(tmp_path, config))
+    other = {**config, "methods": {"given": {"method": "Newton"}}}
+    assert read_config(written(tmp_path, other), tmp_path / "methods.yaml") == apart
 
 
 def test_a_grid_of_cross_entropy(config, tmp_path):

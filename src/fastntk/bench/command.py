@@ -12,6 +12,7 @@ from fastntk.printing import show
 
 def bench(
     config: Annotated[Path | None, typer.Argument(help="What to run: YAML, see docs/bench.md.")] = None,
+    methods: Annotated[Path | None, typer.Option(help="YAML with methods in place of the configuration's.")] = None,
     out: Annotated[Path, typer.Option(help="Where results and tables go, and fits meanwhile.")] = Path("results"),
     summary: Annotated[Path | None, typer.Option(help="Only draw tables and figures from the results here.")] = None,
     ours: Annotated[str, typer.Option(help="The method that the summary judges.")] = "fast_ntk",
@@ -30,9 +31,11 @@ def bench(
 
     if (config is None) == (summary is None):
         raise InputError("say either which CONFIG.yaml to run or, with --summary, which results to draw.")
+    if summary and methods:
+        raise InputError("--methods goes with a CONFIG.yaml to run, not with --summary.")
     folder = summary or out
     if config:
-        results = grid.run(read_config(config), folder, parse_device(device))
+        results = grid.run(read_config(config, methods), folder, parse_device(device))
     else:
         if not (folder / "results.sqlite").is_file():
             raise InputError(f"there are no results in {folder}. Run a configuration first.")

@@ -99,15 +99,17 @@ class Config:
             yield Setting(*parts)
 
 
-def read_config(path: Path) -> Config:
-    """A configuration from YAML.
+def read_config(path: Path, methods: Path | None = None) -> Config:
+    """A configuration from YAML, with the methods of another file in place of its own, if one is given.
 
     Raises:
-        InputError: it cannot be read, or something in it is missing, unknown or out of range; says what.
+        InputError: one cannot be read, or something in it is missing, unknown or out of range; says what.
     """
     document = _yaml(path)
-    if isinstance(document, dict) and isinstance(document.get("methods"), str):
-        document["methods"] = _yaml(path.parent / document["methods"])
+    if isinstance(document, dict):
+        beside = document.get("methods")
+        source = methods or (path.parent / beside if isinstance(beside, str) else None)
+        document |= {"methods": _yaml(source)} if source else {}
     try:
         return _config(document)
     except InputError as error:
