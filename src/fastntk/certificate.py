@@ -119,7 +119,7 @@ class Audit:
             return text
         return (
             f"{text}; samples left out one by one are classified rightly in {self.left_out:.1f} %, unseen ones in "
-            f"{self.unseen:.1f} % (within {self.allowed_unseen:.1f} points), as surely with a gain of {self.gain:.2f}"
+            f"{self.unseen:.1f} % (within {self.allowed_unseen:.1f} points); gain {self.gain:.2f}"
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -7,8 +7,9 @@ label as samples that were never seen are. With ``c_i = J_i (s(S - i) - s(S))`` 
 
     mean_i p_y(f(x_i; theta*) + g c_i) = mean p_y(f(x; theta)) over unseen x,
 
-and the answer to all requests so far becomes ``theta* + g (s(R) - s(D))``. Where the network is linear in what is
-tuned, g is 1 up to chance. Any other takes the exactness for the linearised network away.
+and the answer to all requests so far becomes ``theta* + g (s(R) - s(D))``. Where chance alone could tell the two means
+apart (95 %), as it is where the network is linear in what is tuned, g is 1. Any other takes the exactness for the
+linearised network away.
 """
 
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fastntk.certificate import CHANCE
 from fastntk.errors import InputError
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ def calibrated(
     unseen: Float[Tensor, "others classes"],
     unseen_labels: Int[Tensor, " others"],
 ) -> float:
-    """The gain, to 0.01; the bound that is nearer if there is none between ``LEAST`` and ``MOST``.
+    """The gain, to 0.01: 1 if chance could make the difference, else within ``LEAST`` and ``MOST``.
 
     Args:
         fitted: logits of the members.
@@ -43,10 +45,13 @@ def calibrated(
         unseen: logits of samples that the network was not fitted to.
         unseen_labels: theirs.
     """
+    wanted, left_out = _sureness(unseen, unseen_labels), _sureness(fitted + change, labels)
+    error = (wanted.var() / len(wanted) + left_out.var() / len(left_out)).sqrt()
+    if (left_out.mean() - wanted.mean()).abs() <= CHANCE * error:
+        return 1.0
     gains = torch.linspace(LEAST, MOST, round(100 * (MOST - LEAST)) + 1, dtype=torch.float64)
-    wanted = _sureness(unseen, unseen_labels)
-    misses = torch.stack([(_sureness(fitted + gain * change, labels) - wanted).abs() for gain in gains])
-    return float(gains[misses.argmin()])
+    reached = torch.stack([_sureness(fitted + gain * change, labels).mean() for gain in gains])
+    return float(gains[(reached - wanted.mean()).abs().argmin()])
 
 
 def amplified(memory: "Memory", parameters: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -68,6 +73,6 @@ def amplified(memory: "Memory", parameters: Mapping[str, Tensor] | None = None) 
     return {name: anchor[name] + gain * (tensor - anchor[name]) for name, tensor in moved.items()}
 
 
-def _sureness(logits: Float[Tensor, "samples classes"], labels: Int[Tensor, " samples"]) -> Float[Tensor, ""]:
-    """The mean probability of the label."""
-    return logits.double().softmax(1).gather(1, labels[:, None]).mean()
+def _sureness(logits: Float[Tensor, "samples classes"], labels: Int[Tensor, " samples"]) -> Float[Tensor, " samples"]:
+    """The probability of the label."""
+    return logits.double().softmax(1).gather(1, labels[:, None])[:, 0]
