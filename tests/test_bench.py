@@ -123,12 +123,13 @@ def test_the_command(config, tmp_path):
     assert "±" in drawn
     shown = (out / "tables.html").read_text()
     assert shown.count("<svg") == 3
-    assert shown.count("<table") == 4
+    assert shown.count("<table") == 6
     assert '<tr class="ours"><td>fast_ntk</td>' in shown
     assert drawn.index("### All requests") < drawn.index("### noise, small")
     last = json.loads(succeed("bench", "--summary", out, "--json"))
     assert last["cells"] == 4
     assert "| noise, small, 10, class, seed 1 |" in drawn
+    assert "### All requests: random 20%\n\nMedians over 2 requests" in drawn
     assert set(last["distance_ratio"]) == {"fast_ntk", "tuned", "retrain_other_seed"}
     assert last["distance_ratio"]["retrain_other_seed"] == 1
     assert (out / "tables.md").read_text() == drawn
@@ -215,7 +216,7 @@ def test_the_summary_counts_what_was_off_and_what_was_flagged():
     found = summarise(cells, "fast_ntk")
     assert found["flags"]["off"] == {"bad": 2, "bad_and_flagged": 1, "good": 2, "good_and_flagged": 1}
     assert found["membership_within"] == {"fast_ntk": 0.75, "retrain_other_seed": 1}
-    assert found["relearn_within"]["fast_ntk"] == 0.25
+    assert found["relearn_within"] == {"fast_ntk": 0.5, "retrain_other_seed": 1}
     assert found["distance_ratio"]["fast_ntk"] == pytest.approx(1.3)
     low, high = found["distance_ratio_interval"]
     assert 1.0 <= low < 1.3 < high <= 3.0
@@ -223,6 +224,27 @@ def test_the_summary_counts_what_was_off_and_what_was_flagged():
     assert found["time_fraction_with_preparing"] is None
     timed = replace(cells[0], facts={**cells[0].facts, "prepare_seconds": 4.5})
     assert summarise([timed, *cells], "fast_ntk")["time_fraction_with_preparing"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("ours", "other", "within"),
+    [
+        (6.0, 8.0, True),
+        (5.9, 8.0, False),
+        (10.1, 8.0, False),
+        (10.1, 9.0, True),
+        (1.5, 2.0, True),
+        (1.4, 2.0, False),
+        (0.0, 0.0, True),
+        (40.0, None, True),
+        (None, None, True),
+        (None, 8.0, False),
+        (5.0, None, False),
+    ],
+)
+def test_relearning_is_compared_with_what_the_two_retrained_models_span(ours, other, within):
+    judged = cell(row(relearn=ours), relearn=other)
+    assert summarise([judged], "fast_ntk")["relearn_within"]["fast_ntk"] == within
 
 
 def test_what_chance_makes_of_few_samples_is_not_off_beyond_it():

@@ -20,7 +20,7 @@ def summarise(cells: Sequence[Cell], ours: str) -> dict[str, Any]:
     ``ours`` for who has no memory yet, over the cells in which preparing was timed. ``distance_ratio_interval`` is the
     95 % interval of the median over requests of ``ours``, by the bootstrap. ``membership_within`` is the share of cells
     in which the attack takes as many forgotten samples for members as in the retrained models; ``relearn_within`` that
-    in which relearning takes at most a quarter more or fewer steps (or neither comes back).
+    in which relearning takes as many steps as in them, a quarter fewer or more.
 
     A cell is off if an accuracy of ``ours`` differs from the retrained models' mean by more than 3 points, and off
     beyond chance if it also is outside of what they span, and outside the 95 % interval (Wilson) of a share of so many
@@ -146,7 +146,10 @@ def _plausible(cell: Cell, method: str, column: str, count: int) -> bool:
 
 
 def _relearned(cell: Cell, method: str) -> bool:
-    ours, ratio = cell.rows[method]["relearn_steps"], figure_of(cell, method, "relearn_ratio")
-    if ratio is None:
-        return ours == cell.rows[REFERENCE]["relearn_steps"]  # neither comes back, or both at once
-    return abs(ratio - 1) <= 0.25
+    """Whether the steps are among those of the two retrained models, a quarter fewer or more."""
+    ours, *pair = (cell.rows[name]["relearn_steps"] for name in (method, REFERENCE, FLOOR))
+    known = [steps for steps in pair if steps is not None]
+    if ours is None or not known:
+        return ours in pair
+    most = float("inf") if None in pair else 1.25 * max(known)
+    return 0.75 * min(known) <= ours <= most

@@ -8,7 +8,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from fastntk.bench.results import Cell
-from fastntk.bench.summary import figure_of, methods_of, verdict_of
+from fastntk.bench.summary import figure_of, methods_of, summarise, verdict_of
 from fastntk.report import COLUMNS, FLOOR, PLACES, REFERENCE
 
 
@@ -61,7 +61,14 @@ def _audits(cells: Sequence[Cell]) -> str:
     return f"Audit of the memory before the request: {', '.join(audits)}."
 
 
-def overview(found: Mapping[str, Any]) -> Table:
+def overviews(cells: Sequence[Cell], ours: str) -> list[Table]:
+    """All requests, and those of each kind."""
+    kinds = {cell.request: None for cell in cells}
+    groups = {f"All requests: {kind}": [cell for cell in cells if cell.request == kind] for kind in kinds}
+    return [overview(summarise(group, ours), title) for title, group in {"All requests": cells, **groups}.items()]
+
+
+def overview(found: Mapping[str, Any], title: str) -> Table:
     """The figures of a summary that are of every method, the nearest to retraining first."""
     headings = {
         "distance_ratio": "distance ratio",
@@ -77,7 +84,7 @@ def overview(found: Mapping[str, Any]) -> Table:
         for name in order
     }
     note = f"Medians over {found['cells']} requests, and the shares of them that are within what retrained models do."
-    return Table("All requests", note, list(headings.values()), rows)
+    return Table(title, note, list(headings.values()), rows)
 
 
 _BESIDE_RETRAINED = "forget_accuracy", "membership", "relearn_steps"
