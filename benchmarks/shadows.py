@@ -15,7 +15,6 @@ Intervals are of 95 %, of the median and the share, by the bootstrap over images
 
 import argparse
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +22,12 @@ import torch
 from pretrained import fingerprint
 from rich.console import Console
 from rich.table import Table
-from scipy.stats import bootstrap
 from torch import Tensor
 from torch.utils.data import Subset
 
 import fastntk
 from fastntk.bench.requests import drawn
+from fastntk.bench.summary import interval
 from fastntk.data import labels_of
 from fastntk.demo import digits, pretrained
 from fastntk.files import read_tensors, writable, write_tensors
@@ -73,22 +72,16 @@ def of_seed(seed: int, unlearned: bool, arguments: argparse.Namespace) -> dict[s
     return found
 
 
-def compared(ours: Tensor, retrained: Tensor) -> dict[str, float | list[float]]:
+def compared(ours: Tensor, retrained: Tensor) -> dict[str, float | list[float] | None]:
     """Both measures of a kind of model beside retrained ones, ``[models, images]`` each."""
     divergence, right = klom(ours, retrained), 100 * ulira(ours, retrained).mean(0)
     return {
         "klom_median": float(np.median(divergence)),
-        "klom_interval": interval(divergence, np.median),
+        "klom_interval": interval(divergence.tolist(), np.median),
         "klom_95": float(divergence.quantile(0.95)),
         "ulira": float(right.mean()),
-        "ulira_interval": interval(right, np.mean),
+        "ulira_interval": interval(right.tolist(), np.mean),
     }
-
-
-def interval(values: Tensor, statistic: Callable) -> list[float]:
-    """Of a statistic over images."""
-    found = bootstrap((values.numpy(),), statistic, method="percentile", rng=np.random.default_rng(0))
-    return [float(found.confidence_interval.low), float(found.confidence_interval.high)]
 
 
 def main() -> None:

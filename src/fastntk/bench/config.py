@@ -107,9 +107,10 @@ def read_config(path: Path, methods: Path | None = None) -> Config:
     """
     document = _yaml(path)
     if isinstance(document, dict):
-        beside = document.get("methods")
-        source = methods or (path.parent / beside if isinstance(beside, str) else None)
-        document |= {"methods": _yaml(source)} if source else {}
+        if methods is None and isinstance(document.get("methods"), str):
+            methods = path.parent / document["methods"]
+        if methods:
+            document["methods"] = _yaml(methods)
     try:
         return _config(document)
     except InputError as error:

@@ -13,7 +13,7 @@ from fastntk.pages import page, svg
 
 def draw(results: Results, cells: Sequence[Cell], found: Mapping[str, Any], ours: str, folder: Path) -> str:
     """Write both files; ``found`` is the summary of the cells. Returns the text of the first."""
-    made = [*overviews(cells, ours), by_request(cells, ours), *tables(cells)]
+    made = [*overviews(cells, found, ours), by_request(cells, ours), *tables(cells)]
     text = "\n\n".join(table.markdown() for table in made) + "\n"
     figures = [
         ("Accuracy against time", "Down and left is better.", accuracy_against_time(cells, ours)),

@@ -36,7 +36,7 @@ def summarise(cells: Sequence[Cell], ours: str) -> dict[str, Any]:
         "cells": len(cells),
         **medians,
         "time_fraction_with_preparing": _median(_with_preparing(cell, ours) for cell in judged),
-        "distance_ratio_interval": _interval([figure_of(cell, ours, "distance_ratio") for cell in judged]),
+        "distance_ratio_interval": interval([figure_of(cell, ours, "distance_ratio") for cell in judged], np.median),
         "membership_within": within,
         "relearn_within": relearned,
         "flags": {off.__name__.removeprefix("_"): _flags(judged, ours, off) for off in (_off, _off_beyond_chance)},
@@ -92,14 +92,14 @@ def _share(hits: Iterable[bool]) -> float | None:
     return sum(found) / len(found) if found else None
 
 
-def _interval(values: Sequence[float | None]) -> list[float] | None:
-    """Of the median, by the bootstrap; None for fewer than two values."""
+def interval(values: Sequence[float | None], statistic: Callable[..., Any]) -> list[float] | None:
+    """The 95 % interval of a statistic of the values, by the bootstrap; None for fewer than two values."""
     from scipy.stats import bootstrap  # a second to import
 
     known = [value for value in values if value is not None]
     if len(known) < 2:
         return None
-    found = bootstrap((known,), np.median, method="percentile", rng=np.random.default_rng(0)).confidence_interval
+    found = bootstrap((known,), statistic, method="percentile", rng=np.random.default_rng(0)).confidence_interval
     return [float(found.low), float(found.high)]
 
 

@@ -61,11 +61,12 @@ def _audits(cells: Sequence[Cell]) -> str:
     return f"Audit of the memory before the request: {', '.join(audits)}."
 
 
-def overviews(cells: Sequence[Cell], ours: str) -> list[Table]:
-    """All requests, and those of each kind."""
+def overviews(cells: Sequence[Cell], found: Mapping[str, Any], ours: str) -> list[Table]:
+    """All requests, from their summary, and those of each kind."""
     kinds = {cell.request: None for cell in cells}
-    groups = {f"All requests: {kind}": [cell for cell in cells if cell.request == kind] for kind in kinds}
-    return [overview(summarise(group, ours), title) for title, group in {"All requests": cells, **groups}.items()]
+    groups = {kind: summarise([cell for cell in cells if cell.request == kind], ours) for kind in kinds}
+    of_kinds = (overview(summary, f"All requests: {kind}") for kind, summary in groups.items())
+    return [overview(found, "All requests"), *of_kinds]
 
 
 def overview(found: Mapping[str, Any], title: str) -> Table:

@@ -20,7 +20,8 @@ class FastNTK:
         ridge: a total; None takes the memory's own, which is quicker.
         exact_head: solve the head anew at the features after the step (``fastntk.heads``), by a forward pass over the
             retained samples; with the memory's own ridge alone.
-        gain: multiply the step, before that, by the gain of the memory's audit (``fastntk.gain``).
+        gain: multiply the step, before that, by the gain of the memory's audit (``fastntk.gain``). The certificate that
+            the note explains is of the step without it.
     """
 
     ridge: float | None = None
