@@ -1,64 +1,54 @@
-"""The gain on the step that held-out data ask for."""
+"""The gain on the step that an audit finds."""
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 from test_heads import problem
-from torch.nn.functional import one_hot
-from torch.utils.data import TensorDataset
+from torch.func import functional_call
+from torch.utils.data import Subset
 
 import fastntk
-from fastntk.auditing import left_out
 from fastntk.gain import LEAST, MOST, calibrated
 from fastntk.methods import FastNTK
+from fastntk.metrics import label_probability
+
+IDS = [2, 9, 15]
 
 
-def logits(seed, samples):
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(3, (samples,), generator=generator)
-    return torch.randn(samples, 3, generator=generator) + 2 * one_hot(labels, 3), labels
+def scaled(memory, gain):
+    """Parameters as if the answer to a request were a step of this gain."""
+    answer, anchor = memory.preview(IDS).parameters, memory.anchor
+    return {name: anchor[name] + gain * (tensor - anchor[name]) for name, tensor in answer.items()}
 
 
-@pytest.mark.parametrize(
-    ("true", "samples", "expected"),
-    [
-        (0.7, 4000, 0.7),
-        (1.0, 4000, 1.0),
-        (1.4, 4000, 1.4),
-        (1.4, 40, 1.0),  # chance could make it
-        (1.02, 4000, 1.0),
-        (0.1, 4000, LEAST),
-        (3.0, 4000, MOST),
-    ],
-)
-def test_members_left_out_are_as_sure_as_unseen_samples(true, samples, expected):
-    fitted, labels = logits(0, samples)
-    change = -0.9 * one_hot(labels, 3)
-    assert calibrated(fitted, change, labels, fitted + true * change, labels) == pytest.approx(expected, abs=0.006)
+@pytest.mark.parametrize(("true", "expected"), [(0.7, 0.7), (1.0, 1.0), (1.4, 1.4), (0.2, LEAST), (2.5, MOST)])
+def test_the_step_so_multiplied_is_as_sure_of_the_labels_as_retrained_models(true, expected):
+    memory = problem("bn", "head").memory
+    forget = Subset(memory.members, IDS)
+    images = torch.stack([forget[place][0] for place in range(3)])
+    retrained = functional_call(memory.model, scaled(memory, true), (images,)).detach()
+    answer = memory.preview(IDS).parameters
+    assert calibrated(memory, answer, forget, [retrained]) == pytest.approx(expected)
+
+
+def test_the_probability_of_the_label():
+    logits = torch.tensor([[5.0, 5.0], [0.0, math.log(3)]])
+    assert label_probability(logits, torch.tensor([1, 0])) == pytest.approx((1 / 2 + 1 / 4) / 2)
+
+
+def test_an_audit_finds_it():
+    memory = problem("bn", "head").memory
+    done = fastntk.audit(memory, lambda data, seed: scaled(memory, 1.2 + 0.1 * seed), ids=IDS)
+    assert done.gain == pytest.approx(1.35, abs=0.02)
+    assert f"the step times {done.gain:.2f} would be as sure of their labels as they" in str(done)
 
 
 def audited(given, gain=1.3):
     """The problem with a memory whose audit found a gain."""
-    images, labels = given.train.tensors
-    held_out = TensorDataset(images.flip(0) + 0.1, labels.flip(0))
-    done = fastntk.audit(given.memory, given.recipe, fraction=0.3, held_out=held_out)
-    assert LEAST <= done.gain <= MOST
-    given.memory.audited_(replace(done, gain=gain))
+    given.memory.audited_(replace(fastntk.audit(given.memory, given.recipe, fraction=0.3), gain=gain))
     return given
-
-
-def test_an_audit_with_held_out_data_finds_it(monkeypatch):
-    monkeypatch.setattr("fastntk.gain.CHANCE", 0.0)  # the data are few
-    given = problem("bn", "head")
-    images, labels = given.train.tensors
-    held_out = TensorDataset(images + 0.3, labels)
-    unseen = given.model(held_out.tensors[0]).detach()
-    expected = calibrated(*left_out(given.memory, torch.arange(20)), labels, unseen, labels)
-    done = fastntk.audit(given.memory, given.recipe, fraction=0.3, held_out=held_out)
-    assert done.gain == expected != 1
-    assert str(done).endswith(f"gain {expected:.2f}")
-    assert fastntk.audit(given.memory, given.recipe, fraction=0.3).gain is None
 
 
 def test_the_answer_is_the_step_multiplied_and_then_the_head():
@@ -80,14 +70,6 @@ def test_it_multiplies_what_all_requests_have_changed(tmp_path):
         apart.memory.forget([index])
     found = fastntk.amplified(fastntk.load(tmp_path / "memory", apart.model, apart.train))
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
-    fastntk.refresh(apart.memory)
-    with pytest.raises(fastntk.InputError, match="a gain comes from an audit with held-out data"):
+    fastntk.refresh(apart.memory)  # its audit was of the steps before
+    with pytest.raises(fastntk.InputError, match="a gain comes from an audit"):
         fastntk.amplified(apart.memory)
-
-
-def test_without_held_out_data_there_is_none():
-    given = problem("bn", "head")
-    for _ in range(2):
-        with pytest.raises(fastntk.InputError, match="a gain comes from an audit with held-out data"):
-            FastNTK(gain=True)(given)
-        fastntk.audit(given.memory, given.recipe, fraction=0.3)

@@ -58,7 +58,7 @@ def audit(
         fraction: of the members, drawn at random, for the request.
         ids: the request, in place of a drawn one: say, a class, where classes are what will be asked for.
         held_out: labelled samples that the model was not fitted to. With them the accuracy on members left out one by
-            one is compared with that on unseen samples, see ``left_out``, and a gain found, see ``fastntk.gain``.
+            one is compared with that on unseen samples, see ``left_out``.
         seed: of the draw; the retrained models' are the two after the recipe's, or 1 and 2.
 
     Raises:
@@ -102,17 +102,17 @@ def _compared(
     differ = sum(int((right != (each.argmax(1) == labels)).sum()) for each in (one, other)) / 2
     deviation = 100 * differ**0.5 / len(labels)
     departures = certificate.departure_requested, certificate.departure_retained or 0.0
-    return Audit(len(labels), accuracy(ours, labels), references, deviation, distances, floor, departures, seconds)
+    gain = calibrated(memory, answer.parameters, forget, (one, other))
+    return Audit(
+        len(labels), accuracy(ours, labels), references, deviation, distances, floor, departures, gain, seconds
+    )
 
 
-def left_out(
-    memory: Memory, positions: Int[Tensor, " samples"]
-) -> tuple[Float[Tensor, "samples classes"], Float[Tensor, "samples classes"]]:
-    """The logits of each member at ``positions`` at the anchor, ``f(x_i; theta*)``, and what they change by after
-    forgetting it alone, as the linear prediction has it; with cross-entropy, up to a number that is the same for all
-    classes of a sample.
+def left_out(memory: Memory, positions: Int[Tensor, " samples"]) -> Float[Tensor, "samples classes"]:
+    """The logits of each member at ``positions`` after forgetting it alone, as the linear prediction has them; with
+    cross-entropy, up to a number that is the same for all classes of a sample.
 
-    The change is ``J_i (theta - theta* + s(S - i) - s(S))``, with S the members and theta the current parameters.
+    ``f(x_i; theta*) + J_i (theta - theta* + s(S - i) - s(S))`` with S the members and theta the current parameters.
 
     Raises:
         InputError: the memory is matrix-free, which needs a solve a sample, or its classes are probed.
@@ -126,24 +126,23 @@ def left_out(
     fitted = logits_of(at(memory.model, memory.anchor), Subset(memory.members, ids), linearised.device)
     moved = layout.flatten(memory.parameters) - layout.flatten(memory.anchor)
     changes = torch.cat([solution.alone(some, memory.rows) for some in positions.split(_TOGETHER)])
-    alone = linearised.loss.whitened(changes, fitted)
-    return fitted, alone + linearised.tangent(ids, moved) if moved.any() else alone
+    alone = fitted + linearised.loss.whitened(changes, fitted)
+    return alone + linearised.tangent(ids, moved) if moved.any() else alone
 
 
 def _beside_unseen(result: Audit, memory: Memory, held_out: Dataset) -> Audit:
-    """With the accuracies on some members left out and on held-out samples, and the gain."""
+    """With the accuracies on some members left out and on held-out samples."""
     generator = torch.Generator().manual_seed(0)
     positions = memory.present.nonzero()[:, 0]
     positions = positions[torch.randperm(len(positions), generator=generator)[:_LEFT_OUT].sort().values]
     members = labels_of(Subset(memory.members, positions.tolist()))
-    fitted, change = (logits.cpu() for logits in left_out(memory, positions))
+    alone = left_out(memory, positions).cpu()
     unseen = logits_of(at(memory.model, memory.parameters), held_out, memory.linearised.device).cpu()
     return replace(
         result,
-        left_out=accuracy(fitted + change, members),
+        left_out=accuracy(alone, members),
         unseen=accuracy(unseen, labels_of(held_out)),
         compared=(len(members), len(unseen)),
-        gain=calibrated(fitted, change, members, unseen, labels_of(held_out)),
     )
 
 

@@ -60,13 +60,13 @@ class Audit:
             that are right in one of answer and retrained model and wrong in the other.
         floor: the distance between the two: the least that any method can be asked for.
         departures: of the answer, on F and on retained samples; see ``Certificate``.
+        gain: by which the step would be multiplied for the answer to be as sure of the labels as the retrained models;
+            see ``fastntk.gain``. All else is of the step as it is.
         seconds: that retraining took, both together.
         left_out: the share of members, in percent, that the linear prediction classifies rightly after forgetting each
             of them alone; None if there were no held-out samples to compare it with.
         unseen: the share of those that the network classifies rightly.
         compared: how many samples each of the two shares is of.
-        gain: by which the step would be multiplied for members left out to be as sure of their labels as unseen samples
-            are; see ``fastntk.gain``. All else is of the step as it is.
     """
 
     samples: int
@@ -76,11 +76,11 @@ class Audit:
     distances: tuple[float, float]
     floor: float
     departures: tuple[float, float]
+    gain: float
     seconds: float
     left_out: float | None = None
     unseen: float | None = None
     compared: tuple[int, int] = (0, 0)
-    gain: float | None = None
 
     @property
     def ratio(self) -> float:
@@ -113,13 +113,14 @@ class Audit:
         text = (
             f"audited on {self.samples:,} drawn samples: the answer lay {self.ratio:.2f} times as far from two "
             f"retrained models as they from each other (limit {LIMIT_RATIO:.2f}), accuracy {self.accuracy:.1f} % "
-            f"against theirs of {sum(self.retrained) / 2:.1f} % (within {self.allowed:.1f} points)"
+            f"against theirs of {sum(self.retrained) / 2:.1f} % (within {self.allowed:.1f} points); the step times "
+            f"{self.gain:.2f} would be as sure of their labels as they"
         )
         if self.left_out is None:
             return text
         return (
             f"{text}; samples left out one by one are classified rightly in {self.left_out:.1f} %, unseen ones in "
-            f"{self.unseen:.1f} % (within {self.allowed_unseen:.1f} points); gain {self.gain:.2f}"
+            f"{self.unseen:.1f} % (within {self.allowed_unseen:.1f} points)"
         )
 
     def to_dict(self) -> dict[str, Any]:

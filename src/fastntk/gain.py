@@ -1,26 +1,28 @@
-"""A gain on the step, so that what was forgotten looks like what was never seen.
+"""A gain on the step, so that what was forgotten looks as it does after retraining.
 
-The linear prediction says in which direction the network moves when a sample is taken out; how far rests on a ridge
-that was found from the training data alone. Held-out data can tell: a member that is left out should be as sure of its
-label as samples that were never seen are. With ``c_i = J_i (s(S - i) - s(S))`` (``fastntk.auditing.left_out``) and
-``p_y`` the softmax's probability of the label, the gain g solves
+The linear prediction says in which direction the parameters move when samples are taken out; how far rests on a ridge
+that was found from the training data alone. An audit has two retrained models to compare with. With F its drawn
+samples, theta its answer to them, theta* the anchor and ``p_y`` the softmax's probability of a sample's label, the gain
+g solves
 
-    mean_i p_y(f(x_i; theta*) + g c_i) = mean p_y(f(x; theta)) over unseen x,
+    mean_F p_y(f(x; theta* + g (theta - theta*))) = mean_F p_y(f(x; retrained)), the mean of both retrained models,
 
-and the answer to all requests so far becomes ``theta* + g (s(R) - s(D))``. Where chance alone could tell the two means
-apart (95 %), as it is where the network is linear in what is tuned, g is 1. Any other takes the exactness for the
+and the answer to all requests so far becomes ``theta* + g (s(R) - s(D))``. Any gain but 1 takes the exactness for the
 linearised network away.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from statistics import mean
 from typing import TYPE_CHECKING
 
-import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
+from torch.utils.data import Dataset
 
-from fastntk.certificate import CHANCE
+from fastntk.data import labels_of
 from fastntk.errors import InputError
+from fastntk.metrics import label_probability
+from fastntk.outputs import at, logits_of
 
 if TYPE_CHECKING:
     from fastntk.memory import Memory
@@ -30,49 +32,49 @@ LEAST, MOST = 0.5, 2.0
 
 
 def calibrated(
-    fitted: Float[Tensor, "members classes"],
-    change: Float[Tensor, "members classes"],
-    labels: Int[Tensor, " members"],
-    unseen: Float[Tensor, "others classes"],
-    unseen_labels: Int[Tensor, " others"],
+    memory: "Memory",
+    answer: Mapping[str, Tensor],
+    forget: Dataset,
+    retrained: Sequence[Float[Tensor, "samples classes"]],
 ) -> float:
-    """The gain, to 0.01: 1 if chance could make the difference, else within ``LEAST`` and ``MOST``.
+    """The gain, to 0.01, within ``LEAST`` and ``MOST``.
 
     Args:
-        fitted: logits of the members.
-        change: what leaving each of them out alone changes them by.
-        labels: theirs.
-        unseen: logits of samples that the network was not fitted to.
-        unseen_labels: theirs.
+        memory: whose answer it is.
+        answer: theta, the parameters after forgetting ``forget``.
+        forget: F.
+        retrained: logits on F of models that were trained without it.
     """
-    wanted, left_out = _sureness(unseen, unseen_labels), _sureness(fitted + change, labels)
-    error = (wanted.var() / len(wanted) + left_out.var() / len(left_out)).sqrt()
-    if (left_out.mean() - wanted.mean()).abs() <= CHANCE * error:
-        return 1.0
-    gains = torch.linspace(LEAST, MOST, round(100 * (MOST - LEAST)) + 1, dtype=torch.float64)
-    reached = torch.stack([_sureness(fitted + gain * change, labels).mean() for gain in gains])
-    return float(gains[(reached - wanted.mean()).abs().argmin()])
+    from scipy.optimize import brentq  # a second to import
+
+    device, labels = memory.linearised.device, labels_of(forget)
+    wanted = mean(label_probability(logits, labels) for logits in retrained)
+
+    def excess(gain: float) -> float:
+        logits = logits_of(at(memory.model, _scaled(memory.anchor, answer, gain)), forget, device).cpu()
+        return label_probability(logits, labels) - wanted
+
+    if excess(LEAST) <= 0:
+        return LEAST
+    if excess(MOST) >= 0:
+        return MOST
+    return round(brentq(excess, LEAST, MOST, xtol=0.002), 2)
 
 
 def amplified(memory: "Memory", parameters: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """``theta* + g (theta - theta*)`` with the gain g of the memory's audit.
 
     Args:
-        memory: audited with held-out data since it was linearised. It does not change.
+        memory: audited since it was linearised. It does not change.
         parameters: theta; None takes the memory's after all requests so far.
 
     Raises:
-        InputError: there is no gain.
+        InputError: there is no audit.
     """
-    if memory.audit is None or memory.audit.gain is None:
-        raise InputError(
-            "a gain comes from an audit with held-out data. Audit the memory with some (audit RUN --test DATA)."
-        )
-    gain, anchor = memory.audit.gain, memory.anchor
-    moved = memory.parameters if parameters is None else parameters
-    return {name: anchor[name] + gain * (tensor - anchor[name]) for name, tensor in moved.items()}
+    if memory.audit is None:
+        raise InputError("a gain comes from an audit, and there is none of this memory: fastntk audit RUN.")
+    return _scaled(memory.anchor, memory.parameters if parameters is None else parameters, memory.audit.gain)
 
 
-def _sureness(logits: Float[Tensor, "samples classes"], labels: Int[Tensor, " samples"]) -> Float[Tensor, " samples"]:
-    """The probability of the label."""
-    return logits.double().softmax(1).gather(1, labels[:, None])[:, 0]
+def _scaled(anchor: Mapping[str, Tensor], parameters: Mapping[str, Tensor], gain: float) -> dict[str, Tensor]:
+    return {name: anchor[name] + gain * (tensor - anchor[name]) for name, tensor in parameters.items()}

@@ -234,7 +234,7 @@ class Run:
         from ``fastntk.exact_head``.
 
         Raises:
-            InputError: the memory has no gain or exact head, or the data lack one of its members.
+            InputError: the memory has no audit or exact head, or the data lack one of its members.
         """
         memory, _ = self.memory()
         parameters = amplified(memory) if with_gain else memory.parameters
@@ -255,7 +255,7 @@ class Run:
         other = problem.recipe.seed + 1 if seed is None else seed
         methods: dict[str, Method] = references(other) if retrain else {}
         answers = {"fastntk": memory.parameters}
-        if memory.audit and memory.audit.gain is not None:
+        if memory.audit:
             answers["fastntk_gain"] = amplified(memory)
         if memory.short_of_head is not None:
             answers |= {f"{name}_exact_head": exact_head(memory, answer) for name, answer in answers.items()}

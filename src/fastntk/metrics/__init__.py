@@ -1,6 +1,6 @@
 """Measures of forgetting. They take tensors, never models, and per-sample scores can be had from each."""
 
-from fastntk.metrics.accuracy import accuracy, margins
+from fastntk.metrics.accuracy import accuracy, label_probability, margins
 from fastntk.metrics.distance import logit_distance
 from fastntk.metrics.gaps import average_gap, tug_of_war
 from fastntk.metrics.membership import attack_auc, modified_entropy, taken_for_members, threshold
@@ -14,6 +14,7 @@ __all__ = [
     "average_gap",
     "kl_divergence",
     "klom",
+    "label_probability",
     "logit_distance",
     "margins",
     "modified_entropy",

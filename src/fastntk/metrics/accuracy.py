@@ -9,6 +9,11 @@ def accuracy(logits: Float[Tensor, "samples classes"], labels: Int[Tensor, " sam
     return 100 * float((logits.argmax(1) == labels).double().mean())
 
 
+def label_probability(logits: Float[Tensor, "samples classes"], labels: Int[Tensor, " samples"]) -> float:
+    """``mean_i p_y`` with ``p = softmax(f(x_i))`` and y the label of sample i: how sure of the labels a model is."""
+    return float(logits.double().softmax(1).gather(1, labels[:, None]).mean())
+
+
 def margins(logits: Float[Tensor, "samples classes"], labels: Int[Tensor, " samples"]) -> Float[Tensor, " samples"]:
     """Per sample: the label's logit less the largest other one; positive where the sample is classified rightly."""
     own = logits.gather(1, labels[:, None])
