@@ -88,7 +88,7 @@ def test_a_memory_of_it_is_found_again(tmp_path):
 def test_members_left_out_are_what_forgetting_each_alone_predicts(form):
     given = fitted(Case(LinearInTuned, ("head",)), form=form)
     images = given.train.tensors[0]
-    found = sum(left_out(given.memory, torch.tensor([4, 7])))
+    found = left_out(given.memory, torch.tensor([4, 7]))
     for place, i in enumerate((4, 7)):
         answer = given.memory.preview([i]).parameters
         logits = functional_call(given.model, answer, (images[i : i + 1],))[0].detach()

@@ -55,7 +55,8 @@ def test_a_plan_names_every_phase(form):
     assert plan.total_seconds == sum(plan.seconds.values())
 
 
-def test_batches_shrink_where_jacobians_are_large():
+def test_batches_shrink_where_jacobians_are_large(monkeypatch):
+    monkeypatch.setattr("fastntk.planning.free_bytes", lambda device: 10**11)  # whatever this machine has
     case = CASES["everything"]
     data = case.data()
     wide = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 64, 200_000), torch.nn.Linear(200_000, 3))
