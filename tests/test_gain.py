@@ -73,3 +73,8 @@ def test_it_multiplies_what_all_requests_have_changed(tmp_path):
     fastntk.refresh(apart.memory)  # its audit was of the steps before
     with pytest.raises(fastntk.InputError, match="a gain comes from an audit"):
         fastntk.amplified(apart.memory)
+
+
+def test_without_an_audit_there_is_none():
+    with pytest.raises(fastntk.InputError, match="a gain comes from an audit"):
+        FastNTK(gain=True)(problem("bn", "head"))

@@ -12,6 +12,7 @@ linearised network away.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from statistics import mean
 from typing import TYPE_CHECKING
 
@@ -50,6 +51,7 @@ def calibrated(
     device, labels = memory.linearised.device, labels_of(forget)
     wanted = mean(label_probability(logits, labels) for logits in retrained)
 
+    @cache  # the ends are asked for twice
     def excess(gain: float) -> float:
         logits = logits_of(at(memory.model, _scaled(memory.anchor, answer, gain)), forget, device).cpu()
         return label_probability(logits, labels) - wanted
@@ -72,7 +74,9 @@ def amplified(memory: "Memory", parameters: Mapping[str, Tensor] | None = None) 
         InputError: there is no audit.
     """
     if memory.audit is None:
-        raise InputError("a gain comes from an audit, and there is none of this memory: fastntk audit RUN.")
+        raise InputError(
+            "a gain comes from an audit, and this memory has had none since it was linearised: fastntk audit RUN."
+        )
     return _scaled(memory.anchor, memory.parameters if parameters is None else parameters, memory.audit.gain)
 
 
