@@ -13,6 +13,7 @@ import json
 import statistics
 import sys
 import time
+from functools import cache
 
 import torch
 from networks import randomise
@@ -44,13 +45,20 @@ def prepared(name: str, device: str, dtype: torch.dtype) -> tuple[nn.Module, dic
     return model, snapshot(tuned(model))
 
 
+@cache
+def exact(name: str, count: int) -> tuple[Tensor, Tensor]:
+    """Some images, and their Jacobians in float64 on the CPU."""
+    images = torch.randn(count, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    return images, PerSampleJacobian(*prepared(name, "cpu", torch.float64))(images.double()).rest
+
+
 def error(name: str, precision: str, count: int = 16) -> float:
     """Of the Jacobians on the GPU, relative to float64 on the CPU."""
-    images, labels = torch.randn(count, 3, SIDE, SIDE), torch.zeros(count, dtype=torch.long)
-    exact = PerSampleJacobian(*prepared(name, "cpu", torch.float64))(images.double()).rest
+    images, wanted = exact(name, count)
+    labels = torch.zeros(count, dtype=torch.long)
     jacobian = PerSampleJacobian(*prepared(name, "cuda", torch.float32))
     [(ours, _)] = jacobians(jacobian, [(images, labels)], SquaredLoss(), precision)
-    differences = (ours.rest.cpu().double() - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
+    differences = (ours.rest.cpu().double() - wanted).flatten(1).norm(dim=1) / wanted.flatten(1).norm(dim=1)
     return statistics.median(differences.tolist())
 
 

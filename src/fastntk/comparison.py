@@ -41,7 +41,6 @@ def compare(
     Returns:
         The report, whose first row is ``original``, and what the methods said of their own results.
     """
-    device = next(problem.model.parameters()).device
     answers: dict[str, Mapping[str, Tensor]] = {"original": problem.memory.anchor}
     seconds: dict[str, float | None] = {"original": original_seconds}
     peaks: dict[str, int | None] = {}
@@ -53,7 +52,7 @@ def compare(
             notes[name] = done.note
     models = {name: at(problem.model, parameters) for name, parameters in answers.items()}
     report = evaluate(
-        models, retain=problem.retain, forget=problem.forgotten, test=test, seconds=seconds, device=device
+        models, retain=problem.retain, forget=problem.forgotten, test=test, seconds=seconds, device=problem.device
     )
     for name, parameters in track(answers.items(), "recovering what was forgotten"):
         peak = peaks.get(name)

@@ -19,7 +19,7 @@ from fastntk.linalg import add_product_, invert_, mirror_
 from fastntk.linearised import Linearised
 from fastntk.loss import Loss, SquaredLoss
 from fastntk.probes import ClassProbes
-from fastntk.process import settle
+from fastntk.process import elapsed, settle, wait
 from fastntk.statistics import ROWS
 from fastntk.tunable import snapshot, tuned
 
@@ -104,9 +104,10 @@ class Plan:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can be allocated on ``device`` now."""
+    """Memory that can be allocated on ``device`` now, with what torch has taken of a GPU and does not use."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
     return int(psutil.virtual_memory().available)
 
 
@@ -249,17 +250,11 @@ def _timed(work: Callable[[], object], device: torch.device) -> tuple[float, flo
         work()
     seconds: list[float] = []
     while len(seconds) < 3 and sum(seconds) < _CALIBRATION:
-        _wait(device)
+        wait(device)
         started = time.perf_counter()
         work()
-        _wait(device)
-        seconds.append(time.perf_counter() - started)
+        seconds.append(elapsed(started, device))
     return statistics.median(seconds), float(counter.get_total_flops())
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _algebra(untimed: Plan, device: torch.device, dtype: torch.dtype) -> dict[str, float]:

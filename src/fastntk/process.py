@@ -4,6 +4,7 @@ import ctypes
 import gc
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,12 +20,27 @@ _MMAP_THRESHOLD, _TRIM_THRESHOLD = (-3, 2**27), (-1, 2**30)
 def settle() -> None:
     """Flush denormal numbers to zero, which some processors compute with ten times slower, and keep freed memory.
 
-    The latter where the C library is glibc; elsewhere it stays as it is. Both hold for the process from then on.
+    The latter where the C library is glibc; elsewhere it stays as it is. On a GPU, convolutions are those that give the
+    same result every time, and take float32 as it is (cuDNN's default is to round it to TF32; ``fastntk.precision``
+    asks for that). All of it holds for the process from then on.
     """
     torch.set_flush_denormal(True)
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
     if mallopt := _of_glibc("mallopt"):
         for name, value in (_MMAP_THRESHOLD, _TRIM_THRESHOLD):
             mallopt(name, value)
+
+
+def wait(device: torch.device) -> None:
+    """Until a device has done all that it was given; only GPUs are given work ahead."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def elapsed(started: float, device: torch.device) -> float:
+    """Seconds from ``started``, by ``time.perf_counter``, to the end of all that ``device`` was given."""
+    wait(device)
+    return time.perf_counter() - started
 
 
 @dataclass

@@ -37,16 +37,15 @@ def relearn_steps(problem: Problem, parameters: Mapping[str, Tensor]) -> float |
     labels = labels_of(forgotten)
     enough = BACK * accuracy(_logits(problem, problem.memory.anchor, forgotten), labels)
     curve: list[float] = []
-    device = problem.memory.linearised.device
 
     def losses(problem: Problem, model: nn.Module) -> Iterator[Tensor]:
         [(images, wanted)] = batches(forgotten, len(labels))
         for _ in range(STEPS + 1):
-            logits = model(images.to(device))
+            logits = model(images.to(problem.device))
             curve.append(accuracy(logits.detach().cpu(), labels))
             if curve[-1] >= enough:
                 return
-            yield problem.recipe.loss(logits, wanted.to(device))
+            yield problem.recipe.loss(logits, wanted.to(problem.device))
 
     descend(problem, losses, problem.recipe.learning_rate, start=parameters)
     return first_reached(curve, enough)
@@ -98,7 +97,7 @@ def head_inputs(
 
 
 def _logits(problem: Problem, parameters: Mapping[str, Tensor], samples: Dataset) -> Tensor:
-    return logits_of(at(problem.model, parameters), samples, problem.memory.linearised.device).cpu()
+    return logits_of(at(problem.model, parameters), samples, problem.device).cpu()
 
 
 def _some(samples: Dataset, most: int) -> Subset:

@@ -13,7 +13,7 @@ from fastntk import distributed
 from fastntk.data import batches, checked
 from fastntk.errors import InputError
 from fastntk.loss import Loss, SquaredLoss
-from fastntk.process import settle
+from fastntk.process import elapsed, settle
 from fastntk.progress import track
 from fastntk.tunable import snapshot, tuned
 
@@ -90,7 +90,7 @@ def fit(model: nn.Module, train: Dataset, recipe: Recipe = Recipe(), **changes: 
     started, losses = time.perf_counter(), []
     for _ in track(range(recipe.epochs), "fitting, epochs"):
         losses.append(_epoch(network, loader, recipe, parameters, initial, optimiser, schedule, device))
-    return Fit(initial, losses, recipe, time.perf_counter() - started)
+    return Fit(initial, losses, recipe, elapsed(started, device))
 
 
 def _epoch(

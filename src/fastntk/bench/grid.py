@@ -23,7 +23,7 @@ from fastntk.memory import Memory
 from fastntk.methods import Method, Problem
 from fastntk.models import Preprocessing, load_model
 from fastntk.preparation import prepare
-from fastntk.process import settle
+from fastntk.process import elapsed, settle
 from fastntk.progress import console
 from fastntk.report import Report
 from fastntk.training import Fit
@@ -62,7 +62,7 @@ def _cells(
     fit = fitted(model, train, config.fitting(setting.seed), kept / "original.safetensors", key)
     started = time.perf_counter()
     memory = prepare(model, train, fit.initial, loss=fit.recipe.loss)
-    preparing = time.perf_counter() - started
+    preparing = elapsed(started, memory.linearised.device)
     audit(memory, stored_retraining(model, fit, kept, key), held_out=test, seed=setting.seed + 1)
     for request in requests:
         forget, held_out = drawn(request, train, test, setting.seed, setting.seed % memory.linearised.classes)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -27,7 +28,7 @@ class Stored:
 
     def __call__(self, problem: Problem) -> Unlearned:
         """The stored answer, or the method's, which is then stored."""
-        if kept := _kept(self.path, self.key):
+        if kept := _kept(self.path, self.key, problem.device):
             tensors, record = kept
             return Unlearned(tensors, record["seconds"], record["note"], record["bytes"])
         done = measured(self.method, problem)
@@ -38,7 +39,7 @@ class Stored:
 
 def fitted(model: nn.Module, train: Dataset, recipe: Recipe, path: Path, key: str) -> Fit:
     """Fit ``model``, or put the fit stored at ``path`` under the same ``key`` into it."""
-    if kept := _kept(path, key):
+    if kept := _kept(path, key, next(model.parameters()).device):
         tensors, record = kept
         initial = fastntk.snapshot(tuned(model))
         model.eval().load_state_dict(tensors, strict=False)
@@ -53,7 +54,7 @@ def stored_retraining(model: nn.Module, fit: Fit, folder: Path, key: str) -> Ret
 
     def retraining(data: Dataset, seed: int) -> dict[str, Tensor]:
         path = folder / f"audit-{seed}.safetensors"
-        if kept := _kept(path, key):
+        if kept := _kept(path, key, next(model.parameters()).device):
             return kept[0]
         recipe = replace(fit.recipe, seed=fit.recipe.seed + seed)
         parameters, seconds = retrained(model, fit.initial, data, recipe)
@@ -63,9 +64,11 @@ def stored_retraining(model: nn.Module, fit: Fit, folder: Path, key: str) -> Ret
     return retraining
 
 
-def _kept(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """What was stored at ``path`` under ``key``: tensors and record; None if nothing was."""
+def _kept(path: Path, key: str, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """What was stored at ``path`` under ``key``: tensors, on ``device``, and record; None if nothing was."""
     if not path.exists():
         return None
     tensors, record = read_tensors(path)
-    return (tensors, record) if record["key"] == key else None
+    if record["key"] != key:
+        return None
+    return {name: tensor.to(device) for name, tensor in tensors.items()}, record

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from fastntk.data import batches, checked
 from fastntk.methods.problem import Problem, Unlearned
+from fastntk.process import elapsed
 from fastntk.tunable import snapshot, tuned
 
 Losses = Callable[[Problem, nn.Module], Iterator[Float[Tensor, ""]]]
@@ -46,15 +47,14 @@ def descend(
             if gradient is not None:
                 gradient.mul_(allowed)
         optimiser.step()
-    return Unlearned(snapshot(parameters), time.perf_counter() - started)
+    return Unlearned(snapshot(parameters), elapsed(started, problem.device))
 
 
 def shuffled(problem: Problem, data: Dataset, seed: int) -> Iterator[tuple[Tensor, Int[Tensor, " batch"]]]:
     """Batches of ``(images, labels)`` in a random order, on the model's device."""
-    device = next(problem.model.parameters()).device
     order = torch.Generator().manual_seed(seed)
     for images, labels in batches(data, problem.recipe.batch_size, order):
-        yield checked(images).to(device), labels.to(device)
+        yield checked(images).to(problem.device), labels.to(problem.device)
 
 
 def endlessly(problem: Problem, data: Dataset, seed: int) -> Iterator[tuple[Tensor, Int[Tensor, " batch"]]]:

@@ -7,6 +7,7 @@ from fastntk.errors import InputError
 from fastntk.gain import amplified
 from fastntk.heads import exact_head
 from fastntk.methods.problem import Problem, Unlearned
+from fastntk.process import elapsed
 
 
 @dataclass(frozen=True)
@@ -43,4 +44,4 @@ class FastNTK:
         parameters = amplified(memory, answer.parameters) if self.gain else answer.parameters
         if self.exact_head:
             parameters = exact_head(memory, parameters, problem.forget.tolist())
-        return Unlearned(parameters, time.perf_counter() - started, note)
+        return Unlearned(parameters, elapsed(started, problem.device), note)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastntk.jacobian import Jacobian
 from fastntk.methods.problem import Problem, Unlearned
+from fastntk.process import elapsed
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class FisherForgetting:
         """Answer the request by one pass over the retained samples."""
         started = time.perf_counter()
         noise = fisher_noise(problem, self.scale, self.floor, self.seed)
-        return Unlearned(problem.memory.assemble(noise), time.perf_counter() - started)
+        return Unlearned(problem.memory.assemble(noise), elapsed(started, problem.device))
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Dampening:
             torch.ones_like(forgotten),
         )
         damped = layout.unflatten(factor * layout.flatten(anchor), anchor)
-        return Unlearned(damped, time.perf_counter() - started)
+        return Unlearned(damped, elapsed(started, problem.device))
 
 
 def fisher_noise(problem: Problem, scale: float, floor: float, seed: int) -> Float[Tensor, " p"]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastntk.methods.fisher import FisherForgetting, fisher_noise
 from fastntk.methods.problem import Problem, Unlearned
+from fastntk.process import elapsed
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Golatkar:
             step = step * trapezium_factor(step, memory.displacement - step_retain)
         if self.noise:
             step = step + fisher_noise(problem, self.noise, FisherForgetting.floor, self.seed)
-        return Unlearned(memory.assemble(step), time.perf_counter() - started)
+        return Unlearned(memory.assemble(step), elapsed(started, problem.device))
 
 
 def trapezium_factor(step: Float[Tensor, " p"], error: Float[Tensor, " p"]) -> float:

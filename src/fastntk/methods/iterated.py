@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastntk.jacobian import PerSampleJacobian
 from fastntk.methods.problem import Problem, Unlearned
+from fastntk.process import elapsed
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Iterated:
             taken += 1
         share = float(following.norm() / search.first.norm()) if len(problem.forget) else 0.0
         note = f"{taken} steps after the first, then {ended}: the next one's length is {share:.0%} of the first's"
-        return Unlearned(layout.unflatten(theta, problem.initial), time.perf_counter() - started, note)
+        return Unlearned(layout.unflatten(theta, problem.initial), elapsed(started, problem.device), note)
 
     def _shorter(self, search: "_Search", theta: Tensor, step: Tensor) -> tuple[Tensor, Tensor] | None:
         """The parameters after a step, damped if need be, and the step from there; None if no damping is enough."""

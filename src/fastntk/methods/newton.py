@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass
 
 from fastntk.methods.problem import Problem, Unlearned
+from fastntk.process import elapsed
 
 
 @dataclass(frozen=True)
@@ -29,4 +30,4 @@ class Newton:
         ridge = memory.ridge if self.ridge is None else self.ridge
         gradient = linearised.pull(linearised.residual(range(len(problem.train))))  # type: ignore[arg-type]
         step = memory.resolve(problem.forget, gradient / ridge, ridge)  # (G_R + ridge)^-1 (b_R - b_D)
-        return Unlearned(memory.assemble(step), time.perf_counter() - started)
+        return Unlearned(memory.assemble(step), elapsed(started, problem.device))

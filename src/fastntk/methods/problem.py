@@ -34,6 +34,11 @@ class Problem:
     memory: Memory
 
     @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.memory.linearised.device
+
+    @property
     def forgotten(self) -> Subset:
         """The training samples that go."""
         return Subset(self.train, self.forget.tolist())
@@ -63,6 +68,6 @@ Method = Callable[[Problem], Unlearned]
 
 def measured(method: Method, problem: Problem) -> Unlearned:
     """The method's answer with the bytes that it took at most, unless it says itself."""
-    with peak_memory(problem.memory.linearised.device) as peak:
+    with peak_memory(problem.device) as peak:
         done = method(problem)
     return done if done.bytes is not None else replace(done, bytes=peak.bytes)
