@@ -187,6 +187,43 @@ def test_the_verdict_heeds_it():
     assert memory.preview([1]).certificate.audit is None
 
 
+def test_the_doubt_is_what_scatter_about_the_margins_makes_of_an_accuracy():
+    memory = prepared()
+    audit = fastntk.audit(memory, near(memory, 0.5), ids=IDS)
+    images, labels = (part[[1, 5, 8]] for part in memory.train.tensors)
+    answer = memory.preview([1, 5, 8])
+    logits = functional_call(memory.model, answer.parameters, (images,)).detach()
+    classes = logits.shape[1]
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(20_000, *logits.shape, generator=generator, dtype=logits.dtype)
+    noise = noise - noise.mean(2, keepdim=True)  # what changes all logits alike changes no prediction
+    noise = noise * sum(audit.distances) / 2 / (classes - 1) ** 0.5  # of that root mean square length
+    own = logits.gather(1, labels[:, None])[:, 0]
+    rival = logits.scatter(1, labels[:, None], -torch.inf).argmax(1)
+    pick = torch.arange(3)
+    scattered = own + noise[:, pick, labels] - logits[pick, rival] - noise[:, pick, rival]
+    expected = 1.96 * 100 * (scattered > 0).double().var(0).sum().sqrt() / 3
+    assert audit.doubt(logits, labels) == pytest.approx(expected.item(), rel=0.02)
+    assert answer.certificate.doubt == pytest.approx(audit.doubt(logits, labels))
+    assert "points of the answer's" in answer.certificate.explanation
+    assert "doubt" not in answer.certificate.to_ledger()
+
+
+def test_there_is_no_doubt_without_an_audit_or_samples():
+    memory = prepared()
+    assert memory.preview([1]).certificate.doubt is None
+    assert "points of the answer's" not in memory.preview([1]).certificate.explanation
+    audit = fastntk.audit(memory, near(memory), ids=IDS)
+    assert memory.preview([]).certificate.doubt is None
+    memory.forget([4])
+    assert memory.remember([4]).certificate.doubt is None
+    sure = torch.eye(3).double() * 1e6
+    assert audit.doubt(sure, torch.arange(3)) == 0
+    said = replace(memory.preview([1]).certificate, doubt=3.1).explanation
+    assert "too many" in said
+    assert "too many" not in replace(memory.preview([1]).certificate, doubt=2.9).explanation
+
+
 @pytest.mark.parametrize(
     ("passed", "departures", "verdict"),
     [

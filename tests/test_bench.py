@@ -72,6 +72,7 @@ def test_a_cell_holds_what_a_comparison_measures(config, tmp_path):
     recipe = Recipe(epochs=2, learning_rate=1e-2)
     fit = fastntk.fit(model, train, recipe)
     memory = fastntk.prepare(model, train, fit.initial)
+    audit = fastntk.audit(memory, recipe, held_out=test, seed=1)
     forget = torch.randperm(30, generator=torch.Generator().manual_seed(0))[:6].sort().values
     methods = {**references(1), "fast_ntk": FastNTK(), "tuned": FineTune(epochs=1)}
     report, _ = compare(Problem(model, fit.initial, train, forget, recipe, memory), test, methods)
@@ -81,6 +82,10 @@ def test_a_cell_holds_what_a_comparison_measures(config, tmp_path):
             if measure not in ("seconds", "peak_megabytes"):
                 expected = value if value is None else pytest.approx(value, rel=1e-4, abs=1e-5)
                 assert by_share.rows[name][measure] == expected, (name, measure)
+    ours = report.logits["fast_ntk"]["forget"], report.labels["forget"]
+    assert by_share.rows["fast_ntk"]["doubt"] == pytest.approx(audit.doubt(*ours), rel=1e-4)
+    assert by_share.rows["tuned"]["doubt"] is None
+    assert by_share.facts["device"] == "cpu"
     kept = results.logits(by_share, "tuned", "test")
     torch.testing.assert_close(kept, report.logits["tuned"]["test"], rtol=1e-2, atol=1e-2)
 
@@ -194,10 +199,10 @@ def test_too_few_images_are_refused(config, tmp_path):
         grid.run(read_config(path), tmp_path / "out")
 
 
-def row(accuracy=80.0, ratio=1.0, membership=50.0, seconds=10.0, relearn=8.0):
+def row(accuracy=80.0, ratio=1.0, membership=50.0, seconds=10.0, relearn=8.0, doubt=None):
     parts = dict.fromkeys(("retain_accuracy", "forget_accuracy", "test_accuracy"), accuracy)
     measures = {"distance_ratio": ratio, "average_gap": 1.0, "membership": membership}
-    return {**parts, **measures, "seconds": seconds, "relearn_steps": relearn}
+    return {**parts, **measures, "seconds": seconds, "relearn_steps": relearn, "doubt": doubt}
 
 
 def cell(ours, verdict="trusted", relearn=8.0):
@@ -209,12 +214,13 @@ def cell(ours, verdict="trusted", relearn=8.0):
 def test_the_summary_counts_what_was_off_and_what_was_flagged():
     cells = [
         cell(row(83.9, ratio=1.2, seconds=0.5)),  # 2.9 points off: good
-        cell(row(84.1, ratio=1.4, membership=59.0, relearn=10.1), "retrain needed"),  # off, flagged
+        cell(row(84.1, ratio=1.4, membership=59.0, relearn=10.1, doubt=3.1), "retrain needed"),  # off, flagged, doubted
         cell(row(77.0, ratio=3.0, membership=61.0, relearn=None)),  # off, not flagged; membership beyond 50 +- 9.6
-        cell(row(81.0, relearn=None), "refresh needed", relearn=None),  # good, flagged
+        cell(row(81.0, relearn=None, doubt=2.9), "refresh needed", relearn=None),  # good, flagged
     ]
     found = summarise(cells, "fast_ntk")
-    assert found["flags"]["off"] == {"bad": 2, "bad_and_flagged": 1, "good": 2, "good_and_flagged": 1}
+    bad, good = {"bad": 2, "bad_and_flagged": 1, "bad_and_doubted": 1}, {"good": 2, "good_and_flagged": 1}
+    assert found["flags"]["off"] == {**bad, **good, "good_and_doubted": 0}
     assert found["membership_within"] == {"fast_ntk": 0.75, "retrain_other_seed": 1}
     assert found["relearn_within"] == {"fast_ntk": 0.5, "retrain_other_seed": 1}
     assert found["distance_ratio"]["fast_ntk"] == pytest.approx(1.3)

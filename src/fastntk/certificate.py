@@ -10,12 +10,13 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.data import Subset
 
 from fastntk.linearised import Linearised
 from fastntk.members import Id
+from fastntk.metrics import accuracy_spread, margins
 from fastntk.outputs import at, logits_of
 
 LIMIT_REQUESTED, LIMIT_RETAINED = 0.5, 0.15
@@ -38,6 +39,9 @@ chance makes of so few."""
 
 CHANCE = 1.96
 """Standard deviations that chance is granted."""
+
+LIMIT_DOUBT = 3.0
+"""Points of doubt up to which a request's accuracy is said to be known; see ``Audit.doubt``."""
 
 VERDICTS = "trusted", "refresh needed", "retrain needed"
 """Of a certificate; see ``Certificate.verdict``."""
@@ -109,6 +113,17 @@ class Audit:
         near = self.ratio <= LIMIT_RATIO and abs(self.gap) <= self.allowed
         return near and abs((self.left_out or 0.0) - (self.unseen or 0.0)) <= self.allowed_unseen
 
+    def doubt(self, logits: Float[Tensor, "samples classes"], labels: Int[Tensor, " samples"]) -> float:
+        """The points within which the accuracy of a retrained model lies of an answer's, 19 times in 20.
+
+        An answer with these logits is taken to lie as far from retrained models as on the drawn samples, at a root
+        mean square distance ``d``, the mean of ``distances``, in all directions alike that change a prediction. Then a
+        margin differs by ``d sqrt(2 / (C - 1))``, and the doubt is ``CHANCE`` times what
+        ``fastntk.metrics.accuracy_spread`` makes of that. It is large for few samples and for margins near 0.
+        """
+        error = sum(self.distances) / 2 * math.sqrt(2 / (logits.shape[1] - 1))
+        return CHANCE * accuracy_spread(margins(logits, labels), error)
+
     def __str__(self) -> str:
         text = (
             f"audited on {self.samples:,} drawn samples: the answer lay {self.ratio:.2f} times as far from two "
@@ -167,6 +182,9 @@ class Certificate:
         hashes: HMAC-SHA-256 of each id under the salt: who has both can show that an id was in the request.
         error: to a full re-solve, or None.
         audit: of the memory, the latest one since it was linearised, or None.
+        doubt: the points within which a retrained model's accuracy on F lies of the answer's, 19 times in 20, by the
+            audit (``Audit.doubt``). It is in no ledger: of a single sample it says how surely it is classified. None
+            without an audit, and where nothing was forgotten.
     """
 
     request: str
@@ -185,6 +203,7 @@ class Certificate:
     hashes: Sequence[str]
     error: float | None = None
     audit: Audit | None = None
+    doubt: float | None = None
 
     @property
     def limits(self) -> tuple[float, float]:
@@ -234,7 +253,18 @@ class Certificate:
             f"{self.verdict}: the network departs from the linear prediction by {self.departure_requested:.0%} on the "
             f"samples of the request (limit {of_requested:.0%}) and {retained} on a probe of "
             f"retained ones (limit {of_retained:.0%}), in units of the change predicted for the former; the linear "
-            f"solve is exact to {self.residual:.0e} (limit {self.limit:.0e}); {audited}.{advice[self.verdict]}"
+            f"solve is exact to {self.residual:.0e} (limit {self.limit:.0e}); {audited}.{self._doubt}"
+            f"{advice[self.verdict]}"
+        )
+
+    @property
+    def _doubt(self) -> str:
+        if self.doubt is None:
+            return ""
+        known = "" if self.doubt <= LIMIT_DOUBT else ", which is too many to say how near it comes"
+        return (
+            f" On the samples of the request a retrained model's accuracy should lie within {self.doubt:.1f} points of "
+            f"the answer's{known}."
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -243,8 +273,9 @@ class Certificate:
         return {**asdict(self), **made, "trusted": self.trusted, "verdict": self.verdict}
 
     def to_ledger(self) -> dict[str, Any]:
-        """The same without the salt: ids are often small numbers, which hashes with a known salt do not hide."""
-        return {key: value for key, value in self.to_dict().items() if key != "salt"}
+        """The same without the salt, as ids are often small numbers, which hashes with a known salt do not hide, and
+        without what is said of the samples alone."""
+        return {key: value for key, value in self.to_dict().items() if key not in ("salt", "doubt")}
 
 
 @dataclass(frozen=True)
@@ -277,6 +308,19 @@ def change_of_logits(
     model, subset = linearised.jacobian.model, Subset(linearised.train, positions)
     old, new = (logits_of(at(model, where), subset, linearised.device) for where in (before, after))
     return new - old
+
+
+def doubt(
+    audit: Audit | None, linearised: Linearised, positions: Sequence[int], parameters: Mapping[str, Tensor]
+) -> float | None:
+    """``Audit.doubt`` at ``parameters``, of the samples at ``positions``; None without either."""
+    if audit is None or not positions:
+        return None
+    network = at(linearised.jacobian.model, parameters)
+    with torch.no_grad():
+        read = [(network(x.to(linearised.device)).cpu(), labels) for x, labels in linearised.images(positions)]
+    logits, labels = (torch.cat(parts) for parts in zip(*read, strict=True))
+    return audit.doubt(logits, labels)
 
 
 def departures(

@@ -55,10 +55,11 @@ def compare(
         models, retain=problem.retain, forget=problem.forgotten, test=test, seconds=seconds, device=problem.device
     )
     for name, parameters in track(answers.items(), "recovering what was forgotten"):
-        peak = peaks.get(name)
+        peak, audit = peaks.get(name), problem.memory.audit if name in notes else None
         report.rows[name] |= {
             "relearn_steps": relearn_steps(problem, parameters),
             "head_recovery": head_recovery(problem, parameters),
             "peak_megabytes": None if peak is None else peak / 1e6,
+            "doubt": None if audit is None else audit.doubt(report.logits[name]["forget"], report.labels["forget"]),
         }
     return report, notes

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fastntk.archive import Solution, State, journal, pack, replayed, unpack
-from fastntk.certificate import Audit, Certificate, Forgotten, departures, hashed, new_salt
+from fastntk.certificate import Audit, Certificate, Forgotten, departures, doubt, hashed, new_salt
 from fastntk.errors import InputError
 from fastntk.files import digest
 from fastntk.jacobian import Layout
@@ -363,6 +363,7 @@ class Memory:
             salt=salt,
             hashes=hashed((self.members.ids[position] for position in asked), salt),
             audit=self.audit,
+            doubt=doubt(self.audit, self.linearised, asked, parameters) if kind == "forget" else None,
         )
 
     def _contents(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

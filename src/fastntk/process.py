@@ -31,6 +31,11 @@ def settle() -> None:
             mallopt(name, value)
 
 
+def device_name(device: torch.device) -> str:
+    """``cpu``, or what the GPU calls itself."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def wait(device: torch.device) -> None:
     """Until a device has done all that it was given; only GPUs are given work ahead."""
     if device.type == "cuda":

@@ -53,7 +53,7 @@ COLUMNS = {
 }
 PLACES = {column: 1 if heading.endswith("%") else 2 for column, heading in COLUMNS.items()}
 _ON_TERMINAL = [*list(COLUMNS)[:7], "seconds"]
-_COMPARED = ("relearn_steps", "head_recovery", "peak_megabytes")
+_COMPARED = ("relearn_steps", "head_recovery", "peak_megabytes", "doubt")
 """What ``comparison.compare`` measures; it takes the request, not only the models."""
 
 
@@ -68,7 +68,8 @@ class Report:
             ``distance_ratio``, the former over that of the row ``retrain_other_seed``; KL divergence and agreement of
             predictions on the forgotten ones; ``average_gap`` of accuracies and membership; ``tug_of_war`` of
             accuracies. See ``fastntk.metrics``. From ``comparison.compare`` alone: ``relearn_steps`` and
-            ``head_recovery`` (``fastntk.recovery``), and the method's ``peak_megabytes`` of memory.
+            ``head_recovery`` (``fastntk.recovery``), the method's ``peak_megabytes`` of memory, and of an answer whose
+            memory was audited its ``doubt`` (``fastntk.Audit``).
         logits: per model and set (``retain``, ``forget``, ``test``), so that other metrics need no model.
         labels: per set.
         reference: the name of the row that distances are to.

@@ -23,7 +23,7 @@ from fastntk.memory import Memory
 from fastntk.methods import Method, Problem
 from fastntk.models import Preprocessing, load_model
 from fastntk.preparation import prepare
-from fastntk.process import elapsed, settle
+from fastntk.process import device_name, elapsed, settle
 from fastntk.progress import console
 from fastntk.report import Report
 from fastntk.training import Fit
@@ -128,4 +128,5 @@ def _facts(memory: Memory, fit: Fit, problem: Problem, test: Dataset, notes: Map
         "audit": memory.audit.to_dict() if memory.audit else None,
         "notes": dict(notes),
         "fit_seconds": fit.seconds,
+        "device": device_name(problem.device),
     }

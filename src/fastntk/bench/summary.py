@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from fastntk.bench.results import Cell
-from fastntk.certificate import VERDICTS
+from fastntk.certificate import LIMIT_DOUBT, VERDICTS
 from fastntk.comparison import COMPARED_WITH
 from fastntk.report import FLOOR, REFERENCE
 
@@ -24,7 +24,7 @@ def summarise(cells: Sequence[Cell], ours: str) -> dict[str, Any]:
 
     A cell is off if an accuracy of ``ours`` differs from the retrained models' mean by more than 3 points, and off
     beyond chance if it also is outside of what they span, and outside the 95 % interval (Wilson) of a share of so many
-    samples. It is flagged if its verdict was not "trusted".
+    samples. It is flagged if its verdict was not "trusted", and doubted if the audit's doubt of it was over 3 points.
     """
     names = *methods_of(cells), FLOOR
     figures = ("distance_ratio", "average_gap", "time_fraction", "relearn_ratio")
@@ -44,10 +44,16 @@ def summarise(cells: Sequence[Cell], ours: str) -> dict[str, Any]:
 
 
 def _flags(cells: Sequence[Cell], ours: str, off: Callable[[Cell, str], bool]) -> dict[str, int]:
-    """How many cells are off, and of these and of the others, how many were flagged."""
-    bad = [_flagged(cell, ours) for cell in cells if off(cell, ours)]
-    good = [_flagged(cell, ours) for cell in cells if not off(cell, ours)]
-    return {"bad": len(bad), "bad_and_flagged": sum(bad), "good": len(good), "good_and_flagged": sum(good)}
+    """How many cells are off, and of these and of the others, how many were flagged and how many doubted."""
+    counts: dict[str, int] = {}
+    for name, wanted in (("bad", True), ("good", False)):
+        part = [cell for cell in cells if off(cell, ours) is wanted]
+        counts |= {
+            name: len(part),
+            f"{name}_and_flagged": sum(_flagged(cell, ours) for cell in part),
+            f"{name}_and_doubted": sum(_doubted(cell, ours) for cell in part),
+        }
+    return counts
 
 
 def methods_of(cells: Iterable[Cell]) -> list[str]:
@@ -124,11 +130,15 @@ def _off_parts(cell: Cell, method: str) -> list[str]:
         part: abs((cell.rows[method][f"{part}_accuracy"] or 0.0) - mean(_retrained(cell, f"{part}_accuracy")))
         for part in ("retain", "forget", "test")
     }
-    return [part for part, gap in gaps.items() if gap > 3]
+    return [part for part, gap in gaps.items() if gap > LIMIT_DOUBT]
 
 
 def _flagged(cell: Cell, ours: str) -> bool:
     return verdict_of(cell, ours) not in ("trusted", None)
+
+
+def _doubted(cell: Cell, ours: str) -> bool:
+    return (cell.rows[ours].get("doubt") or 0.0) > LIMIT_DOUBT
 
 
 def _within(cell: Cell, method: str) -> bool:

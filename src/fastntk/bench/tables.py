@@ -98,8 +98,9 @@ def by_request(cells: Iterable[Cell], ours: str) -> Table:
     return Table(
         f"{ours}, request by request",
         "Beside the figures of both retrained models, and the second's gap to the first; then the method that is "
-        "nearest to retraining, and the verdict that came with the answer, before anything was retrained.",
-        [*pairs, "gap, retrained", "gap", "ratio", "nearest", "verdict"],
+        "nearest to retraining, and what came with the answer, before anything was retrained: the verdict and the "
+        "doubt, the points within which a retrained model's accuracy on the forgotten images should lie.",
+        [*pairs, "gap, retrained", "gap", "ratio", "nearest", "verdict", "doubt"],
         {_name_of(cell): _beside_retrained(cell, ours) for cell in cells if ours in cell.rows},
         "request",
     )
@@ -116,7 +117,12 @@ def _beside_retrained(cell: Cell, ours: str) -> list[str]:
         for column in _BESIDE_RETRAINED
     )
     gaps = [_cell([cell.rows[name]], "average_gap") for name in (FLOOR, ours)]
-    return [*(text for pair in pairs for text in pair), *gaps, *_nearest(cell, ours), verdict_of(cell, ours) or "–"]
+    return [*(text for pair in pairs for text in pair), *gaps, *_nearest(cell, ours), *_said(cell, ours)]
+
+
+def _said(cell: Cell, ours: str) -> list[str]:
+    doubt = cell.rows[ours].get("doubt")
+    return [verdict_of(cell, ours) or "–", "–" if doubt is None else f"{doubt:.1f}"]
 
 
 def _nearest(cell: Cell, ours: str) -> list[str]:

@@ -1,6 +1,6 @@
 """Measures of forgetting. They take tensors, never models, and per-sample scores can be had from each."""
 
-from fastntk.metrics.accuracy import accuracy, label_probability, margins
+from fastntk.metrics.accuracy import accuracy, accuracy_spread, label_probability, margins
 from fastntk.metrics.distance import logit_distance
 from fastntk.metrics.gaps import average_gap, tug_of_war
 from fastntk.metrics.membership import attack_auc, modified_entropy, taken_for_members, threshold
@@ -9,6 +9,7 @@ from fastntk.metrics.shadows import klom, ulira
 
 __all__ = [
     "accuracy",
+    "accuracy_spread",
     "agreement",
     "attack_auc",
     "average_gap",
