@@ -14,6 +14,7 @@ from fastntk.bench import grid
 from fastntk.bench.config import Setting, read_config
 from fastntk.bench.results import Cell, Results
 from fastntk.bench.summary import summarise
+from fastntk.bench.tables import by_model
 from fastntk.comparison import compare, references
 from fastntk.methods import FastNTK, FineTune, Problem
 from fastntk.training import Recipe
@@ -230,6 +231,17 @@ def test_the_summary_counts_what_was_off_and_what_was_flagged():
     assert found["time_fraction_with_preparing"] is None
     timed = replace(cells[0], facts={**cells[0].facts, "prepare_seconds": 4.5})
     assert summarise([timed, *cells], "fast_ntk")["time_fraction_with_preparing"] == pytest.approx(0.5)
+
+
+def test_the_figures_of_each_model_are_over_its_requests():
+    first, second = cell(row(ratio=1.2, doubt=1.0)), cell(row(90.0, ratio=1.4, doubt=9.0))
+    other = replace(cell(row(ratio=3.0)), setting=Setting("d", "another", 10, 0))
+    without = replace(first, rows={name: each for name, each in first.rows.items() if name != "fast_ntk"})
+    table = by_model([first, second, other, without], "fast_ntk")
+    assert list(table.rows) == ["d, m, 10", "d, another, 10"]
+    found = dict(zip(table.columns, table.rows["d, m, 10"], strict=True))
+    assert (found["requests"], found["distance ratio"]) == ("2", "1.30")
+    assert (found["off, doubted"], found["others, doubted"]) == ("1, 1", "1, 0")
 
 
 @pytest.mark.parametrize(

@@ -6,14 +6,14 @@ from typing import Any
 
 from fastntk.bench.plots import accuracy_against_time, attack_curves, distance_ratios
 from fastntk.bench.results import Cell, Results
-from fastntk.bench.tables import by_request, overviews, tables
+from fastntk.bench.tables import by_model, by_request, overviews, tables
 from fastntk.files import write
 from fastntk.pages import page, svg
 
 
 def draw(results: Results, cells: Sequence[Cell], found: Mapping[str, Any], ours: str, folder: Path) -> str:
     """Write both files; ``found`` is the summary of the cells. Returns the text of the first."""
-    made = [*overviews(cells, found, ours), by_request(cells, ours), *tables(cells)]
+    made = [*overviews(cells, found, ours), by_model(cells, ours), by_request(cells, ours), *tables(cells)]
     text = "\n\n".join(table.markdown() for table in made) + "\n"
     figures = [
         ("Accuracy against time", "Down and left is better.", accuracy_against_time(cells, ours)),

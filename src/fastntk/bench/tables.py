@@ -88,6 +88,38 @@ def overview(found: Mapping[str, Any], title: str) -> Table:
     return Table(title, note, list(headings.values()), rows)
 
 
+_BY_MODEL = {
+    "distance_ratio": "distance ratio",
+    "relearn_ratio": "relearn ratio",
+    "membership_within": "membership within",
+    "relearn_within": "relearning within",
+    "time_fraction": "time fraction",
+}
+
+
+def by_model(cells: Iterable[Cell], ours: str) -> Table:
+    """One method's figures for each data, model and number of images: over seeds and requests."""
+    groups: dict[str, list[Cell]] = defaultdict(list)
+    for cell in cells:
+        if ours in cell.rows:
+            groups[f"{cell.setting.data}, {cell.setting.model}, {cell.setting.per_class}"].append(cell)
+    return Table(
+        f"{ours}, by model",
+        "Medians over seeds and requests; the gap beside the second retrained model's; how many answers were off by "
+        "more than 3 points of accuracy, and how many of these and of the others had been doubted.",
+        ["requests", "average gap, retrained", "average gap", *_BY_MODEL.values(), "off, doubted", "others, doubted"],
+        {name: _of_model(summarise(group, ours), ours) for name, group in groups.items()},
+        "data, model, images a class",
+    )
+
+
+def _of_model(found: Mapping[str, Any], ours: str) -> list[str]:
+    gaps, flags = found["average_gap"], found["flags"]["off"]
+    figures = [gaps[FLOOR], gaps[ours], *(found[figure][ours] for figure in _BY_MODEL)]
+    doubted = [f"{flags[part]}, {flags[f'{part}_and_doubted']}" for part in ("bad", "good")]
+    return [str(found["cells"]), *("–" if each is None else f"{each:.2f}" for each in figures), *doubted]
+
+
 _BESIDE_RETRAINED = "forget_accuracy", "membership", "relearn_steps"
 
 
