@@ -224,6 +224,7 @@ def test_the_summary_counts_what_was_off_and_what_was_flagged():
     assert found["flags"]["off"] == {**bad, **good, "good_and_doubted": 0}
     assert found["membership_within"] == {"fast_ntk": 0.75, "retrain_other_seed": 1}
     assert found["relearn_within"] == {"fast_ntk": 0.5, "retrain_other_seed": 1}
+    assert found["off"] == {"fast_ntk": 0.5, "retrain_other_seed": 0}  # 3.9, 4.1, -3 and 1 points; 2
     assert found["distance_ratio"]["fast_ntk"] == pytest.approx(1.3)
     low, high = found["distance_ratio_interval"]
     assert 1.0 <= low < 1.3 < high <= 3.0

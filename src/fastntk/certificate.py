@@ -114,12 +114,13 @@ class Audit:
         return near and abs((self.left_out or 0.0) - (self.unseen or 0.0)) <= self.allowed_unseen
 
     def doubt(self, logits: Float[Tensor, "samples classes"], labels: Int[Tensor, " samples"]) -> float:
-        """The points within which the accuracy of a retrained model lies of an answer's, 19 times in 20.
+        """The points within which the accuracy of a retrained model should lie of an answer's.
 
         An answer with these logits is taken to lie as far from retrained models as on the drawn samples, at a root
         mean square distance ``d``, the mean of ``distances``, in all directions alike that change a prediction. Then a
         margin differs by ``d sqrt(2 / (C - 1))``, and the doubt is ``CHANCE`` times what
-        ``fastntk.metrics.accuracy_spread`` makes of that. It is large for few samples and for margins near 0.
+        ``fastntk.metrics.accuracy_spread`` makes of that: 19 in 20 models lie within it if all of this holds; on the
+        grid of docs/benchmarks.md four in five did. It is large for few samples and for margins near 0.
         """
         error = sum(self.distances) / 2 * math.sqrt(2 / (logits.shape[1] - 1))
         return CHANCE * accuracy_spread(margins(logits, labels), error)
@@ -182,8 +183,8 @@ class Certificate:
         hashes: HMAC-SHA-256 of each id under the salt: who has both can show that an id was in the request.
         error: to a full re-solve, or None.
         audit: of the memory, the latest one since it was linearised, or None.
-        doubt: the points within which a retrained model's accuracy on F lies of the answer's, 19 times in 20, by the
-            audit (``Audit.doubt``). It is in no ledger: of a single sample it says how surely it is classified. None
+        doubt: the points within which a retrained model's accuracy on F should lie of the answer's, by the audit
+            (``Audit.doubt``). It is in no ledger: of a single sample it says how surely it is classified. None
             without an audit, and where nothing was forgotten.
     """
 

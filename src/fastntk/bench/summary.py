@@ -11,6 +11,8 @@ from fastntk.certificate import LIMIT_DOUBT, VERDICTS
 from fastntk.comparison import COMPARED_WITH
 from fastntk.report import FLOOR, REFERENCE
 
+_PARTS = ("retain", "forget", "test")
+
 
 def summarise(cells: Sequence[Cell], ours: str) -> dict[str, Any]:
     """Medians over cells of every method, and how often the method ``ours`` was off, and flagged.
@@ -20,7 +22,8 @@ def summarise(cells: Sequence[Cell], ours: str) -> dict[str, Any]:
     ``ours`` for who has no memory yet, over the cells in which preparing was timed. ``distance_ratio_interval`` is the
     95 % interval of the median over requests of ``ours``, by the bootstrap. ``membership_within`` is the share of cells
     in which the attack takes as many forgotten samples for members as in the retrained models; ``relearn_within`` that
-    in which relearning takes as many steps as in them, a quarter fewer or more.
+    in which relearning takes as many steps as in them, a quarter fewer or more. ``off`` is the share of cells in which
+    an accuracy differs from the reference's by more than 3 points; the second retrained model's is its floor.
 
     A cell is off if an accuracy of ``ours`` differs from the retrained models' mean by more than 3 points, and off
     beyond chance if it also is outside of what they span, and outside the 95 % interval (Wilson) of a share of so many
@@ -31,6 +34,7 @@ def summarise(cells: Sequence[Cell], ours: str) -> dict[str, Any]:
     medians = {f: {name: _median(figure_of(cell, name, f) for cell in cells) for name in names} for f in figures}
     within = {name: _share(_within(cell, name) for cell in cells if name in cell.rows) for name in names}
     relearned = {name: _share(_relearned(cell, name) for cell in cells if name in cell.rows) for name in names}
+    off = {name: _share(_far(cell, name) for cell in cells if name in cell.rows) for name in names}
     judged = [cell for cell in cells if ours in cell.rows]
     return {
         "cells": len(cells),
@@ -39,6 +43,7 @@ def summarise(cells: Sequence[Cell], ours: str) -> dict[str, Any]:
         "distance_ratio_interval": interval([figure_of(cell, ours, "distance_ratio") for cell in judged], np.median),
         "membership_within": within,
         "relearn_within": relearned,
+        "off": off,
         "flags": {off.__name__.removeprefix("_"): _flags(judged, ours, off) for off in (_off, _off_beyond_chance)},
     }
 
@@ -114,6 +119,12 @@ def _retrained(cell: Cell, column: str) -> tuple[float, float]:
     return one, other
 
 
+def _far(cell: Cell, method: str) -> bool:
+    """Whether an accuracy differs from that of one retrained model, the reference, by more than 3 points."""
+    pairs = ([cell.rows[name][f"{part}_accuracy"] or 0.0 for name in (method, REFERENCE)] for part in _PARTS)
+    return any(abs(own - wanted) > LIMIT_DOUBT for own, wanted in pairs)
+
+
 def _off(cell: Cell, method: str) -> bool:
     return bool(_off_parts(cell, method))
 
@@ -128,7 +139,7 @@ def _off_parts(cell: Cell, method: str) -> list[str]:
     """The sets on which the accuracy differs from the retrained models' mean by more than 3 points."""
     gaps = {
         part: abs((cell.rows[method][f"{part}_accuracy"] or 0.0) - mean(_retrained(cell, f"{part}_accuracy")))
-        for part in ("retain", "forget", "test")
+        for part in _PARTS
     }
     return [part for part, gap in gaps.items() if gap > LIMIT_DOUBT]
 

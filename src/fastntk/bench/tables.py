@@ -78,13 +78,17 @@ def overview(found: Mapping[str, Any], title: str) -> Table:
         "relearn_ratio": "relearn ratio",
         "membership_within": "membership within",
         "relearn_within": "relearning within",
+        "off": "off by > 3",
     }
     order = sorted(found["distance_ratio"], key=lambda name: found["distance_ratio"][name] or math.inf)
     rows = {
         name: ["–" if (value := found[figure][name]) is None else f"{value:.2f}" for figure in headings]
         for name in order
     }
-    note = f"Medians over {found['cells']} requests, and the shares of them that are within what retrained models do."
+    note = (
+        f"Medians over {found['cells']} requests, and the shares of them that are within what retrained models do, and "
+        "in which an accuracy is off by more than 3 points from the first of these."
+    )
     return Table(title, note, list(headings.values()), rows)
 
 
