@@ -122,7 +122,7 @@ class Audit:
         ``fastntk.metrics.accuracy_spread`` makes of that: 19 in 20 models lie within it if all of this holds; on the
         grid of docs/benchmarks.md four in five did. It is large for few samples and for margins near 0.
         """
-        error = sum(self.distances) / 2 * math.sqrt(2 / (logits.shape[1] - 1))
+        error = sum(self.distances) / 2 * math.sqrt(2 / max(logits.shape[1] - 1, 1))
         return CHANCE * accuracy_spread(margins(logits, labels), error)
 
     def __str__(self) -> str:

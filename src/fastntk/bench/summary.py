@@ -34,7 +34,7 @@ def summarise(cells: Sequence[Cell], ours: str) -> dict[str, Any]:
     medians = {f: {name: _median(figure_of(cell, name, f) for cell in cells) for name in names} for f in figures}
     within = {name: _share(_within(cell, name) for cell in cells if name in cell.rows) for name in names}
     relearned = {name: _share(_relearned(cell, name) for cell in cells if name in cell.rows) for name in names}
-    off = {name: _share(_far(cell, name) for cell in cells if name in cell.rows) for name in names}
+    far = {name: _share(_far(cell, name) for cell in cells if name in cell.rows) for name in names}
     judged = [cell for cell in cells if ours in cell.rows]
     return {
         "cells": len(cells),
@@ -43,7 +43,7 @@ def summarise(cells: Sequence[Cell], ours: str) -> dict[str, Any]:
         "distance_ratio_interval": interval([figure_of(cell, ours, "distance_ratio") for cell in judged], np.median),
         "membership_within": within,
         "relearn_within": relearned,
-        "off": off,
+        "off": far,
         "flags": {off.__name__.removeprefix("_"): _flags(judged, ours, off) for off in (_off, _off_beyond_chance)},
     }
 
