@@ -122,7 +122,19 @@ def test_a_share_is_drawn_by_its_seed():
     ],
 )
 def test_limits(accuracy, retrained, deviation, distance, passed):
-    done = Audit(100, accuracy, retrained, deviation, (distance + 0.1, distance - 0.1), 1.0, (0.2, 0.1), 1.1, 60.0)
+    done = Audit(
+        100,
+        accuracy,
+        retrained,
+        deviation,
+        (distance + 0.1, distance - 0.1),
+        1.0,
+        (0.2, 0.1),
+        1.1,
+        accuracy,
+        (1.0, 1.0),
+        60.0,
+    )
     assert done.passed is passed
     assert Audit.from_dict(json.loads(json.dumps(done.to_dict()))) == done
 
@@ -154,7 +166,9 @@ def test_left_out_and_unseen_samples_should_be_classified_alike():
     assert done.unseen == pytest.approx(100 * unseen.double().mean().item())
     assert f"unseen ones in {done.unseen:.1f} %" in str(done)
     assert done.compared == (13, 9)
-    matched = Audit(100, 50.0, (50.0, 50.0), 1.0, (1.0, 1.0), 1.0, (0.2, 0.1), 1.1, 60.0, 83.0, 80.0, (9000, 9000))
+    matched = Audit(
+        100, 50.0, (50.0, 50.0), 1.0, (1.0, 1.0), 1.0, (0.2, 0.1), 1.1, 50.0, (1.0, 1.0), 60.0, 83.0, 80.0, (9000, 9000)
+    )
     assert matched.passed
     assert not replace(matched, left_out=83.1).passed
     assert not replace(matched, left_out=76.9).passed
@@ -182,6 +196,10 @@ def test_the_verdict_heeds_it():
     fastntk.audit(memory, near(memory, offset=0.1), ids=IDS)
     certificate = memory.preview([1]).certificate
     assert certificate.verdict == "retrain needed"
+    failed = certificate.audit
+    for answered, said in ((failed.retrained[0], True), (failed.retrained[0] + 50, False)):
+        audit = replace(failed, accuracy_with_gain=answered, distances_with_gain=(failed.floor, failed.floor))
+        assert ("with the gain, which passes" in replace(certificate, audit=audit).explanation) == said
     assert not certificate.to_ledger()["audit"]["passed"]
     fastntk.refresh(memory)
     assert memory.preview([1]).certificate.audit is None

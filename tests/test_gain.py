@@ -42,7 +42,7 @@ def test_an_audit_finds_it():
     memory = problem("bn", "head").memory
     done = fastntk.audit(memory, lambda data, seed: scaled(memory, 1.2 + 0.1 * seed), ids=IDS)
     assert done.gain == pytest.approx(1.35, abs=0.02)
-    assert f"the step times {done.gain:.2f} would be as sure of their labels as they" in str(done)
+    assert f"the step times {done.gain:.2f} is as sure of their labels as they, at" in str(done)
 
 
 def audited(given, gain=1.3):
@@ -59,7 +59,29 @@ def test_the_answer_is_the_step_multiplied_and_then_the_head():
         torch.testing.assert_close(tensor, anchor[name] + 1.3 * (plain[name] - anchor[name]))
     expected = fastntk.exact_head(given.memory, gained.parameters, given.forget.tolist())
     torch.testing.assert_close(both.parameters, expected)
-    assert gained.note == FastNTK()(given).note
+    audit = given.memory.audit
+    assert str(audit.with_gain) in gained.note
+    assert str(audit) in FastNTK()(given).note
+
+
+def test_an_audit_judges_answers_with_the_gain_too():
+    memory = problem("bn", "head").memory
+    images = torch.stack([memory.train[index][0] for index in IDS])
+    labels = torch.tensor([int(memory.train[index][1]) for index in IDS])
+    fits = [scaled(memory, 1.2), scaled(memory, 1.5)]
+    done = fastntk.audit(memory, lambda data, seed: fits[seed - 1], ids=IDS)
+
+    def logits(parameters):
+        return functional_call(memory.model, parameters, (images,)).detach()
+
+    gained = logits(scaled(memory, done.gain))
+    distances = [(gained - logits(fit)).square().sum(1).mean().sqrt().item() for fit in fits]
+    assert done.distances_with_gain == pytest.approx(distances)
+    assert done.accuracy_with_gain == pytest.approx(100 * (gained.argmax(1) == labels).double().mean().item())
+    assert done.with_gain.ratio == pytest.approx(sum(distances) / 2 / done.floor)
+    assert done.with_gain.ratio < done.ratio
+    assert done.with_gain.gap == pytest.approx(done.accuracy_with_gain - sum(done.retrained) / 2)
+    assert replace(done, left_out=90.0, unseen=50.0, compared=(1000, 500)).with_gain.passed == done.with_gain.passed
 
 
 def test_it_multiplies_what_all_requests_have_changed(tmp_path):

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, Subset
 from fastntk.certificate import Audit, Forgotten
 from fastntk.data import labels_of
 from fastntk.errors import InputError
-from fastntk.gain import calibrated
+from fastntk.gain import calibrated, multiplied
 from fastntk.matrix_free import MatrixFreeSolution
 from fastntk.members import Id
 from fastntk.memory import Memory
@@ -103,8 +103,19 @@ def _compared(
     deviation = 100 * differ**0.5 / len(labels)
     departures = certificate.departure_requested, certificate.departure_retained or 0.0
     gain = calibrated(memory, answer.parameters, forget, (one, other))
+    gained = logits_of(at(memory.model, multiplied(memory, answer.parameters, gain)), forget, device).cpu()
     return Audit(
-        len(labels), accuracy(ours, labels), references, deviation, distances, floor, departures, gain, seconds
+        samples=len(labels),
+        accuracy=accuracy(ours, labels),
+        retrained=references,
+        deviation=deviation,
+        distances=distances,
+        floor=floor,
+        departures=departures,
+        gain=gain,
+        accuracy_with_gain=accuracy(gained, labels),
+        distances_with_gain=(logit_distance(gained, one), logit_distance(gained, other)),
+        seconds=seconds,
     )
 
 

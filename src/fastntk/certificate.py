@@ -6,7 +6,7 @@ import hmac
 import math
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -65,7 +65,9 @@ class Audit:
         floor: the distance between the two: the least that any method can be asked for.
         departures: of the answer, on F and on retained samples; see ``Certificate``.
         gain: by which the step would be multiplied for the answer to be as sure of the labels as the retrained models;
-            see ``fastntk.gain``. All else is of the step as it is.
+            see ``fastntk.gain``. All but the next two is of the step as it is.
+        accuracy_with_gain: of the answer so multiplied.
+        distances_with_gain: of it to each of the two.
         seconds: that retraining took, both together.
         left_out: the share of members, in percent, that the linear prediction classifies rightly after forgetting each
             of them alone; None if there were no held-out samples to compare it with.
@@ -81,6 +83,8 @@ class Audit:
     floor: float
     departures: tuple[float, float]
     gain: float
+    accuracy_with_gain: float
+    distances_with_gain: tuple[float, float]
     seconds: float
     left_out: float | None = None
     unseen: float | None = None
@@ -113,6 +117,12 @@ class Audit:
         near = self.ratio <= LIMIT_RATIO and abs(self.gap) <= self.allowed
         return near and abs((self.left_out or 0.0) - (self.unseen or 0.0)) <= self.allowed_unseen
 
+    @property
+    def with_gain(self) -> "Audit":
+        """The same of answers with the gain. Samples left out say nothing of these and are not in it."""
+        answered = replace(self, accuracy=self.accuracy_with_gain, distances=self.distances_with_gain)
+        return replace(answered, left_out=None, unseen=None, compared=(0, 0))
+
     def doubt(self, logits: Float[Tensor, "samples classes"], labels: Int[Tensor, " samples"]) -> float:
         """The points within which the accuracy of a retrained model should lie of an answer's.
 
@@ -130,7 +140,7 @@ class Audit:
             f"audited on {self.samples:,} drawn samples: the answer lay {self.ratio:.2f} times as far from two "
             f"retrained models as they from each other (limit {LIMIT_RATIO:.2f}), accuracy {self.accuracy:.1f} % "
             f"against theirs of {sum(self.retrained) / 2:.1f} % (within {self.allowed:.1f} points); the step times "
-            f"{self.gain:.2f} would be as sure of their labels as they"
+            f"{self.gain:.2f} is as sure of their labels as they, at {self.accuracy_with_gain:.1f} %"
         )
         if self.left_out is None:
             return text
@@ -243,10 +253,13 @@ class Certificate:
         advice = {
             "trusted": "",
             "refresh needed": " Refresh the memory at the current weights, or retrain.",
-            "retrain needed": " Retrain, or ask for fewer samples with a larger ridge."
-            if self.audit is None or self.audit.passed
-            else " Retrain, or prepare with another ridge and audit again.",
+            "retrain needed": " Retrain, or ask for fewer samples with a larger ridge.",
         }
+        if self.audit and not self.audit.passed:
+            mended = (
+                " take the answer with the gain, which passes (export --gain)," if self.audit.with_gain.passed else ""
+            )
+            advice["retrain needed"] = f" Retrain,{mended} or prepare with another ridge and audit again."
         audited = str(self.audit) if self.audit else "no audit has compared the memory's answers with retrained models"
         of_requested, of_retained = self.limits
         retained = "an unmeasured part" if self.departure_retained is None else f"{self.departure_retained:.0%}"

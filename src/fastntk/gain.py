@@ -53,7 +53,7 @@ def calibrated(
 
     @cache  # the ends are asked for twice
     def excess(gain: float) -> float:
-        logits = logits_of(at(memory.model, _scaled(memory.anchor, answer, gain)), forget, device).cpu()
+        logits = logits_of(at(memory.model, multiplied(memory, answer, gain)), forget, device).cpu()
         return label_probability(logits, labels) - wanted
 
     if excess(LEAST) <= 0:
@@ -77,8 +77,10 @@ def amplified(memory: "Memory", parameters: Mapping[str, Tensor] | None = None) 
         raise InputError(
             "a gain comes from an audit, and this memory has had none since it was linearised: fastntk audit RUN."
         )
-    return _scaled(memory.anchor, memory.parameters if parameters is None else parameters, memory.audit.gain)
+    return multiplied(memory, memory.parameters if parameters is None else parameters, memory.audit.gain)
 
 
-def _scaled(anchor: Mapping[str, Tensor], parameters: Mapping[str, Tensor], gain: float) -> dict[str, Tensor]:
+def multiplied(memory: "Memory", parameters: Mapping[str, Tensor], gain: float) -> dict[str, Tensor]:
+    """``theta* + gain (theta - theta*)`` with theta the ``parameters``."""
+    anchor = memory.anchor
     return {name: anchor[name] + gain * (tensor - anchor[name]) for name, tensor in parameters.items()}

@@ -1,7 +1,7 @@
 """This project's method: the anchored difference, from a prepared memory."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastntk.errors import InputError
 from fastntk.gain import amplified
@@ -21,8 +21,8 @@ class FastNTK:
         ridge: a total; None takes the memory's own, which is quicker.
         exact_head: solve the head anew at the features after the step (``fastntk.heads``), by a forward pass over the
             retained samples; with the memory's own ridge alone.
-        gain: multiply the step, before that, by the gain of the memory's audit (``fastntk.gain``). The certificate that
-            the note explains is of the step without it.
+        gain: multiply the step, before that, by the gain of the memory's audit (``fastntk.gain``). The note explains
+            the certificate of the step without it, with the audit of answers with it.
     """
 
     ridge: float | None = None
@@ -38,7 +38,10 @@ class FastNTK:
         started, memory = time.perf_counter(), problem.memory
         known = memory.members.ids
         answer = memory.preview([known[index] for index in problem.forget.tolist()], ridge=self.ridge)
-        note = answer.certificate.explanation
+        certificate = answer.certificate
+        if self.gain and certificate.audit:
+            certificate = replace(certificate, audit=certificate.audit.with_gain)
+        note = certificate.explanation
         if not self.exact_head and not self.gain:
             return Unlearned(answer.parameters, answer.seconds, note)
         parameters = amplified(memory, answer.parameters) if self.gain else answer.parameters
