@@ -13,6 +13,7 @@ import fastntk
 from fastntk.gain import LEAST, MOST, calibrated
 from fastntk.methods import FastNTK
 from fastntk.metrics import label_probability
+from fastntk.run import Run
 
 IDS = [2, 9, 15]
 
@@ -82,6 +83,26 @@ def test_an_audit_judges_answers_with_the_gain_too():
     assert done.with_gain.ratio < done.ratio
     assert done.with_gain.gap == pytest.approx(done.accuracy_with_gain - sum(done.retrained) / 2)
     assert replace(done, left_out=90.0, unseen=50.0, compared=(1000, 500)).with_gain.passed == done.with_gain.passed
+
+
+def test_a_gain_below_1_is_for_an_exact_head_to_follow():
+    given = audited(problem("bn", "head"), 0.7)
+    anchor, plain = given.memory.anchor, FastNTK()(given).parameters
+    torch.testing.assert_close(FastNTK(gain=True)(given).parameters, plain)
+    drawn = {name: anchor[name] + 0.7 * (tensor - anchor[name]) for name, tensor in plain.items()}
+    torch.testing.assert_close(fastntk.amplified(given.memory, plain, least=0.0), drawn)
+    expected = fastntk.exact_head(given.memory, drawn, given.forget.tolist())
+    torch.testing.assert_close(FastNTK(gain=True, exact_head=True)(given).parameters, expected)
+
+
+def test_it_is_not_exported_alone(tmp_path, monkeypatch):
+    given, out = audited(problem("bn", "head"), 0.7), tmp_path / "out.safetensors"
+    monkeypatch.setattr(Run, "memory", lambda self: (given.memory, given.train))
+    with pytest.raises(fastntk.InputError, match=r"0\.70.* draws the answer back.*--exact-head"):
+        Run(tmp_path).export(out, with_gain=True)
+    assert not out.exists()
+    Run(tmp_path).export(out, with_exact_head=True, with_gain=True)
+    assert out.exists()
 
 
 def test_it_multiplies_what_all_requests_have_changed(tmp_path):

@@ -8,7 +8,8 @@ g solves
     mean_F p_y(f(x; theta* + g (theta - theta*))) = mean_F p_y(f(x; retrained)), the mean of both retrained models,
 
 and the answer to all requests so far becomes ``theta* + g (s(R) - s(D))``. Any gain but 1 takes the exactness for the
-linearised network away.
+linearised network away. One below 1 draws the parameters back towards those that knew the samples (on two of the models
+of docs/benchmarks.md four tenths of a class came back), so it is for an exact head to follow; alone, it is taken for 1.
 """
 
 from collections.abc import Mapping, Sequence
@@ -63,12 +64,15 @@ def calibrated(
     return round(brentq(excess, LEAST, MOST, xtol=0.002), 2)
 
 
-def amplified(memory: "Memory", parameters: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """``theta* + g (theta - theta*)`` with the gain g of the memory's audit.
+def amplified(
+    memory: "Memory", parameters: Mapping[str, Tensor] | None = None, least: float = 1.0
+) -> dict[str, Tensor]:
+    """``theta* + max(g, least) (theta - theta*)`` with the gain g of the memory's audit.
 
     Args:
         memory: audited since it was linearised. It does not change.
         parameters: theta; None takes the memory's after all requests so far.
+        least: a smaller gain is taken for this one; 0 where an exact head follows.
 
     Raises:
         InputError: there is no audit.
@@ -77,7 +81,8 @@ def amplified(memory: "Memory", parameters: Mapping[str, Tensor] | None = None) 
         raise InputError(
             "a gain comes from an audit, and this memory has had none since it was linearised: fastntk audit RUN."
         )
-    return multiplied(memory, memory.parameters if parameters is None else parameters, memory.audit.gain)
+    gain = max(memory.audit.gain, least)
+    return multiplied(memory, memory.parameters if parameters is None else parameters, gain)
 
 
 def multiplied(memory: "Memory", parameters: Mapping[str, Tensor], gain: float) -> dict[str, Tensor]:

@@ -234,10 +234,16 @@ class Run:
         from ``fastntk.exact_head``.
 
         Raises:
-            InputError: the memory has no audit or exact head, or the data lack one of its members.
+            InputError: the memory has no audit or exact head, its gain is below 1 and no head follows, or the data lack
+                one of its members.
         """
         memory, _ = self.memory()
-        parameters = amplified(memory) if with_gain else memory.parameters
+        if with_gain and not with_exact_head and memory.audit and memory.audit.gain < 1:
+            raise InputError(
+                f"the audit's gain is {memory.audit.gain:.2f}, and one below 1 draws the answer back towards what was "
+                "forgotten. Export with --exact-head too, or without --gain."
+            )
+        parameters = amplified(memory, least=0.0) if with_gain else memory.parameters
         parameters = exact_head(memory, parameters) if with_exact_head else parameters
         write_tensors(out, {**memory.model.state_dict(), **parameters})
 
@@ -254,11 +260,11 @@ class Run:
         problem = Problem(model, self._initial(), train, forget, self.recipe(settings), memory)
         other = problem.recipe.seed + 1 if seed is None else seed
         methods: dict[str, Method] = references(other) if retrain else {}
-        answers = {"fastntk": memory.parameters}
+        answers, stepped = {"fastntk": memory.parameters}, {"fastntk": memory.parameters}
         if memory.audit:
-            answers["fastntk_gain"] = amplified(memory)
+            answers["fastntk_gain"], stepped["fastntk_gain"] = amplified(memory), amplified(memory, least=0.0)
         if memory.short_of_head is not None:
-            answers |= {f"{name}_exact_head": exact_head(memory, answer) for name, answer in answers.items()}
+            answers |= {f"{name}_exact_head": exact_head(memory, step) for name, step in stepped.items()}
         ours = {name: _answered(answer) for name, answer in answers.items()}
         return compare(problem, held_out, {**methods, **ours})[0]
 

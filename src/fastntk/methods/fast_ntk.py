@@ -21,7 +21,8 @@ class FastNTK:
         ridge: a total; None takes the memory's own, which is quicker.
         exact_head: solve the head anew at the features after the step (``fastntk.heads``), by a forward pass over the
             retained samples; with the memory's own ridge alone.
-        gain: multiply the step, before that, by the gain of the memory's audit (``fastntk.gain``). The note explains
+        gain: multiply the step, before that, by the gain of the memory's audit (``fastntk.gain``); one below 1 only if
+            the exact head follows. The note explains
             the certificate of the step without it, with the audit of answers with it.
     """
 
@@ -44,7 +45,8 @@ class FastNTK:
         note = certificate.explanation
         if not self.exact_head and not self.gain:
             return Unlearned(answer.parameters, answer.seconds, note)
-        parameters = amplified(memory, answer.parameters) if self.gain else answer.parameters
+        least = 0.0 if self.exact_head else 1.0
+        parameters = amplified(memory, answer.parameters, least) if self.gain else answer.parameters
         if self.exact_head:
             parameters = exact_head(memory, parameters, problem.forget.tolist())
         return Unlearned(parameters, elapsed(started, problem.device), note)
