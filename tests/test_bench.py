@@ -129,7 +129,7 @@ def test_the_command(config, tmp_path):
     assert "±" in drawn
     shown = (out / "tables.html").read_text()
     assert shown.count("<svg") == 3
-    assert shown.count("<table") == 6
+    assert shown.count("<table") == 7
     assert '<tr class="ours"><td>fast_ntk</td>' in shown
     assert drawn.index("### All requests") < drawn.index("### noise, small")
     last = json.loads(succeed("bench", "--summary", out, "--json"))
