@@ -8,8 +8,8 @@ g solves
     mean_F p_y(f(x; theta* + g (theta - theta*))) = mean_F p_y(f(x; retrained)), the mean of both retrained models,
 
 and the answer to all requests so far becomes ``theta* + g (s(R) - s(D))``. Any gain but 1 takes the exactness for the
-linearised network away. One below 1 draws the parameters back towards those that knew the samples (on two of the models
-of docs/benchmarks.md four tenths of a class came back), so it is for an exact head to follow; alone, it is taken for 1.
+linearised network away. One below 1 draws the parameters back towards those that knew the samples (on three models of
+docs/nearer.md a third of a class or more came back), so it is for an exact head to follow; alone, it is taken for 1.
 """
 
 from collections.abc import Mapping, Sequence
