@@ -198,8 +198,11 @@ def test_the_verdict_heeds_it():
     assert certificate.verdict == "retrain needed"
     failed = certificate.audit
     for answered, said in ((failed.retrained[0], True), (failed.retrained[0] + 50, False)):
-        audit = replace(failed, accuracy_with_gain=answered, distances_with_gain=(failed.floor, failed.floor))
+        made = {"accuracy_with_gain": answered, "distances_with_gain": (failed.floor, failed.floor), "gain": 1.2}
+        audit = replace(failed, **made)
         assert ("with the gain, which passes" in replace(certificate, audit=audit).explanation) == said
+        refused = replace(audit, gain=0.8)  # by export, without an exact head
+        assert "which passes" not in replace(certificate, audit=refused).explanation
     assert not certificate.to_ledger()["audit"]["passed"]
     fastntk.refresh(memory)
     assert memory.preview([1]).certificate.audit is None

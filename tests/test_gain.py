@@ -88,7 +88,10 @@ def test_an_audit_judges_answers_with_the_gain_too():
 def test_a_gain_below_1_is_for_an_exact_head_to_follow():
     given = audited(problem("bn", "head"), 0.7)
     anchor, plain = given.memory.anchor, FastNTK()(given).parameters
-    torch.testing.assert_close(FastNTK(gain=True)(given).parameters, plain)
+    alone, audit = FastNTK(gain=True)(given), given.memory.audit
+    torch.testing.assert_close(alone.parameters, plain)
+    assert str(audit) in alone.note, "the gain is not in the answer"
+    assert str(audit.with_gain) in FastNTK(gain=True, exact_head=True)(given).note
     drawn = {name: anchor[name] + 0.7 * (tensor - anchor[name]) for name, tensor in plain.items()}
     torch.testing.assert_close(fastntk.amplified(given.memory, plain, least=0.0), drawn)
     expected = fastntk.exact_head(given.memory, drawn, given.forget.tolist())

@@ -7,17 +7,16 @@ import math
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.utils.data import Subset
 
 from fastntk.linearised import Linearised
 from fastntk.members import Id
 from fastntk.metrics import accuracy_spread, margins
-from fastntk.outputs import at, logits_of
+from fastntk.outputs import at
 
 LIMIT_REQUESTED, LIMIT_RETAINED = 0.5, 0.15
 """The departures, on the samples of the request and on retained ones, up to which an answer is trusted. They were
@@ -256,9 +255,8 @@ class Certificate:
             "retrain needed": " Retrain, or ask for fewer samples with a larger ridge.",
         }
         if self.audit and not self.audit.passed:
-            mended = (
-                " take the answer with the gain, which passes (export --gain)," if self.audit.with_gain.passed else ""
-            )
+            passes = self.audit.gain > 1 and self.audit.with_gain.passed
+            mended = " take the answer with the gain, which passes (export --gain)," if passes else ""
             advice["retrain needed"] = f" Retrain,{mended} or prepare with another ridge and audit again."
         audited = str(self.audit) if self.audit else "no audit has compared the memory's answers with retrained models"
         of_requested, of_retained = self.limits
@@ -315,29 +313,29 @@ def new_salt() -> str:
     return secrets.token_hex(16)
 
 
-def change_of_logits(
+def logits_around(
     linearised: Linearised, positions: Sequence[int], before: Mapping[str, Tensor], after: Mapping[str, Tensor]
-) -> Float[Tensor, "samples classes"]:
-    """What a change of the parameters really does to the logits of at least one sample."""
-    model, subset = linearised.jacobian.model, Subset(linearised.train, positions)
-    old, new = (logits_of(at(model, where), subset, linearised.device) for where in (before, after))
-    return new - old
-
-
-def doubt(
-    audit: Audit | None, linearised: Linearised, positions: Sequence[int], parameters: Mapping[str, Tensor]
-) -> float | None:
-    """``Audit.doubt`` at ``parameters``, of the samples at ``positions``; None without either."""
-    if audit is None or not positions:
-        return None
-    network = at(linearised.jacobian.model, parameters)
+) -> tuple[Float[Tensor, "samples classes"], Float[Tensor, "samples classes"], Int[Tensor, " samples"]]:
+    """The logits of at least one sample before and after a change of the parameters, and the labels; one reading."""
+    old, new = (at(linearised.jacobian.model, parameters) for parameters in (before, after))
+    parts = []
     with torch.no_grad():
-        read = [(network(x.to(linearised.device)).cpu(), labels) for x, labels in linearised.images(positions)]
-    logits, labels = (torch.cat(parts) for parts in zip(*read, strict=True))
-    return audit.doubt(logits, labels)
+        for images, labels in linearised.images(positions):
+            x = images.to(linearised.device)
+            parts.append((old(x), new(x), labels))
+    logits_before, logits_after, all_labels = (torch.cat(each) for each in zip(*parts, strict=True))
+    return logits_before, logits_after, all_labels
 
 
-def departures(
+class Observed(NamedTuple):
+    """Fields of a ``Certificate`` that a forward pass gives."""
+
+    departure_requested: float
+    departure_retained: float | None
+    doubt: float | None
+
+
+def observed(
     linearised: Linearised,
     change: Float[Tensor, " p"],
     before: Mapping[str, Tensor],
@@ -345,20 +343,26 @@ def departures(
     requested: Sequence[int],
     probe: Sequence[int],
     predicted: Float[Tensor, "requested classes"] | None = None,
-) -> tuple[float, float | None]:
-    """How far the network departs from ``J change`` on the samples of a request, and on a probe; see ``Certificate``.
+    audit: Audit | None = None,
+) -> Observed:
+    """How far the network departs from ``J change`` on the samples of a request, and on a probe, and the audit's doubt
+    of the former; see ``Certificate``.
 
-    Both are 0 where no change is predicted on the former (``predicted``, if it is known already); the second is None
-    for an empty probe.
+    Both departures are 0 where no change is predicted on the request's samples (``predicted``, if it is known already);
+    the second is None for an empty probe, the doubt without an audit or samples.
     """
+    nothing = Observed(0.0, 0.0 if probe else None, None)
+    if not requested:
+        return nothing
     count = len(requested)
+    old, new, labels = logits_around(linearised, [*requested, *probe], before, after)
+    doubt = audit.doubt(new[:count].cpu(), labels[:count]) if audit else None
     predicted = linearised.tangent(requested, change) if predicted is None else predicted
     size = rms(predicted)
     if not size:
-        return 0.0, 0.0 if probe else None
-    expected = torch.cat([predicted, linearised.tangent(probe, change)])
-    error = change_of_logits(linearised, [*requested, *probe], before, after) - expected
-    return rms(error[:count]) / size, rms(error[count:]) / size if probe else None
+        return nothing._replace(doubt=doubt)
+    error = new - old - torch.cat([predicted, linearised.tangent(probe, change)])
+    return Observed(rms(error[:count]) / size, rms(error[count:]) / size if probe else None, doubt)
 
 
 def rms(vectors: Float[Tensor, "samples classes"]) -> float:

@@ -320,7 +320,9 @@ def export(
     run: options.Folder,
     out: Annotated[Path | None, typer.Option(help="The file; by default unlearned.safetensors in the run.")] = None,
     exact_head: Annotated[bool, typer.Option(help="Solve the head anew, over the retained images.")] = False,
-    gain: Annotated[bool, typer.Option(help="Multiply the step by the audit's gain, before that.")] = False,
+    gain: Annotated[
+        bool, typer.Option(help="Multiply the step by the audit's gain (below 1: with a new head).")
+    ] = False,
     device: options.Device = "cpu",
     as_json: options.Json = False,
 ) -> None:

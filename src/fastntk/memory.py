@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fastntk.archive import Solution, State, journal, pack, replayed, unpack
-from fastntk.certificate import Audit, Certificate, Forgotten, departures, doubt, hashed, new_salt
+from fastntk.certificate import Audit, Certificate, Forgotten, hashed, new_salt, observed
 from fastntk.errors import InputError
 from fastntk.files import digest
 from fastntk.jacobian import Layout
@@ -345,16 +345,15 @@ class Memory:
         others = self._order[self.present[self._order] & ~torch.isin(self._order, update.positions)]
         probe = self.members.available(others)[: self._probe].tolist()
         known = update.rows.jacobian.matvec(change) if update.rows and self.linearised.of_logits else None
-        requested, retained = departures(self.linearised, change, before, parameters, asked, probe, known)
-        salt = new_salt()
+        audit, salt = self.audit if kind == "forget" else None, new_salt()
+        seen = observed(self.linearised, change, before, parameters, asked, probe, known, audit)
         return Certificate(
             request=str(uuid.uuid4()),
             kind=kind,
             samples=len(asked),
             retained=len(others),
             ridge=ridge,
-            departure_requested=requested,
-            departure_retained=retained,
+            **seen._asdict(),
             residual=residual,
             limit=self.solution.limit,
             moved=not torch.equal(self._vector, self._layout.flatten(self.anchor)),
@@ -363,7 +362,6 @@ class Memory:
             salt=salt,
             hashes=hashed((self.members.ids[position] for position in asked), salt),
             audit=self.audit,
-            doubt=doubt(self.audit, self.linearised, asked, parameters) if kind == "forget" else None,
         )
 
     def _contents(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

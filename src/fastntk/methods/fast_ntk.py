@@ -39,13 +39,12 @@ class FastNTK:
         started, memory = time.perf_counter(), problem.memory
         known = memory.members.ids
         answer = memory.preview([known[index] for index in problem.forget.tolist()], ridge=self.ridge)
-        certificate = answer.certificate
-        if self.gain and certificate.audit:
+        certificate, least = answer.certificate, 0.0 if self.exact_head else 1.0
+        if self.gain and certificate.audit and certificate.audit.gain >= least:
             certificate = replace(certificate, audit=certificate.audit.with_gain)
         note = certificate.explanation
         if not self.exact_head and not self.gain:
             return Unlearned(answer.parameters, answer.seconds, note)
-        least = 0.0 if self.exact_head else 1.0
         parameters = amplified(memory, answer.parameters, least) if self.gain else answer.parameters
         if self.exact_head:
             parameters = exact_head(memory, parameters, problem.forget.tolist())
