@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fastntk.methods import FastNTK, Problem
 from pretrained import cifar10, fingerprint, mobilenet_v2, vit_s14
 from rich.console import Console
 from rich.table import Table
@@ -29,14 +30,13 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import fastntk
-from fastntk.bench.stored import fitted, stored_retraining
-from fastntk.comparison import compare
-from fastntk.demo import pretrained
-from fastntk.files import read_json, writable, write_json
-from fastntk.methods import FastNTK, Problem
-from fastntk.models import Preprocessing
-from fastntk.process import settle
-from fastntk.training import Fit, Recipe
+from fastntk.cli.demo import pretrained
+from fastntk.common.files import read_json, writable, write_json
+from fastntk.common.machine import settle
+from fastntk.evidence.bench.stored import fitted, stored_retraining
+from fastntk.evidence.compare import compare
+from fastntk.inputs.models import Preprocessing
+from fastntk.tuning.fitting import Fit, Recipe
 
 Make = Callable[[], tuple[nn.Module, Preprocessing]]
 FAMILIES: dict[str, tuple[Make, tuple[str, ...]]] = {

@@ -36,9 +36,9 @@ from torch import nn
 from torch.utils.data import Subset, TensorDataset
 
 import fastntk
-from fastntk.compat import torchvision
-from fastntk.memory import Memory
-from fastntk.tunable import snapshot, tune, tuned
+from fastntk.inputs.libraries import torchvision
+from fastntk.memory.memory import Memory
+from fastntk.tuning.selectors import snapshot, tune, tuned
 
 CLASSES, SIDE = 10, 64
 

@@ -21,15 +21,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from fastntk.compat import torchvision
-from fastntk.jacobian import PerSampleJacobian
-from fastntk.linearised import jacobians
-from fastntk.loss import SquaredLoss
-from fastntk.precision import PRECISIONS
-from fastntk.process import settle
-from fastntk.statistics import Sums, accumulate
-from fastntk.step import PrimalSolution
-from fastntk.tunable import snapshot, tune, tuned
+from fastntk.common.machine import settle
+from fastntk.inputs.libraries import torchvision
+from fastntk.jacobians.jacobian import PerSampleJacobian
+from fastntk.jacobians.linearised import jacobians
+from fastntk.jacobians.numerics import PRECISIONS
+from fastntk.solve.primal import PrimalSolution
+from fastntk.solve.sums import Sums, accumulate
+from fastntk.tuning.loss import SquaredLoss
+from fastntk.tuning.selectors import snapshot, tune, tuned
 
 CLASSES, SIDE = 10, 224
 CASES = {"resnet18": ("bn",), "vit_b_32": ("prompt:10", "head")}

@@ -13,18 +13,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fastntk.metrics import accuracy
 from pretrained import mobilenet_v2, vit_s14
 from safetensors.torch import save_file
 from torch import nn
 
-from fastntk.data import batches, in_memory, labels_of, load_data
-from fastntk.demo import mnist, pretrained
-from fastntk.files import writable
-from fastntk.metrics import accuracy
-from fastntk.models import load_model
-from fastntk.outputs import logits_of
-from fastntk.process import settle
-from fastntk.tunable import head_name
+from fastntk.cli.demo import mnist, pretrained
+from fastntk.common.files import writable
+from fastntk.common.machine import settle
+from fastntk.inputs.images import batches, in_memory, labels_of, load_data
+from fastntk.inputs.models import load_model
+from fastntk.tuning.outputs import logits_of
+from fastntk.tuning.selectors import head_name
 
 FOLDER = Path("runs/inputs")
 

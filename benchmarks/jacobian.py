@@ -31,10 +31,10 @@ from timing import interleaved, ratio
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fastntk.compat import timm, torchvision
-from fastntk.jacobian import PerSampleJacobian
-from fastntk.process import settle
-from fastntk.tunable import snapshot, tune, tuned
+from fastntk.common.machine import settle
+from fastntk.inputs.libraries import timm, torchvision
+from fastntk.jacobians.jacobian import PerSampleJacobian
+from fastntk.tuning.selectors import snapshot, tune, tuned
 
 CLASSES = 10
 

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 from families import FAMILIES, opened
+from fastntk.metrics import accuracy, logit_distance
 from rich.console import Console
 from rich.table import Table
 from scenarios import scenarios, stored_references
@@ -34,14 +35,13 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
 import fastntk
-from fastntk.data import labels_of
-from fastntk.jacobian import PerSampleJacobian
-from fastntk.linearised import Linearised
-from fastntk.metrics import accuracy, logit_distance
-from fastntk.outputs import at, logits_of
-from fastntk.process import settle
-from fastntk.training import Fit
-from fastntk.tunable import snapshot, tuned
+from fastntk.common.machine import settle
+from fastntk.inputs.images import labels_of
+from fastntk.jacobians.jacobian import PerSampleJacobian
+from fastntk.jacobians.linearised import Linearised
+from fastntk.tuning.fitting import Fit
+from fastntk.tuning.outputs import at, logits_of
+from fastntk.tuning.selectors import snapshot, tuned
 
 FACTORS = torch.logspace(-4, 2, 121, dtype=torch.float64)
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
-from fastntk.tunable import tuned
+from fastntk.tuning.selectors import tuned
 
 
 def randomise(model: nn.Module) -> None:

@@ -40,11 +40,11 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 from torch.utils.data import DataLoader, TensorDataset
 
-from fastntk.compat import torchvision
-from fastntk.jacobian import PerSampleJacobian
-from fastntk.process import settle
-from fastntk.statistics import Sums, accumulate
-from fastntk.tunable import snapshot, tune, tuned
+from fastntk.common.machine import settle
+from fastntk.inputs.libraries import torchvision
+from fastntk.jacobians.jacobian import PerSampleJacobian
+from fastntk.solve.sums import Sums, accumulate
+from fastntk.tuning.selectors import snapshot, tune, tuned
 
 CLASSES, SIDE = 10, 64
 

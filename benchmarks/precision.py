@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from fastntk import prepare
-from fastntk.compat import torchvision
-from fastntk.jacobian import PerSampleJacobian
-from fastntk.tunable import snapshot, tune, tuned
+from fastntk.inputs.libraries import torchvision
+from fastntk.jacobians.jacobian import PerSampleJacobian
+from fastntk.tuning.selectors import snapshot, tune, tuned
 
 CLASSES = 100
 CASES: dict[str, dict[str, Any]] = {

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from fastntk.compat import timm
-from fastntk.data import in_memory, load_data
-from fastntk.models import Preprocessing, load_model
-from fastntk.weights import load_weights, read_weights, rename_by_order
+from fastntk.inputs.images import in_memory, load_data
+from fastntk.inputs.libraries import timm
+from fastntk.inputs.models import Preprocessing, load_model
+from fastntk.inputs.weights import load_weights, read_weights, rename_by_order
 
 CACHE = Path.home() / ".cache" / "fastntk"
 

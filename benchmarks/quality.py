@@ -12,17 +12,17 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastntk.methods import FastNTK, Golatkar, Method, Problem, Unlearned
 from pretrained import cifar10, fingerprint, mobilenet_v2
 from rich.console import Console
 from scenarios import scenarios, stored_references
 
 import fastntk
-from fastntk.bench.stored import fitted
-from fastntk.comparison import compare, references
-from fastntk.files import writable
-from fastntk.methods import FastNTK, Golatkar, Method, Problem, Unlearned
-from fastntk.process import settle
-from fastntk.training import Recipe
+from fastntk.common.files import writable
+from fastntk.common.machine import settle
+from fastntk.evidence.bench.stored import fitted
+from fastntk.evidence.compare import compare, references
+from fastntk.tuning.fitting import Recipe
 
 FACTORS = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 

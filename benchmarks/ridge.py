@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from fastntk.methods import FastNTK, Problem
 from pretrained import cifar10, fingerprint, mobilenet_v2, vit_s14
 from rich.console import Console
 from rich.table import Table
@@ -21,14 +22,13 @@ from scenarios import scenarios, stored_references
 from torch import Tensor
 
 import fastntk
-from fastntk.bench.stored import fitted
-from fastntk.comparison import compare
-from fastntk.demo import digits, pretrained
-from fastntk.files import writable
-from fastntk.memory import Memory
-from fastntk.methods import FastNTK, Problem
-from fastntk.process import settle
-from fastntk.training import Recipe
+from fastntk.cli.demo import digits, pretrained
+from fastntk.common.files import writable
+from fastntk.common.machine import settle
+from fastntk.evidence.bench.stored import fitted
+from fastntk.evidence.compare import compare
+from fastntk.memory.memory import Memory
+from fastntk.tuning.fitting import Recipe
 
 FACTORS = torch.logspace(-2.5, 1, 71, dtype=torch.float64)
 JUDGED = (0.01, 0.03, 0.1, 0.15, 0.2, 0.3, 0.6, 1.0)

@@ -33,9 +33,10 @@ from timing import in_own_process, peak_bytes
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from fastntk import plan, preparation, prepare
-from fastntk.compat import torchvision
-from fastntk.tunable import snapshot, tune, tuned
+from fastntk import plan, prepare
+from fastntk.inputs.libraries import torchvision
+from fastntk.memory import prepare as preparation
+from fastntk.tuning.selectors import snapshot, tune, tuned
 
 CLASSES = 10
 CASES = {"resnet18": (("bn",), 64), "vit_b_32": (("prompt:10", "head"), 224)}

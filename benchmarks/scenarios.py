@@ -3,13 +3,13 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from fastntk.methods import Method
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fastntk.bench.requests import drawn
-from fastntk.bench.stored import Stored
-from fastntk.comparison import references
-from fastntk.methods import Method
+from fastntk.evidence.bench.stored import Stored
+from fastntk.evidence.compare import references
+from fastntk.evidence.requests import drawn
 
 
 def scenarios(

@@ -19,6 +19,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fastntk.methods import FastNTK, Problem
+from fastntk.methods.retrain import retrained
+from fastntk.metrics import klom, margins, ulira
 from pretrained import fingerprint
 from rich.console import Console
 from rich.table import Table
@@ -26,19 +29,16 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 import fastntk
-from fastntk.bench.requests import drawn
-from fastntk.bench.summary import interval
-from fastntk.data import labels_of
-from fastntk.demo import digits, pretrained
-from fastntk.files import read_tensors, writable, write_tensors
-from fastntk.methods import FastNTK, Problem
-from fastntk.methods.retrain import retrained
-from fastntk.metrics import klom, margins, ulira
-from fastntk.outputs import at, logits_of
-from fastntk.process import settle
-from fastntk.progress import track
-from fastntk.training import Recipe
-from fastntk.tunable import tuned
+from fastntk.cli.demo import digits, pretrained
+from fastntk.common.files import read_tensors, writable, write_tensors
+from fastntk.common.machine import settle
+from fastntk.common.progress import track
+from fastntk.evidence.bench.summary import interval
+from fastntk.evidence.requests import drawn
+from fastntk.inputs.images import labels_of
+from fastntk.tuning.fitting import Recipe
+from fastntk.tuning.outputs import at, logits_of
+from fastntk.tuning.selectors import tuned
 
 UNLEARNING = {"fast_ntk": FastNTK(), "fast_ntk_exact_head": FastNTK(exact_head=True)}
 

@@ -20,9 +20,9 @@ from rich.console import Console
 from rich.table import Table
 from timing import interleaved, ratio
 
-from fastntk.jacobian import Jacobian
-from fastntk.process import settle
-from fastntk.statistics import ROWS, Sums
+from fastntk.common.machine import settle
+from fastntk.jacobians.jacobian import Jacobian
+from fastntk.solve.sums import ROWS, Sums
 
 CLASSES = 10
 

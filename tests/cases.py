@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import fastntk
-from fastntk.compat import timm
+from fastntk.inputs.libraries import timm
 
 CLASSES = 3
 

@@ -13,8 +13,9 @@ from cases import CASES
 from test_memory import moved
 
 import fastntk
-from fastntk import collection, distributed
-from fastntk.distributed import PeerLost
+from fastntk.common import distributed
+from fastntk.common.distributed import PeerLost
+from fastntk.solve import collect as collection
 
 out, form = Path(sys.argv[1]), sys.argv[2]
 victim = int(sys.argv[3]) if len(sys.argv) > 3 else None

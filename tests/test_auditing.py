@@ -7,16 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import CASES
+from fastntk.methods import Problem, Retrain
 from test_memory import LINEAR, close, moved, prepared
 from torch.func import functional_call
 from torch.utils.data import TensorDataset
 
 import fastntk
-from fastntk.auditing import left_out
-from fastntk.certificate import Audit
-from fastntk.methods import Problem, Retrain
-from fastntk.training import Recipe
-from fastntk.tunable import snapshot, tuned
+from fastntk.evidence.auditing import left_out
+from fastntk.memory.certificate import Audit
+from fastntk.tuning.fitting import Recipe
+from fastntk.tuning.selectors import snapshot, tuned
 
 IDS = [2, 9, 11]
 

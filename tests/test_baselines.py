@@ -9,10 +9,6 @@ from dataclasses import replace
 import oracles
 import pytest
 import torch
-from test_methods import dense, problem
-from torch.func import functional_call
-
-from fastntk.data import labels_of
 from fastntk.methods import (
     BadTeacher,
     Dampening,
@@ -26,7 +22,11 @@ from fastntk.methods import (
 )
 from fastntk.methods.descent import descend, divergence
 from fastntk.methods.random_label import salient
-from fastntk.tunable import tuned
+from test_methods import dense, problem
+from torch.func import functional_call
+
+from fastntk.inputs.images import labels_of
+from fastntk.tuning.selectors import tuned
 
 RATE = 1e-3
 PARTS = "retain", "forget"

@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from fastntk.methods import FastNTK, FineTune, Problem
 from test_cli import refuse, succeed
 
 import fastntk
-from fastntk.bench import grid
-from fastntk.bench.config import Setting, read_config
-from fastntk.bench.results import Cell, Results
-from fastntk.bench.summary import summarise
-from fastntk.bench.tables import by_model
-from fastntk.comparison import compare, references
-from fastntk.methods import FastNTK, FineTune, Problem
-from fastntk.training import Recipe
+from fastntk.evidence.bench import grid
+from fastntk.evidence.bench.config import Setting, read_config
+from fastntk.evidence.bench.results import Cell, Results
+from fastntk.evidence.bench.summary import summarise
+from fastntk.evidence.bench.tables import by_model
+from fastntk.evidence.compare import compare, references
+from fastntk.tuning.fitting import Recipe
 
 MODEL = """
 import torch

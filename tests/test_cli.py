@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from fastntk.cli import main
-from fastntk.models import load_model
-from fastntk.tunable import tune
+from fastntk.cli.main import main
+from fastntk.inputs.models import load_model
+from fastntk.tuning.selectors import tune
 
 MODEL = ["--model", "mobilenetv3_small_050", "--image-size", "32"]
 
@@ -293,7 +293,7 @@ def test_a_run_with_prompts_and_ids_of_its_own(tmp_path):
     """A vision transformer in a user's file, samples named by an array: the exported weights load strictly."""
     (tmp_path / "mine.py").write_text(
         "import fastntk\n"
-        "from fastntk.compat import timm\n"
+        "from fastntk.inputs.libraries import timm\n"
         "def vit(classes):\n"
         "    model = timm().create_model('vit_tiny_patch16_224', img_size=16, patch_size=8, embed_dim=8, depth=2,\n"
         "                                num_heads=2, num_classes=classes)\n"

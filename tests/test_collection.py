@@ -6,7 +6,7 @@ from cases import CASES
 from test_memory import close, moved
 
 import fastntk
-from fastntk import collection
+from fastntk.solve import collect as collection
 
 
 @pytest.fixture

@@ -6,17 +6,17 @@ import oracles
 import pytest
 import torch
 from cases import CASES, Case, LinearInTuned
+from fastntk.methods import FastNTK, Iterated, Problem
 from torch.func import functional_call
 
 import fastntk
-from fastntk.auditing import left_out
-from fastntk.jacobian import PerSampleJacobian
-from fastntk.linearised import Linearised
-from fastntk.methods import FastNTK, Iterated, Problem
-from fastntk.probes import ClassProbes
-from fastntk.statistics import Sums
-from fastntk.training import Recipe
-from fastntk.tunable import snapshot, tuned
+from fastntk.evidence.auditing import left_out
+from fastntk.jacobians.combinations import ClassProbes
+from fastntk.jacobians.jacobian import PerSampleJacobian
+from fastntk.jacobians.linearised import Linearised
+from fastntk.solve.sums import Sums
+from fastntk.tuning.fitting import Recipe
+from fastntk.tuning.selectors import snapshot, tuned
 
 LOSS = fastntk.CrossEntropy()
 

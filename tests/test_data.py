@@ -5,9 +5,9 @@ from PIL import Image
 from torch.utils.data import Subset, TensorDataset
 
 import fastntk
-from fastntk.compat import datasets
-from fastntk.data import batches, in_memory, labels_of, load_data
-from fastntk.models import Preprocessing
+from fastntk.inputs.images import batches, in_memory, labels_of, load_data
+from fastntk.inputs.libraries import datasets
+from fastntk.inputs.models import Preprocessing
 
 PLAIN = Preprocessing(8, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
@@ -60,7 +60,7 @@ def test_image_that_does_not_decode_is_named(tmp_path):
 
 
 def test_torchvision_dataset_by_name(tmp_path):
-    from fastntk.compat import torchvision
+    from fastntk.inputs.libraries import torchvision
 
     (tmp_path / "MNIST" / "raw").mkdir(parents=True)
     for part in ("train", "t10k"):

@@ -5,15 +5,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from fastntk.methods import FastNTK
+from fastntk.metrics import label_probability
 from test_heads import problem
 from torch.func import functional_call
 from torch.utils.data import Subset
 
 import fastntk
-from fastntk.gain import LEAST, MOST, calibrated
-from fastntk.methods import FastNTK
-from fastntk.metrics import label_probability
-from fastntk.run import Run
+from fastntk.cli.run import Run
+from fastntk.evidence.gain import LEAST, MOST, calibrated
 
 IDS = [2, 9, 15]
 

@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import CASES
+from fastntk.methods import FastNTK, Problem
 from torch.utils.data import TensorDataset
 
 import fastntk
-from fastntk.errors import InputError
-from fastntk.methods import FastNTK, Problem
-from fastntk.training import Recipe
+from fastntk.common.errors import InputError
+from fastntk.tuning.fitting import Recipe
 
 
 def problem(*select, form="auto", **options) -> Problem:

@@ -5,9 +5,9 @@ from cases import CASES, Convolutional
 from torch import nn
 
 import fastntk
-from fastntk.jacobian import PerSampleJacobian, concatenate
-from fastntk.linearised import jacobians
-from fastntk.tunable import snapshot, tuned
+from fastntk.jacobians.jacobian import PerSampleJacobian, concatenate
+from fastntk.jacobians.linearised import jacobians
+from fastntk.tuning.selectors import snapshot, tuned
 
 FAST = ["everything", "grouped", "bn+head", "fused bn+head", "ln+head", "prompts+head"]
 

@@ -6,11 +6,11 @@ from cases import CASES
 from test_memory import close, moved
 
 import fastntk
-from fastntk import matrix_free
-from fastntk.collection import shards
-from fastntk.jacobian import PerSampleJacobian
-from fastntk.linearised import Linearised
-from fastntk.tunable import snapshot, tuned
+from fastntk.jacobians.jacobian import PerSampleJacobian
+from fastntk.jacobians.linearised import Linearised
+from fastntk.solve import iterative as matrix_free
+from fastntk.solve.collect import shards
+from fastntk.tuning.selectors import snapshot, tuned
 
 NAMES = ["bn+head", "ln+head", "grouped", "shared"]
 
@@ -94,5 +94,5 @@ def test_saved_and_loaded_it_goes_on(tmp_path):
 
 
 def test_shards_cover_every_sample_once(monkeypatch):
-    monkeypatch.setattr("fastntk.collection.SHARD", 4)
+    monkeypatch.setattr("fastntk.solve.collect.SHARD", 4)
     assert [list(shard) for shard in shards(10)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]

@@ -8,8 +8,8 @@ from torch.func import functional_call
 from torch.utils.data import Subset, TensorDataset
 
 import fastntk
-from fastntk.memory import Memory
-from fastntk.tunable import snapshot, tuned
+from fastntk.memory.memory import Memory
+from fastntk.tuning.selectors import snapshot, tuned
 
 LINEAR = Case(LinearInTuned, ("head",))
 

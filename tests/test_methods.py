@@ -7,11 +7,6 @@ import oracles
 import pytest
 import torch
 from cases import CASES
-from torch.utils.data import TensorDataset
-
-import fastntk
-from fastntk.comparison import compare, one_shot, references
-from fastntk.data import labels_of
 from fastntk.methods import (
     BadTeacher,
     Dampening,
@@ -28,8 +23,13 @@ from fastntk.methods import (
     Scrub,
 )
 from fastntk.methods.golatkar import trapezium_factor
-from fastntk.training import Recipe
-from fastntk.tunable import snapshot, tuned
+from torch.utils.data import TensorDataset
+
+import fastntk
+from fastntk.evidence.compare import compare, one_shot, references
+from fastntk.inputs.images import labels_of
+from fastntk.tuning.fitting import Recipe
+from fastntk.tuning.selectors import snapshot, tuned
 
 METHODS = {
     "retrain": Retrain(),

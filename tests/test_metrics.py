@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastntk import metrics
+from fastntk.evidence import metrics
 
 
 def logits(count=7, classes=4, seed=0, scale=3.0):

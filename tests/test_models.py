@@ -6,9 +6,9 @@ import torch
 from safetensors.torch import save_file
 
 import fastntk
-from fastntk.compat import peft, transformers
-from fastntk.models import Preprocessing
-from fastntk.weights import load_weights, read_weights, rename_by_order
+from fastntk.inputs.libraries import peft, transformers
+from fastntk.inputs.models import Preprocessing
+from fastntk.inputs.weights import load_weights, read_weights, rename_by_order
 
 SMALL = "mobilenetv3_small_050"
 
@@ -158,6 +158,8 @@ def test_a_missing_extra_says_what_to_install(monkeypatch):
 
 
 def test_torchvision_imports_in_a_fresh_process_beside_any_torch():
-    code = "from fastntk.compat import timm, torchvision; print(torchvision().__version__, timm().__version__)"
+    code = (
+        "from fastntk.inputs.libraries import timm, torchvision; print(torchvision().__version__, timm().__version__)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -4,7 +4,7 @@ from cases import CASES
 from torch.utils.data import TensorDataset
 
 import fastntk
-from fastntk.planning import Workload, choose_form, price
+from fastntk.memory.plan import Workload, choose_form, price
 
 FREE = 10**12
 
@@ -56,7 +56,7 @@ def test_a_plan_names_every_phase(form):
 
 
 def test_batches_shrink_where_jacobians_are_large(monkeypatch):
-    monkeypatch.setattr("fastntk.planning.free_bytes", lambda device: 10**11)  # whatever this machine has
+    monkeypatch.setattr("fastntk.memory.plan.free_bytes", lambda device: 10**11)  # whatever this machine has
     case = CASES["everything"]
     data = case.data()
     wide = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 64, 200_000), torch.nn.Linear(200_000, 3))

@@ -4,10 +4,10 @@ from cases import CASES
 from test_memory import close, moved
 
 import fastntk
-from fastntk.jacobian import PerSampleJacobian
-from fastntk.linearised import Linearised
-from fastntk.probes import ClassProbes, error
-from fastntk.tunable import snapshot, tuned
+from fastntk.jacobians.combinations import ClassProbes, error
+from fastntk.jacobians.jacobian import PerSampleJacobian
+from fastntk.jacobians.linearised import Linearised
+from fastntk.tuning.selectors import snapshot, tuned
 
 
 def test_a_draw_is_its_samples_own_and_has_the_identity_for_its_mean():

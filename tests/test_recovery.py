@@ -2,16 +2,16 @@
 
 import pytest
 import torch
+from fastntk.methods import Problem
 from sklearn.linear_model import RidgeClassifier
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.utils.data import TensorDataset
 
 import fastntk
-from fastntk.methods import Problem
-from fastntk.process import peak_memory
-from fastntk.recovery import STEPS, first_reached, head_inputs, head_recovery, relearn_steps
-from fastntk.training import Recipe
+from fastntk.common.machine import peak_memory
+from fastntk.evidence.recovery import STEPS, first_reached, head_inputs, head_recovery, relearn_steps
+from fastntk.tuning.fitting import Recipe
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,13 @@ import re
 
 import pytest
 import torch
+from fastntk.metrics import accuracy, logit_distance, margins
 from torch import nn
 from torch.utils.data import TensorDataset
 
 import fastntk
-from fastntk import metrics
-from fastntk.metrics import accuracy, logit_distance, margins
-from fastntk.report import document, write_report
+from fastntk.evidence import metrics
+from fastntk.evidence.report import document, write_report
 
 LOGITS = torch.tensor([[3.0, 1.0, 0.0], [0.0, 2.0, 5.0], [1.0, 0.0, -1.0]])
 LABELS = torch.tensor([0, 1, 2])

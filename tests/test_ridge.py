@@ -2,11 +2,11 @@ import pytest
 import torch
 from cases import CASES
 
-from fastntk import ridge
-from fastntk.jacobian import PerSampleJacobian
-from fastntk.ridge import calibrate
-from fastntk.statistics import Rows, Sums
-from fastntk.tunable import snapshot, tuned
+from fastntk.jacobians.jacobian import PerSampleJacobian
+from fastntk.solve import ridge
+from fastntk.solve.ridge import calibrate
+from fastntk.solve.sums import Rows, Sums
+from fastntk.tuning.selectors import snapshot, tuned
 
 
 def problem(count=12):

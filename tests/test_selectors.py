@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import fastntk
-from fastntk.blocks import blocks
-from fastntk.compat import timm, torchvision, transformers
-from fastntk.jacobian import PerSampleJacobian
-from fastntk.lora import lora_targets
-from fastntk.models import Logits
-from fastntk.prompts import prompts_of
-from fastntk.tunable import head_name, snapshot, tunables
+from fastntk.inputs.libraries import timm, torchvision, transformers
+from fastntk.inputs.models import Logits
+from fastntk.inputs.structure import blocks
+from fastntk.jacobians.jacobian import PerSampleJacobian
+from fastntk.tuning.lora import lora_targets
+from fastntk.tuning.prompts import prompts_of
+from fastntk.tuning.selectors import head_name, snapshot, tunables
 
 WIDTH, BLOCKS = 8, 2
 

@@ -4,14 +4,14 @@ import oracles
 import pytest
 import torch
 from cases import CASES
+from fastntk.methods.golatkar import trapezium_factor
 
 import fastntk
-from fastntk.jacobian import PerSampleJacobian
-from fastntk.linalg import add_product_, conjugate_gradients, invert_, lanczos, mirror_, ridge_inverse
-from fastntk.methods.golatkar import trapezium_factor
-from fastntk.statistics import Rows, Sums, accumulate
-from fastntk.step import DualSolution, PrimalSolution
-from fastntk.tunable import snapshot, tuned
+from fastntk.jacobians.jacobian import PerSampleJacobian
+from fastntk.solve.linalg import add_product_, conjugate_gradients, invert_, lanczos, mirror_, ridge_inverse
+from fastntk.solve.primal import DualSolution, PrimalSolution
+from fastntk.solve.sums import Rows, Sums, accumulate
+from fastntk.tuning.selectors import snapshot, tuned
 
 RIDGE = 0.3
 NAMES = ["bn+head", "head", "bn", "bias"]

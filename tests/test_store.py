@@ -18,9 +18,9 @@ from test_memory import close, moved, prepared
 from torch.utils.data import Subset, TensorDataset
 
 import fastntk
-from fastntk import store
-from fastntk.certificate import hashed
-from fastntk.files import read_tensors
+from fastntk.common.files import read_tensors
+from fastntk.memory.certificate import hashed
+from fastntk.memory.disk import folder as store
 
 FORMS = ["primal", "dual", "matrix-free"]
 HERE = Path(__file__).parent

@@ -7,8 +7,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import fastntk
-from fastntk.training import Recipe
-from fastntk.tunable import snapshot, tuned
+from fastntk.tuning.fitting import Recipe
+from fastntk.tuning.selectors import snapshot, tuned
 
 
 def small():

@@ -3,7 +3,7 @@ from cases import Attention, Convolutional, fused
 from torch import nn
 
 import fastntk
-from fastntk.tunable import head_name, select, tunables
+from fastntk.tuning.selectors import head_name, select, tunables
 
 
 def test_selectors_choose_what_they_say():

@@ -1,21 +1,24 @@
 """Remove the influence of chosen training data from a fine-tuned vision model, without retraining it."""
 
-from fastntk.auditing import audit
-from fastntk.certificate import Audit, Certificate, Forgotten
-from fastntk.errors import InputError
-from fastntk.gain import amplified
-from fastntk.heads import exact_head
-from fastntk.lora import add_lora, remove_lora
-from fastntk.loss import CrossEntropy, SquaredLoss
-from fastntk.memory import Memory, load
-from fastntk.models import Logits, Preprocessing, load_model
-from fastntk.outputs import at
-from fastntk.planning import Plan, plan
-from fastntk.preparation import prepare, refresh
-from fastntk.prompts import add_prompts, remove_prompts
-from fastntk.report import Report, evaluate
-from fastntk.training import Fit, Recipe, fit
-from fastntk.tunable import snapshot, tunables, tune
+import sys
+
+from fastntk.common.errors import InputError
+from fastntk.evidence import methods, metrics
+from fastntk.evidence.auditing import audit
+from fastntk.evidence.gain import amplified
+from fastntk.evidence.report import Report, evaluate
+from fastntk.inputs.models import Logits, Preprocessing, load_model
+from fastntk.memory.certificate import Audit, Certificate, Forgotten
+from fastntk.memory.memory import Memory, load
+from fastntk.memory.plan import Plan, plan
+from fastntk.memory.prepare import prepare, refresh
+from fastntk.solve.head import exact_head
+from fastntk.tuning.fitting import Fit, Recipe, fit
+from fastntk.tuning.lora import add_lora, remove_lora
+from fastntk.tuning.loss import CrossEntropy, SquaredLoss
+from fastntk.tuning.outputs import at
+from fastntk.tuning.prompts import add_prompts, remove_prompts
+from fastntk.tuning.selectors import snapshot, tunables, tune
 
 __all__ = [
     "Audit",
@@ -50,3 +53,5 @@ __all__ = [
     "tunables",
     "tune",
 ]
+
+sys.modules |= {f"{__name__}.methods": methods, f"{__name__}.metrics": metrics}  # their public names

@@ -1,5 +1,5 @@
 """``python -m fastntk``."""
 
-from fastntk.cli import main
+from fastntk.cli.main import main
 
 main()

@@ -1,0 +1,91 @@
+"""The options that commands of the command line share, their help, and what their values mean."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from fastntk.common.errors import InputError
+
+SELECTED = ["bn", "head"]
+"""What is tuned if nothing is said."""
+
+Folder = Annotated[Path, typer.Argument(metavar="RUN", help="The run folder: everything about one model lies in it.")]
+Model = Annotated[
+    str, typer.Option(help="timm/NAME, torchvision/NAME, transformers/TYPE or /FOLDER, or FILE.py:FUNCTION.")
+]
+Data = Annotated[
+    str,
+    typer.Option(help="A folder of class folders, an .npz (x, y), a saved Hugging Face or a torchvision dataset."),
+]
+Root = Annotated[str | None, typer.Option(help="The folder that a torchvision dataset lies in.")]
+Select = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="What to tune, repeatable: bn, ln, norm, bias, head, prompt:10, deep-prompt:10, lora:8, last:1 (block), "
+        "all, or a regular expression over parameter names; bn and head if nothing is said. `fastntk tunables MODEL` "
+        "shows what there is."
+    ),
+]
+Weights = Annotated[str | None, typer.Option(help="A local state dict (.safetensors, .pt), or 'pretrained'.")]
+Size = Annotated[int | None, typer.Option(help="Side of the input in pixels; the model's own by default.")]
+IdColumn = Annotated[
+    str | None, typer.Option(help="The column (array of an .npz) that names the samples; their index by default.")
+]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")]
+Seed = Annotated[int, typer.Option(help="Of the head's first values and the order of the samples.")]
+LossName = Annotated[str, typer.Option("--loss", help="squared, for which one step is enough, or cross-entropy.")]
+Sums = Annotated[str, typer.Option(help="Dtype of the primal form's sums: float64, or float32 for half the memory.")]
+Precision = Annotated[str, typer.Option(help="Of the network: full, tf32 (NVIDIA only) or bf16.")]
+Probes = Annotated[
+    int | None, typer.Option(help="Random combinations of the logits in place of all classes; answers become rough.")
+]
+Workers = Annotated[int, typer.Option(help="Processes that read images ahead.")]
+Ids = Annotated[
+    str | None,
+    typer.Option(help="Places in the training set, as 3,17; paths in a folder of images; or what --id-column holds."),
+]
+IdsFile = Annotated[Path | None, typer.Option(help="A text file of such ids.")]
+Defer = Annotated[bool, typer.Option("--defer-purge", help="Leave the rewriting of the memory to a later command.")]
+Full = Annotated[bool, typer.Option("--full", help="Solve anew from the sums, to compare.")]
+CertificateFile = Annotated[
+    Path | None, typer.Option(help="Where to write the certificate (JSON), with the salt of its hashed ids.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+def number(text: str) -> float:
+    """What ``--ridge`` says, if it is not 'auto'.
+
+    Raises:
+        InputError: no number.
+    """
+    try:
+        return float(text)
+    except ValueError as error:
+        raise InputError(f"--ridge must be 'auto' or a number, not {text!r}.") from error
+
+
+def engine(sums: str, precision: str, class_probes: int | None, workers: int) -> dict[str, Any]:
+    """The options that plan and prepare share, as the library takes them.
+
+    Raises:
+        InputError: sums of another dtype.
+    """
+    if sums not in ("float64", "float32"):
+        raise InputError(f"--sums must be float64 or float32, not {sums!r}.")
+    dtype = torch.float64 if sums == "float64" else torch.float32
+    return {"dtype": dtype, "precision": precision, "class_probes": class_probes, "workers": workers}
+
+
+def text_of(path: Path) -> str:
+    """A text file.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as text ({error}).") from error

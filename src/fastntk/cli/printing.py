@@ -1,0 +1,44 @@
+"""What the command line prints on standard output."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from fastntk.memory.certificate import Forgotten
+    from fastntk.memory.disk.ledger import Request
+
+
+def show(document: Mapping[str, object], as_json: bool, text: object) -> None:
+    """Results on standard output: JSON for machines, or text for people."""
+    if as_json:
+        print(json.dumps(document))
+    else:
+        Console().print(text, soft_wrap=isinstance(text, str))  # a terminal wraps, a file should not
+
+
+def table_of(requests: "Sequence[Request]") -> Table:
+    """A ledger."""
+    table = Table("no", "kind", "samples", "answered (UTC)", "seconds", "state", "verdict")
+    for each in requests:
+        asked = (each.certificate.get(key, "") for key in ("samples", "verdict"))
+        samples, verdict = map(str, asked)
+        answered = each.answered[:16].replace("T", " ")
+        table.add_row(str(each.number), each.kind, samples, answered, f"{each.seconds:.2f}", each.state, verdict)
+    return table
+
+
+def show_answer(run: Path, answer: "Forgotten", purge_seconds: float | None, as_json: bool) -> None:
+    """An answer and its certificate; ``purge_seconds`` is None if nothing was purged."""
+    certificate = answer.certificate
+    document = {"run": str(run), "seconds": answer.seconds, "purge_seconds": purge_seconds, **certificate.to_dict()}
+    text = (
+        f"{certificate.kind}: {certificate.samples} samples in {answer.seconds:.2f} s; {certificate.retained:,} others "
+        f"stay.\n{certificate.explanation}"
+    )
+    purged = "nothing was purged" if purge_seconds is None else f"purged in {purge_seconds:.2f} s"
+    show(document, as_json, f"{text}\nThe memory's folder: {purged}.")

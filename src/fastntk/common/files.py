@@ -1,0 +1,131 @@
+"""Writing whole files or none, and reading what was written."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastntk.common.errors import InputError
+
+
+def writable(folder: Path) -> Path:
+    """``folder``, made if need be.
+
+    Raises:
+        InputError: it cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise InputError(f"the folder {folder} cannot be written ({error.strerror}). Choose another one.") from error
+
+
+def write(path: Path, save: Callable[[Path], object]) -> None:
+    """Let ``save`` write a temporary file beside ``path``, sync it and switch: ``path`` is old or new, never half.
+
+    Raises:
+        InputError: the disk is full or the folder cannot be written; ``path`` is as it was.
+    """
+    temporary = path.with_name(f".{path.name}.new")
+    try:
+        save(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} cannot be written ({error}); what was there is unchanged.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, object] | None = None) -> None:
+    """Tensors by name as safetensors, with a record that JSON can hold in the header."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write(path, lambda file: save_file(plain, file, {"fastntk": json.dumps(record or {})}))
+
+
+def read_tensors(path: Path, names: Sequence[str] | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What ``write_tensors`` wrote: the tensors of the given names (None: all), and the record.
+
+    Raises:
+        InputError: the file is missing, corrupt, truncated, or not of this kind.
+    """
+    if not path.is_file():
+        raise InputError(f"there is no file {path}.")
+    try:
+        with safe_open(path, "pt") as file:
+            record = (file.metadata() or {}).get("fastntk")
+            tensors = {name: file.get_tensor(name) for name in (file.keys() if names is None else names)}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} cannot be read ({error}). It may be truncated: copy it again.") from error
+    if record is None:
+        raise InputError(f"{path} was not written by fastntk.")
+    return tensors, json.loads(record)
+
+
+def write_json(path: Path, document: Mapping[str, object]) -> None:
+    """A JSON file, whole or not at all."""
+    write(path, lambda file: file.write_text(json.dumps(document, indent=2) + "\n"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        InputError: the file is missing or is not JSON.
+    """
+    try:
+        document = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise InputError(f"there is no file {path}.") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as JSON ({error}).") from error
+    if not isinstance(document, dict):
+        raise InputError(f"{path} does not hold a JSON object.")
+    return document
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """A SHA-256 of names and values."""
+    state = hashlib.sha256()
+    for name, tensor in tensors.items():
+        state.update(name.encode())
+        state.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return state.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """The SHA-256 of a file.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    state = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(2**22):
+                state.update(block)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}).") from error
+    return state.hexdigest()

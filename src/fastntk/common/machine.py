@@ -1,0 +1,94 @@
+"""Settings of the whole process that long passes over a network run faster with."""
+
+import ctypes
+import gc
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+# glibc's names for its settings (mallopt), and values: blocks up to 128 MiB come from the heap and up to 1 GiB of freed
+# memory stays there. By default every large activation is given back to the system and asked for again, page by page.
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = (-3, 2**27), (-1, 2**30)
+
+
+def settle() -> None:
+    """Flush denormal numbers to zero, which some processors compute with ten times slower, and keep freed memory.
+
+    The latter where the C library is glibc; elsewhere it stays as it is. On a GPU, convolutions are those that give the
+    same result every time, and take float32 as it is (cuDNN's default is to round it to TF32; ``fastntk.jacobians.numerics``
+    asks for that). All of it holds for the process from then on.
+    """
+    torch.set_flush_denormal(True)
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
+    if mallopt := _of_glibc("mallopt"):
+        for name, value in (_MMAP_THRESHOLD, _TRIM_THRESHOLD):
+            mallopt(name, value)
+
+
+def device_name(device: torch.device) -> str:
+    """``cpu``, or what the GPU calls itself."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def wait(device: torch.device) -> None:
+    """Until a device has done all that it was given; only GPUs are given work ahead."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def elapsed(started: float, device: torch.device) -> float:
+    """Seconds from ``started``, by ``time.perf_counter``, to the end of all that ``device`` was given."""
+    wait(device)
+    return time.perf_counter() - started
+
+
+@dataclass
+class Peak:
+    """The most bytes that were held while a block lasted, more than before it."""
+
+    bytes: int = 0
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[Peak]:
+    """Measure the memory that a block takes: of the device if it is a GPU, else of this process.
+
+    The process is looked at every 5 ms; memory that it had freed and kept is given back to the system first, where the
+    C library is glibc, as it would hide what is used again.
+    """
+    gc.collect()
+    peak = Peak()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield peak
+        peak.bytes = torch.cuda.max_memory_allocated(device) - before
+        return
+    if trim := _of_glibc("malloc_trim"):
+        trim(0)
+    process, over = psutil.Process(), threading.Event()
+    before = process.memory_info().rss
+
+    def watch() -> None:
+        while not over.wait(0.005):
+            peak.bytes = max(peak.bytes, process.memory_info().rss - before)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        over.set()
+        watcher.join()
+        peak.bytes = max(peak.bytes, process.memory_info().rss - before)
+
+
+def _of_glibc(name: str) -> Callable[..., int] | None:
+    """A function of the C library, if it is glibc and has it."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None

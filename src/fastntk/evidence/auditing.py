@@ -1,0 +1,173 @@
+"""How near retrained models a memory's answers come, measured before anybody asks.
+
+A certificate's departures say that the network followed the linear prediction, not that retraining arrives at the same
+place. An audit measures the latter on a request that nobody made: the memory's answer to it beside two models that are
+truly retrained for it. It costs two retrainings, once; every certificate from then on carries the result.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+
+from fastntk.common.errors import InputError
+from fastntk.common.progress import track
+from fastntk.evidence.gain import calibrated, multiplied
+from fastntk.evidence.methods.retrain import retrained
+from fastntk.evidence.metrics import accuracy, logit_distance
+from fastntk.inputs.images import labels_of
+from fastntk.memory.certificate import Audit, Forgotten
+from fastntk.memory.members import Id
+from fastntk.memory.memory import Memory
+from fastntk.memory.prepare import check_complete
+from fastntk.solve.iterative import MatrixFreeSolution
+from fastntk.tuning.fitting import Recipe
+from fastntk.tuning.outputs import at, logits_of
+from fastntk.tuning.selectors import snapshot, tuned
+
+_LEFT_OUT = 1000  # members at most
+_TOGETHER = 64  # of them at a time
+
+Retraining = Callable[[Dataset, int], Mapping[str, Tensor]]
+"""A user's own training from the parameters before fitting: the data and a seed to the tuned parameters."""
+
+
+def audit(
+    memory: Memory,
+    recipe: Recipe | Retraining,
+    *,
+    fraction: float = 0.1,
+    ids: Iterable[Id] | None = None,
+    held_out: Dataset | None = None,
+    seed: int = 0,
+) -> Audit:
+    """Answer a drawn request from the memory, retrain twice without its samples, and compare.
+
+    The request is not carried out. Its samples are in the audit as a number alone. The audit is ``memory.audit`` from
+    now on, until ``refresh``; the certificates of requests carry it, and their verdict heeds it.
+
+    Args:
+        memory: with a data source that has all of its members.
+        recipe: how the model was fitted, or a function that fits it: ``recipe(data, seed)`` starts from the parameters
+            before fitting and returns the tuned ones after it. It may use the model itself, whose tuned parameters are
+            put back afterwards.
+        fraction: of the members, drawn at random, for the request.
+        ids: the request, in place of a drawn one: say, a class, where classes are what will be asked for.
+        held_out: labelled samples that the model was not fitted to. With them the accuracy on members left out one by
+            one is compared with that on unseen samples, see ``left_out``.
+        seed: of the draw; the retrained models' are the two after the recipe's, or 1 and 2.
+
+    Raises:
+        InputError: the request is empty or everything, samples are missing or have changed, retraining returns other
+            parameters than the tuned ones, or the two retrained models are equal.
+    """
+    drawn = memory.members.positions(_drawn(memory, fraction, seed) if ids is None else ids)
+    if not len(drawn):
+        raise InputError("the audit's request is empty. Give a larger fraction.")
+    check_complete(memory)
+    positions = memory.present.nonzero()[:, 0]
+    retain = Subset(memory.members, positions[~torch.isin(positions, drawn)].tolist())
+    started = time.perf_counter()
+    first, second = (_fitted(memory, retain, recipe, number) for number in track((1, 2), "auditing, retraining"))
+    seconds = time.perf_counter() - started
+    answer = memory.preview(memory.members.ids[position] for position in drawn.tolist())
+    result = _compared(memory, Subset(memory.members, drawn.tolist()), (first, second), answer, seconds)
+    if held_out is not None:
+        result = _beside_unseen(result, memory, held_out)
+    memory.audited_(result)
+    return result
+
+
+def _drawn(memory: Memory, fraction: float, seed: int) -> list[Id]:
+    """The ids of a share of the members, at random."""
+    ids = memory.ids
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
+    return [ids[place] for place in order[: round(fraction * len(ids))].tolist()]
+
+
+def _compared(
+    memory: Memory, forget: Dataset, models: tuple[Mapping[str, Tensor], ...], answer: Forgotten, seconds: float
+) -> Audit:
+    """An answer beside the two retrained models, each by its tuned parameters."""
+    device, labels, certificate = memory.linearised.device, labels_of(forget), answer.certificate
+    one, other, ours = (logits_of(at(memory.model, p), forget, device).cpu() for p in (*models, answer.parameters))
+    floor, distances = logit_distance(one, other), (logit_distance(ours, one), logit_distance(ours, other))
+    if not floor:
+        raise InputError("the two retrained models are equal: retraining must depend on the seed that it is given.")
+    references, right = (accuracy(one, labels), accuracy(other, labels)), ours.argmax(1) == labels
+    differ = sum(int((right != (each.argmax(1) == labels)).sum()) for each in (one, other)) / 2
+    deviation = 100 * differ**0.5 / len(labels)
+    departures = certificate.departure_requested, certificate.departure_retained or 0.0
+    gain = calibrated(memory, answer.parameters, forget, (one, other))
+    gained = logits_of(at(memory.model, multiplied(memory, answer.parameters, gain)), forget, device).cpu()
+    return Audit(
+        samples=len(labels),
+        accuracy=accuracy(ours, labels),
+        retrained=references,
+        deviation=deviation,
+        distances=distances,
+        floor=floor,
+        departures=departures,
+        gain=gain,
+        accuracy_with_gain=accuracy(gained, labels),
+        distances_with_gain=(logit_distance(gained, one), logit_distance(gained, other)),
+        seconds=seconds,
+    )
+
+
+def left_out(memory: Memory, positions: Int[Tensor, " samples"]) -> Float[Tensor, "samples classes"]:
+    """The logits of each member at ``positions`` after forgetting it alone, as the linear prediction has them; with
+    cross-entropy, up to a number that is the same for all classes of a sample.
+
+    ``f(x_i; theta*) + J_i (theta - theta* + s(S - i) - s(S))`` with S the members and theta the current parameters.
+
+    Raises:
+        InputError: the memory is matrix-free, which needs a solve a sample, or its classes are probed.
+    """
+    linearised, solution = memory.linearised, memory.solution
+    if isinstance(solution, MatrixFreeSolution) or linearised.probes:
+        raise InputError(
+            "samples can be left out one by one in the primal and the dual form alone, without class probes."
+        )
+    layout, ids = linearised.layout, positions.tolist()
+    fitted = logits_of(at(memory.model, memory.anchor), Subset(memory.members, ids), linearised.device)
+    moved = layout.flatten(memory.parameters) - layout.flatten(memory.anchor)
+    changes = torch.cat([solution.alone(some, memory.rows) for some in positions.split(_TOGETHER)])
+    alone = fitted + linearised.loss.whitened(changes, fitted)
+    return alone + linearised.tangent(ids, moved) if moved.any() else alone
+
+
+def _beside_unseen(result: Audit, memory: Memory, held_out: Dataset) -> Audit:
+    """With the accuracies on some members left out and on held-out samples."""
+    generator = torch.Generator().manual_seed(0)
+    positions = memory.present.nonzero()[:, 0]
+    positions = positions[torch.randperm(len(positions), generator=generator)[:_LEFT_OUT].sort().values]
+    members = labels_of(Subset(memory.members, positions.tolist()))
+    alone = left_out(memory, positions).cpu()
+    unseen = logits_of(at(memory.model, memory.parameters), held_out, memory.linearised.device).cpu()
+    return replace(
+        result,
+        left_out=accuracy(alone, members),
+        unseen=accuracy(unseen, labels_of(held_out)),
+        compared=(len(members), len(unseen)),
+    )
+
+
+def _fitted(memory: Memory, retain: Dataset, recipe: Recipe | Retraining, number: int) -> Mapping[str, Tensor]:
+    """The retrained model of a number, 1 or 2; the memory's own is put back as it was."""
+    if isinstance(recipe, Recipe):
+        again = replace(recipe, seed=recipe.seed + number)
+        return retrained(memory.model, memory.initial, retain, again)[0]
+    before = snapshot(tuned(memory.model))
+    try:
+        fitted = {name: tensor.detach().clone() for name, tensor in recipe(retain, number).items()}
+    finally:
+        memory.model.load_state_dict(before, strict=False)
+    if fitted.keys() != before.keys():
+        odd = sorted(fitted.keys() ^ before.keys())[0]
+        raise InputError(f"retraining must return all tuned parameters and no others: it differs in {odd!r}.")
+    return fitted

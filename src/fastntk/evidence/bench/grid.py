@@ -1,0 +1,132 @@
+"""Running what is not in the results yet: one fitted model after the other, and every request against it."""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from fastntk.common.files import writable
+from fastntk.common.machine import device_name, elapsed, settle
+from fastntk.common.progress import console
+from fastntk.evidence.auditing import audit
+from fastntk.evidence.bench.config import Config, Data, Setting
+from fastntk.evidence.bench.results import Results
+from fastntk.evidence.bench.stored import Stored, fitted, stored_retraining
+from fastntk.evidence.compare import compare, references
+from fastntk.evidence.methods import Method, Problem
+from fastntk.evidence.report import Report
+from fastntk.evidence.requests import drawn
+from fastntk.inputs.images import Images, in_memory, load_data
+from fastntk.inputs.models import Preprocessing, load_model
+from fastntk.memory.memory import Memory
+from fastntk.memory.prepare import prepare
+from fastntk.tuning.fitting import Fit
+from fastntk.tuning.selectors import tune, tuned
+
+
+def run(config: Config, folder: Path, device: torch.device | str = "cpu") -> Results:
+    """Every cell of the grid that is not in ``folder/results.sqlite`` yet, made with the same settings.
+
+    Fits and the methods' answers are kept in ``folder/fits``, so that what was cut off goes on where it was. For every
+    fitted model the memory is audited once, on a random tenth.
+
+    Raises:
+        InputError: the folder cannot be written, or a model or data cannot be had.
+    """
+    settle()
+    results = Results(writable(folder) / "results.sqlite")
+    for setting in config.settings():
+        described = {**_described(config, setting), "methods": {n: _method(m) for n, m in config.methods.items()}}
+        missing = [request for request in config.requests if not results.holds(setting, request, described)]
+        if missing:
+            console.print(f"{setting.data}, {setting.model}, {setting.per_class} a class, seed {setting.seed}")
+            for request, facts, report in _cells(config, setting, missing, folder / "fits", device):
+                results.add(setting, request, described, facts, report)
+                console.print(report.table(request))
+    return results
+
+
+def _cells(
+    config: Config, setting: Setting, requests: Iterable[str], fits: Path, device: torch.device | str
+) -> Iterator[tuple[str, dict[str, object], Report]]:
+    """Requests against one fitted model: each with what is known of it and its report."""
+    key = _digest(_described(config, setting))
+    kept = writable(fits / f"{setting.data}-{setting.model}-{setting.per_class}-{setting.seed}-{key}")
+    model, train, test = _opened(config, setting, device)
+    fit = fitted(model, train, config.fitting(setting.seed), kept / "original.safetensors", key)
+    started = time.perf_counter()
+    memory = prepare(model, train, fit.initial, loss=fit.recipe.loss)
+    preparing = elapsed(started, memory.linearised.device)
+    audit(memory, stored_retraining(model, fit, kept, key), held_out=test, seed=setting.seed + 1)
+    for request in requests:
+        forget, held_out = drawn(request, train, test, setting.seed, setting.seed % memory.linearised.classes)
+        problem = Problem(model, fit.initial, train, forget, fit.recipe, memory)
+        methods = {
+            name: Stored(method, kept / f"{request}-{name}.safetensors", _digest([key, *_method(method)]))
+            for name, method in {**references(setting.seed + 1), **config.methods}.items()
+        }
+        report, notes = compare(problem, held_out, methods, fit.seconds)
+        yield request, {**_facts(memory, fit, problem, held_out, notes), "prepare_seconds": preparing}, report
+
+
+def _described(config: Config, setting: Setting) -> dict[str, object]:
+    """Everything that a fitted model and its test images depend on."""
+    return {
+        "data": asdict(config.data[setting.data]),
+        "model": {**asdict(config.models[setting.model]), "select": list(config.models[setting.model].select)},
+        "test_per_class": config.test_per_class,
+        "recipe": dict(config.recipe),
+        "setting": asdict(setting),
+    }
+
+
+def _method(method: Method) -> list[object]:
+    return [type(method).__name__, asdict(method)]  # type: ignore[call-overload]
+
+
+def _digest(document: object) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _opened(config: Config, setting: Setting, device: torch.device | str) -> tuple[nn.Module, Dataset, Dataset]:
+    """The model, tuned and not fitted, and its training and test images."""
+    entry, data = config.models[setting.model], config.data[setting.data]
+    _, preprocessing = load_model(entry.model, 2, size=entry.image_size)
+    train, test = _images(data, preprocessing, setting.per_class, config.test_per_class)
+    size = entry.image_size or preprocessing.size or None
+    model, _ = load_model(entry.model, len(train.classes), weights=entry.weights, size=size, seed=setting.seed)
+    tune(model, *entry.select)
+    return model.to(device), in_memory(train), in_memory(test)
+
+
+def _images(data: Data, preprocessing: Preprocessing, train: int, test: int) -> tuple[Images, Images]:
+    """The first images of each class for training, and those of the test split, or the ones after them, for testing."""
+    whole = load_data(data.source, preprocessing, root=data.root)
+    if data.test == "rest":
+        return whole.part(0, train), whole.part(train, train + test)
+    held_out = load_data(data.source, preprocessing, split="test", root=data.root)
+    return whole.part(0, train), held_out.part(0, test)
+
+
+def _facts(memory: Memory, fit: Fit, problem: Problem, test: Dataset, notes: Mapping[str, str]) -> dict[str, object]:
+    """What is known of a cell beside the methods' measures."""
+    calibration = memory.calibration
+    return {
+        "classes": memory.linearised.classes,
+        "parameters": sum(tensor.numel() for tensor in tuned(memory.model).values()),
+        "images": len(memory.ids),
+        "forgotten": len(problem.forget),
+        "test_images": len(test),  # type: ignore[arg-type]
+        "form": memory.form,
+        "ridge": asdict(calibration) if calibration else memory.ridge,
+        "audit": memory.audit.to_dict() if memory.audit else None,
+        "notes": dict(notes),
+        "fit_seconds": fit.seconds,
+        "device": device_name(problem.device),
+    }

@@ -1,0 +1,74 @@
+"""Fits and answers kept on disk, so that an interrupted benchmark goes on where it was."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+import fastntk
+from fastntk.common.files import read_tensors, write_tensors
+from fastntk.evidence.auditing import Retraining
+from fastntk.evidence.methods import Method, Problem, Unlearned
+from fastntk.evidence.methods.problem import measured
+from fastntk.evidence.methods.retrain import retrained
+from fastntk.tuning.fitting import Fit, Recipe
+from fastntk.tuning.selectors import tuned
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A method whose answer is taken from ``path`` if it was stored there under the same ``key``."""
+
+    method: Method
+    path: Path
+    key: str
+
+    def __call__(self, problem: Problem) -> Unlearned:
+        """The stored answer, or the method's, which is then stored."""
+        if kept := _kept(self.path, self.key, problem.device):
+            tensors, record = kept
+            return Unlearned(tensors, record["seconds"], record["note"], record["bytes"])
+        done = measured(self.method, problem)
+        record = {"key": self.key, "seconds": done.seconds, "note": done.note, "bytes": done.bytes}
+        write_tensors(self.path, done.parameters, record)
+        return done
+
+
+def fitted(model: nn.Module, train: Dataset, recipe: Recipe, path: Path, key: str) -> Fit:
+    """Fit ``model``, or put the fit stored at ``path`` under the same ``key`` into it."""
+    if kept := _kept(path, key, next(model.parameters()).device):
+        tensors, record = kept
+        initial = fastntk.snapshot(tuned(model))
+        model.eval().load_state_dict(tensors, strict=False)
+        return Fit(initial, [], recipe, record["seconds"])
+    done = fastntk.fit(model, train, recipe)
+    write_tensors(path, tuned(model), {"key": key, "seconds": done.seconds})
+    return done
+
+
+def stored_retraining(model: nn.Module, fit: Fit, folder: Path, key: str) -> Retraining:
+    """Training as ``fit`` did, for an audit; what each seed arrives at is kept in ``folder``."""
+
+    def retraining(data: Dataset, seed: int) -> dict[str, Tensor]:
+        path = folder / f"audit-{seed}.safetensors"
+        if kept := _kept(path, key, next(model.parameters()).device):
+            return kept[0]
+        recipe = replace(fit.recipe, seed=fit.recipe.seed + seed)
+        parameters, seconds = retrained(model, fit.initial, data, recipe)
+        write_tensors(path, parameters, {"key": key, "seconds": seconds})
+        return parameters
+
+    return retraining
+
+
+def _kept(path: Path, key: str, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """What was stored at ``path`` under ``key``: tensors, on ``device``, and record; None if nothing was."""
+    if not path.exists():
+        return None
+    tensors, record = read_tensors(path)
+    if record["key"] != key:
+        return None
+    return {name: tensor.to(device) for name, tensor in tensors.items()}, record

@@ -1,0 +1,72 @@
+"""Training on from the fitted parameters: shared by every method that fine-tunes."""
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from fastntk.common.machine import elapsed
+from fastntk.evidence.methods.problem import Problem, Unlearned
+from fastntk.inputs.images import batches, checked
+from fastntk.tuning.selectors import snapshot, tuned
+
+Losses = Callable[[Problem, nn.Module], Iterator[Float[Tensor, ""]]]
+"""From a request and a model to one loss a step, each computed at the parameters which that step finds."""
+
+
+def descend(
+    problem: Problem,
+    losses: Losses,
+    learning_rate: float,
+    mask: Mapping[str, Tensor] | None = None,
+    start: Mapping[str, Tensor] | None = None,
+) -> Unlearned:
+    """Adam along one loss after the other; the problem's model is not changed.
+
+    Args:
+        problem: the request.
+        losses: to be minimised, one a step.
+        learning_rate: constant.
+        mask: of the tuned parameters, 1 where they may move and 0 where not.
+        start: the tuned parameters to begin with; None takes the fitted ones.
+    """
+    started = time.perf_counter()
+    model = copy.deepcopy(problem.model)
+    model.load_state_dict(dict(start or problem.memory.anchor), strict=False)
+    parameters = tuned(model)
+    optimiser = torch.optim.Adam(parameters.values(), lr=learning_rate)
+    for loss in losses(problem, model.eval()):
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        for name, allowed in (mask or {}).items():
+            gradient = parameters[name].grad
+            if gradient is not None:
+                gradient.mul_(allowed)
+        optimiser.step()
+    return Unlearned(snapshot(parameters), elapsed(started, problem.device))
+
+
+def shuffled(problem: Problem, data: Dataset, seed: int) -> Iterator[tuple[Tensor, Int[Tensor, " batch"]]]:
+    """Batches of ``(images, labels)`` in a random order, on the model's device."""
+    order = torch.Generator().manual_seed(seed)
+    for images, labels in batches(data, problem.recipe.batch_size, order):
+        yield checked(images).to(problem.device), labels.to(problem.device)
+
+
+def endlessly(problem: Problem, data: Dataset, seed: int) -> Iterator[tuple[Tensor, Int[Tensor, " batch"]]]:
+    """``shuffled``, again and again, in another order each time."""
+    while True:
+        yield from shuffled(problem, data, seed)
+        seed += 1
+
+
+def divergence(
+    left: Float[Tensor, "batch classes"], right: Float[Tensor, "batch classes"], temperature: float = 1.0
+) -> Float[Tensor, ""]:
+    """``mean_i KL(softmax(left_i / T) || softmax(right_i / T))`` of two models' logits, in nats."""
+    logs = [(logits / temperature).log_softmax(1) for logits in (left, right)]
+    return (logs[0].exp() * (logs[0] - logs[1])).sum(1).mean()

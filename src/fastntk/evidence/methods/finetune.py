@@ -1,0 +1,47 @@
+"""Training on with what is retained, in the hope that the rest fades."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from fastntk.evidence.methods.descent import descend, shuffled
+from fastntk.evidence.methods.problem import Problem, Unlearned
+
+
+@dataclass(frozen=True)
+class FineTune:
+    """Minimise ``L_R`` from ``theta*``, and with ``sparsity`` ``L_R + s_t |theta|_1`` with ``s_t`` falling to 0.
+
+    Attributes:
+        epochs: over the retained samples.
+        learning_rate: of Adam, constant.
+        sparsity: ``s_0``; ``s_t = s_0 (1 - t / T)`` at step t of T. Jia et al.'s l1-sparse.
+        seed: of the order.
+
+    Source: the usual baseline, as in Golatkar, Achille, Soatto 2020 (arXiv 1911.04933); for l1-sparse, Jia et al. 2023,
+    "Model sparsity can simplify machine unlearning" (arXiv 2304.04934).
+    """
+
+    epochs: int = 2
+    learning_rate: float = 1e-3
+    sparsity: float = 0.0
+    seed: int = 0
+
+    def __call__(self, problem: Problem) -> Unlearned:
+        """Answer the request by training on."""
+        return descend(problem, self.losses, self.learning_rate)
+
+    def losses(self, problem: Problem, model: nn.Module) -> Iterator[Tensor]:
+        """The loss of every step."""
+        moving = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        steps = self.epochs * -(-len(problem.retain) // problem.recipe.batch_size)
+        taken = 0
+        for epoch in range(self.epochs):
+            for images, labels in shuffled(problem, problem.retain, self.seed + epoch):
+                loss = problem.recipe.loss(model(images), labels)
+                if self.sparsity:
+                    size = sum(parameter.abs().sum() for parameter in moving)
+                    loss = loss + self.sparsity * (1 - taken / steps) * size
+                yield loss
+                taken += 1

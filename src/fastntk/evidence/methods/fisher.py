@@ -1,0 +1,102 @@
+"""What depends on the diagonal of the Fisher information: forgetting by noise, and by dampening."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import starmap
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fastntk.common.machine import elapsed
+from fastntk.evidence.methods.problem import Problem, Unlearned
+from fastntk.jacobians.jacobian import Jacobian
+
+
+@dataclass(frozen=True)
+class FisherForgetting:
+    """``theta* + a F_R^(-1/4) n``: noise where the retained samples do not hold the parameters, ``n ~ N(0, I)``.
+
+    ``F_R`` is the diagonal of the Fisher information, a mean over R: of a squared loss's Gaussian, ``mean_R J'J``.
+
+    Attributes:
+        scale: ``a``, which is ``(lambda sigma^2)^(1/4)`` in the paper.
+        floor: added to ``F_R``, as a share of its mean.
+        seed: of n.
+
+    Source: Golatkar, Achille, Soatto 2020, "Eternal sunshine of the spotless net" (arXiv 1911.04933).
+    """
+
+    scale: float = 1e-3
+    floor: float = 1e-6
+    seed: int = 0
+
+    def __call__(self, problem: Problem) -> Unlearned:
+        """Answer the request by one pass over the retained samples."""
+        started = time.perf_counter()
+        noise = fisher_noise(problem, self.scale, self.floor, self.seed)
+        return Unlearned(problem.memory.assemble(noise), elapsed(started, problem.device))
+
+
+@dataclass(frozen=True)
+class Dampening:
+    """``theta_j <- min(b I_Dj / I_Fj, 1) theta_j`` wherever ``I_Fj > a I_Dj``: selective synaptic dampening (SSD).
+
+    The importances ``I_Sj`` are means over S of the squared gradient of a sample's loss.
+
+    Attributes:
+        threshold: ``a``.
+        strength: ``b``.
+
+    Source: Foster, Schoepf, Brintrup 2024 (arXiv 2308.07707).
+    """
+
+    threshold: float = 10.0
+    strength: float = 1.0
+
+    def __call__(self, problem: Problem) -> Unlearned:
+        """Answer the request by one pass over all samples."""
+        started = time.perf_counter()
+        layout, anchor = problem.memory.linearised.layout, problem.memory.anchor
+        everything = importance(problem, range(len(problem.train)))  # type: ignore[arg-type]
+        forgotten = importance(problem, problem.forget.tolist())
+        factor = torch.where(
+            forgotten > self.threshold * everything,
+            (self.strength * everything / forgotten.clamp_min(torch.finfo(forgotten.dtype).tiny)).clamp_max(1),
+            torch.ones_like(forgotten),
+        )
+        damped = layout.unflatten(factor * layout.flatten(anchor), anchor)
+        return Unlearned(damped, elapsed(started, problem.device))
+
+
+def fisher_noise(problem: Problem, scale: float, floor: float, seed: int) -> Float[Tensor, " p"]:
+    """``a (F_R + floor mean(F_R))^(-1/4) n``."""
+    information = fisher(problem, problem.retain.indices)
+    draw = torch.randn(information.shape, generator=torch.Generator().manual_seed(seed), dtype=information.dtype)
+    return scale * draw.to(information) / (information + floor * information.mean()) ** 0.25
+
+
+def fisher(problem: Problem, ids: Sequence[int]) -> Float[Tensor, " p"]:
+    """``mean_i sum_c J_ic^2``, elementwise."""
+
+    def of_batch(jacobian: Jacobian, _: Tensor) -> Tensor:
+        head = jacobian.features.double().square().sum(0)
+        return torch.cat([jacobian.rest.double().square().sum((0, 1)), head.repeat(jacobian.rest.shape[1])])
+
+    return _mean(problem, ids, of_batch)
+
+
+def importance(problem: Problem, ids: Sequence[int]) -> Float[Tensor, " p"]:
+    """``mean_i (J_i'r_i)^2``, elementwise: of the gradient of each sample's loss."""
+
+    def of_batch(jacobian: Jacobian, residual: Tensor) -> Tensor:
+        rest = torch.einsum("ncp,nc->np", jacobian.rest, residual).double().square().sum(0)
+        head = torch.einsum("nc,nf->cf", residual.double().square(), jacobian.features.double().square())
+        return torch.cat([rest, head.flatten()])
+
+    return _mean(problem, ids, of_batch)
+
+
+def _mean(problem: Problem, ids: Sequence[int], of_batch: Callable[[Jacobian, Tensor], Tensor]) -> Tensor:
+    return sum(starmap(of_batch, problem.memory.linearised.stream(ids)), torch.zeros(())) / len(ids)

@@ -1,0 +1,55 @@
+"""The published one-shot step, which Fast-NTK takes over parameter-efficient parameters."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fastntk.common.machine import elapsed
+from fastntk.evidence.methods.fisher import FisherForgetting, fisher_noise
+from fastntk.evidence.methods.problem import Problem, Unlearned
+
+
+@dataclass(frozen=True)
+class Golatkar:
+    """``theta* + m (s_0(R) - s_0(D))``: ``s_0`` is the step of ``fastntk.solve.primal`` with ``u = 0``.
+
+    Its ridge is ``n_S weight_decay`` in the solve over S, so it is a different total for R and for D. The multiplier m
+    is 1, or with ``trapezium`` ``1 + 2 |<D, e>| / |D|^2`` for the step ``D = s_0(R) - s_0(D)`` and ``e = u - s_0(R)``.
+
+    Attributes:
+        weight_decay: per sample; None takes the memory's ridge over the number of its samples.
+        trapezium: scale the step by the trapezium rule.
+        noise: ``a`` of the noise ``a F_R^(-1/4) n`` that is added to the parameters; see ``FisherForgetting``.
+        seed: of n.
+
+    Source: Golatkar, Achille, Soatto 2020, "Forgetting Outside the Box" (arXiv 2003.02960).
+    """
+
+    weight_decay: float | None = None
+    trapezium: bool = False
+    noise: float = 0.0
+    seed: int = 0
+
+    def __call__(self, problem: Problem) -> Unlearned:
+        """Answer the request by two solves over the stored sums; noise takes a pass over the retained samples."""
+        started = time.perf_counter()
+        memory, zero = problem.memory, torch.zeros_like(problem.memory.displacement)
+        count = int(memory.present.sum())
+        decay = memory.ridge / count if self.weight_decay is None else self.weight_decay
+        nobody = problem.forget[:0]
+        step_all = memory.resolve(nobody, zero, decay * count)
+        step_retain = memory.resolve(problem.forget, zero, decay * (count - len(problem.forget)))
+        step = step_retain - step_all
+        if self.trapezium:
+            step = step * trapezium_factor(step, memory.displacement - step_retain)
+        if self.noise:
+            step = step + fisher_noise(problem, self.noise, FisherForgetting.floor, self.seed)
+        return Unlearned(memory.assemble(step), elapsed(started, problem.device))
+
+
+def trapezium_factor(step: Float[Tensor, " p"], error: Float[Tensor, " p"]) -> float:
+    """``1 + 2 |<D, e>| / |D|^2`` for the step D and the error e."""
+    return 1 + 2 * float((step @ error).abs() / step.square().sum())

@@ -1,0 +1,75 @@
+"""Training on with wrong labels for what is to be forgotten."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from fastntk.evidence.methods.descent import descend, shuffled
+from fastntk.evidence.methods.problem import Problem, Unlearned
+from fastntk.inputs.images import labels_of
+
+
+class Relabelled(Dataset):
+    """A dataset with other labels."""
+
+    def __init__(self, source: Dataset, labels: Tensor) -> None:
+        self.source, self.labels = source, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.source[index][0], self.labels[index]
+
+
+@dataclass(frozen=True)
+class RandomLabel:
+    """Minimise ``L_R + L_F'`` from ``theta*``, where F' are the forgotten samples with wrong labels drawn at random.
+
+    With ``saliency`` this is SalUn: only the share of the tuned parameters may move for which the gradient of the
+    forgotten samples' summed loss at ``theta*`` is largest in magnitude.
+
+    Attributes:
+        saliency: that share, or None for all. Fan et al. take a half.
+        epochs: over all samples.
+        learning_rate: of Adam, constant.
+        seed: of the labels and the order.
+
+    Source: Golatkar, Achille, Soatto 2020 (arXiv 1911.04933); Fan et al. 2024, "SalUn" (arXiv 2310.12508).
+    """
+
+    saliency: float | None = None
+    epochs: int = 2
+    learning_rate: float = 1e-3
+    seed: int = 0
+
+    def __call__(self, problem: Problem) -> Unlearned:
+        """Answer the request by training on."""
+        mask = None if self.saliency is None else salient(problem, self.saliency)
+        return descend(problem, self.losses, self.learning_rate, mask)
+
+    def losses(self, problem: Problem, model: nn.Module) -> Iterator[Tensor]:
+        """The loss of every step."""
+        data = self.relabelled(problem)
+        for epoch in range(self.epochs):
+            for images, labels in shuffled(problem, data, self.seed + epoch):
+                yield problem.recipe.loss(model(images), labels)
+
+    def relabelled(self, problem: Problem) -> Relabelled:
+        """The training samples, the forgotten ones with a label that is not their own."""
+        labels, classes = labels_of(problem.train).clone(), problem.memory.linearised.classes
+        shift = torch.randint(1, classes, problem.forget.shape, generator=torch.Generator().manual_seed(self.seed))
+        labels[problem.forget] = (labels[problem.forget] + shift) % classes
+        return Relabelled(problem.train, labels)
+
+
+def salient(problem: Problem, share: float) -> dict[str, Tensor]:
+    """1 where the gradient of the forgotten samples' loss is among the ``share`` of largest ones, else 0."""
+    linearised = problem.memory.linearised
+    gradient = linearised.pull(linearised.residual(problem.forget.tolist())).abs()
+    mask = torch.zeros_like(gradient)
+    mask[gradient.topk(round(share * len(gradient))).indices] = 1
+    return linearised.layout.unflatten(mask, problem.memory.anchor)

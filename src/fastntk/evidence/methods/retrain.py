@@ -1,0 +1,40 @@
+"""The yardstick: training again without the forgotten samples."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from fastntk.evidence.methods.problem import Problem, Unlearned
+from fastntk.tuning.fitting import Recipe, fit
+from fastntk.tuning.selectors import snapshot, tuned
+
+
+@dataclass(frozen=True)
+class Retrain:
+    """Fit the initial parameters to the retained samples, with the original recipe.
+
+    Attributes:
+        seed: of the order of the samples; None takes the original's. Two retrained models that differ in it alone lie
+            some distance apart: the noise floor of every comparison.
+    """
+
+    seed: int | None = None
+
+    def __call__(self, problem: Problem) -> Unlearned:
+        """Answer the request by training."""
+        seed = problem.recipe.seed if self.seed is None else self.seed
+        recipe = replace(problem.recipe, seed=seed)
+        return Unlearned(*retrained(problem.model, problem.initial, problem.retain, recipe))
+
+
+def retrained(
+    model: nn.Module, initial: Mapping[str, Tensor], retain: Dataset, recipe: Recipe
+) -> tuple[dict[str, Tensor], float]:
+    """The tuned parameters after fitting ``initial`` to ``retain``, and the seconds; the model is not changed."""
+    copied = copy.deepcopy(model)
+    copied.load_state_dict(dict(initial), strict=False)
+    done = fit(copied, retain, recipe)
+    return snapshot(tuned(copied)), done.seconds

@@ -1,0 +1,106 @@
+"""How easily what was forgotten comes back: by training on it again, and by refitting the head to a part of it.
+
+Parameters that only hide the forgotten samples give them back sooner than parameters that never saw them. Both
+measures say so only beside those of a retrained model.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Subset
+
+from fastntk.evidence.methods import Problem
+from fastntk.evidence.methods.descent import descend
+from fastntk.evidence.metrics import accuracy
+from fastntk.inputs.images import batches, labels_of
+from fastntk.tuning.outputs import at, logits_of
+from fastntk.tuning.selectors import head_name
+
+STEPS = 30
+"""After which relearning is given up."""
+BACK = 0.9
+"""The share of the original's accuracy on the forgotten samples at which they are taken to be back."""
+SAMPLES = 64
+"""Of the forgotten, and 4 times as many of the retained, are used at most: the first ones of a fixed random order."""
+
+
+def relearn_steps(problem: Problem, parameters: Mapping[str, Tensor]) -> float | None:
+    """Steps on the forgotten samples alone until their accuracy is back at ``BACK`` times the original's.
+
+    Every step is one of Adam on all of them (at most ``SAMPLES``), at the recipe's learning rate; between two steps
+    the accuracy is interpolated. None if ``STEPS`` are not enough. "Relearn time" as in Golatkar et al. 2020
+    (arXiv 1911.04933) and Tarun et al. 2021 (arXiv 2111.08947).
+    """
+    forgotten = _some(problem.forgotten, SAMPLES)
+    labels = labels_of(forgotten)
+    enough = BACK * accuracy(_logits(problem, problem.memory.anchor, forgotten), labels)
+    curve: list[float] = []
+
+    def losses(problem: Problem, model: nn.Module) -> Iterator[Tensor]:
+        [(images, wanted)] = batches(forgotten, len(labels))
+        for _ in range(STEPS + 1):
+            logits = model(images.to(problem.device))
+            curve.append(accuracy(logits.detach().cpu(), labels))
+            if curve[-1] >= enough:
+                return
+            yield problem.recipe.loss(logits, wanted.to(problem.device))
+
+    descend(problem, losses, problem.recipe.learning_rate, start=parameters)
+    return first_reached(curve, enough)
+
+
+def first_reached(curve: Sequence[float], level: float) -> float | None:
+    """Where a curve, given at 0, 1, 2, ... and linear between, first is at ``level`` or above; None if nowhere."""
+    before = None
+    for place, value in enumerate(curve):
+        if value >= level:
+            return float(place) if before is None else place - (value - level) / (value - before)
+        before = value
+    return None
+
+
+def head_recovery(problem: Problem, parameters: Mapping[str, Tensor]) -> float | None:
+    """Accuracy, in percent, on half of the forgotten samples of a new linear head, fitted to the other half.
+
+    The head (ridge regression to +-1 on standardised inputs) is fitted to the inputs of the model's own head on that
+    half and on retained samples, so it says what the tuned parameters before the head still know. None for fewer than
+    two forgotten samples.
+    """
+    from sklearn.linear_model import RidgeClassifier  # a second to import, which no request should wait for
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    forgotten, retained = _some(problem.forgotten, SAMPLES), _some(problem.retain, 4 * SAMPLES)
+    labels, half = labels_of(forgotten), len(forgotten) // 2
+    if not half:
+        return None
+    inputs, others = (head_inputs(problem, parameters, part) for part in (forgotten, retained))
+    head = make_pipeline(StandardScaler(), RidgeClassifier())
+    head.fit(torch.cat([inputs[:half], others]), torch.cat([labels[:half], labels_of(retained)]))
+    return 100 * float(head.score(inputs[half:], labels[half:]))
+
+
+def head_inputs(
+    problem: Problem, parameters: Mapping[str, Tensor], samples: Dataset
+) -> Float[Tensor, "samples features"]:
+    """What the model's head is given for ``samples``."""
+    found: list[Tensor] = []
+    head = problem.model.get_submodule(head_name(problem.model))
+    hook = head.register_forward_pre_hook(lambda _, given: found.append(given[0].detach().cpu()))
+    try:
+        _logits(problem, parameters, samples)
+    finally:
+        hook.remove()
+    return torch.cat(found).flatten(1)
+
+
+def _logits(problem: Problem, parameters: Mapping[str, Tensor], samples: Dataset) -> Tensor:
+    return logits_of(at(problem.model, parameters), samples, problem.device).cpu()
+
+
+def _some(samples: Dataset, most: int) -> Subset:
+    """At most so many, the first of a fixed random order."""
+    count = len(samples)  # type: ignore[arg-type]
+    return Subset(samples, torch.randperm(count, generator=torch.Generator().manual_seed(0))[:most].tolist())

@@ -1,0 +1,52 @@
+"""What a benchmark asks a model to forget: a class, or a share of the images at random."""
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+
+from fastntk.common.errors import InputError
+from fastntk.inputs.images import labels_of
+
+
+def drawn(
+    request: str, train: Dataset, test: Dataset, seed: int = 0, gone: int = 0
+) -> tuple[Int[Tensor, " forget"], Dataset]:
+    """The positions of a request in the training set, and the test images: those of a class go with it.
+
+    Args:
+        request: ``class`` or ``random P%``.
+        train: the labelled training images.
+        test: the labelled test images.
+        seed: of a random share.
+        gone: the class.
+
+    Raises:
+        InputError: the request is neither, or none of the images.
+    """
+    labels, part = labels_of(train), share(request)
+    if part is None:
+        staying = (labels_of(test) != gone).nonzero()[:, 0].tolist()
+        return (labels == gone).nonzero()[:, 0], Subset(test, staying)
+    count = round(part * len(labels))
+    if not count:
+        raise InputError(f"{request} of {len(labels)} images is none.")
+    return torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:count].sort().values, test
+
+
+def share(request: str) -> float | None:
+    """The share of samples of a request such as ``random 10%``; None for ``class``.
+
+    Raises:
+        InputError: it is neither.
+    """
+    word, _, percent = request.partition(" ")
+    if request == "class":
+        return None
+    try:
+        part = float(percent.removesuffix("%")) / 100
+    except ValueError:
+        part = 0.0
+    if word != "random" or not 0 < part < 1:
+        raise InputError(f"a request is 'class' or 'random P%', not {request!r}.")
+    return part

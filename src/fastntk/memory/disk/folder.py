@@ -1,0 +1,188 @@
+"""The folder of a memory: all or nothing at every step, and no trace of a purged sample.
+
+ledger.sqlite          which of the files below are the memory, with their SHA-256, and every request
+ledger.sqlite.sha256   of the ledger itself
+base-N.safetensors     the memory as of the latest purge
+journal-N.safetensors  what request N changed since: the trace of its samples, until it is purged
+lock                   held while the folder is read or written
+
+A file is written whole and synced before a transaction of the ledger makes it part of the memory; whatever the ledger
+does not name is left over from a crash and removed when the folder is next opened.
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from fastntk.common.errors import InputError
+from fastntk.common.files import file_digest, read_tensors, sync, writable, write_tensors
+from fastntk.memory.certificate import Audit, Certificate
+from fastntk.memory.disk.ledger import Ledger, Request
+
+WAIT = 60.0
+"""Seconds that a process waits for another one to finish with the folder."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a folder holds: the base, and the journal of the requests since, in order."""
+
+    tensors: dict[str, Tensor]
+    record: dict[str, Any]
+    journal: list[tuple[dict[str, Tensor], dict[str, Any]]]
+
+
+class Store:
+    """One folder. ``version`` is that of the contents which this process has in its own memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.ledger = folder, Ledger(folder / "ledger.sqlite")
+        self._lock = FileLock(folder / "lock", timeout=WAIT)
+        self.version: object = None
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """No other process reads or writes the folder meanwhile.
+
+        Raises:
+            InputError: another one kept it for over a minute.
+        """
+        try:
+            self._lock.acquire()
+        except (Timeout, OSError) as error:
+            raise InputError(
+                f"the memory {self.folder} is in use by another process, or its lock cannot be taken. Try again later."
+            ) from error
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    def create(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        """A new memory; what an earlier one left in the folder is removed.
+
+        Raises:
+            InputError: it cannot be written, or the memory in the folder has answered requests.
+        """
+        writable(self.folder)
+        with self.locked():
+            self.check_unused()
+            self.ledger.create(self._write("base", self._next(), tensors, record))
+            self._opened()
+
+    def read(self) -> Contents:
+        """All of the memory, checked; the lock must be held.
+
+        Raises:
+            InputError: there is none, or a file is missing, damaged or of another kind.
+        """
+        if not self.ledger.path.is_file() and not any(self.folder.glob("base-*")):
+            raise InputError(f"there is no memory in {self.folder}. Prepare one first.")
+        self.check()
+        self._opened()
+        base = next(name for name in self.ledger.files() if name.startswith("base"))
+        journal = [read_tensors(self.folder / name) for name in self.ledger.pending()]
+        return Contents(*read_tensors(self.folder / base), journal)
+
+    def check_unused(self) -> None:
+        """Raises ``InputError`` if the memory in the folder, if any, has answered requests."""
+        if self.ledger.path.is_file() and self.ledger.used():
+            raise InputError(
+                f"the memory in {self.folder} has answered requests, which a new one would undo. Refresh it, or choose "
+                "another folder."
+            )
+
+    def requests(self) -> list[Request]:
+        """What the ledger says of every request; takes the lock.
+
+        Raises:
+            InputError: there is no ledger, or it is damaged.
+        """
+        if not self.ledger.path.is_file():
+            raise InputError(f"there is no ledger {self.ledger.path}.")
+        with self.locked():
+            self.ledger.check()
+            return self.ledger.requests()
+
+    def check(self) -> None:
+        """Raises ``InputError`` that names the first file which is missing or damaged."""
+        self.ledger.check()
+        for name, expected in self.ledger.files().items():
+            if not (self.folder / name).is_file():
+                raise InputError(f"{self.folder / name} is missing. Restore it from a backup, or prepare again.")
+            if file_digest(self.folder / name) != expected:
+                raise InputError(f"{self.folder / name} is damaged. Restore it from a backup, or prepare again.")
+
+    def append(
+        self, certificate: Certificate, tensors: Mapping[str, Tensor], record: Mapping[str, Any], started: float
+    ) -> float:
+        """Make an answer durable; returns the seconds since ``started``. ``finish`` must follow, under the same lock.
+
+        Raises:
+            InputError: it cannot be written; the memory is as it was.
+        """
+        file = self._write("journal", self.ledger.count() + 1, tensors, record)
+        try:
+            self.ledger.answer(certificate, file, time.perf_counter() - started)
+        except InputError:
+            (self.folder / file[0]).unlink()
+            raise
+        return time.perf_counter() - started
+
+    def finish(self, certificate: Certificate) -> None:
+        """The answer is known to this process in full; what was measured of it since goes into the ledger."""
+        if certificate.error is not None:
+            self.ledger.amend(certificate)
+        self.version = self.ledger.version()
+
+    def audited(self, audit: Audit) -> None:
+        """Enter an audit into the ledger; the lock must be held."""
+        self.ledger.audited(audit)
+        self.version = self.ledger.version()
+
+    def replace(
+        self,
+        tensors: Mapping[str, Tensor],
+        record: Mapping[str, Any],
+        started: float,
+        refresh: Mapping[str, object] | None = None,
+    ) -> None:
+        """Write the memory anew, without a trace of what has left it, and remove everything older.
+
+        The lock must be held; the work began at ``started``. With ``refresh``, what is known of it, it is entered into
+        the ledger as one.
+
+        Raises:
+            InputError: it cannot be written; the memory is as it was.
+        """
+        base = self._write("base", self._next(), tensors, record)
+        self.ledger.switch(base, time.perf_counter() - started, refresh)
+        self._opened(started)
+
+    def _next(self) -> int:
+        """A number that no base in the folder has."""
+        return 1 + max((int(path.stem.split("-")[1]) for path in self.folder.glob("base-*.safetensors")), default=0)
+
+    def _write(
+        self, kind: str, number: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any]
+    ) -> tuple[str, str]:
+        """A new file and its SHA-256."""
+        path = self.folder / f"{kind}-{number}.safetensors"
+        write_tensors(path, tensors, record)
+        return path.name, file_digest(path)
+
+    def _opened(self, started: float | None = None) -> None:
+        """Remove what is not part of the memory any more, say so of the requests concerned, and note the version."""
+        kept = self.ledger.files()
+        for path in [*self.folder.glob("*.safetensors"), *self.folder.glob(".*")]:
+            if path.name not in kept:
+                path.unlink()
+        sync(self.folder)
+        self.ledger.purged(None if started is None else time.perf_counter() - started)
+        self.version = self.ledger.version()

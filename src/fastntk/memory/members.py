@@ -1,0 +1,119 @@
+"""Who is in a memory: the samples' ids, and the place that each has had in it since it was first seen."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fastntk.common.errors import InputError
+
+Id = int | str
+"""What names a sample: its index, or what the data source's ``ids`` has for it, such as a path."""
+
+
+class Members(Dataset):
+    """A data source addressed by the positions of a memory, which stay when samples leave either of them.
+
+    Args:
+        source: a map-style dataset. If it has ``ids``, one a sample, these name the samples; else their indices do.
+        ids: of the members by position, None where one has left; by default everything in the source.
+    """
+
+    def __init__(self, source: Dataset, ids: Iterable[Id | None] | None = None) -> None:
+        self.source = source
+        self._known: dict[Id | None, int] = {}
+        self.ids: list[Id | None] = list(_ids_of(source) if ids is None else ids)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, position: int) -> Any:
+        return self.source[self._index[self.ids[position]]]
+
+    @property
+    def _index(self) -> dict[Id | None, int]:
+        """Where each id is in the source, which may have grown."""
+        if len(self._known) != len(self.source):  # type: ignore[arg-type]
+            self._known = {each: index for index, each in enumerate(_ids_of(self.source))}
+        return self._known
+
+    @property
+    def first(self) -> int:
+        """The first position whose sample the source has.
+
+        Raises:
+            InputError: it has none of the members' samples.
+        """
+        for position, each in enumerate(self.ids):
+            if each in self._index:
+                return position
+        raise InputError("the data source has none of the memory's samples.")
+
+    @property
+    def present(self) -> Bool[Tensor, " positions"]:
+        """Which positions have a member."""
+        return torch.tensor([each is not None for each in self.ids])
+
+    def positions(self, ids: Iterable[Id]) -> Int[Tensor, " some"]:
+        """The positions of members that are about to leave, checked.
+
+        Raises:
+            InputError: an id twice, not a member, or not in the source; or nobody would remain.
+        """
+        wanted = _once(ids)
+        place = {each: position for position, each in enumerate(self.ids) if each is not None}
+        for each in wanted:
+            if each not in place:
+                raise InputError(
+                    f"id {each!r} is not in the memory: it was never there, or it has been forgotten. The memory holds "
+                    f"{len(place):,} samples. Leave it out of the request."
+                )
+            if each not in self._index:
+                raise InputError(f"the data source has no sample {each!r}, which must be read once more to forget it.")
+        if wanted and len(wanted) == len(place):
+            raise InputError("the request would forget every sample. Use the parameters before fitting instead.")
+        return torch.tensor(sorted(place[each] for each in wanted), dtype=torch.long)
+
+    def join_(self, ids: Iterable[Id]) -> Int[Tensor, " some"]:
+        """Make samples of the source members; their positions, at the end.
+
+        Raises:
+            InputError: an id twice, a member already, or not in the source; nobody joins then.
+        """
+        wanted, here, first = _once(ids), set(self.ids), len(self.ids)
+        for each in wanted:
+            if each in here:
+                raise InputError(f"id {each!r} is in the memory already. Leave it out of the request.")
+            if each not in self._index:
+                raise InputError(f"the data source has no sample {each!r}.")
+        self.ids += wanted
+        return torch.arange(first, len(self.ids))
+
+    def leave_(self, positions: Int[Tensor, " some"]) -> None:
+        """Members leave; nothing is kept of their ids."""
+        for position in positions.tolist():
+            self.ids[position] = None
+
+    def available(self, positions: Int[Tensor, " some"]) -> Int[Tensor, " available"]:
+        """Those whose samples the source still has."""
+        return positions[[self.ids[position] in self._index for position in positions.tolist()]]
+
+    def missing(self, positions: Int[Tensor, " some"]) -> int:
+        """How many of them the source no longer has."""
+        return len(positions) - len(self.available(positions))
+
+
+def _ids_of(source: Dataset) -> Sequence[Id]:
+    return getattr(source, "ids", range(len(source)))  # type: ignore[arg-type]
+
+
+def _once(ids: Iterable[Id]) -> list[Id]:
+    wanted, seen = list(ids), set[Id]()
+    for each in wanted:
+        if each in seen:
+            raise InputError(f"id {each!r} stands twice in the request. Name each sample once.")
+        seen.add(each)
+    return wanted

@@ -1,0 +1,154 @@
+"""One pass over a training set: in shards, by any number of processes, resumable.
+
+The shards are the same however many processes share them, and a shard's batches are the same too. What the processes
+add up differs in the order of float64 additions only.
+"""
+
+import hashlib
+import logging
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fastntk.common import distributed
+from fastntk.common.files import digest, read_tensors, writable, write_tensors
+from fastntk.jacobians.jacobian import Jacobian, concatenate
+from fastntk.jacobians.linearised import Linearised
+from fastntk.solve.sums import Rows, Sums, accumulate
+
+log = logging.getLogger(__name__)
+
+SHARD = 512
+"""Samples a shard."""
+
+_HALF_WRITTEN = ".sums-*"  # what fastntk.common.files writes first, where a process was killed meanwhile
+_OVERHEAD = 0.1  # the share of the time that writing partial sums may take
+
+
+@dataclass
+class Checkpoint:
+    """Partial sums on disk: every file holds the sums over the shards that it names, and no shard is in two files.
+
+    Args:
+        folder: shared by all processes; made if need be, removed by ``clear``.
+        key: what the sums depend on; files with another key are removed.
+    """
+
+    folder: Path
+    key: str
+    _earlier: list[tuple[Path, list[int]]] = field(default_factory=list)
+    _due: float = 0.0
+
+    def open(self) -> set[int]:
+        """The shards that earlier jobs completed, the same set for every process."""
+        if distributed.rank() == 0:
+            for path in writable(self.folder).glob(_HALF_WRITTEN):
+                path.unlink()
+            for path in sorted(self.folder.glob("sums-*.safetensors")):
+                record = read_tensors(path, names=[])[1]
+                if record.get("key") == self.key:
+                    self._earlier.append((path, record["shards"]))
+                else:
+                    log.info("partial sums of another preparation are removed: %s", path)
+                    path.unlink()
+        self._earlier = distributed.shared(self._earlier)
+        return {shard for _, shards in self._earlier for shard in shards}
+
+    def write(self, sums: Sums, residuals: Tensor, shards: Sequence[int]) -> None:
+        """Write this process's sums, over the shards it has completed, unless the last time was too recent."""
+        if time.monotonic() < self._due:
+            return
+        started = time.monotonic()
+        tensors = {"residuals": residuals, **{f.name: getattr(sums, f.name) for f in fields(Sums)}}
+        write_tensors(self.folder / f"sums-{shards[0]}.safetensors", tensors, {"key": self.key, "shards": list(shards)})
+        done = time.monotonic()
+        self._due = done + (done - started) / _OVERHEAD
+
+    def add_earlier_(self, sums: Sums, residuals: Tensor) -> None:
+        """Add this process's part of what earlier jobs wrote."""
+        for path, _ in self._earlier[distributed.rank() :: distributed.size()]:
+            tensors, _ = read_tensors(path)
+            residuals.add_(tensors["residuals"].to(residuals))
+            sums.add_(Sums(*(tensors[f.name].to(getattr(sums, f.name)) for f in fields(Sums))))
+
+    def clear(self) -> None:
+        """Remove the partial sums: the pass is complete, or they are not wanted."""
+        distributed.wait()
+        if distributed.rank() == 0:
+            clear(self.folder)
+
+
+def clear(folder: Path) -> None:
+    """Remove the partial sums in a folder, and the folder if nothing else is in it."""
+    for path in [*folder.glob("sums-*.safetensors"), *folder.glob(_HALF_WRITTEN)]:
+        path.unlink()
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def shards(count: int) -> list[range]:
+    """The ids of ``count`` samples, shard by shard."""
+    return [range(start, min(start + SHARD, count)) for start in range(0, count, SHARD)]
+
+
+def collect_sums(
+    linearised: Linearised, count: int, dtype: torch.dtype, checkpoint: Checkpoint | None = None
+) -> tuple[Sums, Float[Tensor, "samples outputs"]]:
+    """The sums over the samples 0 .. ``count`` - 1, streamed, and their residuals; every process ends with all."""
+    one = linearised.rows([0])
+    parts, sums = shards(count), Sums.zero(one.jacobian, dtype)
+    residuals = one.residual.new_zeros(count, one.residual.shape[1])
+    done = checkpoint.open() if checkpoint else set()
+    if done:
+        log.info("going on from %d of %d shards", len(done), len(parts))
+    mine = [shard for shard in range(len(parts)) if shard not in done][distributed.rank() :: distributed.size()]
+    for position, shard in enumerate(mine):
+        stream = linearised.stream(parts[shard], f"shard {shard + 1} of {len(parts)}")
+        accumulate(_noting(stream, residuals[parts[shard].start :]), sums)
+        if checkpoint:
+            checkpoint.write(sums, residuals, mine[: position + 1])
+    if checkpoint:
+        checkpoint.add_earlier_(sums, residuals)
+    distributed.sum_([*(getattr(sums, f.name) for f in fields(Sums)), residuals])
+    return sums.complete_(), residuals
+
+
+def _noting(batches: Iterable[tuple[Jacobian, Tensor]], residuals: Tensor) -> Iterator[tuple[Jacobian, Tensor]]:
+    """The batches, whose residuals are written into the rows from the first on."""
+    start = 0
+    for jacobian, residual in batches:
+        residuals[start : start + len(residual)] = residual
+        start += len(residual)
+        yield jacobian, residual
+
+
+def collect_rows(linearised: Linearised, count: int) -> Rows:
+    """The rows of the samples 0 .. ``count`` - 1; every process ends with all of them."""
+    if not distributed.active():
+        return linearised.rows(range(count), "Jacobians")
+    one, parts = linearised.rows([0]), []
+    for shard, ids in enumerate(shards(count)):
+        owner = shard % distributed.size()
+        if owner == distributed.rank():
+            parts.append(linearised.rows(ids, f"shard {shard + 1}"))
+        else:
+            parts.append(one[torch.zeros(len(ids), dtype=torch.long)])
+    for shard, part in enumerate(parts):
+        owned = (part.jacobian.rest, part.jacobian.features, part.residual)
+        distributed.share_(owned, shard % distributed.size())
+    return Rows(concatenate([part.jacobian for part in parts]), torch.cat([part.residual for part in parts]))
+
+
+def key(linearised: Linearised, count: int, *options: object) -> str:
+    """A digest of what the sums depend on: weights, tuned parameters, data and options."""
+    image, label = linearised.train[0]
+    state = hashlib.sha256(digest(linearised.jacobian.model.state_dict()).encode())
+    state.update(digest({"image": torch.as_tensor(image), **linearised.jacobian.parameters}).encode())
+    settings = (linearised.loss, linearised.batch_size, linearised.precision, linearised.probes, SHARD)
+    state.update(repr((count, int(label), *settings, *options)).encode())
+    return state.hexdigest()

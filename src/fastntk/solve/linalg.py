@@ -1,0 +1,161 @@
+"""Symmetric matrices: products and inverses at the rate of matrix products, and two Krylov methods."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fastntk.common.errors import InputError
+
+_BLOCK = 512
+
+
+def _halves(size: int) -> int:
+    """Where to split a matrix in two: near the middle, at a multiple of the block."""
+    return (size // 2 + _BLOCK - 1) // _BLOCK * _BLOCK
+
+
+def add_product_(
+    matrix: Float[Tensor, "n n"],
+    left: Float[Tensor, "n k"],
+    right: Float[Tensor, "n k"],
+    sign: int = 1,
+) -> Float[Tensor, "n n"]:
+    """The lower triangle of ``matrix += sign * left right'``, in place, for a product known to be symmetric.
+
+    Square blocks below the diagonal are multiplied, halving the arithmetic; what lies above the diagonal is left
+    undefined (see ``mirror_``). The product is taken in the dtype of the factors.
+    """
+    if len(matrix) <= _BLOCK:
+        return _add(matrix, left, right, sign)
+    half = _halves(len(matrix))
+    add_product_(matrix[:half, :half], left[:half], right[:half], sign)
+    _add(matrix[half:, :half], left[half:], right[:half], sign)
+    add_product_(matrix[half:, half:], left[half:], right[half:], sign)
+    return matrix
+
+
+def _add(block: Tensor, left: Tensor, right: Tensor, sign: int) -> Tensor:
+    if block.dtype == left.dtype:
+        return block.addmm_(left, right.T, alpha=sign)
+    return block.add_(left @ right.T, alpha=sign)
+
+
+def mirror_(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    """Copy the lower triangle over the upper one, in place."""
+    for start in range(0, len(matrix), _BLOCK):
+        rows = slice(start, start + _BLOCK)
+        matrix[:start, rows] = matrix[rows, :start].T
+        square = matrix[rows, rows]
+        square.copy_(square.tril() + square.tril(-1).T)
+    return matrix
+
+
+def invert_(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    """The inverse of a positive definite matrix, in place; only its lower triangle is read.
+
+    ``L L' = matrix`` by Cholesky, then ``W = L^-1`` and ``W'W`` by halves, where all but small blocks is matrix
+    products: LAPACK's own routine for the latter two runs at a fraction of their rate. Beside the matrix itself, half
+    its size is needed for a while.
+
+    Raises:
+        InputError: the matrix is not positive definite in floating point.
+    """
+    info, upper = torch.empty(0, dtype=torch.int32, device=matrix.device), matrix.T  # LAPACK's order: no copy is made
+    torch.linalg.cholesky_ex(upper, upper=True, out=(upper, info))
+    if info != 0:
+        raise InputError(
+            "the Gram matrix plus the ridge is not positive definite in floating point. Use a larger ridge, 'auto', or "
+            "float64 sums."
+        )
+    return mirror_(_square_(_invert_triangle_(matrix)))
+
+
+def _invert_triangle_(lower: Tensor) -> Tensor:
+    """The inverse of a lower triangle with zeros above it; that of ``[[A, 0], [B, D]]`` is
+    ``[[A^-1, 0], [-D^-1 B A^-1, D^-1]]``."""
+    if len(lower) <= _BLOCK:
+        eye = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+        return lower.copy_(torch.linalg.solve_triangular(lower, eye, upper=False))
+    half = _halves(len(lower))
+    first, below, last = lower[:half, :half], lower[half:, :half], lower[half:, half:]
+    right = below @ _invert_triangle_(first)
+    below.copy_((_invert_triangle_(last) @ right).neg_())
+    return lower
+
+
+def _square_(lower: Tensor) -> Tensor:
+    """The lower triangle of ``W'W`` for a lower triangle W: ``[[A'A + B'B, .], [D'B, D'D]]``."""
+    if len(lower) <= _BLOCK:
+        return lower.copy_(lower.T @ lower)
+    half = _halves(len(lower))
+    first, below, last = lower[:half, :half], lower[half:, :half], lower[half:, half:]
+    add_product_(_square_(first), below.T, below.T)
+    below.copy_(last.T @ below)
+    _square_(last)
+    return lower
+
+
+def ridge_inverse(matrix: Float[Tensor, "n n"], ridge: float) -> Float[Tensor, "n n"]:
+    """``(matrix + ridge I)^-1`` for a positive semidefinite matrix. ``ridge`` is a total. Raises like ``invert_``."""
+    shifted = matrix.clone()
+    shifted.diagonal().add_(ridge)
+    return invert_(shifted)
+
+
+def conjugate_gradients(
+    apply: Callable[[Tensor], Tensor],
+    rhs: Float[Tensor, " n"],
+    precondition: Callable[[Tensor], Tensor],
+    tolerance: float = 1e-11,
+    limit: int = 500,
+) -> Float[Tensor, " n"]:
+    """``x`` with ``|apply(x) - rhs| <= tolerance |rhs|`` for a positive definite operator.
+
+    Raises:
+        InputError: not reached within ``limit`` steps.
+    """
+    x, residual = torch.zeros_like(rhs), rhs.clone()
+    direction = z = precondition(residual)
+    rho, enough = residual @ z, tolerance * float(rhs.norm())
+    for _ in range(limit):
+        if float(residual.norm()) <= enough:
+            return x
+        image = apply(direction)
+        length = rho / (direction @ image)
+        x = x + length * direction
+        residual = residual - length * image
+        z = precondition(residual)
+        rho, previous = residual @ z, rho
+        direction = z + rho / previous * direction
+    raise InputError(
+        f"the solve did not converge in {limit} steps: its ridge is too far from the one prepared. Prepare with it."
+    )
+
+
+def lanczos(
+    apply: Callable[[Tensor], Tensor], start: Float[Tensor, " n"], steps: int
+) -> tuple[Float[Tensor, "n m"], Float[Tensor, "m m"]]:
+    """An orthonormal basis ``Q`` of the Krylov space of a symmetric operator at ``start``, and ``T = Q' operator Q``.
+
+    ``f(operator) start`` is approximated by ``|start| Q f(T) e_1``, with an error that falls fast with the number of
+    steps, m <= ``steps``. The basis is orthogonalised in full.
+    """
+    steps = min(steps, len(start))
+    basis, projected = start.new_empty(steps, len(start)), start.new_zeros(steps, steps)
+    basis[0] = start / start.norm()
+    size = 0
+    while size < steps:
+        image = apply(basis[size])
+        size += 1
+        for _ in range(2):  # once more, for what rounding left
+            coefficients = basis[:size] @ image
+            projected[:size, size - 1] += coefficients
+            image = image - basis[:size].T @ coefficients
+        if float(image.norm()) <= 1e-10 * float(projected[0, 0].abs()):
+            break
+        if size < steps:
+            basis[size] = image / image.norm()
+    upper = projected[:size, :size].triu()
+    return basis[:size].T, upper + upper.triu(1).T

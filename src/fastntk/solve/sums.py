@@ -1,0 +1,205 @@
+"""What a set of samples contributes to the unlearning step: additive, so that sets can be streamed and subtracted.
+
+Two forms carry the same information about a set S. ``Sums`` holds the Gram matrix ``G_S = sum J_i'J_i`` and
+``b_S = sum J_i'r_i`` and does not grow with the number of samples; ``Rows`` holds every ``J_i`` and ``r_i`` and does
+not grow with p squared. ``Sums`` add up entry by entry, ``Rows`` by concatenation.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fastntk.common.progress import track
+from fastntk.jacobians.jacobian import Jacobian, concatenate
+from fastntk.solve.linalg import add_product_, mirror_
+
+# Rows that are multiplied at once: enough for the products to run at full rate.
+ROWS = 2048
+# The kernel's products run in the Jacobian's own dtype, over this many parameters at a time, and add up in float64.
+_COLUMNS = 4096
+
+
+@dataclass(frozen=True)
+class Sums:
+    """The sums over a set of samples that the primal step needs. ``+`` and ``-`` act on every field.
+
+    The head's blocks keep their structure: head-head is ``I_C (x) head`` and rest-head is C products, none of whose
+    zeros are stored. Products are taken and added up in the dtype of the fields, float64 unless asked otherwise.
+    """
+
+    rest: Float[Tensor, "rest rest"]
+    cross: Float[Tensor, "classes rest features"]
+    head: Float[Tensor, "features features"]
+    rhs: Float[Tensor, " p"]
+    square: Float[Tensor, ""]
+    count: Int[Tensor, ""]
+
+    @classmethod
+    def zero(cls, like: Jacobian, dtype: torch.dtype = torch.float64) -> "Sums":
+        """The sums over no samples, for Jacobians of the sizes of ``like``; vectors are float64 in any case."""
+        _, classes, rest = like.rest.shape
+        features = like.features.shape[1]
+        zeros = like.rest.new_zeros
+        return cls(
+            rest=zeros(rest, rest, dtype=dtype),
+            cross=zeros(classes, rest, features, dtype=dtype),
+            head=zeros(features, features, dtype=dtype),
+            rhs=zeros(like.size, dtype=torch.float64),
+            square=zeros((), dtype=torch.float64),
+            count=zeros((), dtype=torch.long),
+        )
+
+    @classmethod
+    def of(cls, jacobian: Jacobian, residual: Float[Tensor, "batch classes"]) -> "Sums":
+        """The sums of one batch: ``rhs = sum J'r`` and ``square = sum |r|^2`` with ``residual`` r, in float64."""
+        return cls.zero(jacobian).observe_(jacobian, residual).complete_()
+
+    def observe_(self, jacobian: Jacobian, residual: Float[Tensor, "batch classes"], sign: int = 1) -> "Sums":
+        """Add a batch (or take it away again, with a ``sign`` of -1), in place.
+
+        Of the symmetric blocks only the lower triangles are brought up to date: ``complete_`` does the rest.
+        """
+        j, h = jacobian.rest.to(self.rest.dtype), jacobian.features.to(self.rest.dtype)
+        rows = j.flatten(0, 1).T
+        add_product_(self.rest, rows, rows, sign)
+        for c, block in enumerate(self.cross if h.numel() else ()):
+            block.addmm_(j[:, c].T, h, alpha=sign)
+        add_product_(self.head, h.T, h.T, sign)
+        self.rhs.add_(Jacobian(j, h).rmatvec(residual.double()), alpha=sign)
+        self.square.add_(residual.double().square().sum(), alpha=sign)
+        self.count.add_(sign * len(j))
+        return self
+
+    def complete_(self) -> "Sums":
+        """Mirror the lower triangles of the symmetric blocks, in place, once all batches are in."""
+        mirror_(self.rest)
+        mirror_(self.head)
+        return self
+
+    def __add__(self, other: "Sums") -> "Sums":
+        return Sums(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def __sub__(self, other: "Sums") -> "Sums":
+        return Sums(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
+
+    def add_(self, other: "Sums") -> "Sums":
+        """``+`` in place."""
+        for f in fields(self):
+            getattr(self, f.name).add_(getattr(other, f.name))
+        return self
+
+    def gram(self) -> Float[Tensor, "p p"]:
+        """``G`` written out, zeros included: ``[[rest, cross], [cross', I_C (x) head]]``. Large; for inspection."""
+        classes = len(self.cross)
+        cross = self.cross.transpose(0, 1).flatten(1)
+        head = torch.block_diag(*[self.head] * classes) if self.head.numel() else self.head
+        return torch.cat([torch.cat([self.rest, cross], 1), torch.cat([cross.T, head], 1)], 0)
+
+    def matvec(self, vector: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
+        """``G v`` from the blocks."""
+        classes, rest, features = self.cross.shape
+        v = vector.to(self.rest.dtype)
+        upper, lower = v[:rest], v[rest:].view(classes, features)
+        first = self.rest @ upper + self.across(lower)
+        second = lower @ self.head + self.down(upper)
+        return torch.cat([first, second.flatten()]).to(vector.dtype)
+
+    def across(self, lower: Float[Tensor, "classes features"]) -> Float[Tensor, " rest"]:
+        """``sum_c X_c v_c`` with the blocks ``X_c`` of ``cross``."""
+        return torch.stack([block @ own for block, own in zip(self.cross, lower, strict=True)]).sum(0)
+
+    def down(self, upper: Float[Tensor, " rest"]) -> Float[Tensor, "classes features"]:
+        """``X_c' v`` of every class."""
+        return torch.stack([block.T @ upper for block in self.cross])
+
+    @property
+    def trace(self) -> float:
+        """``tr G = sum |J_i|^2``."""
+        return float(self.rest.trace() + len(self.cross) * self.head.trace())
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The Jacobians and residuals of a set of samples, which the dual step needs. ``+`` concatenates."""
+
+    jacobian: Jacobian
+    residual: Float[Tensor, "samples classes"]
+
+    @classmethod
+    def of(cls, batches: Iterable[tuple[Jacobian, Tensor]]) -> "Rows":
+        """The rows of at least one batch."""
+        parts = list(batches)
+        return cls(concatenate([jacobian for jacobian, _ in parts]), torch.cat([residual for _, residual in parts]))
+
+    def __add__(self, other: "Rows") -> "Rows":
+        return Rows(concatenate([self.jacobian, other.jacobian]), torch.cat([self.residual, other.residual]))
+
+    def __getitem__(self, samples: Any) -> "Rows":
+        return Rows(self.jacobian[samples], self.residual[samples])
+
+    def kernel(self) -> Float[Tensor, "rows rows"]:
+        """The neural tangent kernel ``K = J J'``, ``[n C, n C]``, of all pairs of samples and classes.
+
+        Only blocks on and below the diagonal are multiplied. The head's part ``h_i'h_j I_C`` is added without its
+        zeros.
+        """
+        rest, features = self.jacobian.rest.flatten(0, 1), self.jacobian.features
+        n, classes = self.residual.shape
+        kernel = torch.zeros(n * classes, n * classes, dtype=torch.float64, device=rest.device)
+        for columns in track(rest.split(_COLUMNS, 1), "kernel"):
+            columns = columns.contiguous()
+            add_product_(kernel, columns, columns)
+        return _add_head_(mirror_(kernel), features, features, classes)
+
+    def kernel_with(self, other: "Rows") -> Float[Tensor, "rows others"]:
+        """``J J_other'``, ``[n C, m C]``, in float64."""
+        left, right = self.jacobian, other.jacobian
+        kernel = (left.rest.flatten(0, 1) @ right.rest.flatten(0, 1).T).double()
+        return _add_head_(kernel, left.features, right.features, self.residual.shape[1])
+
+    @property
+    def trace(self) -> float:
+        """``tr K = sum |J_i|^2``."""
+        classes = self.residual.shape[1]
+        squares = self.jacobian.rest.square().sum(dtype=torch.float64)
+        return float(squares + classes * self.jacobian.features.square().sum(dtype=torch.float64))
+
+
+def _add_head_(kernel: Tensor, left: Tensor, right: Tensor, classes: int) -> Tensor:
+    """Add the head's part ``h_i'h_j I_C`` to a kernel, in place, without its zeros."""
+    head = (left @ right.T).double()
+    for c in range(classes):
+        kernel[c::classes, c::classes] += head
+    return kernel
+
+
+def accumulate(batches: Iterable[tuple[Jacobian, Tensor]], sums: Sums) -> Sums:
+    """Add Jacobians and residuals to ``sums``, in place, put together until their products run at full rate.
+
+    ``complete_`` must follow once all are in.
+    """
+    for jacobian, residual in grouped(batches):
+        sums.observe_(jacobian, residual)
+    return sums
+
+
+def grouped(batches: Iterable[tuple[Jacobian, Tensor]], rows: int = ROWS) -> Iterator[tuple[Jacobian, Tensor]]:
+    """The batches put together to at least ``rows`` rows (samples times classes) each, but for the last."""
+    waiting: list[tuple[Jacobian, Tensor]] = []
+    for batch in batches:
+        waiting.append(batch)
+        if sum(residual.numel() for _, residual in waiting) >= rows:
+            yield _joined(waiting)
+            waiting = []
+    if waiting:
+        yield _joined(waiting)
+
+
+def _joined(batches: list[tuple[Jacobian, Tensor]]) -> tuple[Jacobian, Tensor]:
+    if len(batches) == 1:
+        return batches[0]
+    return concatenate([jacobian for jacobian, _ in batches]), torch.cat([residual for _, residual in batches])

@@ -1,0 +1,24 @@
+"""The logits of a model, also at other values of its tuned parameters."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.data import Dataset
+
+from fastntk.inputs.images import batches
+
+Model = nn.Module | Callable[[Tensor], Tensor]
+
+
+def at(model: nn.Module, parameters: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
+    """``model`` as a function of images, with some of its parameters replaced; the model itself is not changed."""
+    return lambda images: functional_call(model, dict(parameters), (images,))
+
+
+def logits_of(model: Model, samples: Dataset, device: torch.device | str, batch_size: int = 64) -> Float[Tensor, "n c"]:
+    """The logits of all samples, on ``device``, where the model is."""
+    with torch.no_grad():
+        return torch.cat([model(images.to(device)) for images, _ in batches(samples, batch_size)])
