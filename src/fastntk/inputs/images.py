@@ -1,22 +1,25 @@
-"""Labelled images with ids: from folders, .npz files, Hugging Face and torchvision datasets, as map-style datasets."""
+"""Labelled images with ids, preprocessed as a model wants them, as map-style datasets."""
 
-import inspect
-import zipfile
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from jaxtyping import Int
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler, TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 from fastntk.common.errors import InputError
 from fastntk.common.progress import track
-from fastntk.inputs.libraries import datasets, torchvision
-from fastntk.inputs.models import Preprocessing
+from fastntk.inputs.libraries import torchvision
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What turns an image into the model's input: side in pixels, then ``(x / 255 - mean) / std`` per channel."""
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
 
 
 class Images(Dataset):
@@ -87,168 +90,6 @@ class _Chosen:
         return self.source[self.places[index]]
 
 
-class _Folder:
-    """The images of an ImageFolder, read when asked for."""
-
-    def __init__(self, paths: list[str]) -> None:
-        self.paths = paths
-
-    def __getitem__(self, index: int) -> Any:
-        from PIL import Image
-
-        try:
-            with Image.open(self.paths[index]) as image:
-                return image.convert("RGB")
-        except (OSError, SyntaxError) as error:
-            raise InputError(
-                f"{self.paths[index]} does not decode as an image ({error}). Replace or remove it."
-            ) from error
-
-
-def load_data(
-    source: str,
-    preprocessing: Preprocessing,
-    *,
-    split: str = "train",
-    root: Path | str | None = None,
-    id_column: str | None = None,
-) -> Images:
-    """Read labelled images.
-
-    Args:
-        source: a folder of class folders (torchvision ImageFolder), whose samples' ids are their paths in it; an
-            ``.npz`` with arrays ``x`` (uint8, ``[N, H, W]`` or ``[N, H, W, 3]``) and ``y`` (integers), or ``x_train``,
-            ``y_train``, ``x_test``, ``y_test``, optionally ``classes`` (names); a folder that ``save_to_disk`` of
-            Hugging Face datasets wrote, with one column of images and one of class labels; or the name of a torchvision
-            dataset, found under ``root`` (never downloaded).
-        preprocessing: as the model wants it.
-        split: ``"train"`` or ``"test"``, where the source has both.
-        root: the folder of a torchvision dataset.
-        id_column: the column (of an ``.npz``, the array) that names each sample for good; by default its index does.
-
-    Raises:
-        InputError: nothing of that name, a file that cannot be read, arrays of the wrong kind or length, ids that are
-            missing or not each their own.
-    """
-    path = Path(source)
-    if any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
-        return _from_hugging_face(path, preprocessing, split, id_column)
-    if path.suffix == ".npz":
-        return _from_npz(path, preprocessing, split, id_column)
-    if id_column is not None:
-        raise InputError(f"{source} has no columns: ids can be taken from an .npz or a Hugging Face dataset.")
-    if path.is_dir():
-        return _from_folder(path, preprocessing)
-    if hasattr(torchvision().datasets, source):
-        return _from_torchvision(source, preprocessing, split, root)
-    raise InputError(f"{source!r} is neither a folder, an .npz file nor a torchvision dataset name such as 'CIFAR10'.")
-
-
-def _named(column: Sequence[Any], source: Path) -> list[int | str]:
-    """Ids from a column: whole numbers or text, each of them once."""
-    ids = [int(each) if isinstance(each, int | np.integer) else str(each) for each in column]
-    if len(set(ids)) < len(ids):
-        twice = next(each for each, count in Counter(ids).items() if count > 1)
-        raise InputError(f"{source}: the id {twice!r} occurs more than once. Choose a column whose values are unique.")
-    return ids
-
-
-def _from_hugging_face(path: Path, preprocessing: Preprocessing, split: str, id_column: str | None) -> Images:
-    library = datasets()
-    try:
-        stored = library.load_from_disk(str(path))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as a Hugging Face dataset ({error}).") from error
-    if isinstance(stored, library.DatasetDict):
-        if split not in stored:
-            raise InputError(f"{path} has no split {split!r}; it holds {', '.join(stored)}.")
-        stored = stored[split]
-    image, label = (_column(stored, kind, path) for kind in (library.Image, library.ClassLabel))
-    ids = None
-    if id_column is not None:
-        if id_column not in stored.features:
-            raise InputError(f"{path} has no column {id_column!r}; it holds {', '.join(stored.features)}.")
-        ids = _named(stored[id_column][:], path)
-    return Images(_Column(stored, image), stored[label][:], stored.features[label].names, preprocessing, ids)
-
-
-def _column(stored: Any, kind: type, path: Path) -> str:
-    """The one column of that kind."""
-    found = [name for name, feature in stored.features.items() if isinstance(feature, kind)]
-    if len(found) != 1:
-        raise InputError(f"{path} needs one {kind.__name__} column, not {len(found)}. Cast or remove columns.")
-    return found[0]
-
-
-class _Column:
-    """One entry of every item of a dataset, read when asked for."""
-
-    def __init__(self, dataset: Any, key: str | int) -> None:
-        self.dataset, self.key = dataset, key
-
-    def __getitem__(self, index: int) -> Any:
-        return self.dataset[index][self.key]
-
-
-def _from_folder(path: Path, preprocessing: Preprocessing) -> Images:
-    try:
-        folder = torchvision().datasets.ImageFolder(str(path))
-    except FileNotFoundError as error:
-        raise InputError(f"{path} is not a folder of class folders with images in each ({error}).") from error
-    names = [name for name, _ in folder.samples]
-    ids = [Path(name).relative_to(path).as_posix() for name in names]
-    return Images(_Folder(names), folder.targets, folder.classes, preprocessing, ids)
-
-
-def _from_npz(path: Path, preprocessing: Preprocessing, split: str, id_column: str | None) -> Images:
-    if not path.is_file():
-        raise InputError(f"there is no file {path}.")
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            keys = ["x", "y", *([id_column] if id_column else [])]
-            keys = keys if "x" in archive else [f"{key}_{split}" for key in keys]
-            absent = [key for key in keys if key not in archive]
-            if absent:
-                raise InputError(f"{path} has no array {absent[0]!r}; it holds {', '.join(archive.files)}.")
-            x, y, *column = (archive[key] for key in keys)
-            names = [str(name) for name in archive["classes"]] if "classes" in archive else None
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(
-            f"{path} cannot be read as an .npz file ({error}). It may be truncated: copy it again."
-        ) from error
-    if x.dtype != np.uint8 or x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[3] != 3):
-        raise InputError(f"{path}: images must be uint8 [N, H, W] or [N, H, W, 3], not {x.dtype} {list(x.shape)}.")
-    if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer) or len(x) != len(y) or not len(y):
-        raise InputError(
-            f"{path}: needs one integer label an image, not {y.dtype} {list(y.shape)} for {len(x)} images."
-        )
-    ids = _named(column[0].tolist(), path) if column else None
-    if ids is not None and len(ids) != len(y):
-        raise InputError(f"{path}: {len(ids)} ids for {len(y)} images.")
-    return Images(x, y.tolist(), names or [str(c) for c in range(int(y.max()) + 1)], preprocessing, ids)
-
-
-def _from_torchvision(name: str, preprocessing: Preprocessing, split: str, root: Path | str | None) -> Images:
-    if not root:
-        raise InputError(f"the torchvision dataset {name} needs the folder that it lies in.")
-    make = getattr(torchvision().datasets, name)
-    accepted = inspect.signature(make).parameters
-    options: dict[str, Any] = {"train": split == "train"} if "train" in accepted else {}
-    options |= {"split": split} if "split" in accepted else {}
-    try:
-        dataset = make(root=str(root), **options)
-    except (RuntimeError, FileNotFoundError, TypeError) as error:
-        raise InputError(f"torchvision cannot open {name} under {root} ({error}).") from error
-    labels = getattr(dataset, "targets", getattr(dataset, "labels", None))
-    if labels is None:
-        raise InputError(f"torchvision's {name} has no list of labels. Export it to a folder of class folders.")
-    labels = torch.as_tensor(labels).tolist()
-    classes = getattr(dataset, "classes", None) or [str(c) for c in range(max(labels) + 1)]
-    return Images(_Column(dataset, 0), labels, list(classes), preprocessing)
-
-
 def in_memory(data: Images, limit: int = 2_000_000_000) -> Dataset:
     """``data`` preprocessed once and kept as tensors if that takes at most ``limit`` bytes, else ``data`` itself."""
     if len(data) * 3 * data.preprocessing.size**2 * 4 > limit:
@@ -263,56 +104,3 @@ class _Read(TensorDataset):
     def __init__(self, images: Tensor, labels: Tensor, ids: Sequence[int | str]) -> None:
         super().__init__(images, labels)
         self.ids = ids
-
-
-def labels_of(dataset: Dataset) -> Int[Tensor, " samples"]:
-    """All labels, without decoding images where the dataset offers them."""
-    if isinstance(dataset, TensorDataset):
-        return dataset.tensors[1].long()
-    known = getattr(dataset, "labels", getattr(dataset, "targets", None))
-    if known is not None:
-        return torch.as_tensor(known).long()
-    return torch.tensor([int(dataset[i][1]) for i in range(len(dataset))])  # type: ignore[arg-type]
-
-
-class _Share(Sampler[list[int]]):
-    """Every ``size``-th sample of each batch, from number ``rank`` on; where that is none, the batch's first."""
-
-    def __init__(self, whole: BatchSampler, rank: int, size: int) -> None:
-        self.whole, self.rank, self.size = whole, rank, size
-
-    def __len__(self) -> int:
-        return len(self.whole)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for batch in self.whole:
-            yield batch[self.rank :: self.size] or batch[:1]
-
-
-def batches(
-    dataset: Dataset,
-    batch_size: int,
-    shuffle: torch.Generator | None = None,
-    workers: int = 0,
-    share: tuple[int, int] = (0, 1),
-) -> DataLoader:
-    """Batches of ``(images, labels)``, in order, or in the order that ``shuffle`` draws.
-
-    With ``workers`` that many processes read images ahead while others are worked on. With a ``share`` of (rank, size)
-    every size-th sample of each batch; one sample where that is none.
-    """
-    order = SequentialSampler(dataset) if shuffle is None else RandomSampler(dataset, generator=shuffle)  # type: ignore[arg-type]
-    sampler = _Share(BatchSampler(order, batch_size, drop_last=False), *share)
-    return DataLoader(dataset, batch_sampler=sampler, generator=shuffle, num_workers=workers)
-
-
-def checked(images: Tensor) -> Tensor:
-    """The batch as it is.
-
-    Raises:
-        InputError: a pixel is not finite.
-    """
-    if not torch.isfinite(images).all():
-        place = int((~torch.isfinite(images)).flatten(1).any(1).nonzero()[0])
-        raise InputError(f"an image has NaN or infinite pixels (number {place} of its batch). Repair or remove it.")
-    return images

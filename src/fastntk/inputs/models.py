@@ -1,41 +1,15 @@
 """Models by name from timm, torchvision and transformers, or of your own, with a new head and their preprocessing."""
 
-import importlib.util
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastntk.common.errors import InputError
-from fastntk.inputs.libraries import timm, torchvision, transformers
+from fastntk.inputs.images import Preprocessing
+from fastntk.inputs.makers import maker
+from fastntk.inputs.structure import head_name
 from fastntk.inputs.weights import load_weights, read_weights
-from fastntk.tuning.selectors import head_name
-
-LIBRARIES = ("timm", "torchvision", "transformers")
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """What turns an image into the model's input: side in pixels, then ``(x / 255 - mean) / std`` per channel."""
-
-    size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-
-class Logits(nn.Module):
-    """A transformers classifier as a function from images to logits."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Tensor:
-        """``[batch, 3, side, side]`` to ``[batch, C]``."""
-        return self.model(pixel_values=images).logits
 
 
 def load_model(
@@ -62,145 +36,11 @@ def load_model(
     pretrained = weights == "pretrained"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model, preprocessing = _maker(name)(classes, size, pretrained)
+        model, preprocessing = maker(name)(classes, size, pretrained)
     if weights is not None and not pretrained:
         load_weights(model, read_weights(Path(weights)))
     reset_head(model, seed)
     return model.eval().to(memory_format=torch.channels_last), preprocessing  # type: ignore[call-overload]
-
-
-Make = Callable[[int, int | None, bool], tuple[nn.Module, Preprocessing]]
-"""Classes, side or None, and whether the library's own weights are wanted, to a model and its preprocessing."""
-
-
-def _maker(name: str) -> Make:
-    """Who makes the model of that name."""
-    file, _, function = name.rpartition(":")
-    if file.endswith(".py"):
-        return lambda classes, size, _: _from_file(Path(file), function, classes, size)
-    library, slash, short = name.partition("/")
-    if not slash:
-        library, short = "", name
-    elif library not in LIBRARIES:
-        raise InputError(f"unknown library {library!r} in {name!r}. Use one of {', '.join(LIBRARIES)}, as 'timm/NAME'.")
-    if library == "transformers":
-        return lambda *how: _from_transformers(short, *how)
-    if library != "torchvision" and short in timm().list_models():
-        return lambda *how: _from_timm(short, *how)
-    if library != "timm" and short in torchvision().models.list_models(module=torchvision().models):
-        return lambda *how: _from_torchvision(short, *how)
-    nobody = f"{library} has no" if library else "neither timm nor torchvision has a"
-    raise InputError(f"{nobody} model {short!r}.{_similar(short)}")
-
-
-def list_models(pattern: str = "") -> list[str]:
-    """The names that ``load_model`` knows and that contain ``pattern``, with their library."""
-    known = [f"timm/{name}" for name in timm().list_models()]
-    known += [f"torchvision/{name}" for name in torchvision().models.list_models(module=torchvision().models)]
-    try:
-        auto = transformers().models.auto
-        known += [f"transformers/{name}" for name in auto.modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES]
-    except InputError:  # it is not installed
-        pass
-    return [name for name in known if pattern in name]
-
-
-def _similar(name: str) -> str:
-    from difflib import get_close_matches
-
-    known = {each.partition("/")[2] for each in list_models()}
-    close = get_close_matches(name, sorted(known), 3, 0.5)
-    return f" Did you mean {', '.join(close)}?" if close else ""
-
-
-def _from_timm(name: str, classes: int, size: int | None, pretrained: bool) -> tuple[nn.Module, Preprocessing]:
-    model = timm().create_model(name, num_classes=classes, pretrained=pretrained)
-    config = model.pretrained_cfg
-    if size and config.get("fixed_input_size"):
-        model = timm().create_model(name, num_classes=classes, pretrained=pretrained, img_size=size)
-    return model, Preprocessing(size or config["input_size"][-1], tuple(config["mean"]), tuple(config["std"]))
-
-
-def _from_torchvision(name: str, classes: int, size: int | None, pretrained: bool) -> tuple[nn.Module, Preprocessing]:
-    models = torchvision().models
-    recipe = models.get_model_weights(name)["DEFAULT"].transforms()
-    options: dict[str, Any] = {"image_size": size} if size and name.startswith("vit_") else {}
-    model = models.get_model(name, weights="DEFAULT" if pretrained else None, **options)
-    head = model.get_submodule(head_name(model))
-    parent, _, child = head_name(model).rpartition(".")
-    setattr(model.get_submodule(parent), child, nn.Linear(head.in_features, classes))
-    return model, Preprocessing(size or recipe.crop_size[0], tuple(recipe.mean), tuple(recipe.std))
-
-
-def _from_transformers(name: str, classes: int, size: int | None, pretrained: bool) -> tuple[nn.Module, Preprocessing]:
-    auto = transformers()
-    stored = pretrained or (Path(name) / "config.json").is_file()
-    try:
-        config = auto.AutoConfig.from_pretrained(name) if stored else auto.AutoConfig.for_model(name)
-        config.num_labels = classes
-        config.architectures = config.architectures or []  # which some types of transformers fail without
-        if size and hasattr(config, "image_size"):
-            config.image_size = size
-        processor = _processor(name if stored else None, config)
-        if not stored:
-            return Logits(auto.AutoModelForImageClassification.from_config(config)), _preprocessing(
-                processor, config, size
-            )
-        model, found = auto.AutoModelForImageClassification.from_pretrained(
-            name, config=config, ignore_mismatched_sizes=True, output_loading_info=True
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"transformers has no image classifier {name!r} ({str(error).splitlines()[0]}). Give a folder that "
-            "save_pretrained wrote, model and image processor, or one of its types, as 'transformers/vit'."
-        ) from error
-    wrapped = Logits(model)
-    lacking = {
-        each[0] if isinstance(each, tuple) else each
-        for key in ("missing_keys", "mismatched_keys")
-        for each in found[key]
-    }
-    lacking = {each for each in lacking if not f"model.{each}".startswith(f"{head_name(wrapped)}.")}
-    if lacking:
-        raise InputError(
-            f"the weights in {name} do not fit the model: {sorted(lacking)[0]!r} is missing or of another shape "
-            f"({len(lacking)} such). If a side of {size} pixels was asked for, leave it out."
-        )
-    return wrapped, _preprocessing(processor, config, size)
-
-
-def _processor(name: str | None, config: Any) -> Any:
-    """The image processor that was saved with a model, or the default one of its type."""
-    if name is not None:
-        return transformers().AutoImageProcessor.from_pretrained(name)
-    kinds = transformers().models.auto.image_processing_auto.IMAGE_PROCESSOR_MAPPING[type(config)]
-    return next(iter(kinds.values()))()
-
-
-def _preprocessing(processor: Any, config: Any, size: int | None) -> Preprocessing:
-    own = getattr(config, "image_size", None) or processor.size.get("height") or processor.size.get("shortest_edge")
-    plain = not getattr(processor, "do_normalize", True)
-    mean, std = ((0.0,) * 3, (1.0,) * 3) if plain else (tuple(processor.image_mean), tuple(processor.image_std))
-    return Preprocessing(int(size or own), mean, std)
-
-
-def _from_file(path: Path, function: str, classes: int, size: int | None) -> tuple[nn.Module, Preprocessing]:
-    """What a user's own function makes."""
-    if not path.is_file():
-        raise InputError(f"there is no file {path} with a model in it.")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise InputError(f"{path} cannot be imported.")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    make = getattr(module, function, None)
-    if make is None:
-        raise InputError(f"{path} has no function {function!r}.")
-    made = make(classes)
-    if not (isinstance(made, tuple) and isinstance(made[0], nn.Module) and isinstance(made[1], Preprocessing)):
-        raise InputError(f"{function} of {path} must return a module and its fastntk.Preprocessing.")
-    model, own = made
-    return model, Preprocessing(size or own.size, own.mean, own.std)
 
 
 def reset_head(model: nn.Module, seed: int) -> None:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastntk.common.errors import InputError
-from fastntk.tuning.selectors import head_name
+from fastntk.inputs.structure import head_name
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

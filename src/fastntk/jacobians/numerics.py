@@ -1,28 +1,84 @@
-"""How many bits the arithmetic has: always said, never chosen by a library's default."""
+"""How the arithmetic is done: always said, never chosen by a library's default."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
 from fastntk.common.errors import InputError
+from fastntk.jacobians.combinations import ClassProbes
 
 PRECISIONS = ("full", "tf32", "bf16")
-"""``full``: the model's own dtype, no rounding in between. ``tf32``: products of float32 numbers on NVIDIA's tensor
-cores, with 10 bits of mantissa; elsewhere the same as ``full``. ``bf16``: the network runs under autocast to bfloat16
-(8 bits of mantissa), parameters and sums stay as they are. What bf16 costs is in docs/benchmarks.md (a quarter of the
-answer to a request, in a hard case); what TF32 costs has not been measured yet."""
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """How to compute what a memory is made of; none of it changes what is computed.
+
+    Attributes:
+        batch_size: images a batch of Jacobians, at most; fewer where a batch's Jacobians would take over 1 GiB.
+        precision: of the network. ``full``: the model's own dtype, no rounding in between. ``tf32``: products of
+            float32 numbers on NVIDIA's tensor cores, with 10 bits of mantissa; elsewhere the same as ``full``.
+            ``bf16``: the network runs under autocast to bfloat16 (8 bits of mantissa), parameters and sums stay as they
+            are. What bf16 costs is in docs/benchmarks.md (a quarter of the answer to a request, in a hard case); what
+            TF32 costs has not been measured yet.
+        dtype: of the sums and products of the primal form. ``torch.float32`` halves their memory; sums that samples are
+            taken away from lose digits with it, so that a solve may come out less exact.
+        workers: processes that read images ahead.
+        class_probes: replace the C logits of each sample by this many random combinations
+            (``fastntk.jacobians.combinations``); None takes all classes.
+        probe_seed: of these combinations.
+
+    Raises:
+        InputError: a number is out of range, or the precision or dtype is none of those above.
+    """
+
+    batch_size: int = 64
+    precision: str = "full"
+    dtype: torch.dtype = torch.float64
+    workers: int = 0
+    class_probes: int | None = None
+    probe_seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise InputError(f"precision must be one of {', '.join(PRECISIONS)}, not {self.precision!r}.")
+        if self.dtype not in (torch.float64, torch.float32):
+            raise InputError(f"sums must be float64 or float32, not {_name(self.dtype)}.")
+        if self.batch_size < 1 or self.workers < 0:
+            raise InputError(
+                f"batch_size must be at least 1 and workers not negative, not {self.batch_size} and {self.workers}."
+            )
+
+    @property
+    def probes(self) -> ClassProbes | None:
+        """The random combinations, if there are any."""
+        return None if self.class_probes is None else ClassProbes(self.class_probes, self.probe_seed)
+
+    def in_batches_of(self, batch_size: int) -> "Numerics":
+        """The same with other batches."""
+        return replace(self, batch_size=batch_size)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**vars(self), "dtype": _name(self.dtype)}
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> "Numerics":
+        """The reverse of ``to_dict``."""
+        given = {each.name: document[each.name] for each in fields(cls)}
+        return cls(**{**given, "dtype": getattr(torch, given["dtype"])})
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @contextmanager
 def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
-    """The network's arithmetic while a block lasts.
-
-    Raises:
-        InputError: the precision is not one of ``PRECISIONS``.
-    """
-    if precision not in PRECISIONS:
-        raise InputError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}.")
+    """The network's arithmetic while a block lasts; ``precision`` as in ``Numerics``."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     try:

@@ -13,9 +13,9 @@ from fastntk.common import distributed
 from fastntk.common.errors import InputError
 from fastntk.common.machine import elapsed, settle
 from fastntk.common.progress import track
-from fastntk.inputs.images import batches, checked
+from fastntk.inputs.batches import batches, checked
 from fastntk.tuning.loss import Loss, SquaredLoss
-from fastntk.tuning.selectors import snapshot, tuned
+from fastntk.tuning.parameters import snapshot, tuned
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ def fit(model: nn.Module, train: Dataset, recipe: Recipe = Recipe(), **changes: 
     carry the data in a way that no step over parameters removes), and dropout is off. Like ``prepare``, it changes
     settings of this process (``fastntk.common.machine.settle``).
 
-    In a job of several processes (``fastntk.common.distributed``) each takes its share of every batch, and gradients are
-    averaged (DistributedDataParallel). All must be given the same model; all end with the same, and how many they are
-    changes the order of additions only.
+    In a job of several processes (``fastntk.common.distributed``) each takes its share of every batch, and gradients
+    are averaged (DistributedDataParallel). All must be given the same model; all end with the same, and how many they
+    are changes the order of additions only.
 
     Args:
         model: as ``tune`` left it; maps images to logits.

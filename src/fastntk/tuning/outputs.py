@@ -3,17 +3,17 @@
 from collections.abc import Callable, Mapping
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.data import Dataset
 
-from fastntk.inputs.images import batches
+from fastntk.inputs.batches import batches
 
 Model = nn.Module | Callable[[Tensor], Tensor]
 
 
-def at(model: nn.Module, parameters: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
+def model_at(model: nn.Module, parameters: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
     """``model`` as a function of images, with some of its parameters replaced; the model itself is not changed."""
     return lambda images: functional_call(model, dict(parameters), (images,))
 
@@ -22,3 +22,10 @@ def logits_of(model: Model, samples: Dataset, device: torch.device | str, batch_
     """The logits of all samples, on ``device``, where the model is."""
     with torch.no_grad():
         return torch.cat([model(images.to(device)) for images, _ in batches(samples, batch_size)])
+
+
+def margins(logits: Float[Tensor, "samples classes"], labels: Int[Tensor, " samples"]) -> Float[Tensor, " samples"]:
+    """Per sample: the label's logit less the largest other one; positive where the sample is classified rightly."""
+    own = logits.gather(1, labels[:, None])
+    others = logits.scatter(1, labels[:, None], -float("inf"))
+    return own[:, 0] - others.amax(1)

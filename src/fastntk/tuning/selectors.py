@@ -6,31 +6,21 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from fastntk.common.errors import InputError
-from fastntk.inputs.structure import blocks, transformer_blocks
+from fastntk.inputs.structure import blocks, head_name, transformer_blocks
 from fastntk.tuning.lora import adapters, add_lora, lora_targets, remove_lora
+from fastntk.tuning.parameters import tuned
 from fastntk.tuning.prompts import add_prompts, prompts_of, remove_prompts
 
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
+
+
 LAYER_NORMS = (nn.LayerNorm,)
+
+
 NORMS = (*BATCH_NORMS, *LAYER_NORMS, nn.GroupNorm)
-
-
-def head_name(model: nn.Module) -> str:
-    """The name of the classification head: the last ``nn.Linear`` that the model registers, adapters apart.
-
-    Raises:
-        InputError: the model has no linear layer.
-    """
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and ".lora_" not in name]
-    if not linear:
-        raise InputError(
-            "the model has no linear layer that could be its head. Tune other parameters, for example 'bn'."
-        )
-    return linear[-1]
 
 
 @dataclass(frozen=True)
@@ -223,20 +213,3 @@ def tune(model: nn.Module, *selectors: str | Iterable[str]) -> dict[str, nn.Para
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in names)
     return tuned(model)
-
-
-def tuned(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of ``model`` that require gradients: those that ``tune`` left free.
-
-    Raises:
-        InputError: there are none.
-    """
-    free = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if not free:
-        raise InputError("no parameter of the model is tuned. Call fastntk.tune(model, 'bn', 'head') first.")
-    return free
-
-
-def snapshot(parameters: dict[str, nn.Parameter] | dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Detached copies, safe from later training."""
-    return {name: parameter.detach().clone() for name, parameter in parameters.items()}

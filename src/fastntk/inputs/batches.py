@@ -1,0 +1,79 @@
+"""Batches of any map-style dataset of ``(image, label)``."""
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+)
+
+from fastntk.common.errors import InputError
+
+
+def labels_of(dataset: Dataset) -> Int[Tensor, " samples"]:
+    """All labels, without decoding images where the dataset offers them."""
+    known = labels_offered(dataset)
+    return torch.tensor([int(dataset[i][1]) for i in range(len(dataset))]) if known is None else known  # type: ignore[arg-type]
+
+
+def labels_offered(dataset: Dataset) -> Int[Tensor, " samples"] | None:
+    """All labels, if the dataset offers them without decoding images."""
+    if isinstance(dataset, TensorDataset):
+        return dataset.tensors[1].long()
+    if isinstance(dataset, Subset):
+        whole = labels_offered(dataset.dataset)
+        return None if whole is None else whole[list(dataset.indices)]
+    known = getattr(dataset, "labels", getattr(dataset, "targets", None))
+    return None if known is None else torch.as_tensor(known).long()
+
+
+class _Share(Sampler[list[int]]):
+    """Every ``size``-th sample of each batch, from number ``rank`` on; where that is none, the batch's first."""
+
+    def __init__(self, whole: BatchSampler, rank: int, size: int) -> None:
+        self.whole, self.rank, self.size = whole, rank, size
+
+    def __len__(self) -> int:
+        return len(self.whole)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in self.whole:
+            yield batch[self.rank :: self.size] or batch[:1]
+
+
+def batches(
+    dataset: Dataset,
+    batch_size: int,
+    shuffle: torch.Generator | None = None,
+    workers: int = 0,
+    share: tuple[int, int] = (0, 1),
+) -> DataLoader:
+    """Batches of ``(images, labels)``, in order, or in the order that ``shuffle`` draws.
+
+    With ``workers`` that many processes read images ahead while others are worked on. With a ``share`` of (rank, size)
+    every size-th sample of each batch; one sample where that is none.
+    """
+    order = SequentialSampler(dataset) if shuffle is None else RandomSampler(dataset, generator=shuffle)  # type: ignore[arg-type]
+    sampler = _Share(BatchSampler(order, batch_size, drop_last=False), *share)
+    return DataLoader(dataset, batch_sampler=sampler, generator=shuffle, num_workers=workers)
+
+
+def checked(images: Tensor) -> Tensor:
+    """The batch as it is.
+
+    Raises:
+        InputError: a pixel is not finite.
+    """
+    if not torch.isfinite(images).all():
+        place = int((~torch.isfinite(images)).flatten(1).any(1).nonzero()[0])
+        raise InputError(f"an image has NaN or infinite pixels (number {place} of its batch). Repair or remove it.")
+    return images

@@ -1,0 +1,154 @@
+"""Per-sample Jacobians of the logits with respect to the tuned parameters.
+
+The model runs unchanged, on a batch, while ``fastntk.jacobians.rules`` gives every tuned parameter one copy a sample.
+One forward and C ordinary backward passes then give all of ``J``. A parameter that is used in a way that no rule covers
+is noticed by a trial run and differentiated by ``torch.func`` instead, slower and as exact.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call, jacrev, vmap
+
+from fastntk.common.errors import InputError
+from fastntk.jacobians.jacobian import Jacobian
+from fastntk.jacobians.layout import Layout
+from fastntk.jacobians.rules.calls import PerSample
+
+
+class PerSampleJacobian:
+    """``x -> Jacobian`` at fixed parameters of a model.
+
+    Args:
+        model: maps a batch of images to logits ``[batch, C]``; it must treat samples independently (eval mode). It is
+            not changed.
+        parameters: where to linearise: the tuned parameters by name.
+        layout: of an earlier one at the same model and selection; found by a trial run otherwise.
+
+    Raises:
+        InputError: on the first batch, when a batch norm or dropout layer is in training mode, or the output is not
+            ``[batch, C]``.
+    """
+
+    def __init__(self, model: nn.Module, parameters: Mapping[str, Tensor], layout: Layout | None = None) -> None:
+        self.model = model
+        self.parameters = {name: tensor.detach() for name, tensor in parameters.items()}
+        self.known = layout
+
+    def layout(self, x: Tensor) -> Layout:
+        """How ``theta`` is laid out, found by a trial run on one image (as a batch of two, so that a leading axis of
+        length 1 is not taken for the batch)."""
+        if self.known is None:
+            self.known = self._trial(torch.cat([x[:1], x[:1]]))
+        return self.known
+
+    def _trial(self, x: Tensor) -> Layout:
+        trial = {name: tensor.clone().requires_grad_() for name, tensor in self.parameters.items()}
+        mode = PerSample(trial, len(x))
+        with torch.enable_grad():
+            logits = self._forward(x, trial, mode)
+            grads = torch.autograd.grad(logits.sum(), list(trial.values()), allow_unused=True, materialize_grads=False)
+        # The rules detach: a gradient that reaches the parameter itself came through a use that no rule covers.
+        slow = {name for name, grad in zip(trial, grads, strict=True) if grad is not None or name not in mode.copies}
+        last = [names for out, inputs, names in mode.linear_calls if out is logits and inputs.ndim == 2]
+        calls = [name for _, _, names in mode.linear_calls for name in names]
+        head = last[0] if last and all(calls.count(name) == 1 and name not in slow for name in last[0]) else ()
+        fast = tuple(name for name in trial if name not in slow and name not in head)
+        return Layout(
+            fast=fast,
+            slow=tuple(name for name in trial if name in slow),
+            head=head,
+            shapes={name: tensor.shape for name, tensor in trial.items()},
+        )
+
+    def _forward(self, x: Tensor, parameters: Mapping[str, Tensor], mode: AbstractContextManager) -> Tensor:
+        with mode:
+            logits = functional_call(self.model, dict(parameters), (x,))
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x):
+            raise InputError("the model must return logits of shape [batch, classes]. Wrap it in a module that does.")
+        return logits
+
+    def classes(self, x: Tensor) -> int:
+        """C, from the logits of one image of the batch ``x``."""
+        with torch.no_grad():
+            return self._forward(x[:1], self.parameters, nullcontext()).shape[1]
+
+    def __call__(self, x: Tensor) -> Jacobian:
+        """The Jacobian of a batch ``x`` of images, ``[batch, ...]``."""
+        return self.with_logits(x)[0]
+
+    def with_logits(
+        self, x: Tensor, combined: Callable[[Tensor], Float[Tensor, "batch classes outputs"] | None] = lambda _: None
+    ) -> tuple[Jacobian, Float[Tensor, "batch classes"]]:
+        """The Jacobian and the logits of a batch ``x`` of images.
+
+        With ``combined``, which finds V from the logits, the Jacobian is that of ``V_i' f(x_i)`` with V held fixed: one
+        backward pass a column. The head's part then has no Kronecker structure left and is written out among the
+        ``rest``.
+        """
+        layout = self.layout(x)
+        mapped = {name: self.parameters[name] for name in (*layout.fast, *layout.head)}
+        mode = PerSample(mapped, len(x), layout.head)
+        with torch.enable_grad():
+            logits = self._forward(x, self.parameters, mode)
+            probes = combined(logits.detach().to(self.dtype))
+            outputs = logits if probes is None else torch.einsum("nck,nc->nk", probes.to(logits), logits)
+            rest = self._backward(outputs, [mode.copies[name] for name in layout.fast])
+        if layout.slow:
+            rest = torch.cat([rest, self._functional(x, layout.slow, probes)], 2)
+        features = self._features(logits, layout.head, mode).to(self.dtype)
+        if probes is not None and layout.head:
+            head = torch.einsum("nck,nf->nkcf", probes.to(features), features).flatten(2)
+            rest, features = torch.cat([rest, head], 2), features[:, :0]
+        return Jacobian(rest, features), logits.detach()
+
+    def features(self, x: Tensor) -> tuple[Float[Tensor, "batch features"], Float[Tensor, "batch classes"]]:
+        """The head's inputs, as a ``Jacobian`` has them, and the logits of a batch ``x`` of images: a forward pass."""
+        head = self.layout(x).head
+        mode = PerSample({name: self.parameters[name] for name in head}, len(x), head)
+        with torch.no_grad():
+            logits = self._forward(x, self.parameters, mode)
+            return self._features(logits, head, mode).to(self.dtype), logits
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(iter(self.parameters.values())).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The parameters', which the Jacobian has as well whatever the network computes in."""
+        return next(iter(self.parameters.values())).dtype
+
+    def _backward(self, outputs: Tensor, copies: list[Tensor]) -> Tensor:
+        """One backward pass an output."""
+        batch, count = outputs.shape
+        result = outputs.new_empty(batch, count, sum(copy[0].numel() for copy in copies), dtype=self.dtype)
+        for k in range(count if copies else 0):
+            grads = torch.autograd.grad(outputs[:, k].sum(), copies, retain_graph=k + 1 < count)
+            torch.cat([grad.flatten(1) for grad in grads], 1, out=result[:, k])
+        return result.detach()
+
+    def _functional(self, x: Tensor, names: tuple[str, ...], probes: Tensor | None) -> Tensor:
+        """``torch.func`` for the parameters that no rule covers, in the parameters' own precision."""
+        fixed = {name: tensor for name, tensor in self.parameters.items() if name not in names}
+
+        def outputs(parameters: dict[str, Tensor], sample: Tensor, probe: Tensor | None) -> Tensor:
+            logits = functional_call(self.model, {**fixed, **parameters}, (sample[None],))[0]
+            return logits if probe is None else logits @ probe.to(logits)
+
+        free = {name: self.parameters[name] for name in names}
+        with torch.autocast(x.device.type, enabled=False):  # whose casts torch.func does not differentiate
+            jacobians = vmap(jacrev(outputs), (None, 0, None if probes is None else 0))(free, x, probes)
+        return torch.cat([jacobians[name].flatten(2).detach() for name in names], 2)
+
+    def _features(self, logits: Tensor, head: tuple[str, ...], mode: PerSample) -> Tensor:
+        """The head's input, with a 1 appended for its bias: one column a tuned parameter and class."""
+        if not head:
+            return logits.new_empty(len(logits), 0)
+        inputs = next(x for _, x, names in mode.linear_calls if names == head).detach()
+        ones = inputs.new_ones(len(inputs), 1)
+        return torch.cat([inputs if self.parameters[name].ndim == 2 else ones for name in head], 1)

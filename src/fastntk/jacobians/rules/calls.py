@@ -1,0 +1,178 @@
+"""Per-sample copies of tuned parameters: what each functional call that uses one does instead.
+
+While ``PerSample`` is active, a call such as ``F.batch_norm`` that is given a tuned parameter runs as ever, but
+records, for the backward pass, one copy of the parameter a sample. The copies take no memory (they are expanded views);
+their gradients are the per-sample Jacobians. It does not matter which library's module makes the call. Backward passes
+compute what the tuned parameters need and nothing else: frozen parameters get no gradient, and what lies before the
+first tuned parameter is not differentiated.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from fastntk.common.errors import InputError
+from fastntk.jacobians.rules.functions import BatchNorm, Convolution, GroupNorm, LayerNorm, Linear
+
+
+def _data(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()
+
+
+class PerSample(TorchFunctionMode):
+    """While active, calls that use a tuned parameter use its per-sample copies.
+
+    Args:
+        tuned: the tuned parameters by name, the very tensors that the model is called with.
+        batch: the number of samples in the batch.
+        head: those of the head, which take no copies, known after a trial run; None during it.
+    """
+
+    def __init__(self, tuned: Mapping[str, Tensor], batch: int, head: tuple[str, ...] | None = None) -> None:
+        super().__init__()
+        self.names = {id(tensor): name for name, tensor in tuned.items()}
+        self.batch = batch
+        self.head = head
+        self.copies: dict[str, Tensor] = {}
+        self.linear_calls: list[tuple[Tensor, Tensor, tuple[str, ...]]] = []
+
+    def _name(self, tensor: Any) -> str | None:
+        return self.names.get(id(tensor))
+
+    def _copy(self, tensor: Tensor | None) -> Tensor | None:
+        """The per-sample copies of a tuned parameter; None for a frozen one, and for none."""
+        return None if tensor is None or self._name(tensor) is None else self._copies(tensor)
+
+    def _copies(self, tensor: Tensor) -> Tensor:
+        name = self.names[id(tensor)]
+        if name not in self.copies:
+            self.copies[name] = tensor.detach().expand(self.batch, *tensor.shape).requires_grad_()
+        return self.copies[name]
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in _ELEMENTWISE and len(args) == 2:
+            return self._elementwise(func, *args, **kwargs)
+        rule = _RULES.get(func)
+        return func(*args, **kwargs) if rule is None else rule(self, *args, **kwargs)
+
+    def _fits(self, x: Tensor | None, *parameters: Tensor | None) -> bool:
+        """Whether a rule applies: one of the parameters is tuned and samples lie along the first axis of ``x``.
+
+        A module that regroups samples is noticed in the trial run, and its parameters are left to ``torch.func``.
+        """
+        names = [name for name in map(self._name, parameters) if name]
+        fits = x is not None and x.ndim > 1 and x.shape[0] == self.batch
+        if names and not fits and self.head is not None:
+            raise InputError(f"parameter {names[0]!r} is used along another axis than the batch in some batches only.")
+        return bool(names) and fits
+
+    def _batch_norm(
+        self, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
+    ):
+        if training:
+            raise InputError(
+                "a batch norm layer is in training mode: it couples the samples of a batch, so per-sample Jacobians do "
+                "not exist. Call model.eval() first."
+            )
+        if not self._fits(input, weight, bias):
+            return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+        copies = self._copy(weight), self._copy(bias)
+        origin = getattr(input, "_convolved", (None, None, None))
+        input = input if origin[0] is None else input.detach()
+        return BatchNorm.apply(input, _data(weight), _data(bias), running_mean, running_var, eps, *copies, *origin)
+
+    def _group_norm(self, input, num_groups, weight=None, bias=None, eps=1e-5):
+        if not self._fits(input, weight, bias):
+            return F.group_norm(input, num_groups, weight, bias, eps)
+        return GroupNorm.apply(input, num_groups, _data(weight), _data(bias), eps, self._copy(weight), self._copy(bias))
+
+    def _layer_norm(self, input, normalized_shape, weight=None, bias=None, eps=1e-5):
+        if not self._fits(input if input.ndim > len(normalized_shape) else None, weight, bias):
+            return F.layer_norm(input, normalized_shape, weight, bias, eps)
+        copies = self._copy(weight), self._copy(bias)
+        return LayerNorm.apply(input, tuple(normalized_shape), _data(weight), _data(bias), eps, *copies)
+
+    def _linear(self, input, weight, bias=None):
+        if not self._fits(input, weight, bias):
+            if self._name(weight) or self._name(bias) or not input.requires_grad:
+                return F.linear(input, weight, bias)
+            return Linear.apply(input, _data(weight), _data(bias), None, None)
+        names = tuple(name for name in (self._name(weight), self._name(bias)) if name)
+        if names == self.head:
+            out = F.linear(input, weight.detach(), _data(bias))
+        else:
+            out = Linear.apply(input, _data(weight), _data(bias), self._copy(weight), self._copy(bias))
+        self.linear_calls.append((out, input, names))
+        return out
+
+    def _conv2d(self, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+        tuned = self._name(weight) or self._name(bias)
+        known = not isinstance(padding, str) and input.ndim == 4
+        if tuned and not self._fits(input if known else None, weight, bias):
+            return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+        pairs = [[each] * 2 if isinstance(each, int) else list(each) for each in (stride, padding, dilation) if known]
+        geometry = (*pairs, groups)
+        if tuned:
+            return Convolution.apply(input, _data(weight), _data(bias), geometry, self._copy(weight), self._copy(bias))
+        out = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+        if known and input.requires_grad:
+            out._convolved = input, weight.detach(), geometry  # type: ignore[attr-defined]
+        return out
+
+    def _elementwise(self, operation, left, right, **options):
+        """A sum or product of activations with a parameter that is the same for every sample."""
+        parameter, other = (right, left) if self._name(right) else (left, right)
+        if not self._name(parameter) or not isinstance(other, Tensor):
+            return operation(left, right, **options)
+        shape = parameter.shape[1:] if parameter.ndim == other.ndim else parameter.shape
+        shared = parameter.ndim < other.ndim or parameter.shape[0] == 1
+        if not self._fits(other if shared else None, parameter):
+            return operation(left, right, **options)
+        copies = self._copies(parameter).reshape(self.batch, *[1] * (other.ndim - 1 - len(shape)), *shape)
+        left, right = (left, copies) if parameter is right else (copies, right)
+        return operation(left, right, **options)
+
+    def _expand(self, tensor, *sizes):
+        """A parameter that is repeated for every sample: a class token or a visual prompt."""
+        out = tensor.expand(*sizes)
+        per_sample = out.ndim > tensor.ndim or (tensor.ndim > 1 and tensor.shape[0] == 1 and out.ndim == tensor.ndim)
+        if not per_sample or not self._fits(out, tensor):
+            return out
+        return self._copies(tensor).reshape(out.shape)
+
+    def _attention(self, query, key, value, *args, **kwargs):
+        """Contiguous tokens make each projection one large product; a module with ``batch_first`` transposes them."""
+        dense = {id(tokens): tokens.contiguous() for tokens in (query, key, value)}
+        return F.multi_head_attention_forward(*(dense[id(tokens)] for tokens in (query, key, value)), *args, **kwargs)
+
+    def _dropout(self, x, p=0.5, training=True, inplace=False):
+        if training and p > 0:
+            raise InputError("a dropout layer is in training mode: the logits are random. Call model.eval() first.")
+        return x
+
+
+_RULES: dict[Any, Callable[..., Any]] = {
+    F.batch_norm: PerSample._batch_norm,
+    F.group_norm: PerSample._group_norm,
+    F.layer_norm: PerSample._layer_norm,
+    F.linear: PerSample._linear,
+    F.conv2d: PerSample._conv2d,
+    Tensor.expand: PerSample._expand,
+    F.multi_head_attention_forward: PerSample._attention,
+    F.dropout: PerSample._dropout,
+}
+
+
+_ELEMENTWISE = {
+    torch.add,
+    torch.mul,
+    *(
+        getattr(Tensor, name)
+        for name in ("add", "mul", "__add__", "__radd__", "__mul__", "__rmul__", "add_", "mul_", "__iadd__", "__imul__")
+    ),
+}
