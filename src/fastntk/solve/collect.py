@@ -7,8 +7,8 @@ add up differs in the order of float64 additions only.
 import hashlib
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -19,9 +19,14 @@ from fastntk.common import distributed
 from fastntk.common.files import digest, read_tensors, writable, write_tensors
 from fastntk.jacobians.jacobian import Jacobian, concatenate
 from fastntk.jacobians.linearised import Linearised
-from fastntk.solve.sums import Rows, Sums, accumulate
+from fastntk.jacobians.rows import Rows
+from fastntk.solve.solution import Solution, Solved
+from fastntk.solve.sums import Sums, accumulate
 
 log = logging.getLogger(__name__)
+
+Restore = Callable[[Mapping[str, Tensor], float], Solution]
+"""From a solution's tensors and ridge to the solution."""
 
 SHARD = 512
 """Samples a shard."""
@@ -97,11 +102,11 @@ def shards(count: int) -> list[range]:
 
 
 def collect_sums(
-    linearised: Linearised, count: int, dtype: torch.dtype, checkpoint: Checkpoint | None = None
+    linearised: Linearised, count: int, checkpoint: Checkpoint | None = None
 ) -> tuple[Sums, Float[Tensor, "samples outputs"]]:
     """The sums over the samples 0 .. ``count`` - 1, streamed, and their residuals; every process ends with all."""
     one = linearised.rows([0])
-    parts, sums = shards(count), Sums.zero(one.jacobian, dtype)
+    parts, sums = shards(count), Sums.zero(one.jacobian, linearised.numerics.dtype)
     residuals = one.residual.new_zeros(count, one.residual.shape[1])
     done = checkpoint.open() if checkpoint else set()
     if done:
@@ -144,11 +149,30 @@ def collect_rows(linearised: Linearised, count: int) -> Rows:
     return Rows(concatenate([part.jacobian for part in parts]), torch.cat([part.residual for part in parts]))
 
 
-def key(linearised: Linearised, count: int, *options: object) -> str:
-    """A digest of what the sums depend on: weights, tuned parameters, data and options."""
+def key(linearised: Linearised, count: int) -> str:
+    """A digest of what the sums depend on: weights, tuned parameters, data, loss and numerics."""
     image, label = linearised.train[0]
     state = hashlib.sha256(digest(linearised.jacobian.model.state_dict()).encode())
     state.update(digest({"image": torch.as_tensor(image), **linearised.jacobian.parameters}).encode())
-    settings = (linearised.loss, linearised.batch_size, linearised.precision, linearised.probes, SHARD)
-    state.update(repr((count, int(label), *settings, *options)).encode())
+    settings = (linearised.loss, replace(linearised.numerics, workers=0), SHARD)
+    state.update(repr((count, int(label), *settings)).encode())
     return state.hexdigest()
+
+
+def solved_once(solve: Callable[[], Solved], restore: Restore, residuals: Float[Tensor, "samples outputs"]) -> Solved:
+    """What the first process solves, for every process; ``residuals`` are known to all of them."""
+    if not distributed.active():
+        return solve()
+    parcel, tensors = None, {}
+    if distributed.rank() == 0:
+        done = solve()
+        tensors = {name: tensor.contiguous() for name, tensor in done.solution.tensors().items()}
+        shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+        parcel = done.solution.ridge, done.calibration, shapes
+    ridge, calibration, shapes = distributed.shared(parcel)
+    device = residuals.device
+    if distributed.rank():
+        tensors = {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in shapes.items()}
+    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}  # of one backend
+    distributed.share_(tensors.values())
+    return Solved(restore(tensors, ridge), residuals, calibration)

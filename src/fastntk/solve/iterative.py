@@ -6,22 +6,30 @@ ridge, a first ``s(D)``, and the preconditioner of every later solve, the Nystro
 
     (G + ridge I)^-1  ~  Q (T + ridge I)^-1 Q' + (I - Q Q') / ridge.
 
-A request then takes passes over the retained samples, as many as its residual needs; this form alone reads them again.
+A request then takes passes over the retained samples, as many as its inexactness needs; this form alone reads them
+again.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, cast
+from typing import ClassVar, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastntk.common import distributed
+from fastntk.common.errors import InputError
+from fastntk.jacobians import products
+from fastntk.jacobians.layout import Layout
 from fastntk.jacobians.linearised import Linearised
-from fastntk.solve.linalg import conjugate_gradients, lanczos
-from fastntk.solve.ridge import Calibration, closest_outputs
-from fastntk.solve.solution import Update
+from fastntk.jacobians.rows import Rows
+from fastntk.solve import prices
+from fastntk.solve.gram import Krylov
+from fastntk.solve.linalg import conjugate_gradients, shifted
+from fastntk.solve.passes import Passes
+from fastntk.solve.prices import Price, Timing, Workload
+from fastntk.solve.ridge import calibrate
+from fastntk.solve.solution import Solved, Task, Update
 
 STEPS = 40
 """Passes for the Krylov space, and vectors of length p that it keeps."""
@@ -29,128 +37,134 @@ STEPS = 40
 TOLERANCE = 1e-4
 """The relative residual that every solve reaches: a float32 network's products are not good for much less than 1e-6."""
 
+_SOLVE_PASSES = 15  # a guess at what the first solve takes after its Krylov space
+
 
 @dataclass(frozen=True)
-class GramOperator:
-    """``v -> G v`` over some samples, whose ids are shared out among the processes."""
-
-    linearised: Linearised
-    ids: Sequence[int]
-
-    @property
-    def _mine(self) -> Sequence[int]:
-        return self.ids[distributed.rank() :: distributed.size()]
-
-    def matvec(self, vector: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
-        """``G v``, in the dtype of the vector."""
-        return self._total(self.linearised.gram(self._mine, vector)).to(vector)
-
-    def rhs(self, step: Float[Tensor, " p"] | None = None) -> Float[Tensor, " p"]:
-        """``sum J_i'(r_i - H_i J_i d)`` for a ``step`` d; by default ``b``."""
-        pairs = self.linearised.residual(self._mine)
-        if step is not None:
-            moved = self.linearised.tangent_of
-            pairs = ((x, r - self.linearised.curve(x, moved(x, step)).to(r)) for x, r in pairs)
-        return self._total(self.linearised.pull(pairs))
-
-    def trace(self, seed: int = 0) -> float:
-        """An unbiased estimate of ``tr G``: the mean square of ``J'L a`` over random signs a, one draw a batch."""
-        generator = torch.Generator().manual_seed(seed)
-        total = torch.zeros((), dtype=torch.float64, device=self.linearised.device)
-        for x, r in self.linearised.residual(self._mine):
-            signs = torch.randint(2, r.shape, generator=generator).to(r) * 2 - 1
-            total += self.linearised.pull([(x, self.linearised.lift(x, signs))]).square().sum()
-        return float(self._total(total))
-
-    def after(self, ids: Int[Tensor, " some"], sign: int) -> "GramOperator":
-        """The operator with more samples (``sign`` 1), or without some of its own (-1)."""
-        if sign > 0:
-            return replace(self, ids=[*self.ids, *ids.tolist()])
-        gone = set(ids.tolist())
-        return replace(self, ids=[i for i in self.ids if i not in gone])
-
-    def over(self, ids: Int[Tensor, " some"]) -> "GramOperator":
-        """The operator over other samples of the same network."""
-        return replace(self, ids=ids.tolist())
-
-    @staticmethod
-    def _total(tensor: Tensor) -> Tensor:
-        distributed.sum_([tensor])
-        return tensor
-
-
-def _shifted(matrix: Float[Tensor, "m m"], shift: float) -> Float[Tensor, "m m"]:
-    """``matrix + shift I``."""
-    return matrix + shift * torch.eye(len(matrix)).to(matrix)
-
-
-@dataclass
-class MatrixFreeSolution:
-    """``s(S)`` for a set S that samples leave, and what speeds up the solves to come.
+class Iterative:
+    """``s(S)`` for a set S that samples leave and join, and what speeds up the solves to come.
 
     Attributes:
-        operator: products with ``G_S``.
         displacement: ``u``.
         ridge: a total.
         basis: Q, of all samples that were prepared.
         projected: T.
         step: ``s(S)``.
         reached: the relative residual of the latest solve.
+        over: the positions of S.
     """
 
-    form: ClassVar[Literal["matrix-free"]] = "matrix-free"
-    limit: ClassVar[float] = TOLERANCE
-    operator: GramOperator
+    name: ClassVar[str] = "matrix-free"
     displacement: Float[Tensor, " p"]
     ridge: float
     basis: Float[Tensor, "p m"]
     projected: Float[Tensor, "m m"]
     step: Float[Tensor, " p"]
     reached: float
+    over: Int[Tensor, " samples"]
 
     @classmethod
-    def of(
-        cls, operator: GramOperator, displacement: Float[Tensor, " p"], ridge: float | None, dtype: torch.dtype
-    ) -> tuple["MatrixFreeSolution", Calibration | None]:
-        """Solve for all samples of the operator, at a ridge that is given or (None) found.
+    def of(cls, gram: Passes, displacement: Float[Tensor, " p"], ridge: float, space: Krylov) -> "Iterative":
+        """Solve for all samples of the operator, from its Krylov space at the displacement."""
+        first = space.basis.double() @ torch.linalg.solve(shifted(space.projected, ridge), space.start) - displacement
+        start = cls(displacement, ridge, space.basis, space.projected, first, float("inf"), gram.positions)
+        step, reached = start._solve(gram, gram.rhs - ridge * displacement, ridge, first)
+        return replace(start, step=step, reached=reached)
 
-        ``dtype`` is that of the basis; its vectors need no more digits than the network has.
-        """
-        rhs, image = operator.rhs(), operator.matvec(displacement)
-        start = (rhs + image).to(dtype)
-        basis, projected = lanczos(operator.matvec, start, STEPS)
-        projected, calibration = projected.double(), None
-        coefficients = (basis.T @ start).double()
-        if ridge is None:
-            scale = operator.trace() / (len(operator.ids) * operator.linearised.classes)
-            cross = (basis.T @ image.to(dtype)).double()
-            calibration = closest_outputs(projected, coefficients, cross, displacement @ image, 1, scale)
-            ridge = calibration.ridge
-        shifted = _shifted(projected, ridge)
-        first = basis.double() @ torch.linalg.solve(shifted, coefficients) - displacement
-        solution = cls(operator, displacement, ridge, basis, projected, first, float("inf"))
-        solution.step, solution.reached = solution._solve(operator, rhs - ridge * displacement, ridge, first)
-        return solution, calibration
+    @classmethod
+    def price(cls, work: Workload) -> Price:
+        """``STEPS`` vectors of length p and a dozen more, and the network's activations. Its arithmetic is the
+        network's."""
+        size = work.parameters * (STEPS * work.itemsize + 12 * 8) + 2 * work.batch_size * work.activations
+        refusal = "the matrix-free form has no use for class probes: it makes no backward pass a class."
+        return Price(cls.name, size, 0.0, refusal if work.probed else "", last=True)
+
+    @classmethod
+    def timing(cls, work: Workload, network: Linearised) -> Timing:
+        """Of the passes of the Krylov space and of the first solve."""
+        count = STEPS + _SOLVE_PASSES
+        vector = torch.ones(work.parameters, dtype=torch.float64, device=network.device)
+        return prices.passes(
+            work, network, count, lambda ids: products.gram(network, ids, vector), f"about {count} passes"
+        )
+
+    @classmethod
+    def prepare(cls, task: Task) -> Solved:
+        """The passes, the ridge among them."""
+        gram = Passes(task.network, torch.arange(task.count))
+        residuals = task.network.residuals(range(task.count))
+        space = Krylov.of(gram, task.displacement, STEPS, task.network.dtype)
+        found = calibrate(gram, task.displacement, space.spectrum) if task.ridge is None else None
+        ridge = found.ridge if found else cast(float, task.ridge)
+        return Solved(cls.of(gram, task.displacement, ridge, space), residuals, found)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything but the ridge and the operator, by name."""
-        own = {name: getattr(self, name) for name in ("displacement", "basis", "projected", "step")}
+        """Everything but the ridge, by name."""
+        own = {name: getattr(self, name) for name in ("displacement", "basis", "projected", "step", "over")}
         return {**own, "reached": torch.tensor(self.reached, dtype=torch.float64)}
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], ridge: float, operator: GramOperator) -> "MatrixFreeSolution":
+    def restore(cls, tensors: Mapping[str, Tensor], ridge: float) -> "Iterative":
         """The reverse of ``tensors``."""
         basis, projected, step = (tensors[name] for name in ("basis", "projected", "step"))
-        return cls(operator, tensors["displacement"], ridge, basis, projected, step, float(tensors["reached"]))
+        reached, over = float(tensors["reached"]), tensors["over"].cpu()
+        return cls(tensors["displacement"], ridge, basis, projected, step, reached, over)
+
+    @property
+    def limit(self) -> float:
+        """What every solve reaches."""
+        return TOLERANCE
+
+    def reads(self, sign: int) -> bool:
+        """No rows are formed."""
+        return False
+
+    def update(
+        self, network: Linearised, positions: Int[Tensor, " samples"], sign: int, rows: Rows | None = None
+    ) -> Update:
+        """``(G_{S+-F} + ridge I)^-1`` of ``+-J_F'(r_F - J_F s(S))``, by passes over S and F."""
+        error = Passes(network, positions).downhill(self.step)
+        after = Update(error, positions, sign).changes(self.over)
+        change, reached = self._solve(Passes(network, after), sign * error, self.ridge)
+        return Update(change, positions, sign, reached=reached)
+
+    def apply(self, update: Update) -> "Iterative":
+        """With the step and the set that were worked out."""
+        reached = cast(float, update.reached)
+        return replace(self, step=self.step + update.change, reached=reached, over=update.changes(self.over))
+
+    def inexactness(self, update: Update | None = None) -> float:
+        """Of the latest solve, or of an ``update``'s."""
+        return self.reached if update is None else cast(float, update.reached)
+
+    def anew(self, network: Linearised) -> "Iterative":
+        """By passes over S."""
+        gram = Passes(network, self.over)
+        step, reached = self._solve(gram, gram.rhs - self.ridge * self.displacement, self.ridge)
+        return replace(self, step=step, reached=reached)
+
+    def resolve(
+        self, network: Linearised, positions: Int[Tensor, " samples"], displacement: Float[Tensor, " p"], ridge: float
+    ) -> Float[Tensor, " p"]:
+        """By passes over what is left."""
+        gram = Passes(network, self.over[~torch.isin(self.over, positions)])
+        return self._solve(gram, gram.rhs - ridge * displacement, ridge)[0]
+
+    def alone(self, network: Linearised, positions: Int[Tensor, " samples"]) -> Float[Tensor, "samples outputs"]:
+        """It would take a solve a sample."""
+        raise InputError("samples can be left out one by one in the primal and the dual form alone.")
+
+    def head_moments(self, layout: Layout) -> None:
+        """None are kept."""
 
     def _solve(
-        self, operator: GramOperator, rhs: Tensor, ridge: float, first: Tensor | None = None
+        self, gram: Passes, rhs: Float[Tensor, " p"], ridge: float, first: Float[Tensor, " p"] | None = None
     ) -> tuple[Float[Tensor, " p"], float]:
         """``(G + ridge I)^-1 rhs`` over the operator's samples, and the relative residual that it has."""
-        inner = _shifted(torch.linalg.inv(_shifted(self.projected, ridge)), -1 / ridge)
+        inner = shifted(torch.linalg.inv(shifted(self.projected, ridge)), -1 / ridge)
 
         def apply(vector: Tensor) -> Tensor:
-            return operator.matvec(vector) + ridge * vector
+            return gram.matvec(vector) + ridge * vector
 
         def precondition(vector: Tensor) -> Tensor:
             inside = (self.basis.T @ vector.to(self.basis)).double()
@@ -163,33 +177,3 @@ class MatrixFreeSolution:
             start = start + conjugate_gradients(apply, left, precondition, enough / float(left.norm()))
             left = rhs - apply(start)
         return start, float(left.norm() / rhs.norm())
-
-    def update(self, positions: Int[Tensor, " samples"], rows: object, sign: int) -> Update:
-        """What adding the samples at ``positions`` to S (``sign`` 1), or taking them out (-1), would change:
-        ``(G_{S+-F} + ridge I)^-1`` of ``+-J_F'(r_F - J_F s(S))``."""
-        error = self.operator.over(positions).rhs(self.step)
-        change, residual = self._solve(self.operator.after(positions, sign), sign * error, self.ridge)
-        return Update(change, positions, sign, reached=residual)
-
-    def apply_(self, update: Update) -> None:
-        """Add the samples of an ``update`` to S, or take them out, in place."""
-        self.operator = self.operator.after(update.positions, update.sign)
-        self.step = self.step + update.change
-        self.reached = cast(float, update.reached)
-
-    def residual(self, update: Update | None = None) -> float:
-        """The relative residual of the latest solve, or of an ``update``'s."""
-        return self.reached if update is None else cast(float, update.reached)
-
-    def anew(self) -> "MatrixFreeSolution":
-        """Solved anew over the samples that are left."""
-        rhs = self.operator.rhs() - self.ridge * self.displacement
-        step, reached = self._solve(self.operator, rhs, self.ridge)
-        return replace(self, step=step, reached=reached)
-
-    def resolve(
-        self, positions: Int[Tensor, " samples"], rows: object, displacement: Float[Tensor, " p"], ridge: float
-    ) -> Float[Tensor, " p"]:
-        """``s(S - F)`` for any displacement and ridge, solved anew."""
-        operator = self.operator.after(positions, -1)
-        return self._solve(operator, operator.rhs() - ridge * displacement, ridge)[0]

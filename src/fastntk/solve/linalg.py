@@ -97,11 +97,37 @@ def _square_(lower: Tensor) -> Tensor:
     return lower
 
 
+def shifted(matrix: Float[Tensor, "n n"], shift: float) -> Float[Tensor, "n n"]:
+    """``matrix + shift I``, in a matrix of its own."""
+    copy = matrix.clone()
+    copy.diagonal().add_(shift)
+    return copy
+
+
 def ridge_inverse(matrix: Float[Tensor, "n n"], ridge: float) -> Float[Tensor, "n n"]:
     """``(matrix + ridge I)^-1`` for a positive semidefinite matrix. ``ridge`` is a total. Raises like ``invert_``."""
-    shifted = matrix.clone()
-    shifted.diagonal().add_(ridge)
-    return invert_(shifted)
+    return invert_(shifted(matrix, ridge))
+
+
+def factorised(core: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    """The Cholesky factor of the small matrix that an update of a solution inverts.
+
+    Raises:
+        InputError: it is not positive definite, as it is for samples that are in the sums.
+    """
+    factor, info = torch.linalg.cholesky_ex(core)
+    if info != 0:
+        raise InputError(
+            "the samples' Jacobians are not among those that the memory was made of: the images, the model or the "
+            "arithmetic have changed. Prepare again."
+        )
+    return factor
+
+
+def relative(residual: Tensor, rhs: Tensor) -> float:
+    """``|residual| / |rhs|``; the former where the latter vanishes."""
+    size = float(rhs.norm())
+    return float(residual.norm()) / size if size else float(residual.norm())
 
 
 def conjugate_gradients(

@@ -1,17 +1,35 @@
-"""Taking samples out of a solved linear problem, or adding them: what all of its forms have in common."""
+"""The contract of a solver: the linear problem over a set of samples, solved, and what samples change that leave it or
+join.
 
-from collections.abc import Callable
+For a set S, linearised at ``theta*`` with ``u = theta* - theta_0``:
+
+    s(S) = argmin_d  1/2 sum_S |J_i d - r_i|^2 + ridge/2 |d + u|^2
+
+is the step to the optimum that S predicts. Forgetting F out of D = R + F moves the tuned parameters by
+``s(R) - s(D)``, anchored at what ``theta*`` itself falls short of. The ridge is a total over the set, the same for D
+and R: half of it times ``|theta - theta_0|^2`` is what fitting adds to the summed loss. Source: Golatkar et al. 2020
+(arXiv 2003.02960) for the step without ``u``, Li et al. 2023 (arXiv 2312.14923) for taking it over parameter-efficient
+parameters.
+"""
+
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastntk.common.errors import InputError
-from fastntk.solve.sums import Rows
+from fastntk.jacobians.layout import Layout
+from fastntk.jacobians.linearised import Linearised
+from fastntk.jacobians.rows import Rows
+from fastntk.solve.prices import Price, Timing, Workload
+from fastntk.solve.ridge import Calibration
 
-RowsOf = Callable[[Tensor], Rows]
-"""The rows of the samples at some positions of the training set, computed when asked for."""
+Moments = tuple[Float[Tensor, "features features"], Float[Tensor, "classes features"]]
+"""``sum h h'`` and ``sum r h'``, with h the head's inputs."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +42,7 @@ class Update:
         sign: 1 where F is added, -1 where it is taken out.
         rows: of F, where the form needs them.
         low_rank: what the form needs to carry it out, see there.
-        reached: matrix-free: the relative residual of the solve.
+        reached: the relative residual of the solve, where it was one by iteration.
     """
 
     change: Float[Tensor, " p"]
@@ -34,23 +52,134 @@ class Update:
     low_rank: tuple[Tensor, ...] = ()
     reached: float | None = None
 
+    def changes(self, over: Int[Tensor, " samples"]) -> Int[Tensor, " others"]:
+        """S after it, where it was ``over`` before."""
+        if self.sign > 0:
+            return torch.cat([over, self.positions])
+        return over[~torch.isin(over, self.positions)]
 
-def factorised(core: Float[Tensor, "rows rows"]) -> Float[Tensor, "rows rows"]:
-    """The Cholesky factor of the small matrix that an update inverts.
 
-    Raises:
-        InputError: it is not positive definite, as it is for samples that are in the sums.
+@dataclass(frozen=True)
+class Task:
+    """What a form is to solve when a memory is prepared.
+
+    Attributes:
+        network: whose training set is D, all of it.
+        count: n, the number of its samples.
+        displacement: ``u``.
+        ridge: a total; None finds one (``fastntk.solve.ridge``).
+        checkpoint: a folder for partial results of a long pass, or None.
     """
-    factor, info = torch.linalg.cholesky_ex(core)
-    if info != 0:
-        raise InputError(
-            "the samples' Jacobians are not among those that the memory was made of: the images, the model or the "
-            "arithmetic have changed. Prepare again."
-        )
-    return factor
+
+    network: Linearised
+    count: int
+    displacement: Float[Tensor, " p"]
+    ridge: float | None
+    checkpoint: Path | None = None
 
 
-def relative(residual: Tensor, rhs: Tensor) -> float:
-    """``|residual| / |rhs|``; 0 where both vanish."""
-    size = float(rhs.norm())
-    return float(residual.norm()) / size if size else float(residual.norm())
+@dataclass(frozen=True)
+class Solved:
+    """What it has found: the solution over D, the residuals of all samples, and how the ridge was found, if it was."""
+
+    solution: "Solution"
+    residuals: Float[Tensor, "samples outputs"]
+    calibration: Calibration | None
+
+
+@runtime_checkable
+class Solution(Protocol):
+    """``s(S)`` for a set S that samples leave and join, in one of the forms of ``fastntk.solve.forms``.
+
+    It does not change: ``apply`` gives another one. Matrices that are too large to exist twice go over to that one,
+    which changes them in place; the earlier solution then refuses to answer, as its own are gone.
+    ``network`` is the one that was linearised, at the same ``theta*``, with a training set that has the positions asked
+    for.
+    """
+
+    name: ClassVar[str]
+    """Of the form."""
+
+    @property
+    def displacement(self) -> Float[Tensor, " p"]:
+        """``u``."""
+
+    @property
+    def ridge(self) -> float:
+        """A total."""
+
+    @property
+    def over(self) -> Int[Tensor, " samples"]:
+        """The positions of S: those that can be taken out."""
+
+    @property
+    def step(self) -> Float[Tensor, " p"]:
+        """``s(S)``."""
+
+    @property
+    def limit(self) -> float:
+        """Of the inexactness, above which ``anew`` is due: rounding has gathered."""
+
+    def reads(self, sign: int) -> bool:
+        """Whether an update needs the samples' rows, when they are added (``sign`` 1) or taken out (-1)."""
+
+    def update(
+        self, network: Linearised, positions: Int[Tensor, " samples"], sign: int, rows: Rows | None = None
+    ) -> Update:
+        """What adding the samples F at ``positions`` to S (``sign`` 1), or taking them out (-1), would change:
+        ``s(S +- F) - s(S)``. ``rows`` are theirs, where ``reads`` says so."""
+
+    def apply(self, update: Update) -> "Solution":
+        """The solution after an ``update`` of this one: over ``S +- F``, with ``s(S) + update.change``."""
+
+    def inexactness(self, update: Update | None = None) -> float:
+        """The relative residual of the normal equations, ``|(G + ridge I) s - (b - ridge u)| / |b - ridge u|`` or the
+        form's own of them, now or after an ``update``: 0 if exact."""
+
+    def anew(self, network: Linearised) -> "Solution":
+        """Solved anew over S, which takes off the rounding of all updates so far."""
+
+    def resolve(
+        self, network: Linearised, positions: Int[Tensor, " samples"], displacement: Float[Tensor, " p"], ridge: float
+    ) -> Float[Tensor, " p"]:
+        """``s(S - F)`` for any displacement and ridge, from S alone; nothing changes."""
+
+    def alone(self, network: Linearised, positions: Int[Tensor, " samples"]) -> Float[Tensor, "samples outputs"]:
+        """``J_i (s(S - i) - s(S))`` for each sample i: what forgetting it alone changes of its own outputs, to first
+        order. Raises ``InputError`` in a form that would need a solve a sample."""
+
+    def head_moments(self, layout: Layout) -> Moments | None:
+        """``sum h h'`` and ``sum r h'`` over S; None in a form that keeps neither."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything but the ridge, by name."""
+
+    @classmethod
+    def restore(cls, tensors: Mapping[str, Tensor], ridge: float) -> "Solution":
+        """The reverse of ``tensors``."""
+
+    @classmethod
+    def price(cls, work: Workload) -> Price:
+        """Memory and arithmetic of preparing."""
+
+    @classmethod
+    def timing(cls, work: Workload, network: Linearised) -> Timing:
+        """Seconds of preparing, by phase, estimated from a calibration of some seconds."""
+
+    @classmethod
+    def prepare(cls, task: Task) -> Solved:
+        """Solve for all samples of the task."""
+
+
+class TakenOver:
+    """A solution whose ``inverse``, and what goes with it, the next one changes in place: it notices, and refuses."""
+
+    inverse: Tensor
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_version", self.inverse._version)  # counted up by every change in place
+
+    def still_ours(self) -> None:
+        """Raises ``InputError`` if a later solution has taken the matrices over."""
+        if self.inverse._version != self._version:  # type: ignore[attr-defined]
+            raise InputError("a later request has taken this solution's matrices over. Use the memory's state of now.")

@@ -1,31 +1,26 @@
-"""What a set of samples contributes to the unlearning step: additive, so that sets can be streamed and subtracted.
+"""The Gram matrix itself: additive over samples, so that sets can be streamed and subtracted.
 
-Two forms carry the same information about a set S. ``Sums`` holds the Gram matrix ``G_S = sum J_i'J_i`` and
-``b_S = sum J_i'r_i`` and does not grow with the number of samples; ``Rows`` holds every ``J_i`` and ``r_i`` and does
-not grow with p squared. ``Sums`` add up entry by entry, ``Rows`` by concatenation.
+``Sums`` holds ``G_S = sum J_i'J_i`` and ``b_S = sum J_i'r_i`` and does not grow with the number of samples.
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastntk.common.progress import track
 from fastntk.jacobians.jacobian import Jacobian, concatenate
+from fastntk.solve.gram import Krylov, Spectrum
 from fastntk.solve.linalg import add_product_, mirror_
 
 # Rows that are multiplied at once: enough for the products to run at full rate.
 ROWS = 2048
-# The kernel's products run in the Jacobian's own dtype, over this many parameters at a time, and add up in float64.
-_COLUMNS = 4096
 
 
 @dataclass(frozen=True)
 class Sums:
-    """The sums over a set of samples that the primal step needs. ``+`` and ``-`` act on every field.
+    """The sums over a set of samples, as a ``Gram`` operator. ``+`` and ``-`` act on every field.
 
     The head's blocks keep their structure: head-head is ``I_C (x) head`` and rest-head is C products, none of whose
     zeros are stored. Products are taken and added up in the dtype of the fields, float64 unless asked otherwise.
@@ -36,7 +31,7 @@ class Sums:
     head: Float[Tensor, "features features"]
     rhs: Float[Tensor, " p"]
     square: Float[Tensor, ""]
-    count: Int[Tensor, ""]
+    samples: Int[Tensor, ""]
 
     @classmethod
     def zero(cls, like: Jacobian, dtype: torch.dtype = torch.float64) -> "Sums":
@@ -50,7 +45,7 @@ class Sums:
             head=zeros(features, features, dtype=dtype),
             rhs=zeros(like.size, dtype=torch.float64),
             square=zeros((), dtype=torch.float64),
-            count=zeros((), dtype=torch.long),
+            samples=zeros((), dtype=torch.long),
         )
 
     @classmethod
@@ -71,7 +66,7 @@ class Sums:
         add_product_(self.head, h.T, h.T, sign)
         self.rhs.add_(Jacobian(j, h).rmatvec(residual.double()), alpha=sign)
         self.square.add_(residual.double().square().sum(), alpha=sign)
-        self.count.add_(sign * len(j))
+        self.samples.add_(sign * len(j))
         return self
 
     def complete_(self) -> "Sums":
@@ -100,7 +95,7 @@ class Sums:
         return torch.cat([torch.cat([self.rest, cross], 1), torch.cat([cross.T, head], 1)], 0)
 
     def matvec(self, vector: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
-        """``G v`` from the blocks."""
+        """``G v``, from the blocks."""
         classes, rest, features = self.cross.shape
         v = vector.to(self.rest.dtype)
         upper, lower = v[:rest], v[rest:].view(classes, features)
@@ -117,64 +112,23 @@ class Sums:
         return torch.stack([block.T @ upper for block in self.cross])
 
     @property
-    def trace(self) -> float:
-        """``tr G = sum |J_i|^2``."""
-        return float(self.rest.trace() + len(self.cross) * self.head.trace())
+    def count(self) -> int:
+        """n."""
+        return int(self.samples)
 
+    @property
+    def outputs(self) -> int:
+        """Rows a sample."""
+        return len(self.cross)
 
-@dataclass(frozen=True)
-class Rows:
-    """The Jacobians and residuals of a set of samples, which the dual step needs. ``+`` concatenates."""
-
-    jacobian: Jacobian
-    residual: Float[Tensor, "samples classes"]
-
-    @classmethod
-    def of(cls, batches: Iterable[tuple[Jacobian, Tensor]]) -> "Rows":
-        """The rows of at least one batch."""
-        parts = list(batches)
-        return cls(concatenate([jacobian for jacobian, _ in parts]), torch.cat([residual for _, residual in parts]))
-
-    def __add__(self, other: "Rows") -> "Rows":
-        return Rows(concatenate([self.jacobian, other.jacobian]), torch.cat([self.residual, other.residual]))
-
-    def __getitem__(self, samples: Any) -> "Rows":
-        return Rows(self.jacobian[samples], self.residual[samples])
-
-    def kernel(self) -> Float[Tensor, "rows rows"]:
-        """The neural tangent kernel ``K = J J'``, ``[n C, n C]``, of all pairs of samples and classes.
-
-        Only blocks on and below the diagonal are multiplied. The head's part ``h_i'h_j I_C`` is added without its
-        zeros.
-        """
-        rest, features = self.jacobian.rest.flatten(0, 1), self.jacobian.features
-        n, classes = self.residual.shape
-        kernel = torch.zeros(n * classes, n * classes, dtype=torch.float64, device=rest.device)
-        for columns in track(rest.split(_COLUMNS, 1), "kernel"):
-            columns = columns.contiguous()
-            add_product_(kernel, columns, columns)
-        return _add_head_(mirror_(kernel), features, features, classes)
-
-    def kernel_with(self, other: "Rows") -> Float[Tensor, "rows others"]:
-        """``J J_other'``, ``[n C, m C]``, in float64."""
-        left, right = self.jacobian, other.jacobian
-        kernel = (left.rest.flatten(0, 1) @ right.rest.flatten(0, 1).T).double()
-        return _add_head_(kernel, left.features, right.features, self.residual.shape[1])
+    def spectrum(self, displacement: Float[Tensor, " p"], steps: int) -> Spectrum:
+        """From a Krylov space of G."""
+        return Krylov.of(self, displacement, steps, displacement.dtype).spectrum
 
     @property
     def trace(self) -> float:
-        """``tr K = sum |J_i|^2``."""
-        classes = self.residual.shape[1]
-        squares = self.jacobian.rest.square().sum(dtype=torch.float64)
-        return float(squares + classes * self.jacobian.features.square().sum(dtype=torch.float64))
-
-
-def _add_head_(kernel: Tensor, left: Tensor, right: Tensor, classes: int) -> Tensor:
-    """Add the head's part ``h_i'h_j I_C`` to a kernel, in place, without its zeros."""
-    head = (left @ right.T).double()
-    for c in range(classes):
-        kernel[c::classes, c::classes] += head
-    return kernel
+        """``tr G = sum |J_i|^2``."""
+        return float(self.rest.trace() + len(self.cross) * self.head.trace())
 
 
 def accumulate(batches: Iterable[tuple[Jacobian, Tensor]], sums: Sums) -> Sums:

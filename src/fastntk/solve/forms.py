@@ -1,0 +1,54 @@
+"""The forms that a memory can take, and which of them is chosen. A new form is one file and one line here."""
+
+from collections.abc import Iterable
+
+from fastntk.common.errors import InputError
+from fastntk.solve.dual import Dual
+from fastntk.solve.iterative import Iterative
+from fastntk.solve.prices import Price, Workload
+from fastntk.solve.primal import Primal
+from fastntk.solve.solution import Solution
+
+FORMS: dict[str, type[Solution]] = {form.name: form for form in (Primal, Dual, Iterative)}
+"""By name."""
+
+
+def prices(work: Workload, form: str = "auto") -> list[Price]:
+    """What the form of that name, or with ``"auto"`` each of them, takes.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    if form not in ("auto", *FORMS):
+        raise InputError(f"form must be 'auto', {', '.join(map(repr, FORMS))}, not {form!r}.")
+    return [kind.price(work) for name, kind in FORMS.items() if form in ("auto", name)]
+
+
+def cheapest(offered: Iterable[Price], free: int) -> Price | None:
+    """The price with the fewest operations among those that fit into ``free`` bytes; one that is marked as a last
+    resort only if no other fits; None if nothing does. It depends on the prices alone."""
+    fitting = [price for price in offered if price.bytes <= free and not price.refusal]
+    usual = [price for price in fitting if not price.last]
+    return min(usual or fitting, key=lambda price: price.operations, default=None)
+
+
+def chosen(work: Workload, free: int, form: str = "auto") -> Price:
+    """The form to take: the ``cheapest``, or the one asked for if it fits.
+
+    Raises:
+        InputError: nothing fits; the message says what is needed, what there is, and what to choose instead.
+    """
+    offered = prices(work, form)
+    found = cheapest(offered, free)
+    if found:
+        return found
+    if len(offered) == 1 and offered[0].refusal:
+        raise InputError(offered[0].refusal)
+    needs = ", ".join(f"the {price.form} form {price.bytes / 1e9:.1f} GB" for price in offered)
+    remedy = f"{offered[0].remedy}; " if len(offered) == 1 and offered[0].remedy else ""
+    raise InputError(
+        f"the step does not fit into memory: for {work.parameters:,} tuned parameters, {work.samples:,} samples and "
+        f"{work.outputs} outputs it needs {needs}; {free / 1e9:.1f} GB are free. Remedies: {remedy}tune fewer "
+        "parameters (for example 'bn' or the head alone: primal grows with their square), train on fewer samples (dual "
+        "grows with theirs), or take the matrix-free form, which grows with neither."
+    )

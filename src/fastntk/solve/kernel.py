@@ -1,0 +1,98 @@
+"""The neural tangent kernel of stored rows, and these as a Gram operator."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fastntk.common.progress import track
+from fastntk.jacobians.rows import Rows
+from fastntk.solve.gram import Spectrum
+from fastntk.solve.linalg import add_product_, lanczos, mirror_
+
+# The kernel's products run in the Jacobian's own dtype, over this many parameters at a time, and add up in float64.
+_COLUMNS = 4096
+
+
+def kernel(rows: Rows) -> Float[Tensor, "rows rows"]:
+    """``K = J J'``, ``[n C, n C]``, of all pairs of samples and classes, in float64.
+
+    Only blocks on and below the diagonal are multiplied. The head's part ``h_i'h_j I_C`` is added without its zeros.
+    """
+    rest, features = rows.jacobian.rest.flatten(0, 1), rows.jacobian.features
+    n, outputs = rows.residual.shape
+    total = torch.zeros(n * outputs, n * outputs, dtype=torch.float64, device=rest.device)
+    for columns in track(rest.split(_COLUMNS, 1), "kernel"):
+        columns = columns.contiguous()
+        add_product_(total, columns, columns)
+    return _add_head_(mirror_(total), features, features, outputs)
+
+
+def kernel_between(rows: Rows, others: Rows) -> Float[Tensor, "rows others"]:
+    """``J J_other'``, ``[n C, m C]``, in float64."""
+    left, right = rows.jacobian, others.jacobian
+    total = (left.rest.flatten(0, 1) @ right.rest.flatten(0, 1).T).double()
+    return _add_head_(total, left.features, right.features, rows.residual.shape[1])
+
+
+def _add_head_(total: Tensor, left: Tensor, right: Tensor, outputs: int) -> Tensor:
+    """Add the head's part ``h_i'h_j I_C`` to a kernel, in place, without its zeros."""
+    head = (left @ right.T).double()
+    for c in range(outputs):
+        total[c::outputs, c::outputs] += head
+    return total
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Stored rows as a ``Gram`` operator: ``G = J'J`` and ``b = J'r`` from every ``J_i`` and ``r_i``.
+
+    Attributes:
+        rows: of the samples.
+        matrix: ``K``.
+    """
+
+    rows: Rows
+    matrix: Float[Tensor, "rows rows"]
+
+    @classmethod
+    def of(cls, rows: Rows) -> "Kernel":
+        """With the kernel computed."""
+        return cls(rows, kernel(rows))
+
+    @property
+    def count(self) -> int:
+        """n."""
+        return len(self.rows)
+
+    @property
+    def outputs(self) -> int:
+        """Rows a sample."""
+        return self.rows.residual.shape[1]
+
+    @property
+    def rhs(self) -> Float[Tensor, " p"]:
+        """``b``."""
+        return self.rows.jacobian.rmatvec(self.rows.residual.double())
+
+    @property
+    def trace(self) -> float:
+        """``tr G = tr K``."""
+        return float(self.matrix.trace())
+
+    def matvec(self, vector: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
+        """``J'(J v)``."""
+        return self.rows.jacobian.rmatvec(self.rows.jacobian.matvec(vector))
+
+    def spectrum(self, displacement: Float[Tensor, " p"], steps: int) -> Spectrum:
+        """From a Krylov space of K at ``y = r + J u``, where a product takes ``(nC)^2`` operations in place of ``nCp``.
+
+        An eigenvector v of K with eigenvalue mu makes ``J'v / sqrt(mu)`` one of G, in which ``b + G u = J'y`` has
+        ``sqrt(mu) v'y`` and ``G u`` has ``sqrt(mu) v'J u``.
+        """
+        moved, target = self.rows.jacobian.matvec(displacement).flatten(), self.rows.targets(displacement)
+        basis, projected = lanczos(lambda v: self.matrix @ v, target, steps)
+        values, vectors = torch.linalg.eigh(projected)
+        start, cross = (values.clamp_min(0).sqrt() * (vectors.T @ (basis.T @ v)) for v in (target, moved))
+        return Spectrum(values, start, cross, moved.square().sum())

@@ -1,0 +1,85 @@
+"""Products with the Gram matrix by passes of the network over the samples."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fastntk.common import distributed
+from fastntk.jacobians import products
+from fastntk.jacobians.linearised import Linearised
+from fastntk.solve.gram import Krylov, Spectrum
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Samples of a network as a ``Gram`` operator that forms no Jacobian: a forward-mode and a backward pass a product.
+
+    Attributes:
+        network: linearised.
+        positions: of the samples, shared out among the processes.
+    """
+
+    network: Linearised
+    positions: Int[Tensor, " samples"]
+
+    @cached_property
+    def _mine(self) -> list[int]:
+        return self.positions[distributed.rank() :: distributed.size()].tolist()
+
+    @property
+    def count(self) -> int:
+        """n."""
+        return len(self.positions)
+
+    @property
+    def outputs(self) -> int:
+        """C."""
+        return self.network.classes
+
+    @cached_property
+    def rhs(self) -> Float[Tensor, " p"]:
+        """``b``, by a pass."""
+        return self._total(products.pull(self.network, self.network.residual(self._mine)))
+
+    def matvec(self, vector: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
+        """``G v``, by a pass."""
+        return self._total(products.gram(self.network, self._mine, vector)).to(vector)
+
+    def downhill(self, step: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
+        """``b - G d = sum J_i'(r_i - H_i J_i d)`` for a step d, by one pass."""
+        network = self.network
+
+        def left(x: Tensor, r: Tensor) -> Tensor:
+            return r - products.curve(network, x, products.tangent_of(network, x, step)).to(r)
+
+        return self._total(products.pull(network, ((x, left(x, r)) for x, r in network.residual(self._mine))))
+
+    @property
+    def trace(self) -> float:
+        """An estimate of ``tr G``."""
+        return self.estimated_trace()
+
+    def estimated_trace(self, seed: int = 0) -> float:
+        """Without bias: the mean square of ``J'L a`` over random signs a, one draw a batch."""
+        network, generator = self.network, torch.Generator().manual_seed(seed)
+        total = torch.zeros((), dtype=torch.float64, device=network.device)
+        for x, r in network.residual(self._mine):
+            signs = torch.randint(2, r.shape, generator=generator).to(r) * 2 - 1
+            total += products.pull(network, [(x, products.lift(network, x, signs))]).square().sum()
+        return float(self._total(total))
+
+    def spectrum(self, displacement: Float[Tensor, " p"], steps: int) -> Spectrum:
+        """From a Krylov space of G, a pass a step."""
+        return Krylov.of(self, displacement, steps, self.network.dtype).spectrum
+
+    def over(self, positions: Int[Tensor, " others"]) -> "Passes":
+        """The operator of other samples of the same network."""
+        return replace(self, positions=positions)
+
+    @staticmethod
+    def _total(tensor: Tensor) -> Tensor:
+        distributed.sum_([tensor])
+        return tensor

@@ -1,0 +1,186 @@
+"""What is to be prepared, in numbers, and what a form takes for it: memory, arithmetic and time."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastntk.common import distributed
+from fastntk.common.machine import elapsed, wait
+from fastntk.jacobians.linearised import Linearised
+from fastntk.solve import ridge
+from fastntk.solve.linalg import add_product_, invert_, mirror_
+from fastntk.solve.sums import ROWS
+
+_BATCH_BYTES = 2**30  # of one batch's Jacobians
+_CALIBRATION = 10  # seconds, after which a piece of work is not timed again
+_TRIAL = 3072  # the side of the matrices that the calibration multiplies and inverts
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is to be prepared, in numbers.
+
+    Attributes:
+        samples: n.
+        outputs: of a sample: C, or the number of class probes.
+        rest: tuned parameters but for the head's.
+        features: the head's inputs, 0 if it is frozen or the classes are probed: ``p = rest + outputs features``.
+        batch_size: images a batch of Jacobians.
+        itemsize: bytes a number in the Jacobians.
+        sums_itemsize: bytes a number in the sums.
+        activations: bytes that the network keeps for its backward passes, per image.
+        probed: whether the classes are.
+    """
+
+    samples: int
+    outputs: int
+    rest: int
+    features: int
+    batch_size: int = 64
+    itemsize: int = 4
+    sums_itemsize: int = 8
+    activations: int = 0
+    probed: bool = False
+
+    @property
+    def parameters(self) -> int:
+        """p."""
+        return self.rest + self.outputs * self.features
+
+    @property
+    def rows(self) -> int:
+        """n times the outputs of a sample."""
+        return self.samples * self.outputs
+
+    @property
+    def batch_bytes(self) -> int:
+        """Of one batch of Jacobians and of activations."""
+        jacobians = self.batch_size * self.outputs * (self.rest + self.features) * self.itemsize
+        return jacobians + self.batch_size * self.activations
+
+    @classmethod
+    def of(cls, network: Linearised) -> "Workload":
+        """Of preparing the whole training set, by a trial run on one image."""
+        layout, numerics = network.layout, network.numerics
+        if numerics.probes:
+            numerics.probes.check(network.classes)
+        outputs = numerics.class_probes or network.classes
+        head = sum(layout.shapes[name].numel() for name in layout.head) if network.of_logits else 0
+        rest = layout.size - head
+        itemsize = network.dtype.itemsize
+        return cls(
+            samples=len(network.train),  # type: ignore[arg-type]
+            outputs=outputs,
+            rest=rest,
+            features=head // outputs,
+            batch_size=max(1, min(numerics.batch_size, _BATCH_BYTES // (outputs * max(rest, 1) * itemsize))),
+            itemsize=itemsize,
+            sums_itemsize=numerics.dtype.itemsize,
+            activations=activation_bytes(network),
+            probed=numerics.probes is not None,
+        )
+
+
+@dataclass(frozen=True)
+class Price:
+    """What one form takes.
+
+    Attributes:
+        form: its name.
+        bytes: at the peak, beside what the process holds already.
+        operations: floating-point operations of the sums and the solve; the network's passes are not counted.
+        refusal: why it cannot be taken at all, or nothing.
+        remedy: what would make it smaller, or nothing.
+        last: whether it is taken only where no other fits, as its requests read the retained samples again.
+    """
+
+    form: str
+    bytes: int
+    operations: float
+    refusal: str = ""
+    remedy: str = ""
+    last: bool = False
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds by phase, and the floating-point operations of the network's passes among them."""
+
+    seconds: dict[str, float]
+    operations: float
+
+
+def activation_bytes(network: Linearised) -> int:
+    """Bytes that the network keeps for its backward passes, per image."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    jacobian = network.jacobian
+    parameters = {p.untyped_storage().data_ptr() for p in jacobian.model.parameters()}
+    free = {name: tensor.clone().requires_grad_() for name, tensor in jacobian.parameters.items()}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        held = network.logits(network.one, free)
+    del held  # until here, so that no two tensors had the same address
+    return sum(size for pointer, size in kept.items() if pointer not in parameters)
+
+
+def passes(work: Workload, network: Linearised, count: int, once: Callable[[range], object], name: str) -> Timing:
+    """Of so many passes over all samples, from ``once`` done to the samples of one batch, given their positions."""
+    ids = range(min(work.batch_size, work.samples))
+    each, operations = timed(lambda: once(ids), network.device)
+    share = count * work.samples / len(ids)
+    return Timing({name: share * each / distributed.size()}, share * operations)
+
+
+def direct(work: Workload, network: Linearised, side: int, inner: int, kind: str, head: int = 0) -> Timing:
+    """Of one pass of Jacobians, the products of a matrix of that ``side``, the choice of the ridge and the solve.
+
+    Args:
+        work: the workload.
+        network: whose Jacobians are timed, on one batch.
+        side: of the matrix that is summed up and inverted.
+        inner: how many products add up in each of its entries.
+        kind: what the phase of the products is called, ``sums`` or ``kernel``.
+        head: how many more products the solve takes, for the head's blocks.
+    """
+    jacobians = passes(work, network, 1, lambda ids: list(network.stream(ids)), "Jacobians")
+    trial, count = min(side, _TRIAL), max(1, ROWS // work.outputs) * work.outputs
+    if not trial:
+        return jacobians
+    accumulated = network.numerics.dtype if kind == "sums" else torch.float64
+    rows = torch.randn(count, trial, device=network.device, dtype=accumulated if kind == "sums" else torch.float32)
+    matrix = torch.zeros(trial, trial, device=network.device, dtype=accumulated)
+    multiply, _ = timed(lambda: add_product_(matrix, rows.T, rows.T), network.device)
+    mirror_(matrix).diagonal().add_(1 + float(matrix.diagonal().mean()))
+    vector = torch.ones(trial, dtype=accumulated, device=network.device)
+    matvec, _ = timed(lambda: matrix @ vector, network.device)
+    invert, _ = timed(lambda: invert_(matrix.clone()), network.device)
+    rate, growth = count * trial**2 / multiply, side / trial
+    algebra = {
+        kind: inner * float(side) ** 2 / rate / distributed.size(),
+        "ridge": ridge.STEPS * growth**2 * matvec,
+        "solve": growth**3 * invert + head * float(side) ** 2 / rate,
+    }
+    return Timing({**jacobians.seconds, **algebra}, jacobians.operations)
+
+
+def timed(work: Callable[[], object], device: torch.device) -> tuple[float, float]:
+    """Seconds and floating-point operations of some work: after one run, the median of three, or of as many as start
+    within ten seconds."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    seconds: list[float] = []
+    while len(seconds) < 3 and sum(seconds) < _CALIBRATION:
+        wait(device)
+        started = time.perf_counter()
+        work()
+        seconds.append(elapsed(started, device))
+    return statistics.median(seconds), float(counter.get_total_flops())
