@@ -17,30 +17,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fastntk.common.errors import PeerLost
+from fastntk.common.launch import launched
+
 # A dead process is noticed at once, by its closed connection. This long a living one may be waited for, say while the
 # first process solves.
 _PATIENCE = timedelta(minutes=60)
 _LOST = re.compile(r"connection|timed? ?out|broken pipe|gloo|nccl|socket", re.IGNORECASE)
-
-
-class PeerLost(RuntimeError):
-    """Another process of the job is gone; this one cannot go on alone."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            "another process of this job is gone, so the job ends here. Start it again: prepare goes on from the "
-            "last shard that was written, fit from the beginning."
-        )
-
-
-def launched() -> bool:
-    """Whether this process is one of several that a launcher started."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
-def first() -> bool:
-    """Whether this process is the only one, or the one that speaks for all; known before they connect."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def active() -> bool:
@@ -85,11 +68,6 @@ def session(device: torch.device) -> Iterator[None]:
 def _ended(number: int, frame: object) -> None:
     print(f"error: {PeerLost()}", file=sys.stderr, flush=True)
     os._exit(128 + number)
-
-
-def local_device(name: str) -> str:
-    """``cuda`` as this process's own GPU, where several processes share a machine."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" and launched() else name
 
 
 def averaging(model: nn.Module) -> nn.Module:

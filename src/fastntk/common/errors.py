@@ -1,4 +1,4 @@
-"""The one exception that a caller's mistake raises."""
+"""The exception that a caller's mistake raises, and the one that the end of another process raises."""
 
 
 class InputError(ValueError):
@@ -6,3 +6,13 @@ class InputError(ValueError):
 
     The command line prints the message and ends with exit status 2.
     """
+
+
+class PeerLost(RuntimeError):
+    """Another process of the job is gone; this one cannot go on alone."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "another process of this job is gone, so the job ends here. Start it again: prepare goes on from the "
+            "last shard that was written, fit from the beginning."
+        )

@@ -21,14 +21,22 @@ def settle() -> None:
     """Flush denormal numbers to zero, which some processors compute with ten times slower, and keep freed memory.
 
     The latter where the C library is glibc; elsewhere it stays as it is. On a GPU, convolutions are those that give the
-    same result every time, and take float32 as it is (cuDNN's default is to round it to TF32; ``fastntk.jacobians.numerics``
-    asks for that). All of it holds for the process from then on.
+    same result every time, and take float32 as it is (cuDNN's default is to round it to TF32, which
+    ``fastntk.jacobians.numerics`` can ask for). All of it holds for the process from then on.
     """
     torch.set_flush_denormal(True)
     torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
     if mallopt := _of_glibc("mallopt"):
         for name, value in (_MMAP_THRESHOLD, _TRIM_THRESHOLD):
             mallopt(name, value)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can be allocated on ``device`` now, with what torch has taken of a GPU and does not use."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
+    return int(psutil.virtual_memory().available)
 
 
 def device_name(device: torch.device) -> str:

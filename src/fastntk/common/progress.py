@@ -7,7 +7,7 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import track as rich_track
 
-from fastntk.common.distributed import first
+from fastntk.common.launch import first
 
 T = TypeVar("T")
 
