@@ -1,4 +1,4 @@
-"""Who is in a memory: the samples' ids, and the place that each has had in it since it was first seen."""
+"""Who is in a memory: the samples' ids, and the position that each has had in it since it was first seen."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fastntk.common.errors import InputError
+from fastntk.inputs.batches import labels_offered
 
 Id = int | str
 """What names a sample: its index, or what the data source's ``ids`` has for it, such as a path."""
@@ -16,6 +17,9 @@ Id = int | str
 
 class Members(Dataset):
     """A data source addressed by the positions of a memory, which stay when samples leave either of them.
+
+    Ids come in and go out here; everything beneath a memory speaks of positions. It does not change: ``without`` and
+    ``joined_by`` give others.
 
     Args:
         source: a map-style dataset. If it has ``ids``, one a sample, these name the samples; else their indices do.
@@ -25,20 +29,34 @@ class Members(Dataset):
     def __init__(self, source: Dataset, ids: Iterable[Id | None] | None = None) -> None:
         self.source = source
         self._known: dict[Id | None, int] = {}
-        self.ids: list[Id | None] = list(_ids_of(source) if ids is None else ids)
+        self.by_position: tuple[Id | None, ...] = tuple(ids_of(source) if ids is None else ids)
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.by_position)
 
     def __getitem__(self, position: int) -> Any:
-        return self.source[self._index[self.ids[position]]]
+        return self.source[self._index[self.by_position[position]]]
 
     @property
     def _index(self) -> dict[Id | None, int]:
         """Where each id is in the source, which may have grown."""
         if len(self._known) != len(self.source):  # type: ignore[arg-type]
-            self._known = {each: index for index, each in enumerate(_ids_of(self.source))}
+            self._known = {each: index for index, each in enumerate(ids_of(self.source))}
         return self._known
+
+    @property
+    def labels(self) -> Int[Tensor, " positions"] | None:
+        """By position, if the source offers them without decoding images; -1 where there is no sample."""
+        known, index = labels_offered(self.source), self._index
+        if known is None:
+            return None
+        places = torch.tensor([index.get(each, -1) for each in self.by_position])
+        return torch.where(places < 0, -1, known[places])
+
+    @property
+    def ids(self) -> list[Id]:
+        """Of those who are here."""
+        return [each for each in self.by_position if each is not None]
 
     @property
     def first(self) -> int:
@@ -47,7 +65,7 @@ class Members(Dataset):
         Raises:
             InputError: it has none of the members' samples.
         """
-        for position, each in enumerate(self.ids):
+        for position, each in enumerate(self.by_position):
             if each in self._index:
                 return position
         raise InputError("the data source has none of the memory's samples.")
@@ -55,7 +73,7 @@ class Members(Dataset):
     @property
     def present(self) -> Bool[Tensor, " positions"]:
         """Which positions have a member."""
-        return torch.tensor([each is not None for each in self.ids])
+        return torch.tensor([each is not None for each in self.by_position])
 
     def positions(self, ids: Iterable[Id]) -> Int[Tensor, " some"]:
         """The positions of members that are about to leave, checked.
@@ -64,7 +82,7 @@ class Members(Dataset):
             InputError: an id twice, not a member, or not in the source; or nobody would remain.
         """
         wanted = _once(ids)
-        place = {each: position for position, each in enumerate(self.ids) if each is not None}
+        place = {each: position for position, each in enumerate(self.by_position) if each is not None}
         for each in wanted:
             if each not in place:
                 raise InputError(
@@ -77,36 +95,43 @@ class Members(Dataset):
             raise InputError("the request would forget every sample. Use the parameters before fitting instead.")
         return torch.tensor(sorted(place[each] for each in wanted), dtype=torch.long)
 
-    def join_(self, ids: Iterable[Id]) -> Int[Tensor, " some"]:
-        """Make samples of the source members; their positions, at the end.
+    def joined_by(self, ids: Iterable[Id]) -> "Members":
+        """With more samples of the source, at the end.
 
         Raises:
-            InputError: an id twice, a member already, or not in the source; nobody joins then.
+            InputError: an id twice, a member already, or not in the source.
         """
-        wanted, here, first = _once(ids), set(self.ids), len(self.ids)
+        wanted, here = _once(ids), set(self.by_position)
         for each in wanted:
             if each in here:
                 raise InputError(f"id {each!r} is in the memory already. Leave it out of the request.")
             if each not in self._index:
                 raise InputError(f"the data source has no sample {each!r}.")
-        self.ids += wanted
-        return torch.arange(first, len(self.ids))
+        return self._with((*self.by_position, *wanted))
 
-    def leave_(self, positions: Int[Tensor, " some"]) -> None:
-        """Members leave; nothing is kept of their ids."""
-        for position in positions.tolist():
-            self.ids[position] = None
+    def with_ids(self, ids: Iterable[Id]) -> "Members":
+        """With more ids at the end, whether the source has their samples or not."""
+        return self._with((*self.by_position, *ids))
+
+    def without(self, positions: Int[Tensor, " some"]) -> "Members":
+        """Without some; nothing is kept of their ids."""
+        gone = set(positions.tolist())
+        return self._with(None if place in gone else each for place, each in enumerate(self.by_position))
+
+    def _with(self, ids: Iterable[Id | None]) -> "Members":
+        return Members(self.source, ids)
 
     def available(self, positions: Int[Tensor, " some"]) -> Int[Tensor, " available"]:
         """Those whose samples the source still has."""
-        return positions[[self.ids[position] in self._index for position in positions.tolist()]]
+        return positions[[self.by_position[position] in self._index for position in positions.tolist()]]
 
     def missing(self, positions: Int[Tensor, " some"]) -> int:
         """How many of them the source no longer has."""
         return len(positions) - len(self.available(positions))
 
 
-def _ids_of(source: Dataset) -> Sequence[Id]:
+def ids_of(source: Dataset) -> Sequence[Id]:
+    """What names each sample of a source: its ``ids``, or their indices."""
     return getattr(source, "ids", range(len(source)))  # type: ignore[arg-type]
 
 

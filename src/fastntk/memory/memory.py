@@ -5,135 +5,98 @@ of the linear problem over all samples that are in it, its members. Forgetting t
 remembering adds them; the others are not computed again.
 """
 
-import logging
 import time
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
 
-import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fastntk.common.errors import InputError
 from fastntk.common.files import digest
-from fastntk.jacobians.jacobian import Layout
-from fastntk.jacobians.linearised import Linearised
-from fastntk.memory.certificate import Audit, Certificate, Forgotten, hashed, new_salt, observed
-from fastntk.memory.disk.folder import Store
+from fastntk.common.machine import settle
+from fastntk.jacobians.numerics import Numerics
+from fastntk.memory.audit import Audit
+from fastntk.memory.certificate import Answer
+from fastntk.memory.disk.folder import Folder
 from fastntk.memory.disk.ledger import Request
-from fastntk.memory.members import Id, Members
-from fastntk.memory.plan import Form
-from fastntk.memory.state import Solution, State, journal, pack, replayed, unpack
+from fastntk.memory.disk.packing import pack, unpack
+from fastntk.memory.members import Id
+from fastntk.memory.prepare import check_initial, linearised, prepared, refreshed
+from fastntk.memory.request import draft, replayed
+from fastntk.memory.state import State
 from fastntk.solve.ridge import Calibration
-from fastntk.solve.solution import Update
-from fastntk.solve.sums import Rows
+from fastntk.tuning.loss import Loss, SquaredLoss
+from fastntk.tuning.parameters import tuned
 
-log = logging.getLogger(__name__)
 _CHECKED = 8  # samples that are compared when a memory is opened
 
 
 class Memory:
-    """The linear problem over the members. Made by ``prepare``; ``forget`` and ``remember`` update it.
+    """A state, and perhaps the folder that it is kept in. Made by ``prepare`` or ``load``.
+
+    ``forget``, ``remember`` and ``refresh`` put another state in its place; ids come in and go out here, all beneath
+    speaks of positions.
 
     Attributes:
-        linearised: the network at the anchor, over the members.
-        solution: the linear problem over them.
-        residuals: of every member at the anchor, by which it is known again; zeros for who has left.
-        calibration: how an automatic ridge was found, or None for a given one.
-        record: how it was made, for replay.
-        short_of_head: what the fitted head falls short of, or None; see ``fastntk.solve.head``.
-        audit: the latest one since the network was linearised, or None; see ``fastntk.audit``.
+        state: all that is known, see ``fastntk.memory.state``.
     """
 
-    def __init__(
-        self,
-        linearised: Linearised,
-        solution: Solution,
-        residuals: Float[Tensor, "positions outputs"],
-        calibration: Calibration | None,
-        order: Int[Tensor, " positions"],
-        probe: int,
-        record: Mapping[str, Any],
-        vector: Float[Tensor, " p"] | None = None,
-        short_of_head: Float[Tensor, "classes features"] | None = None,
-    ) -> None:
-        self.linearised, self.solution, self.residuals, self.calibration = linearised, solution, residuals, calibration
-        self.record, self.short_of_head, self._order, self._probe = record, short_of_head, order, probe
-        self._vector = self._layout.flatten(self.anchor) if vector is None else vector
-        self.audit: Audit | None = None
-        self._store: Store | None = None
+    def __init__(self, state: State, folder: Folder | None = None) -> None:
+        self.state, self._folder = state, folder
 
     @property
     def model(self) -> nn.Module:
         """The fitted model; its tuned parameters may have moved since."""
-        return self.linearised.jacobian.model
-
-    @property
-    def members(self) -> Members:
-        """Who is in the memory, over the data source."""
-        return cast(Members, self.linearised.train)
-
-    @property
-    def train(self) -> Dataset:
-        """The data source."""
-        return self.members.source
+        return self.state.model
 
     @property
     def ids(self) -> list[Id]:
         """Of the members."""
-        return [each for each in self.members.ids if each is not None]
-
-    @property
-    def present(self) -> Bool[Tensor, " positions"]:
-        """Which positions have a member."""
-        return self.members.present
-
-    @property
-    def anchor(self) -> dict[str, Tensor]:
-        """``theta*``: the tuned parameters where the network is linearised, those of the fitted model at first."""
-        return self.linearised.jacobian.parameters
-
-    @property
-    def initial(self) -> dict[str, Tensor]:
-        """``theta_0``: the tuned parameters before fitting."""
-        return self._layout.unflatten(self._layout.flatten(self.anchor) - self.displacement, self.anchor)
-
-    @property
-    def _layout(self) -> Layout:
-        return self.linearised.layout
-
-    @property
-    def ridge(self) -> float:
-        """The total ridge of every request."""
-        return self.solution.ridge
-
-    @property
-    def displacement(self) -> Float[Tensor, " p"]:
-        """``u = theta* - theta_0``."""
-        return self.solution.displacement
-
-    @property
-    def form(self) -> Form:
-        """``"primal"`` (p x p), ``"dual"`` (nC x nC) or ``"matrix-free"``."""
-        return self.solution.form
+        return self.state.members.ids
 
     @property
     def parameters(self) -> dict[str, Tensor]:
         """The tuned parameters after all requests so far."""
-        return self._layout.unflatten(self._vector, self.anchor)
+        return self.state.parameters
 
-    def forget(self, ids: Iterable[Id], *, ridge: float | None = None, full: bool = False) -> Forgotten:
+    @property
+    def anchor(self) -> dict[str, Tensor]:
+        """``theta*``: the tuned parameters where the network is linearised, those of the fitted model at first."""
+        return self.state.anchor
+
+    @property
+    def initial(self) -> dict[str, Tensor]:
+        """``theta_0``: the tuned parameters before fitting."""
+        return self.state.initial
+
+    @property
+    def form(self) -> str:
+        """``"primal"`` (p x p), ``"dual"`` (nC x nC) or ``"matrix-free"``."""
+        return self.state.solution.name
+
+    @property
+    def ridge(self) -> float:
+        """The total ridge of every request."""
+        return self.state.ridge
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """How an automatic ridge was found, or None for a given one."""
+        return self.state.calibration
+
+    @property
+    def audit(self) -> Audit | None:
+        """The latest one since the network was linearised, or None; see ``fastntk.audit``."""
+        return self.state.audit
+
+    def forget(self, ids: Iterable[Id], *, full: bool = False) -> Answer:
         """Take the samples with the given ids out of the memory.
 
         Args:
             ids: indices into the training set, or, if it has ``ids``, those.
-            ridge: for this request another total than the memory's, by conjugate gradients on the sums, preconditioned
-                by the memory's own solution.
             full: solve anew afterwards, to compare; see ``Certificate.error``. Takes as long as preparing's own solve.
 
         Returns:
@@ -145,11 +108,9 @@ class Memory:
             InputError: an id twice or not in the memory, no sample would remain, a sample is not the one that was
                 prepared, or the disk is full. Nothing changes then.
         """
-        started = time.perf_counter()
-        with self._exclusive():
-            return self._carry_out("forget", self.members.positions(ids), started, ridge, full)
+        return self._carry_out("forget", ids, full)
 
-    def remember(self, ids: Iterable[Id], *, full: bool = False) -> Forgotten:
+    def remember(self, ids: Iterable[Id], *, full: bool = False) -> Answer:
         """Add samples of the data source to the memory: new ones, or some that were forgotten.
 
         Like ``forget`` with the other sign; the parameters move to those with the samples.
@@ -157,20 +118,13 @@ class Memory:
         Raises:
             InputError: an id twice, in the memory already or not in the data source, or the disk is full.
         """
-        started = time.perf_counter()
-        with self._exclusive():
-            before = len(self.members)
-            try:
-                return self._carry_out("remember", self.members.join_(ids), started, None, full)
-            except BaseException:
-                del self.members.ids[before:]
-                raise
+        return self._carry_out("remember", ids, full)
 
-    def preview(self, ids: Iterable[Id], *, ridge: float | None = None) -> Forgotten:
+    def preview(self, ids: Iterable[Id]) -> Answer:
         """What ``forget`` would answer, leaving the memory as it is."""
         started = time.perf_counter()
         with self._exclusive():
-            return self._work_out("forget", self.members.positions(ids), started, ridge)[0]
+            return draft(self.state, "forget", ids, started).answer
 
     def purge(self) -> float:
         """Rewrite the memory's folder so that nothing of the samples that have left is in it; returns the seconds.
@@ -180,19 +134,32 @@ class Memory:
         """
         with self._exclusive():
             started = time.perf_counter()
-            self._kept().replace(*self._contents(), started)
+            _kept(self._folder).replace(*pack(self.state), started)
             return time.perf_counter() - started
 
-    def replace_(self, make: Callable[[], "Memory"]) -> float:
-        """Become the memory that ``make`` returns, in the folder too; returns the seconds."""
+    def refresh(self, checkpoint: Path | None = None) -> float:
+        """Linearise the network anew where its parameters are now, by one pass over the members; returns the seconds.
+
+        The anchor, which was fitted to samples that have been forgotten since, is replaced by the parameters after all
+        requests; so the predictions are good again, and nothing in the memory has been computed at weights that saw
+        them. The options are those of ``prepare``, an automatic ridge is found anew. If the memory is kept in a folder
+        it is rewritten there, as by ``purge``.
+
+        Args:
+            checkpoint: as for ``prepare``.
+
+        Raises:
+            InputError: a member is missing in the data source or has changed, or the disk is full; nothing changes
+                then.
+        """
+        settle()
         with self._exclusive():
             started, before = time.perf_counter(), digest(self.parameters)
-            fresh = make()
-            if self._store:
-                certificate = {"before": before, "after": digest(fresh.parameters), "retained": len(fresh.ids)}
-                self._store.replace(*fresh._contents(), started, certificate)
-                fresh._store = self._store
-            self.__dict__.update(fresh.__dict__)
+            fresh = refreshed(self.state, checkpoint)
+            if self._folder:
+                entry = {"before": before, "after": digest(fresh.parameters), "retained": len(fresh.members.ids)}
+                self._folder.replace(*pack(fresh), started, entry)
+            self.state = fresh
             return time.perf_counter() - started
 
     def save(self, folder: Path | str) -> None:
@@ -201,173 +168,91 @@ class Memory:
         Raises:
             InputError: it cannot be written, or the memory in it has answered requests.
         """
-        store = Store(Path(folder))
-        store.create(*self._contents())
-        self._store = store
-        if self.audit:
-            self.audited_(self.audit)
+        place = Folder(Path(folder))
+        place.create(*pack(self.state), self.audit)
+        self._folder = place
 
-    def audited_(self, audit: Audit) -> None:
+    def enter(self, audit: Audit) -> None:
         """From now on every certificate carries this audit; the folder's ledger does too."""
         with self._exclusive():
-            if self._store:
-                self._store.audited(audit)
-            self.audit = audit
+            if self._folder:
+                self._folder.audited(audit)
+            self.state = replace(self.state, audit=audit)
 
     def requests(self) -> list[Request]:
         """What the folder's ledger says of every request."""
-        return self._kept().requests()
-
-    def error(self) -> float:
-        """``|s - s'| / |s'|`` with s the step that all updates have led to and s' solved anew from the sums."""
-        fresh = self.solution.anew()
-        return float((self.solution.step - fresh.step).norm() / fresh.step.norm())
-
-    def resolve(self, positions: Tensor, displacement: Tensor, ridge: float) -> Float[Tensor, " p"]:
-        """``s(R)`` without the samples at ``positions``, solved anew; with a displacement of zeros, Golatkar's step."""
-        return self.solution.resolve(positions, self.rows, displacement, ridge)
-
-    def assemble(self, change: Float[Tensor, " p"]) -> dict[str, Tensor]:
-        """The current parameters moved by ``change``."""
-        return self._layout.unflatten(self._vector + change, self.anchor)
-
-    def rows(self, positions: Int[Tensor, " some"]) -> Rows:
-        """The Jacobians and residuals, at the anchor, of the samples at ``positions``, computed now."""
-        return self.linearised.rows(positions.tolist())
-
-    def check(self, positions: Int[Tensor, " some"], residuals: Float[Tensor, "some outputs"] | None = None) -> None:
-        """Whether the data source still has, under the members' ids, what was prepared; from ``residuals`` if known.
-
-        Raises:
-            InputError: it has other pixels or labels, or the model is another.
-        """
-        for position in self.linearised.changed(positions.tolist(), self.residuals[positions], residuals):
-            raise InputError(
-                f"the data source has another image or label under id {self.members.ids[position]!r} than when the "
-                "memory was prepared, or the model is another. Give what was prepared: no random augmentation, the "
-                "same order or ids."
-            )
+        return _kept(self._folder).requests()
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
         """The folder, if any, is locked meanwhile, and what other processes did to it is known."""
-        if self._store is None:
+        if self._folder is None:
             yield
             return
-        with self._store.locked():
-            if self._store.version != self._store.ledger.version():
-                self.__dict__.update(_opened(self._store, self.model, self.members.source).__dict__)
+        with self._folder.locked():
+            if self._folder.version != self._folder.ledger.version():
+                self.state = _opened(self._folder, self.model, self.state.members.source)
             yield
 
-    def _kept(self) -> Store:
-        if self._store is None:
-            raise InputError("the memory is kept in no folder. Save it first.")
-        return self._store
+    def _carry_out(self, kind: str, ids: Iterable[Id], full: bool) -> Answer:
+        """Answer a request: work it out, make it durable, then take the state after it."""
+        started = time.perf_counter()
+        with self._exclusive():
+            worked_out = draft(self.state, kind, ids, started)
+            answer = worked_out.answer
+            if self._folder:
+                seconds = self._folder.append(answer.certificate, worked_out.journal(), started)
+                answer = replace(answer, seconds=seconds)
+            self.state = worked_out.after()
+            if full:
+                answer = replace(answer, certificate=replace(answer.certificate, error=self.state.error()))
+            if self._folder:
+                self._folder.finish(answer.certificate)
+            return answer
 
-    def _carry_out(self, kind: str, positions: Tensor, started: float, ridge: float | None, full: bool) -> Forgotten:
-        """Answer a request: work it out, make it durable, then update what is in this process."""
-        answer, update, vector = self._work_out(kind, positions, started, ridge)
-        members, joining = positions.tolist(), kind == "remember"
-        joined = None
-        if joining:
-            joined = update.rows.residual if update.rows else self.linearised.residuals(members)
-        if self._store:
-            record = {"kind": kind, "ids": [self.members.ids[position] for position in members] if joining else []}
-            seconds = self._store.append(answer.certificate, journal(update, vector, joined), record, started)
-            answer = replace(answer, seconds=seconds)
-        self._apply_(update, vector, joined)
-        if full:
-            answer = replace(answer, certificate=replace(answer.certificate, error=self.error()))
-        if self._store:
-            self._store.finish(answer.certificate)
-        return answer
 
-    def _work_out(
-        self, kind: str, positions: Tensor, started: float, ridge: float | None
-    ) -> tuple[Forgotten, Update, Float[Tensor, " p"]]:
-        """The answer, the update of the solution and the parameters after it; nothing changes yet."""
-        update, residual = self._update(positions, 1 if kind == "remember" else -1)
-        change = update.change
-        if len(positions) and ridge is not None and ridge != self.ridge:
-            step = self.resolve(positions, self.displacement, ridge)
-            change = step - self.resolve(positions[:0], self.displacement, ridge)
-        vector = self._vector + change
-        parameters = self._layout.unflatten(vector, self.anchor)
-        certificate = self._certify(kind, update, change, parameters, ridge or self.ridge, residual)
-        return Forgotten(parameters, time.perf_counter() - started, certificate), update, vector
+def prepare(
+    model: nn.Module,
+    train: Dataset,
+    initial: Mapping[str, Tensor],
+    *,
+    ridge: float | str = "auto",
+    form: str = "auto",
+    loss: Loss = SquaredLoss(),
+    witnesses: int = 24,
+    seed: int = 0,
+    checkpoint: Path | None = None,
+    numerics: Numerics = Numerics(),
+    **changes: object,
+) -> Memory:
+    """One pass over the training data, after which ``memory.forget`` needs only the forgotten samples.
 
-    def _update(self, positions: Tensor, sign: int) -> tuple[Update, float]:
-        """The update and its residual, after solving anew if rounding has gathered (see the solution's ``limit``)."""
-        if not len(positions):
-            return Update(torch.zeros_like(self._vector), positions, sign), self.solution.residual()
-        rows = self._rows_as_prepared if sign < 0 else self.rows
-        update = self.solution.update(positions, rows, sign)
-        if sign < 0 and update.rows is None:
-            self.check(positions)
-        residual = self.solution.residual(update)
-        if residual > self.solution.limit:
-            log.info("rounding has gathered (residual %.0e): solving anew", residual)
-            self.solution = self.solution.anew()
-            update = self.solution.update(positions, rows, sign)
-            residual = self.solution.residual(update)
-        return update, residual
+    It changes settings of this process (``fastntk.common.machine.settle``). In a job of several processes each takes
+    its share of the samples, and all end with the same memory (``fastntk.common.distributed``).
 
-    def _rows_as_prepared(self, positions: Tensor) -> Rows:
-        rows = self.rows(positions)
-        self.check(positions, rows.residual)
-        return rows
+    Args:
+        model: fitted, in eval mode, with the tuned parameters requiring gradients. It is not changed.
+        train: the map-style dataset it was fitted to; a sample's id is its index, or what ``train.ids`` has for it.
+        initial: the tuned parameters before fitting, ``fit(...).initial``.
+        ridge: the total L2 pull toward ``initial``, or ``"auto"``: see ``fastntk.solve.ridge.calibrate``.
+        form: of ``fastntk.solve.forms``, or ``"auto"``: the cheapest that fits.
+        loss: the one it was fitted with.
+        witnesses: how many retained samples check every request: the first that are there in an order drawn once.
+        seed: of that draw.
+        checkpoint: a folder where a preparation that is cut off, and called again, goes on. Removed when complete.
+        numerics: how to compute; ``changes`` replace its fields: ``prepare(..., batch_size=16)``.
 
-    def _apply_(self, update: Update, vector: Tensor, joined: Tensor | None) -> None:
-        """Update everything that an update changes, in place; ``joined`` are the residuals of who joins."""
-        if not len(update.positions):
-            return
-        self.solution.apply_(update)
-        if joined is None:
-            self.residuals[update.positions] = 0
-            self.members.leave_(update.positions)
-        else:
-            self.residuals = torch.cat([self.residuals, joined.to(self.residuals)])
-            self._order = torch.cat([self._order, update.positions])
-        self._vector = vector
-
-    def _replay_(self, tensors: Mapping[str, Tensor], kind: str, ids: Sequence[Id]) -> None:
-        """Carry out a request again, from its journal."""
-        positions, sign = tensors["positions"], 1 if kind == "remember" else -1
-        self.members.ids.extend(ids)
-        if len(positions):
-            update = replayed(tensors, sign, self.solution)
-            self._apply_(update, tensors["vector"], tensors["residual"] if sign > 0 else None)
-
-    def _certify(
-        self, kind: str, update: Update, change: Tensor, parameters: Mapping[str, Tensor], ridge: float, residual: float
-    ) -> Certificate:
-        asked, before = update.positions.tolist(), self.parameters
-        others = self._order[self.present[self._order] & ~torch.isin(self._order, update.positions)]
-        probe = self.members.available(others)[: self._probe].tolist()
-        known = update.rows.jacobian.matvec(change) if update.rows and self.linearised.of_logits else None
-        audit, salt = self.audit if kind == "forget" else None, new_salt()
-        seen = observed(self.linearised, change, before, parameters, asked, probe, known, audit)
-        return Certificate(
-            request=str(uuid.uuid4()),
-            kind=kind,
-            samples=len(asked),
-            retained=len(others),
-            ridge=ridge,
-            **seen._asdict(),
-            residual=residual,
-            limit=self.solution.limit,
-            moved=not torch.equal(self._vector, self._layout.flatten(self.anchor)),
-            before=digest(before),
-            after=digest(parameters),
-            salt=salt,
-            hashes=hashed((self.members.ids[position] for position in asked), salt),
-            audit=self.audit,
-        )
-
-    def _contents(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Everything, as tensors and as what JSON can hold."""
-        made = self.calibration, self._order, self._probe, self.record, self._vector, self.short_of_head
-        return pack(State(self.linearised, self.solution, self.residuals, *made))
+    Raises:
+        InputError: ``initial`` does not belong to the model, a layer is in training mode, the data are not fit for use,
+            or no form fits into memory.
+    """
+    if ridge != "auto" and not (isinstance(ridge, float | int) and 0 < ridge < float("inf")):
+        raise InputError(f"the ridge must be a positive number or 'auto', not {ridge!r}.")
+    settle()
+    check_initial(initial, tuned(model))
+    network = linearised(model, train, loss, replace(numerics, **changes))  # type: ignore[arg-type]
+    options = {"ridge": ridge, "form": form, "witnesses": witnesses, "seed": seed}
+    return Memory(prepared(network, initial, options, checkpoint))
 
 
 def load(folder: Path | str, model: nn.Module, train: Dataset) -> Memory:
@@ -380,20 +265,31 @@ def load(folder: Path | str, model: nn.Module, train: Dataset) -> Memory:
             prepared; of the others only a few are read, to check that it is the same.
 
     Raises:
-        InputError: a file is missing or damaged, or the memory belongs to another model or other data.
+        InputError: a file is missing, damaged or of an unknown format, or the memory belongs to another model or other
+            data.
     """
-    store = Store(Path(folder))
-    with store.locked():
-        memory = _opened(store, model, train)
-    memory.check(memory.members.available(memory.present.nonzero()[:, 0])[:_CHECKED])
-    return memory
+    place = Folder(Path(folder))
+    with place.locked():
+        state = _opened(place, model, train)
+    state.check(state.members.available(state.positions)[:_CHECKED])
+    return Memory(state, place)
 
 
-def _opened(store: Store, model: nn.Module, train: Dataset) -> Memory:
-    """The memory in a folder that is locked, with the requests since the latest purge."""
-    contents = store.read()
-    memory = Memory(**vars(unpack(contents, model, train, store.folder)))
-    memory._store, memory.audit = store, store.ledger.audit()
-    for tensors, record in contents.journal:
-        memory._replay_(tensors, record["kind"], record["ids"])
-    return memory
+def refresh(memory: Memory, checkpoint: Path | None = None) -> float:
+    """``memory.refresh``."""
+    return memory.refresh(checkpoint)
+
+
+def _kept(folder: Folder | None) -> Folder:
+    if folder is None:
+        raise InputError("the memory is kept in no folder. Save it first.")
+    return folder
+
+
+def _opened(folder: Folder, model: nn.Module, source: Dataset) -> State:
+    """The state in a folder that is locked, with the requests since the latest purge."""
+    base, journals = folder.read()
+    state = replace(unpack(base, model, source), audit=folder.ledger.audit())
+    for journal in journals:
+        state = replayed(state, journal["tensors"], journal)
+    return state

@@ -1,143 +1,152 @@
-"""A memory as tensors and a record that JSON can hold, and back; and its requests as journals."""
+"""Everything that a memory knows at one moment."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from fastntk.common.errors import InputError
-from fastntk.common.files import digest
-from fastntk.jacobians.combinations import ClassProbes
-from fastntk.jacobians.jacobian import Jacobian, Layout, PerSampleJacobian
+from fastntk.jacobians.layout import Layout
 from fastntk.jacobians.linearised import Linearised
-from fastntk.memory.disk.folder import Contents
+from fastntk.jacobians.rows import Rows
+from fastntk.memory.audit import Audit
 from fastntk.memory.members import Members
-from fastntk.solve.iterative import GramOperator, MatrixFreeSolution
-from fastntk.solve.primal import DualSolution, PrimalSolution
 from fastntk.solve.ridge import Calibration
-from fastntk.solve.solution import Update
-from fastntk.solve.sums import Rows
-from fastntk.tuning.loss import loss_from
-
-Solution = PrimalSolution | DualSolution | MatrixFreeSolution
-"""The linear problem over the members, solved, in one of its forms."""
+from fastntk.solve.solution import Solution
 
 
-@dataclass
+def _calibration(document: Mapping[str, Any] | None) -> Calibration | None:
+    return Calibration(document["ridge"], document["factor"], document["mismatch"]) if document else None
+
+
+# How a folder keeps a field: as a tensor, which may be None if it is optional, or as JSON, and what makes it again.
+_TENSOR, _OPTIONAL = ({"kept": "tensor", "optional": optional} for optional in (False, True))
+_PLAIN, _CALIBRATION = ({"kept": "data", "make": make} for make in (lambda value: value, _calibration))
+
+
+@dataclass(frozen=True)
 class State:
-    """What a memory is made of; see there."""
+    """What is known of a fitted model and of the samples in its memory. It does not change: a request yields another.
 
-    linearised: Linearised
+    The solution's largest matrices go over to the next state (``fastntk.solve.solution``): an earlier one can be looked
+    at, and solves no more. ``fastntk.memory.disk`` keeps these fields, by what they say here of how.
+
+    Attributes:
+        network: linearised at the anchor ``theta*``, the tuned parameters after fitting, over the members.
+        solution: of the linear problem over the members.
+        fingerprints: the residual of every member at the anchor, by which it is known again; zeros for who has left.
+        vector: the tuned parameters after all requests so far, in the layout's order.
+        head_shortfall: what the fitted head falls short of (``fastntk.solve.head``), or None.
+        order: positions, in the order in which they are drawn for witnesses.
+        witnesses: how many retained samples serve to check every request: the first ones in ``order`` that are there.
+        calibration: how an automatic ridge was found, or None for a given one.
+        made: how the memory was made, for replay: versions and options.
+        audit: the latest one since the network was linearised, or None. It is in the ledger, not among what is kept.
+    """
+
+    network: Linearised
     solution: Solution
-    residuals: Float[Tensor, "positions outputs"]
-    calibration: Calibration | None
-    order: Int[Tensor, " positions"]
-    probe: int
-    record: Mapping[str, Any]
-    vector: Float[Tensor, " p"]
-    short_of_head: Float[Tensor, "classes features"] | None
+    fingerprints: Float[Tensor, "positions outputs"] = field(metadata=_TENSOR)
+    vector: Float[Tensor, " p"] = field(metadata=_TENSOR)
+    head_shortfall: Float[Tensor, "classes features"] | None = field(metadata=_OPTIONAL)
+    order: Int[Tensor, " positions"] = field(metadata=_TENSOR)
+    witnesses: int = field(metadata=_PLAIN)
+    calibration: Calibration | None = field(metadata=_CALIBRATION)
+    made: Mapping[str, Any] = field(metadata=_PLAIN)
+    audit: Audit | None = None
 
+    @property
+    def members(self) -> Members:
+        """Who is in the memory, over the data source."""
+        return cast(Members, self.network.train)
 
-def pack(state: State) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state as tensors by name and a record."""
-    linearised, solution, calibration = state.linearised, state.solution, state.calibration
-    anchor, layout, members = linearised.jacobian.parameters, linearised.layout, linearised.train
-    tensors = {
-        **{f"anchor.{name}": tensor for name, tensor in anchor.items()},
-        **{f"solution.{name}": tensor for name, tensor in solution.tensors().items()},
-        **{name: getattr(state, name) for name in ("residuals", "order", "vector")},
-        **({} if state.short_of_head is None else {"short_of_head": state.short_of_head}),
-    }
-    return tensors, {
-        **state.record,
-        "form": solution.form,
-        "ridge": solution.ridge,
-        "probe": state.probe,
-        "loss": asdict(linearised.loss),
-        "precision": linearised.precision,
-        "batch_size": linearised.batch_size,
-        "class_probes": asdict(linearised.probes) if linearised.probes else None,
-        "calibration": asdict(calibration) if calibration else None,
-        "layout": {name: list(getattr(layout, name)) for name in ("fast", "slow", "head")},
-        "names": list(anchor),
-        "model": _frozen(linearised.jacobian.model, anchor),
-        "ids": cast(Members, members).ids,
-    }
+    @property
+    def model(self) -> nn.Module:
+        """The fitted model; its tuned parameters may have moved since."""
+        return self.network.jacobian.model
 
+    @property
+    def layout(self) -> Layout:
+        """Where each tuned parameter lies in a vector."""
+        return self.network.layout
 
-def unpack(contents: Contents, model: nn.Module, train: Dataset, folder: Path) -> State:
-    """The reverse of ``pack``, for the model and the data source that the memory in ``folder`` is of.
+    @property
+    def anchor(self) -> dict[str, Tensor]:
+        """``theta*``: where the network is linearised."""
+        return self.network.jacobian.parameters
 
-    Raises:
-        InputError: it is another model's.
-    """
-    device, record = next(model.parameters()).device, contents.record
-    # copies: what is written to in place would be copied out of the mapped file page by page, ten times slower
-    tensors = {name: tensor.to(device, copy=True) for name, tensor in contents.tensors.items()}
-    anchor = {name: tensors[f"anchor.{name}"] for name in record["names"]}
-    if record["model"] != _frozen(model, anchor):
-        raise InputError(
-            f"the memory {folder} belongs to another model: the frozen weights differ. Open it with its own."
-        )
-    shapes = {name: tensor.shape for name, tensor in anchor.items()}
-    layout = Layout(**{name: tuple(names) for name, names in record["layout"].items()}, shapes=shapes)
-    members = Members(train, record["ids"])
-    linearised = Linearised(
-        PerSampleJacobian(model, anchor, layout),
-        members,
-        loss_from(record["loss"]),
-        batch_size=record["batch_size"],
-        precision=record["precision"],
-        probes=ClassProbes(**record["class_probes"]) if record["class_probes"] else None,
-    )
-    solution = _solution(tensors, record, GramOperator(linearised, members.present.nonzero()[:, 0].tolist()))
-    calibration = Calibration(**record["calibration"]) if record["calibration"] else None
-    made = {key: record[key] for key in ("versions", "options")}
-    order, vector = tensors["order"].cpu(), tensors["vector"]
-    rest = calibration, order, record["probe"], made, vector, tensors.get("short_of_head")
-    return State(linearised, solution, tensors["residuals"], *rest)
+    @property
+    def initial(self) -> dict[str, Tensor]:
+        """``theta_0``: before fitting."""
+        return self.layout.unflatten(self.layout.flatten(self.anchor) - self.displacement, self.anchor)
 
+    @property
+    def displacement(self) -> Float[Tensor, " p"]:
+        """``u = theta* - theta_0``."""
+        return self.solution.displacement
 
-def journal(update: Update, vector: Float[Tensor, " p"], joined: Tensor | None) -> dict[str, Tensor]:
-    """What it takes to make an update again: the samples' rows, or the change where the form needs none of them.
+    @property
+    def ridge(self) -> float:
+        """The total ridge of every request."""
+        return self.solution.ridge
 
-    ``vector`` are the parameters after it, ``joined`` the residuals of who joins, if anybody does.
-    """
-    tensors = {"positions": update.positions, "vector": vector}
-    if update.rows:
-        jacobian = update.rows.jacobian
-        tensors |= {"rest": jacobian.rest, "features": jacobian.features, "residual": update.rows.residual}
-    elif update.reached is not None:
-        tensors |= {"change": update.change, "reached": torch.tensor(update.reached, dtype=torch.float64)}
-    return tensors if joined is None else {**tensors, "residual": joined}
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """The tuned parameters after all requests so far."""
+        return self.layout.unflatten(self.vector, self.anchor)
 
+    @property
+    def positions(self) -> Int[Tensor, " members"]:
+        """Of the members."""
+        return self.members.present.nonzero()[:, 0]
 
-def replayed(tensors: Mapping[str, Tensor], sign: int, solution: Solution) -> Update:
-    """The update of the solution that a journal holds."""
-    positions = tensors["positions"]
-    if "change" in tensors:
-        return Update(tensors["change"], positions, sign, reached=float(tensors["reached"]))
+    def over(self, members: Members) -> "State":
+        """The same with other members, or the same ones over another data source."""
+        return replace(self, network=replace(self.network, train=members))
 
-    def rows(_: Tensor) -> Rows:
-        return Rows(Jacobian(tensors["rest"], tensors["features"]), tensors["residual"])
+    def moved_by(self, change: Float[Tensor, " p"]) -> dict[str, Tensor]:
+        """The current parameters moved by ``change``."""
+        return self.layout.unflatten(self.vector + change, self.anchor)
 
-    return solution.update(positions, rows, sign)
+    def rows(self, positions: Int[Tensor, " some"]) -> Rows:
+        """The Jacobians and residuals, at the anchor, of the samples at ``positions``, computed now."""
+        return self.network.rows(positions.tolist())
 
+    def resolve(
+        self, positions: Int[Tensor, " some"], displacement: Float[Tensor, " p"], ridge: float
+    ) -> Float[Tensor, " p"]:
+        """``s(R)`` without the samples at ``positions``, solved anew; with a displacement of zeros, Golatkar's step."""
+        return self.solution.resolve(self.network, positions, displacement, ridge)
 
-def _solution(tensors: Mapping[str, Tensor], record: Mapping[str, Any], operator: GramOperator) -> Solution:
-    """The stored solution, in its form; ``operator`` is over the members."""
-    parts = {name.removeprefix("solution."): tensor for name, tensor in tensors.items() if name.startswith("solution.")}
-    if record["form"] == "matrix-free":
-        return MatrixFreeSolution.from_tensors(parts, record["ridge"], operator)
-    make = PrimalSolution if record["form"] == "primal" else DualSolution
-    return make.from_tensors(parts, record["ridge"])
+    def error(self) -> float:
+        """``|s - s'| / |s'|`` with s the step that all updates have led to and s' solved anew from the sums."""
+        fresh = self.solution.anew(self.network)
+        return float((self.solution.step - fresh.step).norm() / fresh.step.norm())
 
+    def drawn_witnesses(self, asked: Int[Tensor, " some"]) -> Sequence[int]:
+        """The positions of those that check a request for the samples at ``asked``; of these none."""
+        others = self.order[self.members.present[self.order] & ~torch.isin(self.order, asked)]
+        return self.members.available(others)[: self.witnesses].tolist()
 
-def _frozen(model: nn.Module, tuned: Mapping[str, Tensor]) -> str:
-    """A digest of everything in the model's state that is not tuned."""
-    return digest({name: tensor for name, tensor in model.state_dict().items() if name not in tuned})
+    def check(self, positions: Int[Tensor, " some"], residuals: Float[Tensor, "some outputs"] | None = None) -> None:
+        """Whether the data source still has, under the members' ids, what was prepared; from ``residuals`` if known.
+
+        Raises:
+            InputError: it has other pixels or labels, or the model is another.
+        """
+        for position in self.network.changed(positions.tolist(), self.fingerprints[positions], residuals):
+            raise InputError(
+                f"the data source has another image or label under id {self.members.by_position[position]!r} than when "
+                "the memory was prepared, or the model is another. Give what was prepared: no random augmentation, the "
+                "same order or ids."
+            )
+
+    def check_complete(self) -> None:
+        """Whether every member's sample is there and has not changed; one forward pass. Raises like ``check``."""
+        missing = self.members.missing(self.positions)
+        if missing:
+            raise InputError(f"the data source lacks {missing:,} of the memory's {len(self.positions):,} samples.")
+        self.check(self.positions)

@@ -1,1 +1,2 @@
-"""memory/disk."""
+"""The folder of a memory: ``folder`` and ``ledger`` keep it whole at any moment, ``packing`` makes a state of its
+tensors and back, and ``format`` has its versions."""

@@ -13,7 +13,6 @@ does not name is left over from a crash and removed when the folder is next open
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +21,17 @@ from torch import Tensor
 
 from fastntk.common.errors import InputError
 from fastntk.common.files import file_digest, read_tensors, sync, writable, write_tensors
-from fastntk.memory.certificate import Audit, Certificate
+from fastntk.common.formats import Document, Format
+from fastntk.memory.audit import Audit
+from fastntk.memory.certificate import Certificate
+from fastntk.memory.disk.format import BASE, JOURNAL
 from fastntk.memory.disk.ledger import Ledger, Request
 
 WAIT = 60.0
 """Seconds that a process waits for another one to finish with the folder."""
 
 
-@dataclass(frozen=True)
-class Contents:
-    """What a folder holds: the base, and the journal of the requests since, in order."""
-
-    tensors: dict[str, Tensor]
-    record: dict[str, Any]
-    journal: list[tuple[dict[str, Tensor], dict[str, Any]]]
-
-
-class Store:
+class Folder:
     """One folder. ``version`` is that of the contents which this process has in its own memory."""
 
     def __init__(self, folder: Path) -> None:
@@ -64,8 +57,8 @@ class Store:
         finally:
             self._lock.release()
 
-    def create(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        """A new memory; what an earlier one left in the folder is removed.
+    def create(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any], audit: Audit | None) -> None:
+        """A new memory, with the audit that it has had, if any; what an earlier one left in the folder is removed.
 
         Raises:
             InputError: it cannot be written, or the memory in the folder has answered requests.
@@ -73,22 +66,28 @@ class Store:
         writable(self.folder)
         with self.locked():
             self.check_unused()
-            self.ledger.create(self._write("base", self._next(), tensors, record))
+            self.ledger.create(self._write(BASE, f"base-{self._next()}", tensors, record))
             self._opened()
+            if audit:
+                self.audited(audit)
 
-    def read(self) -> Contents:
-        """All of the memory, checked; the lock must be held.
+    def read(self) -> tuple[Document, list[Document]]:
+        """All of the memory, checked: the base, and the journals of the requests since, in order; each a record with
+        its tensors under that key. The lock must be held.
 
         Raises:
-            InputError: there is none, or a file is missing, damaged or of another kind.
+            InputError: there is none, or a file is missing, damaged or of another kind or format.
         """
         if not self.ledger.path.is_file() and not any(self.folder.glob("base-*")):
             raise InputError(f"there is no memory in {self.folder}. Prepare one first.")
         self.check()
         self._opened()
         base = next(name for name in self.ledger.files() if name.startswith("base"))
-        journal = [read_tensors(self.folder / name) for name in self.ledger.pending()]
-        return Contents(*read_tensors(self.folder / base), journal)
+        return self._read(BASE, base), [self._read(JOURNAL, name) for name in self.ledger.pending()]
+
+    def _read(self, kind: Format, name: str) -> Document:
+        tensors, record = read_tensors(self.folder / name)
+        return kind.read({**record, "tensors": tensors}, self.folder / name)
 
     def check_unused(self) -> None:
         """Raises ``InputError`` if the memory in the folder, if any, has answered requests."""
@@ -120,14 +119,14 @@ class Store:
                 raise InputError(f"{self.folder / name} is damaged. Restore it from a backup, or prepare again.")
 
     def append(
-        self, certificate: Certificate, tensors: Mapping[str, Tensor], record: Mapping[str, Any], started: float
+        self, certificate: Certificate, journal: tuple[Mapping[str, Tensor], Mapping[str, Any]], started: float
     ) -> float:
         """Make an answer durable; returns the seconds since ``started``. ``finish`` must follow, under the same lock.
 
         Raises:
             InputError: it cannot be written; the memory is as it was.
         """
-        file = self._write("journal", self.ledger.count() + 1, tensors, record)
+        file = self._write(JOURNAL, f"journal-{self.ledger.count() + 1}", *journal)
         try:
             self.ledger.answer(certificate, file, time.perf_counter() - started)
         except InputError:
@@ -161,7 +160,7 @@ class Store:
         Raises:
             InputError: it cannot be written; the memory is as it was.
         """
-        base = self._write("base", self._next(), tensors, record)
+        base = self._write(BASE, f"base-{self._next()}", tensors, record)
         self.ledger.switch(base, time.perf_counter() - started, refresh)
         self._opened(started)
 
@@ -170,11 +169,11 @@ class Store:
         return 1 + max((int(path.stem.split("-")[1]) for path in self.folder.glob("base-*.safetensors")), default=0)
 
     def _write(
-        self, kind: str, number: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any]
+        self, kind: Format, name: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]
     ) -> tuple[str, str]:
         """A new file and its SHA-256."""
-        path = self.folder / f"{kind}-{number}.safetensors"
-        write_tensors(path, tensors, record)
+        path = self.folder / f"{name}.safetensors"
+        write_tensors(path, tensors, kind.stamped(record))
         return path.name, file_digest(path)
 
     def _opened(self, started: float | None = None) -> None:

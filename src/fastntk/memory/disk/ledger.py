@@ -16,9 +16,13 @@ from pathlib import Path
 
 from fastntk.common.errors import InputError
 from fastntk.common.files import file_digest, read_json, write_json
-from fastntk.memory.certificate import Audit, Certificate
+from fastntk.common.formats import Document
+from fastntk.memory.audit import Audit
+from fastntk.memory.certificate import Certificate
+from fastntk.memory.disk.format import ENTRY, LEDGER
 
 _TABLES = (
+    "CREATE TABLE about (format INTEGER NOT NULL, fastntk TEXT NOT NULL)",
     "CREATE TABLE files (name TEXT PRIMARY KEY, sha256 TEXT NOT NULL)",
     """CREATE TABLE requests (
         number INTEGER PRIMARY KEY, request TEXT UNIQUE NOT NULL, kind TEXT NOT NULL, state TEXT NOT NULL,
@@ -74,6 +78,7 @@ class Ledger:
         with self._writing() as database:
             for table in _TABLES:
                 database.execute(table)
+            database.execute("INSERT INTO about VALUES (:format, :fastntk)", LEDGER.stamped({}))
             database.execute("INSERT INTO files VALUES (?, ?)", base)
 
     def answer(self, certificate: Certificate, journal: tuple[str, str], seconds: float) -> None:
@@ -100,7 +105,7 @@ class Ledger:
     def amend(self, certificate: Certificate) -> None:
         """What has been measured of a request since it was answered."""
         with self._writing() as database:
-            given = json.dumps(certificate.to_ledger()), certificate.request
+            given = _packed(certificate.to_ledger()), certificate.request
             database.execute("UPDATE requests SET certificate = ? WHERE request = ?", given)
 
     def switch(self, base: tuple[str, str], seconds: float, refresh: Mapping[str, object] | None) -> None:
@@ -153,7 +158,7 @@ class Ledger:
         write_json(self._sum, {"sha256": file_digest(self.path)})
 
     def check(self) -> None:
-        """Raises ``InputError`` if the database is missing or not what was last written."""
+        """Raises ``InputError`` if the database is missing, not what was last written, or of an unknown format."""
         if not self.path.is_file():
             raise InputError(f"there is no ledger {self.path}.")
         expected = read_json(self._sum)
@@ -165,12 +170,19 @@ class Ledger:
             self._seal()
         elif expected != {"sha256": file_digest(self.path)}:
             raise InputError(f"the ledger {self.path} or {self._sum} is damaged: they do not belong together.")
+        with self._open() as database:
+            known = database.execute("SELECT name FROM sqlite_master WHERE name = 'about'").fetchone()
+            about = dict(database.execute("SELECT * FROM about").fetchone()) if known else {}
+        LEDGER.read(about, self.path)
 
     def requests(self) -> list[Request]:
         """All of them, in order."""
         with self._open() as database:
             rows = [dict(row) for row in database.execute("SELECT * FROM requests ORDER BY number")]
-        return [Request(**{**row, "certificate": json.loads(row["certificate"])}) for row in rows]
+        return [Request(**{**row, "certificate": self._unpacked(row["certificate"])}) for row in rows]
+
+    def _unpacked(self, text: str) -> Document:
+        return ENTRY.read(json.loads(text), self.path)
 
     def files(self) -> dict[str, str]:
         """The files that make up the memory, with their SHA-256."""
@@ -211,8 +223,12 @@ def _enter(
 ) -> None:
     """Insert a row: answered now, or, where nothing is to be purged, purged now as well."""
     time, state = now(), "purged" if purged else "answered"
-    row = None, request, kind, state, time, time if purged else None, seconds, None, file, json.dumps(dict(certificate))
+    row = None, request, kind, state, time, time if purged else None, seconds, None, file, _packed(certificate)
     database.execute(_INSERT, row)
+
+
+def _packed(certificate: Mapping[str, object]) -> str:
+    return json.dumps(ENTRY.stamped(certificate))
 
 
 def now() -> str:

@@ -1,0 +1,62 @@
+"""The formats of a memory's folder, and how documents of older ones become documents of today's."""
+
+from typing import Any
+
+import torch
+
+from fastntk.common.formats import Format, unchanged
+
+
+def _state_0(document: dict[str, Any]) -> dict[str, Any]:
+    """Names of their own for what was called residuals, probe and short of head; how to compute in one place; the
+    solution says over which positions it is."""
+    tensors, options, probes = document["tensors"], document["options"], document["class_probes"] or {}
+    names = {
+        "residuals": "fingerprints",
+        "short_of_head": "head_shortfall",
+        "solution.sums.count": "solution.sums.samples",
+    }
+    renamed = {names.get(name, name): tensor for name, tensor in tensors.items()}
+    present = [position for position, each in enumerate(document["ids"]) if each is not None]
+    numerics = {
+        "batch_size": document["batch_size"],
+        "precision": document["precision"],
+        "dtype": options["dtype"],
+        "workers": 0,
+        "class_probes": probes.get("count"),
+        "probe_seed": probes.get("seed", 0),
+    }
+    kept = {key: document[key] for key in ("form", "ridge", "loss", "calibration", "layout", "names", "model", "ids")}
+    return {
+        **kept,
+        "tensors": {**renamed, "solution.over": torch.tensor(present, dtype=torch.long)},
+        "witnesses": document["probe"],
+        "numerics": numerics,
+        "made": {
+            "versions": document["versions"],
+            "options": {
+                "ridge": options["ridge"],
+                "form": options["form"],
+                "witnesses": options["probe"],
+                "seed": options["seed"],
+            },
+        },
+    }
+
+
+def _entry_0(document: dict[str, Any]) -> dict[str, Any]:
+    """A certificate's residual is its inexactness."""
+    return {"inexactness" if key == "residual" else key: value for key, value in document.items()}
+
+
+BASE = Format("memory", (_state_0,))
+"""Of ``base-N.safetensors``: ``packing``."""
+
+JOURNAL = Format("request", (unchanged,))
+"""Of ``journal-N.safetensors``."""
+
+LEDGER = Format("ledger", (unchanged,))
+"""Of the ledger's tables."""
+
+ENTRY = Format("ledger's entry", (_entry_0,))
+"""Of what the ledger says of a request: a certificate, an audit or a refresh."""

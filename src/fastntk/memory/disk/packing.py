@@ -1,0 +1,98 @@
+"""A state as tensors and a record that JSON can hold, and back."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields, is_dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from fastntk.common.errors import InputError
+from fastntk.common.files import digest
+from fastntk.common.formats import Document
+from fastntk.jacobians.layout import Layout
+from fastntk.jacobians.linearised import Linearised
+from fastntk.jacobians.numerics import Numerics
+from fastntk.jacobians.per_sample import PerSampleJacobian
+from fastntk.memory.members import Members
+from fastntk.memory.state import State
+from fastntk.solve.forms import FORMS
+from fastntk.tuning.loss import loss_from
+
+_PLACES = ("fast", "slow", "head")  # of a layout
+
+
+def pack(state: State) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state as tensors by name and a record: its network, its solution, and every other field as it says."""
+    network, solution = state.network, state.solution
+    tensors = {
+        **{f"anchor.{name}": tensor for name, tensor in state.anchor.items()},
+        **{f"solution.{name}": tensor for name, tensor in solution.tensors().items()},
+        **{name: value for name in _own("tensor") if (value := getattr(state, name)) is not None},
+    }
+    return tensors, {
+        **{name: _plain(getattr(state, name)) for name in _own("data")},
+        "form": solution.name,
+        "ridge": solution.ridge,
+        "loss": asdict(network.loss),
+        "numerics": network.numerics.to_dict(),
+        "layout": {name: list(getattr(network.layout, name)) for name in _PLACES},
+        "names": list(state.anchor),
+        "model": _frozen(state.model, state.anchor),
+        "ids": list(state.members.by_position),
+    }
+
+
+def unpack(document: Document, model: nn.Module, source: Dataset) -> State:
+    """The reverse of ``pack``, for the model and the data source that the memory is of.
+
+    Args:
+        document: the record, with the tensors under that key.
+        model: the one that was prepared.
+        source: of the samples.
+
+    Raises:
+        InputError: it is another model's, or something is missing.
+    """
+    device = next(model.parameters()).device
+    # copies: what is written to in place would be copied out of the mapped file page by page, ten times slower
+    moved = {
+        name: tensor.to(device, copy=True) if tensor.is_floating_point() else tensor.clone()
+        for name, tensor in document["tensors"].items()
+    }
+    tensors, record = Document(moved, document.where), document
+    anchor = {name: tensors[f"anchor.{name}"] for name in record["names"]}
+    if record["model"] != _frozen(model, anchor):
+        raise InputError(f"{document.where} belongs to another model: the frozen weights differ. Open it with its own.")
+    layout = Layout(
+        **{name: tuple(record["layout"][name]) for name in _PLACES},
+        shapes={name: tensor.shape for name, tensor in anchor.items()},
+    )
+    numerics, loss = Numerics.from_dict(record["numerics"]), loss_from(record["loss"])
+    members = Members(source, record["ids"])
+    if record["form"] not in FORMS:
+        raise InputError(f"{document.where} is of the form {record['form']!r}, which is none of {', '.join(FORMS)}.")
+    own: dict[str, Any] = {
+        **{name: tensors.get(name) if how["optional"] else tensors[name] for name, how in _own("tensor").items()},
+        **{name: how["make"](record[name]) for name, how in _own("data").items()},
+    }
+    solved = {name.removeprefix("solution."): tensor for name, tensor in tensors.items() if "solution." in name}
+    return State(
+        Linearised(PerSampleJacobian(model, anchor, layout), members, loss, numerics),
+        FORMS[record["form"]].restore(Document(solved, document.where), record["ridge"]),
+        **own,
+    )
+
+
+def _own(kind: str) -> dict[str, Mapping[str, Any]]:
+    """The names of a state's fields that are kept so, and what they say of how."""
+    return {each.name: each.metadata for each in fields(State) if each.metadata.get("kept") == kind}
+
+
+def _plain(value: Any) -> Any:
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+
+
+def _frozen(model: nn.Module, tuned: Mapping[str, Tensor]) -> str:
+    """A digest of everything in the model's state that is not tuned."""
+    return digest({name: tensor for name, tensor in model.state_dict().items() if name not in tuned})

@@ -1,0 +1,94 @@
+"""What can be done to an answer once it is there: a gain on the step, and a head solved exactly after it.
+
+The linear prediction says in which direction the parameters move when samples are taken out; how far rests on a ridge
+that was found from the training data alone. An audit has two retrained models to compare with, and finds a gain g
+(``fastntk.evidence.gain``): the answer to all requests so far becomes ``theta* + g (s(R) - s(D))``. Any gain but 1
+takes the exactness for the linearised network away. One below 1 draws the parameters back towards those that knew the
+samples (on three models of docs/nearer.md a third of a class or more came back), so it is for an exact head to follow;
+alone, it is taken for 1.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fastntk.common.errors import InputError
+from fastntk.memory.memory import Memory
+from fastntk.memory.state import State
+from fastntk.solve.head import new_head
+
+
+def finished(
+    memory: Memory,
+    parameters: Mapping[str, Tensor] | None = None,
+    *,
+    gain: bool = False,
+    exact_head: bool = False,
+    without: Sequence[int] = (),
+) -> dict[str, Tensor]:
+    """An answer's parameters with the audit's gain, then with an exact head, as asked.
+
+    The memory does not change, and what it answers next starts from the step as it is; so finish the parameters that
+    are to be used, whenever they are to be.
+
+    Args:
+        memory: whose answer it is.
+        parameters: the answer's; None takes the memory's after all requests so far.
+        gain: multiply the step by the gain of the memory's audit; one below 1 only if an exact head follows.
+        exact_head: solve the head anew at the features after the step: a forward pass over the members.
+        without: positions of members that are not in R although they are in the memory.
+
+    Raises:
+        InputError: there is no audit for the gain, or no exact head (see ``exact_head``).
+    """
+    state, done = memory.state, dict(memory.parameters if parameters is None else parameters)
+    if gain:
+        done = multiplied(state, done, max(_gain_of(state), 0.0 if exact_head else 1.0))
+    return _with_head(state, done, without) if exact_head else done
+
+
+def amplified(memory: Memory, parameters: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """``theta* + max(g, 1) (theta - theta*)`` with the gain g of the memory's audit, and theta the ``parameters``; None
+    takes the memory's after all requests so far. Raises ``InputError`` where there is no audit."""
+    return finished(memory, parameters, gain=True)
+
+
+def exact_head(memory: Memory, parameters: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The ``parameters`` with their head solved exactly over the members (``fastntk.solve.head``); None takes the
+    memory's after all requests so far.
+
+    Raises:
+        InputError: the head is not tuned, what it puts out are not the logits, the loss is not the squared one, the
+            memory is matrix-free, its classes are probed, or a member is missing in the data source.
+    """
+    return finished(memory, parameters, exact_head=True)
+
+
+def multiplied(state: State, parameters: Mapping[str, Tensor], gain: float) -> dict[str, Tensor]:
+    """``theta* + gain (theta - theta*)`` with theta the ``parameters``."""
+    anchor = state.anchor
+    return {name: anchor[name] + gain * (tensor - anchor[name]) for name, tensor in parameters.items()}
+
+
+def _gain_of(state: State) -> float:
+    if state.audit is None:
+        raise InputError(
+            "a gain comes from an audit, and this memory has had none since it was linearised: fastntk audit RUN."
+        )
+    return state.audit.gain
+
+
+def _with_head(state: State, parameters: Mapping[str, Tensor], without: Sequence[int]) -> dict[str, Tensor]:
+    if state.head_shortfall is None:
+        raise InputError(
+            "an exact head needs a tuned head that gives the logits, squared loss, and a memory in the primal or dual "
+            "form without class probes. Tune the head (fastntk.tune(model, 'bn', 'head')) and prepare so."
+        )
+    retain = state.positions[~torch.isin(state.positions, torch.tensor(without, dtype=torch.long))]
+    missing = state.members.missing(retain)
+    if missing:
+        raise InputError(
+            f"an exact head needs all {len(retain):,} retained samples; the data source lacks {missing:,}."
+        )
+    return new_head(state.network, parameters, state.initial, retain.tolist(), state.ridge, state.head_shortfall)

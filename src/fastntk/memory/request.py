@@ -1,0 +1,162 @@
+"""One request: worked out without changing anything, then a state after it."""
+
+import hashlib
+import hmac
+import logging
+import secrets
+import time
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fastntk.common.files import digest
+from fastntk.jacobians.jacobian import Jacobian
+from fastntk.jacobians.rows import Rows
+from fastntk.memory.agreement import observed
+from fastntk.memory.certificate import Answer, Certificate
+from fastntk.memory.members import Id
+from fastntk.memory.state import State
+from fastntk.solve.solution import Update
+
+log = logging.getLogger(__name__)
+SIGNS = {"forget": -1, "remember": 1}
+"""The kinds of request, and what they do to the set of members."""
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A request that is worked out and not yet carried out.
+
+    Attributes:
+        state: what it was worked out from: with the members who join, and solved anew if rounding had gathered.
+        kind: ``"forget"`` or ``"remember"``.
+        update: of the solution.
+        vector: the tuned parameters after it.
+        joined: the fingerprints of who joins, if anybody does.
+        answer: what the caller gets.
+    """
+
+    state: State
+    kind: str
+    update: Update
+    vector: Float[Tensor, " p"]
+    joined: Float[Tensor, "some outputs"] | None
+    answer: Answer
+
+    def after(self) -> State:
+        """The state after the request."""
+        return _after(self.state, self.update, self.vector, self.joined)
+
+    def journal(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What it takes to carry it out again: the samples' rows, or the change where the form needs none of them."""
+        update, tensors = self.update, {"positions": self.update.positions, "vector": self.vector}
+        if update.rows:
+            jacobian = update.rows.jacobian
+            tensors |= {"rest": jacobian.rest, "features": jacobian.features, "residual": update.rows.residual}
+        elif update.reached is not None:
+            tensors |= {"change": update.change, "reached": torch.tensor(update.reached, dtype=torch.float64)}
+        if self.joined is None:
+            return tensors, {"kind": self.kind, "ids": []}
+        names = [self.state.members.by_position[position] for position in update.positions.tolist()]
+        return {**tensors, "residual": self.joined}, {"kind": self.kind, "ids": names}
+
+
+def draft(state: State, kind: str, ids: Iterable[Id], started: float) -> Draft:
+    """Work a request out; ``started`` is when it was made, by ``time.perf_counter``.
+
+    Raises:
+        InputError: the ids are not fit for it, or a sample is not the one that was prepared.
+    """
+    if SIGNS[kind] > 0:
+        before, members = len(state.members), state.members.joined_by(ids)
+        state, positions = state.over(members), torch.arange(before, len(members))
+    else:
+        positions = state.members.positions(ids)
+    state, update, inexactness = _update(state, positions, SIGNS[kind])
+    joined = None
+    if SIGNS[kind] > 0:
+        joined = update.rows.residual if update.rows else state.network.residuals(positions.tolist())
+    vector = state.vector + update.change
+    parameters = state.layout.unflatten(vector, state.anchor)
+    certificate = _certificate(state, kind, update, parameters, inexactness)
+    return Draft(state, kind, update, vector, joined, Answer(parameters, time.perf_counter() - started, certificate))
+
+
+def replayed(state: State, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> State:
+    """The state after a request that is carried out again, from its journal."""
+    positions, sign = tensors["positions"], SIGNS[record["kind"]]
+    state = state.over(state.members.with_ids(record["ids"]))
+    if "change" in tensors:
+        update = Update(tensors["change"], positions, sign, reached=float(tensors["reached"]))
+    elif len(positions):
+        rows = Rows(Jacobian(tensors["rest"], tensors["features"]), tensors["residual"]) if "rest" in tensors else None
+        update = state.solution.update(state.network, positions, sign, rows)
+    else:
+        update = Update(torch.zeros_like(state.vector), positions, sign)
+    return _after(state, update, tensors["vector"], tensors["residual"] if sign > 0 else None)
+
+
+def _update(state: State, positions: Int[Tensor, " some"], sign: int) -> tuple[State, Update, float]:
+    """The update and its inexactness, from a state that is solved anew if rounding has gathered."""
+    network, solution = state.network, state.solution
+    if not len(positions):
+        return state, Update(torch.zeros_like(state.vector), positions, sign), solution.inexactness()
+    rows = state.rows(positions) if solution.reads(sign) else None
+    if sign < 0:
+        state.check(positions, rows.residual if rows else None)
+    update = solution.update(network, positions, sign, rows)
+    inexactness = solution.inexactness(update)
+    if inexactness > solution.limit:
+        log.info("rounding has gathered (inexact by %.0e): solving anew", inexactness)
+        state = replace(state, solution=solution.anew(network))
+        update = state.solution.update(network, positions, sign, rows)
+        inexactness = state.solution.inexactness(update)
+    return state, update, inexactness
+
+
+def _after(state: State, update: Update, vector: Tensor, joined: Tensor | None) -> State:
+    """Everything that an update changes, changed."""
+    if not len(update.positions):
+        return state
+    solved = replace(state, solution=state.solution.apply(update), vector=vector)
+    if joined is None:
+        fingerprints = state.fingerprints.index_fill(0, update.positions.to(state.fingerprints.device), 0)
+        return replace(solved, fingerprints=fingerprints).over(state.members.without(update.positions))
+    fingerprints = torch.cat([state.fingerprints, joined.to(state.fingerprints)])
+    return replace(solved, fingerprints=fingerprints, order=torch.cat([state.order, update.positions]))
+
+
+def _certificate(
+    state: State, kind: str, update: Update, parameters: Mapping[str, Tensor], inexactness: float
+) -> Certificate:
+    asked, before, change = update.positions.tolist(), state.parameters, update.change
+    witnesses, retained = state.drawn_witnesses(update.positions), ~torch.isin(state.order, update.positions)
+    known = update.rows.jacobian.matvec(change) if update.rows and state.network.of_logits else None
+    audit, salt = state.audit if kind == "forget" else None, secrets.token_hex(16)
+    seen = observed(state.network, change, before, parameters, asked, witnesses, known, audit)
+    return Certificate(
+        request=str(uuid.uuid4()),
+        kind=kind,
+        samples=len(asked),
+        retained=int((state.members.present[state.order] & retained).sum()),
+        ridge=state.ridge,
+        **seen._asdict(),
+        inexactness=inexactness,
+        limit=state.solution.limit,
+        moved=not torch.equal(state.vector, state.layout.flatten(state.anchor)),
+        before=digest(before),
+        after=digest(parameters),
+        salt=salt,
+        hashes=hashed((state.members.by_position[position] for position in asked), salt),
+        audit=state.audit,
+    )
+
+
+def hashed(ids: Iterable[Id | None], salt: str) -> list[str]:
+    """HMAC-SHA-256 of each id under ``salt`` (hexadecimal)."""
+    return [hmac.new(bytes.fromhex(salt), str(each).encode(), hashlib.sha256).hexdigest() for each in ids]
