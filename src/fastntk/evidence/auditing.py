@@ -16,18 +16,20 @@ from torch.utils.data import Dataset, Subset
 
 from fastntk.common.errors import InputError
 from fastntk.common.progress import track
-from fastntk.evidence.gain import calibrated, multiplied
+from fastntk.evidence.gain import found
 from fastntk.evidence.methods.retrain import retrained
 from fastntk.evidence.metrics import accuracy, logit_distance
-from fastntk.inputs.images import labels_of
-from fastntk.memory.certificate import Audit, Forgotten
+from fastntk.inputs.batches import labels_of
+from fastntk.jacobians.products import tangent
+from fastntk.memory.audit import Audit
+from fastntk.memory.certificate import Answer
+from fastntk.memory.finish import multiplied
 from fastntk.memory.members import Id
 from fastntk.memory.memory import Memory
-from fastntk.memory.prepare import check_complete
-from fastntk.solve.iterative import MatrixFreeSolution
+from fastntk.memory.state import State
 from fastntk.tuning.fitting import Recipe
-from fastntk.tuning.outputs import at, logits_of
-from fastntk.tuning.selectors import snapshot, tuned
+from fastntk.tuning.outputs import logits_of, model_at
+from fastntk.tuning.parameters import snapshot, tuned
 
 _LEFT_OUT = 1000  # members at most
 _TOGETHER = 64  # of them at a time
@@ -65,20 +67,20 @@ def audit(
         InputError: the request is empty or everything, samples are missing or have changed, retraining returns other
             parameters than the tuned ones, or the two retrained models are equal.
     """
-    drawn = memory.members.positions(_drawn(memory, fraction, seed) if ids is None else ids)
+    state = memory.state
+    drawn = state.members.positions(_drawn(memory, fraction, seed) if ids is None else ids)
     if not len(drawn):
         raise InputError("the audit's request is empty. Give a larger fraction.")
-    check_complete(memory)
-    positions = memory.present.nonzero()[:, 0]
-    retain = Subset(memory.members, positions[~torch.isin(positions, drawn)].tolist())
+    state.check_complete()
+    retain = Subset(state.members, state.positions[~torch.isin(state.positions, drawn)].tolist())
     started = time.perf_counter()
     first, second = (_fitted(memory, retain, recipe, number) for number in track((1, 2), "auditing, retraining"))
     seconds = time.perf_counter() - started
-    answer = memory.preview(memory.members.ids[position] for position in drawn.tolist())
-    result = _compared(memory, Subset(memory.members, drawn.tolist()), (first, second), answer, seconds)
+    answer = memory.preview(state.members.by_position[position] for position in drawn.tolist())
+    result = _compared(state, Subset(state.members, drawn.tolist()), (first, second), answer, seconds)
     if held_out is not None:
-        result = _beside_unseen(result, memory, held_out)
-    memory.audited_(result)
+        result = _beside_unseen(result, state, held_out)
+    memory.enter(result)
     return result
 
 
@@ -90,28 +92,30 @@ def _drawn(memory: Memory, fraction: float, seed: int) -> list[Id]:
 
 
 def _compared(
-    memory: Memory, forget: Dataset, models: tuple[Mapping[str, Tensor], ...], answer: Forgotten, seconds: float
+    state: State, forget: Dataset, models: tuple[Mapping[str, Tensor], ...], answer: Answer, seconds: float
 ) -> Audit:
     """An answer beside the two retrained models, each by its tuned parameters."""
-    device, labels, certificate = memory.linearised.device, labels_of(forget), answer.certificate
-    one, other, ours = (logits_of(at(memory.model, p), forget, device).cpu() for p in (*models, answer.parameters))
-    floor, distances = logit_distance(one, other), (logit_distance(ours, one), logit_distance(ours, other))
+    device, labels, certificate = state.network.device, labels_of(forget), answer.certificate
+
+    def logits(parameters: Mapping[str, Tensor]) -> Tensor:
+        return logits_of(model_at(state.model, parameters), forget, device).cpu()
+
+    one, other, ours = (logits(parameters) for parameters in (*models, answer.parameters))
+    floor = logit_distance(one, other)
     if not floor:
         raise InputError("the two retrained models are equal: retraining must depend on the seed that it is given.")
-    references, right = (accuracy(one, labels), accuracy(other, labels)), ours.argmax(1) == labels
+    right = ours.argmax(1) == labels
     differ = sum(int((right != (each.argmax(1) == labels)).sum()) for each in (one, other)) / 2
-    deviation = 100 * differ**0.5 / len(labels)
-    departures = certificate.departure_requested, certificate.departure_retained or 0.0
-    gain = calibrated(memory, answer.parameters, forget, (one, other))
-    gained = logits_of(at(memory.model, multiplied(memory, answer.parameters, gain)), forget, device).cpu()
+    gain = found(state, answer.parameters, forget, (one, other))
+    gained = logits(multiplied(state, answer.parameters, gain))
     return Audit(
         samples=len(labels),
         accuracy=accuracy(ours, labels),
-        retrained=references,
-        deviation=deviation,
-        distances=distances,
+        retrained=(accuracy(one, labels), accuracy(other, labels)),
+        deviation=100 * differ**0.5 / len(labels),
+        distances=(logit_distance(ours, one), logit_distance(ours, other)),
         floor=floor,
-        departures=departures,
+        departures=(certificate.departure_requested, certificate.departure_retained or 0.0),
         gain=gain,
         accuracy_with_gain=accuracy(gained, labels),
         distances_with_gain=(logit_distance(gained, one), logit_distance(gained, other)),
@@ -119,7 +123,7 @@ def _compared(
     )
 
 
-def left_out(memory: Memory, positions: Int[Tensor, " samples"]) -> Float[Tensor, "samples classes"]:
+def left_out(state: State, positions: Int[Tensor, " samples"]) -> Float[Tensor, "samples classes"]:
     """The logits of each member at ``positions`` after forgetting it alone, as the linear prediction has them; with
     cross-entropy, up to a number that is the same for all classes of a sample.
 
@@ -128,27 +132,23 @@ def left_out(memory: Memory, positions: Int[Tensor, " samples"]) -> Float[Tensor
     Raises:
         InputError: the memory is matrix-free, which needs a solve a sample, or its classes are probed.
     """
-    linearised, solution = memory.linearised, memory.solution
-    if isinstance(solution, MatrixFreeSolution) or linearised.probes:
-        raise InputError(
-            "samples can be left out one by one in the primal and the dual form alone, without class probes."
-        )
-    layout, ids = linearised.layout, positions.tolist()
-    fitted = logits_of(at(memory.model, memory.anchor), Subset(memory.members, ids), linearised.device)
-    moved = layout.flatten(memory.parameters) - layout.flatten(memory.anchor)
-    changes = torch.cat([solution.alone(some, memory.rows) for some in positions.split(_TOGETHER)])
-    alone = fitted + linearised.loss.whitened(changes, fitted)
-    return alone + linearised.tangent(ids, moved) if moved.any() else alone
+    network, layout, ids = state.network, state.layout, positions.tolist()
+    if network.numerics.probes:
+        raise InputError("samples can be left out one by one without class probes alone.")
+    fitted = logits_of(model_at(state.model, state.anchor), Subset(state.members, ids), network.device)
+    moved = state.vector - layout.flatten(state.anchor)
+    changes = torch.cat([state.solution.alone(network, some) for some in positions.split(_TOGETHER)])
+    alone = fitted + network.loss.whitened(changes, fitted)
+    return alone + tangent(network, ids, moved) if moved.any() else alone
 
 
-def _beside_unseen(result: Audit, memory: Memory, held_out: Dataset) -> Audit:
+def _beside_unseen(result: Audit, state: State, held_out: Dataset) -> Audit:
     """With the accuracies on some members left out and on held-out samples."""
-    generator = torch.Generator().manual_seed(0)
-    positions = memory.present.nonzero()[:, 0]
-    positions = positions[torch.randperm(len(positions), generator=generator)[:_LEFT_OUT].sort().values]
-    members = labels_of(Subset(memory.members, positions.tolist()))
-    alone = left_out(memory, positions).cpu()
-    unseen = logits_of(at(memory.model, memory.parameters), held_out, memory.linearised.device).cpu()
+    order = torch.randperm(len(state.positions), generator=torch.Generator().manual_seed(0))
+    positions = state.positions[order[:_LEFT_OUT].sort().values]
+    members = labels_of(Subset(state.members, positions.tolist()))
+    alone = left_out(state, positions).cpu()
+    unseen = logits_of(model_at(state.model, state.parameters), held_out, state.network.device).cpu()
     return replace(
         result,
         left_out=accuracy(alone, members),

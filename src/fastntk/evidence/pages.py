@@ -1,11 +1,18 @@
 """Pages without outside references, from the templates beside this file."""
 
 import io
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jinja2
 import matplotlib
 from matplotlib.figure import Figure
+
+from fastntk.common.files import write, write_json
+from fastntk.evidence.drawings import draw
+from fastntk.evidence.measures import shown
+from fastntk.evidence.report import Report, document, environment
 
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("fastntk.evidence"), autoescape=True, undefined=jinja2.StrictUndefined
@@ -23,3 +30,31 @@ def svg(figure: Figure) -> str:
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue()[text.getvalue().index("<svg") :]
+
+
+def write_report(folder: Path, title: str, reports: Mapping[str, Report], notes: Mapping[str, str]) -> None:
+    """``report.json``, ``report.html`` and a drawing a report in ``folder``; ``notes`` stand above the tables."""
+    write_json(folder / "report.json", document(reports))
+    for name, report in reports.items():
+        drawing = svg(draw(report))
+        write(folder / f"{name}.svg", lambda file, text=drawing: file.write_text(text))  # type: ignore[misc]
+    write(folder / "report.html", lambda file: file.write_text(html(title, reports, notes)))
+
+
+def html(title: str, reports: Mapping[str, Report], notes: Mapping[str, str]) -> str:
+    """A page without outside references: per scenario the table, the accuracies and the margins as drawings."""
+    columns = shown("terminal", "pages")
+    sections = [
+        {
+            "name": name,
+            "note": notes.get(name, ""),
+            "rows": {
+                model: [measure.text(row[key]) for key, measure in columns.items()]
+                for model, row in report.rows.items()
+            },
+            "figure": svg(draw(report)),
+        }
+        for name, report in reports.items()
+    ]
+    content = {"title": title, "columns": list(columns.values()), "sections": sections}
+    return page("report.html", **content, environment=environment())

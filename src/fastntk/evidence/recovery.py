@@ -14,9 +14,9 @@ from torch.utils.data import Dataset, Subset
 from fastntk.evidence.methods import Problem
 from fastntk.evidence.methods.descent import descend
 from fastntk.evidence.metrics import accuracy
-from fastntk.inputs.images import batches, labels_of
-from fastntk.tuning.outputs import at, logits_of
-from fastntk.tuning.selectors import head_name
+from fastntk.inputs.batches import batches, labels_of
+from fastntk.inputs.structure import head_name
+from fastntk.tuning.outputs import logits_of, model_at
 
 STEPS = 30
 """After which relearning is given up."""
@@ -35,7 +35,7 @@ def relearn_steps(problem: Problem, parameters: Mapping[str, Tensor]) -> float |
     """
     forgotten = _some(problem.forgotten, SAMPLES)
     labels = labels_of(forgotten)
-    enough = BACK * accuracy(_logits(problem, problem.memory.anchor, forgotten), labels)
+    enough = BACK * accuracy(_logits(problem, problem.state.anchor, forgotten), labels)
     curve: list[float] = []
 
     def losses(problem: Problem, model: nn.Module) -> Iterator[Tensor]:
@@ -97,7 +97,7 @@ def head_inputs(
 
 
 def _logits(problem: Problem, parameters: Mapping[str, Tensor], samples: Dataset) -> Tensor:
-    return logits_of(at(problem.model, parameters), samples, problem.device).cpu()
+    return logits_of(model_at(problem.model, parameters), samples, problem.device).cpu()
 
 
 def _some(samples: Dataset, most: int) -> Subset:

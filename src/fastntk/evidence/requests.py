@@ -1,18 +1,15 @@
 """What a benchmark asks a model to forget: a class, or a share of the images at random."""
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from fastntk.common.errors import InputError
-from fastntk.inputs.images import labels_of
+from fastntk.inputs.batches import labels_of
+from fastntk.memory.members import Id, ids_of
 
 
-def drawn(
-    request: str, train: Dataset, test: Dataset, seed: int = 0, gone: int = 0
-) -> tuple[Int[Tensor, " forget"], Dataset]:
-    """The positions of a request in the training set, and the test images: those of a class go with it.
+def drawn(request: str, train: Dataset, test: Dataset, seed: int = 0, gone: int = 0) -> tuple[list[Id], Dataset]:
+    """The ids of a request in the training set, and the test images: those of a class go with it.
 
     Args:
         request: ``class`` or ``random P%``.
@@ -24,14 +21,15 @@ def drawn(
     Raises:
         InputError: the request is neither, or none of the images.
     """
-    labels, part = labels_of(train), share(request)
+    labels, part, ids = labels_of(train), share(request), ids_of(train)
     if part is None:
         staying = (labels_of(test) != gone).nonzero()[:, 0].tolist()
-        return (labels == gone).nonzero()[:, 0], Subset(test, staying)
+        return [ids[place] for place in (labels == gone).nonzero()[:, 0].tolist()], Subset(test, staying)
     count = round(part * len(labels))
     if not count:
         raise InputError(f"{request} of {len(labels)} images is none.")
-    return torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:count].sort().values, test
+    places = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:count].sort().values
+    return [ids[place] for place in places.tolist()], test
 
 
 def share(request: str) -> float | None:

@@ -15,19 +15,19 @@ from fastntk.common.files import writable
 from fastntk.common.machine import device_name, elapsed, settle
 from fastntk.common.progress import console
 from fastntk.evidence.auditing import audit
-from fastntk.evidence.bench.config import Config, Data, Setting
+from fastntk.evidence.bench.config import Config, Setting
 from fastntk.evidence.bench.results import Results
 from fastntk.evidence.bench.stored import Stored, fitted, stored_retraining
 from fastntk.evidence.compare import compare, references
 from fastntk.evidence.methods import Method, Problem
 from fastntk.evidence.report import Report
 from fastntk.evidence.requests import drawn
-from fastntk.inputs.images import Images, in_memory, load_data
-from fastntk.inputs.models import Preprocessing, load_model
-from fastntk.memory.memory import Memory
-from fastntk.memory.prepare import prepare
+from fastntk.inputs.images import Images, Preprocessing, in_memory
+from fastntk.inputs.sources import load_data
+from fastntk.memory.memory import Memory, prepare
 from fastntk.tuning.fitting import Fit
-from fastntk.tuning.selectors import tune, tuned
+from fastntk.tuning.parameters import tuned
+from fastntk.tuning.start import start
 
 
 def run(config: Config, folder: Path, device: torch.device | str = "cpu") -> Results:
@@ -62,11 +62,11 @@ def _cells(
     fit = fitted(model, train, config.fitting(setting.seed), kept / "original.safetensors", key)
     started = time.perf_counter()
     memory = prepare(model, train, fit.initial, loss=fit.recipe.loss)
-    preparing = elapsed(started, memory.linearised.device)
+    preparing = elapsed(started, memory.state.network.device)
     audit(memory, stored_retraining(model, fit, kept, key), held_out=test, seed=setting.seed + 1)
     for request in requests:
-        forget, held_out = drawn(request, train, test, setting.seed, setting.seed % memory.linearised.classes)
-        problem = Problem(model, fit.initial, train, forget, fit.recipe, memory)
+        forget, held_out = drawn(request, train, test, setting.seed, setting.seed % memory.state.network.classes)
+        problem = Problem(memory, forget, fit.recipe)
         methods = {
             name: Stored(method, kept / f"{request}-{name}.safetensors", _digest([key, *_method(method)]))
             for name, method in {**references(setting.seed + 1), **config.methods}.items()
@@ -95,30 +95,29 @@ def _digest(document: object) -> str:
 
 
 def _opened(config: Config, setting: Setting, device: torch.device | str) -> tuple[nn.Module, Dataset, Dataset]:
-    """The model, tuned and not fitted, and its training and test images."""
-    entry, data = config.models[setting.model], config.data[setting.data]
-    _, preprocessing = load_model(entry.model, 2, size=entry.image_size)
-    train, test = _images(data, preprocessing, setting.per_class, config.test_per_class)
-    size = entry.image_size or preprocessing.size or None
-    model, _ = load_model(entry.model, len(train.classes), weights=entry.weights, size=size, seed=setting.seed)
-    tune(model, *entry.select)
-    return model.to(device), in_memory(train), in_memory(test)
+    """The model, tuned and not fitted, and its training and test images: the first of each class for training, and
+    those of the test split, or the ones after them, for testing."""
+    entry, data, count = config.models[setting.model], config.data[setting.data], config.test_per_class
 
+    def read(preprocessing: Preprocessing, split: str = "train") -> Images:
+        return load_data(data.source, preprocessing, split=split, root=data.root)
 
-def _images(data: Data, preprocessing: Preprocessing, train: int, test: int) -> tuple[Images, Images]:
-    """The first images of each class for training, and those of the test split, or the ones after them, for testing."""
-    whole = load_data(data.source, preprocessing, root=data.root)
+    model, whole = start(
+        entry.model, read, entry.select, size=entry.image_size, weights=entry.weights, seed=setting.seed
+    )
+    train = whole.part(0, setting.per_class)
     if data.test == "rest":
-        return whole.part(0, train), whole.part(train, train + test)
-    held_out = load_data(data.source, preprocessing, split="test", root=data.root)
-    return whole.part(0, train), held_out.part(0, test)
+        test = whole.part(setting.per_class, setting.per_class + count)
+    else:
+        test = read(whole.preprocessing, "test").part(0, count)
+    return model.to(device), in_memory(train), in_memory(test)
 
 
 def _facts(memory: Memory, fit: Fit, problem: Problem, test: Dataset, notes: Mapping[str, str]) -> dict[str, object]:
     """What is known of a cell beside the methods' measures."""
     calibration = memory.calibration
     return {
-        "classes": memory.linearised.classes,
+        "classes": memory.state.network.classes,
         "parameters": sum(tensor.numel() for tensor in tuned(memory.model).values()),
         "images": len(memory.ids),
         "forgotten": len(problem.forget),

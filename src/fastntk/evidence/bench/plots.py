@@ -10,8 +10,9 @@ from matplotlib.figure import Figure
 from fastntk.evidence.bench.results import Cell, Results
 from fastntk.evidence.bench.summary import figure_of, methods_of
 from fastntk.evidence.compare import COMPARED_WITH
+from fastntk.evidence.drawings import COLOURS
 from fastntk.evidence.metrics import modified_entropy
-from fastntk.evidence.report import COLOURS, FLOOR, REFERENCE
+from fastntk.evidence.report import FLOOR, REFERENCE
 
 _RATES = np.linspace(0, 1, 101)
 

@@ -13,16 +13,21 @@ import torch
 from torch import Tensor
 
 from fastntk.common.errors import InputError
+from fastntk.common.formats import Document, Format, unchanged
 from fastntk.evidence.bench.config import Setting
 from fastntk.evidence.report import Report
+
+FORMAT = Format("results", (unchanged,))
+"""Of the file."""
 
 _KEY = "data, model, per_class, seed, request"
 _PARTS = ("forget", "test")
 _TABLES = f"""
-CREATE TABLE IF NOT EXISTS cells (
+CREATE TABLE about (format INTEGER NOT NULL, fastntk TEXT NOT NULL);
+CREATE TABLE cells (
     data TEXT, model TEXT, per_class INTEGER, seed INTEGER, request TEXT, settings TEXT NOT NULL, facts TEXT NOT NULL,
     forget BLOB NOT NULL, test BLOB NOT NULL, PRIMARY KEY ({_KEY}));
-CREATE TABLE IF NOT EXISTS rows (
+CREATE TABLE rows (
     data TEXT, model TEXT, per_class INTEGER, seed INTEGER, request TEXT, method TEXT, measures TEXT NOT NULL,
     forget BLOB NOT NULL, test BLOB NOT NULL, PRIMARY KEY ({_KEY}, method));
 """
@@ -44,7 +49,13 @@ class Results:
     def __init__(self, path: Path) -> None:
         self.path = path
         with self._open() as database:
-            database.executescript(_TABLES)
+            there = {name for (name,) in database.execute("SELECT name FROM sqlite_master")}
+            if not there:
+                database.executescript(_TABLES)
+                database.execute("INSERT INTO about VALUES (:format, :fastntk)", FORMAT.stamped({}))
+            elif "about" in there:
+                about = database.execute("SELECT format, fastntk FROM about").fetchone()
+                FORMAT.read(dict(zip(("format", "fastntk"), about, strict=True)), path)
 
     def holds(self, setting: Setting, request: str, settings: Mapping[str, object]) -> bool:
         """Whether the cell is there, made with these settings."""
@@ -83,8 +94,11 @@ class Results:
             rows = database.execute(f"SELECT {_KEY}, method, measures FROM rows ORDER BY rowid").fetchall()
         measures: dict[tuple, dict[str, Any]] = {}
         for *key, method, text in rows:
-            measures.setdefault(tuple(key), {})[method] = json.loads(text)
-        return [Cell(Setting(*key[:4]), key[4], json.loads(facts), measures[tuple(key)]) for *key, facts in cells]
+            measures.setdefault(tuple(key), {})[method] = self._document(text)
+        return [Cell(Setting(*key[:4]), key[4], self._document(facts), measures[tuple(key)]) for *key, facts in cells]
+
+    def _document(self, text: str) -> Document:
+        return Document(json.loads(text), str(self.path))
 
     def logits(self, cell: Cell, method: str, part: str) -> Tensor:
         """Of a method's model on the ``forget`` or ``test`` samples."""

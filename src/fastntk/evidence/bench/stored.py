@@ -15,7 +15,7 @@ from fastntk.evidence.methods import Method, Problem, Unlearned
 from fastntk.evidence.methods.problem import measured
 from fastntk.evidence.methods.retrain import retrained
 from fastntk.tuning.fitting import Fit, Recipe
-from fastntk.tuning.selectors import tuned
+from fastntk.tuning.parameters import tuned
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Stored:
         """The stored answer, or the method's, which is then stored."""
         if kept := _kept(self.path, self.key, problem.device):
             tensors, record = kept
-            return Unlearned(tensors, record["seconds"], record["note"], record["bytes"])
+            return Unlearned(tensors, record["note"], record["seconds"], record["bytes"])
         done = measured(self.method, problem)
         record = {"key": self.key, "seconds": done.seconds, "note": done.note, "bytes": done.bytes}
         write_tensors(self.path, done.parameters, record)

@@ -1,6 +1,7 @@
 """Figures over all requests of a grid, from stored results alone."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from statistics import mean, median
 from typing import Any
 
@@ -8,10 +9,45 @@ import numpy as np
 
 from fastntk.evidence.bench.results import Cell
 from fastntk.evidence.compare import COMPARED_WITH
+from fastntk.evidence.measures import MEASURES, PARTS
 from fastntk.evidence.report import FLOOR, REFERENCE
-from fastntk.memory.certificate import LIMIT_DOUBT, VERDICTS
+from fastntk.memory.audit import LIMIT_DOUBT
+from fastntk.memory.certificate import VERDICTS
 
-_PARTS = ("retain", "forget", "test")
+
+@dataclass(frozen=True)
+class Figure:
+    """A number of a method on one request: a measure, or one beside the retrained models'."""
+
+    heading: str
+    of: Callable[[Cell, str], float | None]
+
+
+def _measure(name: str) -> Figure:
+    return Figure(name.replace("_", " "), lambda cell, method: cell.rows.get(method, {}).get(name))
+
+
+def _time_fraction(cell: Cell, method: str) -> float | None:
+    """Seconds over those of retraining."""
+    return _over(cell.rows.get(method, {}).get("seconds"), cell.rows[REFERENCE]["seconds"])
+
+
+def _relearn_ratio(cell: Cell, method: str) -> float | None:
+    """Relearn steps over the retrained models' mean."""
+    steps = [cell.rows[name]["relearn_steps"] for name in (REFERENCE, FLOOR)]
+    whole = None if None in steps else mean(steps)  # type: ignore[type-var]
+    return _over(cell.rows.get(method, {}).get("relearn_steps"), whole)
+
+
+FIGURES = {
+    **{name: _measure(name) for name, measure in MEASURES.items() if measure.summarised},
+    "time_fraction": Figure("time fraction", _time_fraction),
+    "relearn_ratio": Figure("relearn ratio", _relearn_ratio),
+}
+"""What a summary has the median of."""
+
+SHARES = {"membership_within": "membership within", "relearn_within": "relearning within", "off": "off by > 3"}
+"""What it has of shares of requests, with their headings."""
 
 
 def summarise(cells: Sequence[Cell], ours: str) -> dict[str, Any]:
@@ -30,8 +66,7 @@ def summarise(cells: Sequence[Cell], ours: str) -> dict[str, Any]:
     samples. It is flagged if its verdict was not "trusted", and doubted if the audit's doubt of it was over 3 points.
     """
     names = *methods_of(cells), FLOOR
-    figures = ("distance_ratio", "average_gap", "time_fraction", "relearn_ratio")
-    medians = {f: {name: _median(figure_of(cell, name, f) for cell in cells) for name in names} for f in figures}
+    medians = {f: {name: _median(figure_of(cell, name, f) for cell in cells) for name in names} for f in FIGURES}
     within = {name: _share(_within(cell, name) for cell in cells if name in cell.rows) for name in names}
     relearned = {name: _share(_relearned(cell, name) for cell in cells if name in cell.rows) for name in names}
     far = {name: _share(_far(cell, name) for cell in cells if name in cell.rows) for name in names}
@@ -67,14 +102,8 @@ def methods_of(cells: Iterable[Cell]) -> list[str]:
 
 
 def figure_of(cell: Cell, method: str, figure: str) -> float | None:
-    """A measure of a method; or its ``time_fraction``, seconds over those of retraining; or its ``relearn_ratio``."""
-    row = cell.rows.get(method, {})
-    if figure == "time_fraction":
-        return _over(row.get("seconds"), cell.rows[REFERENCE]["seconds"])
-    if figure == "relearn_ratio":
-        steps = [cell.rows[name]["relearn_steps"] for name in (REFERENCE, FLOOR)]
-        return _over(row.get("relearn_steps"), None if None in steps else mean(steps))  # type: ignore[type-var]
-    return row.get(figure)
+    """One of ``FIGURES`` of a method."""
+    return FIGURES[figure].of(cell, method)
 
 
 def verdict_of(cell: Cell, method: str) -> str | None:
@@ -121,7 +150,7 @@ def _retrained(cell: Cell, column: str) -> tuple[float, float]:
 
 def _far(cell: Cell, method: str) -> bool:
     """Whether an accuracy differs from that of one retrained model, the reference, by more than 3 points."""
-    pairs = ([cell.rows[name][f"{part}_accuracy"] or 0.0 for name in (method, REFERENCE)] for part in _PARTS)
+    pairs = ([cell.rows[name][f"{part}_accuracy"] or 0.0 for name in (method, REFERENCE)] for part in PARTS)
     return any(abs(own - wanted) > LIMIT_DOUBT for own, wanted in pairs)
 
 
@@ -139,7 +168,7 @@ def _off_parts(cell: Cell, method: str) -> list[str]:
     """The sets on which the accuracy differs from the retrained models' mean by more than 3 points."""
     gaps = {
         part: abs((cell.rows[method][f"{part}_accuracy"] or 0.0) - mean(_retrained(cell, f"{part}_accuracy")))
-        for part in _PARTS
+        for part in PARTS
     }
     return [part for part, gap in gaps.items() if gap > LIMIT_DOUBT]
 

@@ -8,8 +8,9 @@ from statistics import mean, stdev
 from typing import Any
 
 from fastntk.evidence.bench.results import Cell
-from fastntk.evidence.bench.summary import figure_of, methods_of, summarise, verdict_of
-from fastntk.evidence.report import COLUMNS, FLOOR, PLACES, REFERENCE
+from fastntk.evidence.bench.summary import FIGURES, SHARES, figure_of, methods_of, summarise, verdict_of
+from fastntk.evidence.measures import MEASURES, shown
+from fastntk.evidence.report import FLOOR, REFERENCE
 
 
 @dataclass(frozen=True)
@@ -38,22 +39,20 @@ def tables(cells: Iterable[Cell]) -> list[Table]:
 
 
 def _table(group: tuple, cells: Sequence[Cell]) -> Table:
-    data, model, per_class, request = group
+    (data, model, per_class, request), columns = group, shown("terminal", "pages")
     found = {method: [cell.rows[method] for cell in cells if method in cell.rows] for method in cells[0].rows}
     return Table(
         f"{data}, {model}, {per_class} images a class, forgotten: {request}",
         f"{_audits(cells)} Seeds: {', '.join(str(cell.setting.seed) for cell in cells)}.",
-        list(COLUMNS.values()),
-        {method: [_cell(rows, column) for column in COLUMNS] for method, rows in found.items()},
+        [measure.heading for measure in columns.values()],
+        {method: [_cell(rows, name) for name in columns] for method, rows in found.items()},
     )
 
 
-def _cell(rows: Sequence[Mapping[str, float | None]], column: str) -> str:
-    values = [value for row in rows if (value := row[column]) is not None]
-    if not values:
-        return "–"
-    spread = f" ± {stdev(values):.{PLACES[column]}f}" if len(values) > 1 else ""
-    return f"{mean(values):.{PLACES[column]}f}{spread}"
+def _cell(rows: Sequence[Mapping[str, float | None]], name: str) -> str:
+    values, text = [value for row in rows if (value := row.get(name)) is not None], MEASURES[name].text
+    spread = f" ± {text(stdev(values))}" if len(values) > 1 else ""
+    return f"{text(mean(values) if values else None)}{spread}"
 
 
 def _audits(cells: Sequence[Cell]) -> str:
@@ -71,15 +70,7 @@ def overviews(cells: Sequence[Cell], found: Mapping[str, Any], ours: str) -> lis
 
 def overview(found: Mapping[str, Any], title: str) -> Table:
     """The figures of a summary that are of every method, the nearest to retraining first."""
-    headings = {
-        "distance_ratio": "distance ratio",
-        "average_gap": "average gap",
-        "time_fraction": "time fraction",
-        "relearn_ratio": "relearn ratio",
-        "membership_within": "membership within",
-        "relearn_within": "relearning within",
-        "off": "off by > 3",
-    }
+    headings = {**{name: figure.heading for name, figure in FIGURES.items()}, **SHARES}
     order = sorted(found["distance_ratio"], key=lambda name: found["distance_ratio"][name] or math.inf)
     rows = {
         name: ["–" if (value := found[figure][name]) is None else f"{value:.2f}" for figure in headings]
@@ -92,13 +83,7 @@ def overview(found: Mapping[str, Any], title: str) -> Table:
     return Table(title, note, list(headings.values()), rows)
 
 
-_BY_MODEL = {
-    "distance_ratio": "distance ratio",
-    "relearn_ratio": "relearn ratio",
-    "membership_within": "membership within",
-    "relearn_within": "relearning within",
-    "time_fraction": "time fraction",
-}
+_BY_MODEL = ("distance_ratio", "relearn_ratio", "membership_within", "relearn_within", "time_fraction")
 
 
 def by_model(cells: Iterable[Cell], ours: str) -> Table:
@@ -107,11 +92,12 @@ def by_model(cells: Iterable[Cell], ours: str) -> Table:
     for cell in cells:
         if ours in cell.rows:
             groups[f"{cell.setting.data}, {cell.setting.model}, {cell.setting.per_class}"].append(cell)
+    headings = (SHARES[name] if name in SHARES else FIGURES[name].heading for name in _BY_MODEL)
     return Table(
         f"{ours}, by model",
         "Medians over seeds and requests; the gap beside the second retrained model's; how many answers were off by "
         "more than 3 points of accuracy, and how many of these and of the others had been doubted.",
-        ["requests", "average gap, retrained", "average gap", *_BY_MODEL.values(), "off, doubted", "others, doubted"],
+        ["requests", "average gap, retrained", "average gap", *headings, "off, doubted", "others, doubted"],
         {name: _of_model(summarise(group, ours), ours) for name, group in groups.items()},
         "data, model, images a class",
     )
@@ -129,7 +115,7 @@ _BESIDE_RETRAINED = "forget_accuracy", "membership", "relearn_steps"
 
 def by_request(cells: Iterable[Cell], ours: str) -> Table:
     """One method beside the two retrained models, request by request."""
-    headings = (COLUMNS[column] for column in _BESIDE_RETRAINED)
+    headings = (MEASURES[name].heading for name in _BESIDE_RETRAINED)
     pairs = [text for heading in headings for text in (f"{heading}, retrained", heading)]
     return Table(
         f"{ours}, request by request",

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset, Subset
 from fastntk.evidence.methods.descent import descend, divergence, shuffled
 from fastntk.evidence.methods.problem import Problem, Unlearned
 from fastntk.evidence.methods.random_label import Relabelled
-from fastntk.tuning.outputs import at
+from fastntk.tuning.outputs import model_at
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class BadTeacher:
 
     def losses(self, problem: Problem, model: nn.Module) -> Iterator[Tensor]:
         """The loss of every step."""
-        good, bad = (at(problem.model, parameters) for parameters in (problem.memory.anchor, problem.initial))
+        good, bad = (model_at(problem.model, parameters) for parameters in (problem.state.anchor, problem.initial))
         data = self.marked(problem)
         for epoch in range(self.epochs):
             for images, gone in shuffled(problem, data, self.seed + epoch):
@@ -52,8 +52,8 @@ class BadTeacher:
     def marked(self, problem: Problem) -> Dataset:
         """The samples that take part, with 1 for a label if they are to be forgotten, else 0."""
         gone = torch.zeros(len(problem.train), dtype=torch.long)  # type: ignore[arg-type]
-        gone[problem.forget] = 1
+        gone[problem.places] = 1
         kept = (gone == 0).nonzero()[:, 0]
         order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(self.seed))
-        taking = torch.cat([problem.forget, kept[order[: round(self.retained_share * len(kept))]]])
+        taking = torch.cat([problem.places, kept[order[: round(self.retained_share * len(kept))]]])
         return Subset(Relabelled(problem.train, gone), taking.tolist())

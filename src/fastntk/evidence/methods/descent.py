@@ -1,7 +1,6 @@
 """Training on from the fitted parameters: shared by every method that fine-tunes."""
 
 import copy
-import time
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -9,10 +8,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from fastntk.common.machine import elapsed
 from fastntk.evidence.methods.problem import Problem, Unlearned
-from fastntk.inputs.images import batches, checked
-from fastntk.tuning.selectors import snapshot, tuned
+from fastntk.inputs.batches import batches, checked
+from fastntk.tuning.parameters import snapshot, tuned
 
 Losses = Callable[[Problem, nn.Module], Iterator[Float[Tensor, ""]]]
 """From a request and a model to one loss a step, each computed at the parameters which that step finds."""
@@ -34,9 +32,8 @@ def descend(
         mask: of the tuned parameters, 1 where they may move and 0 where not.
         start: the tuned parameters to begin with; None takes the fitted ones.
     """
-    started = time.perf_counter()
     model = copy.deepcopy(problem.model)
-    model.load_state_dict(dict(start or problem.memory.anchor), strict=False)
+    model.load_state_dict(dict(start or problem.state.anchor), strict=False)
     parameters = tuned(model)
     optimiser = torch.optim.Adam(parameters.values(), lr=learning_rate)
     for loss in losses(problem, model.eval()):
@@ -47,7 +44,7 @@ def descend(
             if gradient is not None:
                 gradient.mul_(allowed)
         optimiser.step()
-    return Unlearned(snapshot(parameters), elapsed(started, problem.device))
+    return Unlearned(snapshot(parameters))
 
 
 def shuffled(problem: Problem, data: Dataset, seed: int) -> Iterator[tuple[Tensor, Int[Tensor, " batch"]]]:

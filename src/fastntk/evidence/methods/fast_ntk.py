@@ -1,29 +1,27 @@
 """This project's method: the anchored difference, from a prepared memory."""
 
-import time
 from dataclasses import dataclass, replace
 
 from fastntk.common.errors import InputError
-from fastntk.common.machine import elapsed
-from fastntk.evidence.gain import amplified
 from fastntk.evidence.methods.problem import Problem, Unlearned
-from fastntk.solve.head import exact_head
+from fastntk.memory.finish import finished
 
 
 @dataclass(frozen=True)
 class FastNTK:
-    """``theta* + s(R) - s(D)``, with the memory's ridge; see ``fastntk.solve.primal``.
+    """``theta* + s(R) - s(D)``, with the memory's ridge; see ``fastntk.solve.solution``.
 
     Source: Li et al. 2023, "Fast-NTK" (arXiv 2312.14923), for the step over parameter-efficient parameters; anchored at
     the parameters before fitting by this project.
 
     Attributes:
-        ridge: a total; None takes the memory's own, which is quicker.
-        exact_head: solve the head anew at the features after the step (``fastntk.solve.head``), by a forward pass over the
-            retained samples; with the memory's own ridge alone.
-        gain: multiply the step, before that, by the gain of the memory's audit (``fastntk.evidence.gain``); one below 1 only if
-            the exact head follows. The note explains
-            the certificate of the step without it, with the audit of answers with it.
+        ridge: a total; None takes the memory's own, which is quicker. Another is answered by two solves at it, and
+            without a certificate.
+        exact_head: solve the head anew at the features after the step (``fastntk.solve.head``), by a forward pass over
+            the retained samples; with the memory's own ridge alone.
+        gain: multiply the step, before that, by the gain of the memory's audit (``fastntk.memory.finish``); one below 1
+            only if the exact head follows. The note explains the certificate of the step without it, with the audit of
+            answers with it.
     """
 
     ridge: float | None = None
@@ -36,16 +34,18 @@ class FastNTK:
 
     def __call__(self, problem: Problem) -> Unlearned:
         """Answer the request from the forgotten samples alone, and with an exact head from all of them."""
-        started, memory = time.perf_counter(), problem.memory
-        known = memory.members.ids
-        answer = memory.preview([known[index] for index in problem.forget.tolist()], ridge=self.ridge)
+        if self.ridge is not None:
+            return self._at_another_ridge(problem, self.ridge)
+        answer = problem.memory.preview(problem.forget)
         certificate, least = answer.certificate, 0.0 if self.exact_head else 1.0
         if self.gain and certificate.audit and certificate.audit.gain >= least:
             certificate = replace(certificate, audit=certificate.audit.with_gain)
-        note = certificate.explanation
-        if not self.exact_head and not self.gain:
-            return Unlearned(answer.parameters, answer.seconds, note)
-        parameters = amplified(memory, answer.parameters, least) if self.gain else answer.parameters
-        if self.exact_head:
-            parameters = exact_head(memory, parameters, problem.forget.tolist())
-        return Unlearned(parameters, elapsed(started, problem.device), note)
+        gone, how = problem.positions.tolist(), {"gain": self.gain, "exact_head": self.exact_head}
+        parameters = finished(problem.memory, answer.parameters, without=gone, **how)
+        return Unlearned(parameters, certificate.explanation)
+
+    @staticmethod
+    def _at_another_ridge(problem: Problem, ridge: float) -> Unlearned:
+        state, nobody = problem.state, problem.positions[:0]
+        steps = [state.resolve(gone, state.displacement, ridge) for gone in (problem.positions, nobody)]
+        return Unlearned(state.moved_by(steps[0] - steps[1]))

@@ -35,7 +35,7 @@ class FineTune:
     def losses(self, problem: Problem, model: nn.Module) -> Iterator[Tensor]:
         """The loss of every step."""
         moving = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        steps = self.epochs * -(-len(problem.retain) // problem.recipe.batch_size)
+        steps = self.epochs * -(-len(problem.staying) // problem.recipe.batch_size)
         taken = 0
         for epoch in range(self.epochs):
             for images, labels in shuffled(problem, problem.retain, self.seed + epoch):

@@ -1,7 +1,6 @@
 """What depends on the diagonal of the Fisher information: forgetting by noise, and by dampening."""
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import starmap
 
@@ -9,7 +8,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fastntk.common.machine import elapsed
 from fastntk.evidence.methods.problem import Problem, Unlearned
 from fastntk.jacobians.jacobian import Jacobian
 
@@ -34,9 +32,7 @@ class FisherForgetting:
 
     def __call__(self, problem: Problem) -> Unlearned:
         """Answer the request by one pass over the retained samples."""
-        started = time.perf_counter()
-        noise = fisher_noise(problem, self.scale, self.floor, self.seed)
-        return Unlearned(problem.memory.assemble(noise), elapsed(started, problem.device))
+        return Unlearned(problem.state.moved_by(fisher_noise(problem, self.scale, self.floor, self.seed)))
 
 
 @dataclass(frozen=True)
@@ -57,37 +53,34 @@ class Dampening:
 
     def __call__(self, problem: Problem) -> Unlearned:
         """Answer the request by one pass over all samples."""
-        started = time.perf_counter()
-        layout, anchor = problem.memory.linearised.layout, problem.memory.anchor
-        everything = importance(problem, range(len(problem.train)))  # type: ignore[arg-type]
-        forgotten = importance(problem, problem.forget.tolist())
+        layout, anchor = problem.state.layout, problem.state.anchor
+        everything, forgotten = (importance(problem, each) for each in (problem.state.positions, problem.positions))
         factor = torch.where(
             forgotten > self.threshold * everything,
             (self.strength * everything / forgotten.clamp_min(torch.finfo(forgotten.dtype).tiny)).clamp_max(1),
             torch.ones_like(forgotten),
         )
-        damped = layout.unflatten(factor * layout.flatten(anchor), anchor)
-        return Unlearned(damped, elapsed(started, problem.device))
+        return Unlearned(layout.unflatten(factor * layout.flatten(anchor), anchor))
 
 
 def fisher_noise(problem: Problem, scale: float, floor: float, seed: int) -> Float[Tensor, " p"]:
     """``a (F_R + floor mean(F_R))^(-1/4) n``."""
-    information = fisher(problem, problem.retain.indices)
+    information = fisher(problem, problem.staying)
     draw = torch.randn(information.shape, generator=torch.Generator().manual_seed(seed), dtype=information.dtype)
     return scale * draw.to(information) / (information + floor * information.mean()) ** 0.25
 
 
-def fisher(problem: Problem, ids: Sequence[int]) -> Float[Tensor, " p"]:
+def fisher(problem: Problem, positions: Tensor) -> Float[Tensor, " p"]:
     """``mean_i sum_c J_ic^2``, elementwise."""
 
     def of_batch(jacobian: Jacobian, _: Tensor) -> Tensor:
         head = jacobian.features.double().square().sum(0)
         return torch.cat([jacobian.rest.double().square().sum((0, 1)), head.repeat(jacobian.rest.shape[1])])
 
-    return _mean(problem, ids, of_batch)
+    return _mean(problem, positions, of_batch)
 
 
-def importance(problem: Problem, ids: Sequence[int]) -> Float[Tensor, " p"]:
+def importance(problem: Problem, positions: Tensor) -> Float[Tensor, " p"]:
     """``mean_i (J_i'r_i)^2``, elementwise: of the gradient of each sample's loss."""
 
     def of_batch(jacobian: Jacobian, residual: Tensor) -> Tensor:
@@ -95,8 +88,9 @@ def importance(problem: Problem, ids: Sequence[int]) -> Float[Tensor, " p"]:
         head = torch.einsum("nc,nf->cf", residual.double().square(), jacobian.features.double().square())
         return torch.cat([rest, head.flatten()])
 
-    return _mean(problem, ids, of_batch)
+    return _mean(problem, positions, of_batch)
 
 
-def _mean(problem: Problem, ids: Sequence[int], of_batch: Callable[[Jacobian, Tensor], Tensor]) -> Tensor:
-    return sum(starmap(of_batch, problem.memory.linearised.stream(ids)), torch.zeros(())) / len(ids)
+def _mean(problem: Problem, positions: Tensor, of_batch: Callable[[Jacobian, Tensor], Tensor]) -> Tensor:
+    batches = problem.state.network.stream(positions.tolist())
+    return sum(starmap(of_batch, batches), torch.zeros(())) / len(positions)

@@ -1,13 +1,11 @@
 """The published one-shot step, which Fast-NTK takes over parameter-efficient parameters."""
 
-import time
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fastntk.common.machine import elapsed
 from fastntk.evidence.methods.fisher import FisherForgetting, fisher_noise
 from fastntk.evidence.methods.problem import Problem, Unlearned
 
@@ -35,19 +33,17 @@ class Golatkar:
 
     def __call__(self, problem: Problem) -> Unlearned:
         """Answer the request by two solves over the stored sums; noise takes a pass over the retained samples."""
-        started = time.perf_counter()
-        memory, zero = problem.memory, torch.zeros_like(problem.memory.displacement)
-        count = int(memory.present.sum())
-        decay = memory.ridge / count if self.weight_decay is None else self.weight_decay
-        nobody = problem.forget[:0]
-        step_all = memory.resolve(nobody, zero, decay * count)
-        step_retain = memory.resolve(problem.forget, zero, decay * (count - len(problem.forget)))
+        state, gone = problem.state, problem.positions
+        count, zero = len(state.positions), torch.zeros_like(state.displacement)
+        decay = state.ridge / count if self.weight_decay is None else self.weight_decay
+        step_all = state.resolve(gone[:0], zero, decay * count)
+        step_retain = state.resolve(gone, zero, decay * (count - len(gone)))
         step = step_retain - step_all
         if self.trapezium:
-            step = step * trapezium_factor(step, memory.displacement - step_retain)
+            step = step * trapezium_factor(step, state.displacement - step_retain)
         if self.noise:
             step = step + fisher_noise(problem, self.noise, FisherForgetting.floor, self.seed)
-        return Unlearned(memory.assemble(step), elapsed(started, problem.device))
+        return Unlearned(state.moved_by(step))
 
 
 def trapezium_factor(step: Float[Tensor, " p"], error: Float[Tensor, " p"]) -> float:

@@ -1,15 +1,14 @@
 """Several steps in place of one, each from the gradient of the network where the last one led."""
 
-import time
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fastntk.common.machine import elapsed
 from fastntk.evidence.methods.problem import Problem, Unlearned
-from fastntk.jacobians.jacobian import PerSampleJacobian
+from fastntk.jacobians.per_sample import PerSampleJacobian
+from fastntk.jacobians.products import pull
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,6 @@ class Iterated:
 
     def __call__(self, problem: Problem) -> Unlearned:
         """Answer the request with the retained samples at hand; the note says how the steps ended."""
-        started, layout = time.perf_counter(), problem.memory.linearised.layout
         search = _Search(problem)
         theta = search.start + search.first
         following, taken, ended = search.step_at(theta), 0, "no more were allowed"
@@ -51,9 +49,9 @@ class Iterated:
                 break
             theta, following = found
             taken += 1
-        share = float(following.norm() / search.first.norm()) if len(problem.forget) else 0.0
+        share = float(following.norm() / search.first.norm()) if problem.forget else 0.0
         note = f"{taken} steps after the first, then {ended}: the next one's length is {share:.0%} of the first's"
-        return Unlearned(layout.unflatten(theta, problem.initial), elapsed(started, problem.device), note)
+        return Unlearned(problem.state.layout.unflatten(theta, problem.state.anchor), note)
 
     def _shorter(self, search: "_Search", theta: Tensor, step: Tensor) -> tuple[Tensor, Tensor] | None:
         """The parameters after a step, damped if need be, and the step from there; None if no damping is enough."""
@@ -70,23 +68,23 @@ class _Search:
     """The steps of one request."""
 
     def __init__(self, problem: Problem) -> None:
-        memory = problem.memory
-        self.problem, self.ridge, self.layout = problem, memory.ridge, memory.linearised.layout
-        self.start = self.layout.flatten(memory.anchor)
+        state = problem.state
+        self.problem, self.ridge, self.layout = problem, state.ridge, state.layout
+        self.start = self.layout.flatten(state.anchor)
         self.initial = self.layout.flatten(problem.initial)
-        self.short = memory.solution.step  # s(D)
+        self.short = state.solution.step  # s(D)
         self.rest = self._resolved(torch.zeros_like(self.start))
         self.first = self._resolved(self.start - self.initial) - self.short
 
     def _resolved(self, displacement: Tensor) -> Tensor:
         """``(G_R + ridge I)^-1 (b_R - ridge v)``."""
-        return self.problem.memory.resolve(self.problem.forget, displacement, self.ridge)
+        return self.problem.state.resolve(self.problem.positions, displacement, self.ridge)
 
     def step_at(self, theta: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
         """``d`` at ``theta``."""
-        linearised = self.problem.memory.linearised
-        parameters = self.layout.unflatten(theta, self.problem.initial)
-        network = PerSampleJacobian(linearised.jacobian.model, parameters, self.layout)
-        here = replace(linearised, jacobian=network)
-        downhill = here.pull(here.residual(self.problem.retain.indices)) - self.ridge * (theta - self.initial)
+        state = self.problem.state
+        parameters = self.layout.unflatten(theta, state.anchor)
+        here = replace(state.network, jacobian=PerSampleJacobian(state.model, parameters, self.layout))
+        pulled = pull(here, here.residual(self.problem.staying.tolist()))
+        downhill = pulled - self.ridge * (theta - self.initial)
         return self.rest - self._resolved(downhill / self.ridge) - self.short

@@ -1,17 +1,16 @@
 """One Newton step toward the retained optimum, from a fit that is taken to be optimal."""
 
-import time
 from dataclasses import dataclass
 
-from fastntk.common.machine import elapsed
 from fastntk.evidence.methods.problem import Problem, Unlearned
+from fastntk.jacobians.products import pull
 
 
 @dataclass(frozen=True)
 class Newton:
     """``theta* - (G_R + ridge I)^-1 b_F`` with ``b_F = J_F'r_F``: certified removal's step, or an influence function.
 
-    Where the fit is stationary, ``b_D = ridge u``, it is ``s(R) - s(D)`` of ``fastntk.solve.primal``; where it is not, it
+    Where the fit is stationary, ``b_D = ridge u``, it is ``s(R) - s(D)`` of ``fastntk.solve``; where it is not, it
     differs from it by what fitting fell short of.
 
     Attributes:
@@ -25,9 +24,8 @@ class Newton:
 
     def __call__(self, problem: Problem) -> Unlearned:
         """Answer the request by one backward pass over all samples and a solve over the stored sums."""
-        started = time.perf_counter()
-        memory, linearised = problem.memory, problem.memory.linearised
-        ridge = memory.ridge if self.ridge is None else self.ridge
-        gradient = linearised.pull(linearised.residual(range(len(problem.train))))  # type: ignore[arg-type]
-        step = memory.resolve(problem.forget, gradient / ridge, ridge)  # (G_R + ridge)^-1 (b_R - b_D)
-        return Unlearned(memory.assemble(step), elapsed(started, problem.device))
+        state, network = problem.state, problem.state.network
+        ridge = state.ridge if self.ridge is None else self.ridge
+        gradient = pull(network, network.residual(state.positions.tolist()))
+        step = state.resolve(problem.positions, gradient / ridge, ridge)  # (G_R + ridge)^-1 (b_R - b_D)
+        return Unlearned(state.moved_by(step))

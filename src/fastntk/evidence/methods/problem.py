@@ -1,15 +1,19 @@
 """What every unlearning method is given, and what it gives back."""
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
-from fastntk.common.machine import peak_memory
+from fastntk.common.machine import elapsed, peak_memory
+from fastntk.memory.members import Id, Members
 from fastntk.memory.memory import Memory
+from fastntk.memory.state import State
 from fastntk.tuning.fitting import Recipe
 
 
@@ -18,47 +22,78 @@ class Problem:
     """One request against one fitted model. No method changes any of it.
 
     Attributes:
-        model: fitted; its tuned parameters require gradients.
-        initial: the tuned parameters before fitting.
-        train: what it was fitted to.
-        forget: the indices of the samples to be forgotten.
-        recipe: how it was fitted.
-        memory: prepared on ``train``.
+        memory: of the model; its model, initial parameters and data are the problem's.
+        forget: the ids of the samples to be forgotten.
+        recipe: how the model was fitted.
     """
 
-    model: nn.Module
-    initial: Mapping[str, Tensor]
-    train: Dataset
-    forget: Int[Tensor, " forgotten"]
-    recipe: Recipe
     memory: Memory
+    forget: Sequence[Id]
+    recipe: Recipe
+
+    @property
+    def state(self) -> State:
+        """Of the memory."""
+        return self.memory.state
+
+    @property
+    def model(self) -> nn.Module:
+        """Fitted; its tuned parameters require gradients."""
+        return self.state.model
+
+    @property
+    def initial(self) -> Mapping[str, Tensor]:
+        """The tuned parameters before fitting."""
+        return self.state.initial
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return self.memory.linearised.device
+        return self.state.network.device
+
+    @cached_property
+    def positions(self) -> Int[Tensor, " forgotten"]:
+        """Of the samples to be forgotten, among the members."""
+        return self.state.members.positions(self.forget)
+
+    @cached_property
+    def staying(self) -> Int[Tensor, " retained"]:
+        """The positions of the members that are not to be forgotten."""
+        ids, gone = self.state.members.by_position, set(self.forget)
+        return torch.tensor([place for place, each in enumerate(ids) if each is not None and each not in gone])
 
     @property
-    def forgotten(self) -> Subset:
-        """The training samples that go."""
-        return Subset(self.train, self.forget.tolist())
+    def train(self) -> Dataset:
+        """The members."""
+        return self._at(self.state.positions)
 
     @property
-    def retain(self) -> Subset:
-        """The training samples that stay."""
-        keep = torch.ones(len(self.train), dtype=torch.bool)  # type: ignore[arg-type]
-        keep[self.forget] = False
-        return Subset(self.train, keep.nonzero()[:, 0].tolist())
+    def places(self) -> Int[Tensor, " forgotten"]:
+        """Of the samples to be forgotten, in ``train``."""
+        return torch.isin(self.state.positions, self.positions).nonzero()[:, 0]
+
+    @property
+    def forgotten(self) -> Dataset:
+        """The samples that go, whether they are members still or not."""
+        return Members(self.state.members.source, self.forget)
+
+    @property
+    def retain(self) -> Dataset:
+        """The members that stay."""
+        return self._at(self.staying)
+
+    def _at(self, positions: Int[Tensor, " some"]) -> Subset:
+        return Subset(self.state.members, positions.tolist())
 
 
 @dataclass(frozen=True)
 class Unlearned:
-    """The tuned parameters that a method arrived at, the seconds it took from a prepared memory if that was measured,
-    what it says of its own result, if anything, and the bytes that it took at most, if measured."""
+    """The tuned parameters that a method arrived at, and what it says of its own result, if anything; once measured,
+    the seconds it took from a prepared memory, and the most bytes."""
 
     parameters: dict[str, Tensor]
-    seconds: float | None
     note: str = ""
+    seconds: float | None = None
     bytes: int | None = None
 
 
@@ -67,7 +102,9 @@ Method = Callable[[Problem], Unlearned]
 
 
 def measured(method: Method, problem: Problem) -> Unlearned:
-    """The method's answer with the bytes that it took at most, unless it says itself."""
+    """The method's answer, with the seconds and bytes that it took, unless it knows them itself."""
     with peak_memory(problem.device) as peak:
+        started = time.perf_counter()
         done = method(problem)
-    return done if done.bytes is not None else replace(done, bytes=peak.bytes)
+        seconds = elapsed(started, problem.device)
+    return done if done.seconds is not None else replace(done, seconds=seconds, bytes=peak.bytes)

@@ -9,7 +9,8 @@ from torch.utils.data import Dataset
 
 from fastntk.evidence.methods.descent import descend, shuffled
 from fastntk.evidence.methods.problem import Problem, Unlearned
-from fastntk.inputs.images import labels_of
+from fastntk.inputs.batches import labels_of
+from fastntk.jacobians.products import pull
 
 
 class Relabelled(Dataset):
@@ -60,16 +61,16 @@ class RandomLabel:
 
     def relabelled(self, problem: Problem) -> Relabelled:
         """The training samples, the forgotten ones with a label that is not their own."""
-        labels, classes = labels_of(problem.train).clone(), problem.memory.linearised.classes
-        shift = torch.randint(1, classes, problem.forget.shape, generator=torch.Generator().manual_seed(self.seed))
-        labels[problem.forget] = (labels[problem.forget] + shift) % classes
+        labels, classes, places = labels_of(problem.train).clone(), problem.state.network.classes, problem.places
+        shift = torch.randint(1, classes, places.shape, generator=torch.Generator().manual_seed(self.seed))
+        labels[places] = (labels[places] + shift) % classes
         return Relabelled(problem.train, labels)
 
 
 def salient(problem: Problem, share: float) -> dict[str, Tensor]:
     """1 where the gradient of the forgotten samples' loss is among the ``share`` of largest ones, else 0."""
-    linearised = problem.memory.linearised
-    gradient = linearised.pull(linearised.residual(problem.forget.tolist())).abs()
+    network = problem.state.network
+    gradient = pull(network, network.residual(problem.positions.tolist())).abs()
     mask = torch.zeros_like(gradient)
     mask[gradient.topk(round(share * len(gradient))).indices] = 1
-    return linearised.layout.unflatten(mask, problem.memory.anchor)
+    return network.layout.unflatten(mask, problem.state.anchor)

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 
 from fastntk.evidence.methods.problem import Problem, Unlearned
 from fastntk.tuning.fitting import Recipe, fit
-from fastntk.tuning.selectors import snapshot, tuned
+from fastntk.tuning.parameters import snapshot, tuned
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Retrain:
         """Answer the request by training."""
         seed = problem.recipe.seed if self.seed is None else self.seed
         recipe = replace(problem.recipe, seed=seed)
-        return Unlearned(*retrained(problem.model, problem.initial, problem.retain, recipe))
+        return Unlearned(retrained(problem.model, problem.initial, problem.retain, recipe)[0])
 
 
 def retrained(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fastntk.evidence.methods.descent import descend, divergence, shuffled
 from fastntk.evidence.methods.problem import Problem, Unlearned
-from fastntk.tuning.outputs import at
+from fastntk.tuning.outputs import model_at
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Scrub:
 
     def losses(self, problem: Problem, model: nn.Module) -> Iterator[Tensor]:
         """The loss of every step."""
-        teacher = at(problem.model, problem.memory.anchor)
+        teacher = model_at(problem.model, problem.state.anchor)
 
         def apart(images: Tensor, logits: Tensor) -> Tensor:
             with torch.no_grad():

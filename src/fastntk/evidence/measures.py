@@ -1,0 +1,242 @@
+"""What is measured of a model beside retrained ones. A new measure is one function and one line in ``MEASURES``.
+
+Reports, tables, pages and summaries iterate over ``MEASURES``.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fastntk.evidence.methods import Problem
+from fastntk.evidence.metrics import (
+    accuracy,
+    agreement,
+    average_gap,
+    kl_divergence,
+    logit_distance,
+    modified_entropy,
+    taken_for_members,
+    tug_of_war,
+)
+from fastntk.evidence.recovery import head_recovery, relearn_steps
+from fastntk.memory.audit import Audit
+
+PARTS = ("retain", "forget", "test")
+"""The sets of samples: those that stay, those that go, and those that no model was fitted to."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that is measured, and what is known of it.
+
+    Attributes:
+        logits: on each of ``PARTS``.
+        labels: of each.
+        reference: the model retrained without the forgotten samples, or None.
+        floor: another one of another seed, or None.
+        seconds: that the model took to make, or None.
+        bytes: that its method took at most, or None.
+        problem: the request, or None.
+        parameters: the model's tuned ones, or None.
+        audit: of the memory that answered, or None.
+    """
+
+    logits: Mapping[str, Float[Tensor, "samples classes"]]
+    labels: Mapping[str, Int[Tensor, " samples"]]
+    reference: "Subject | None" = None
+    floor: "Subject | None" = None
+    seconds: float | None = None
+    bytes: int | None = None
+    problem: Problem | None = None
+    parameters: Mapping[str, Tensor] | None = None
+    audit: Audit | None = None
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number of a subject.
+
+    Attributes:
+        heading: of its column.
+        of: the number; None where it cannot be told.
+        meaning: in a few words, for who reads the column.
+        better: ``more``, ``less``, or as ``near`` the retrained model's as can be.
+        needs: the subject's attributes without which it is None.
+        decimals: that are shown.
+        place: where its column is shown: on the ``terminal`` and on pages, on ``pages``, or nowhere by itself.
+        summarised: whether summaries of many requests have its median.
+    """
+
+    heading: str
+    of: Callable[[Subject], float | None]
+    meaning: str
+    better: Literal["more", "less", "near"]
+    needs: tuple[str, ...] = ()
+    decimals: int = 2
+    place: Literal["terminal", "pages", "nowhere"] = "pages"
+    summarised: bool = False
+
+    def __call__(self, subject: Subject) -> float | None:
+        """The number, or None where something that it needs is not known."""
+        return None if any(getattr(subject, need) is None for need in self.needs) else self.of(subject)
+
+    def text(self, value: float | None) -> str:
+        """The number as it is shown."""
+        return "–" if value is None else f"{value:.{self.decimals}f}"
+
+
+def measured_by_all(subject: Subject) -> dict[str, float | None]:
+    """All measures of a subject, by name."""
+    return {name: measure(subject) for name, measure in MEASURES.items()}
+
+
+def shown(*places: str) -> dict[str, Measure]:
+    """The measures that have a column in one of the places, by name."""
+    return {name: measure for name, measure in MEASURES.items() if measure.place in places}
+
+
+def _accuracy_on(part: str) -> Callable[[Subject], float]:
+    return lambda subject: accuracy(subject.logits[part], subject.labels[part])
+
+
+def _membership(subject: Subject) -> float:
+    entropy = {part: modified_entropy(subject.logits[part], subject.labels[part]) for part in PARTS}
+    return taken_for_members(entropy["forget"], entropy["retain"], entropy["test"])
+
+
+def _to_reference(of: Callable[[Tensor, Tensor], float], part: str = "forget") -> Callable[[Subject], float | None]:
+    """A number of the reference's logits and the subject's."""
+    return lambda subject: of(subject.reference.logits[part], subject.logits[part]) if subject.reference else None
+
+
+def _distance_ratio(subject: Subject) -> float | None:
+    distance = _to_reference(logit_distance)
+    floor = distance(subject.floor) if subject.floor else None
+    own = distance(subject)
+    return own / floor if floor and own is not None else None
+
+
+def _beside_reference(
+    of: Callable[[dict[str, float], dict[str, float]], float], *names: str
+) -> Callable[[Subject], float | None]:
+    """A number of several measures of the subject and of the reference."""
+
+    def measure(subject: Subject) -> float | None:
+        if subject.reference is None:
+            return None
+        ours, theirs = ({name: MEASURES[name](each) or 0.0 for name in names} for each in (subject, subject.reference))
+        return of(ours, theirs)
+
+    return measure
+
+
+def _of_request(of: Callable[[Problem, Mapping[str, Tensor]], float | None]) -> Callable[[Subject], float | None]:
+    """A number of the request and the subject's parameters."""
+    return lambda subject: of(subject.problem, subject.parameters) if subject.problem and subject.parameters else None
+
+
+def _doubt(subject: Subject) -> float | None:
+    return subject.audit.doubt(subject.logits["forget"], subject.labels["forget"]) if subject.audit else None
+
+
+_ACCURACIES = tuple(f"{part}_accuracy" for part in PARTS)
+_COMPARED, _ASKED = ("reference",), ("problem", "parameters")
+
+MEASURES: dict[str, Measure] = {
+    "retain_accuracy": Measure(
+        "retain %", _accuracy_on("retain"), "accuracy on the retained images", "near", decimals=1, place="terminal"
+    ),
+    "forget_accuracy": Measure(
+        "forget %", _accuracy_on("forget"), "accuracy on the forgotten images", "near", decimals=1, place="terminal"
+    ),
+    "test_accuracy": Measure(
+        "test %", _accuracy_on("test"), "accuracy on the test images", "near", decimals=1, place="terminal"
+    ),
+    "forget_distance": Measure(
+        "d forget",
+        _to_reference(logit_distance),
+        "root mean square logit distance to the retrained model on the forgotten images",
+        "less",
+        _COMPARED,
+        place="terminal",
+    ),
+    "test_distance": Measure(
+        "d test", _to_reference(logit_distance, "test"), "the same on the test images", "less", _COMPARED,
+        place="terminal",
+    ),
+    "distance_ratio": Measure(
+        "ratio",
+        _distance_ratio,
+        "d forget over that of a second retrained model",
+        "less",
+        ("reference", "floor"),
+        place="terminal",
+        summarised=True,
+    ),
+    "membership": Measure(
+        "member %",
+        _membership,
+        "the share of the forgotten images that a membership attack takes for training images",
+        "near",
+        decimals=1,
+        place="terminal",
+    ),
+    "average_gap": Measure(
+        "gap",
+        _beside_reference(average_gap, *_ACCURACIES, "membership"),
+        "the mean difference of the accuracies and of member to the retrained model's, in points",
+        "less",
+        _COMPARED,
+        summarised=True,
+    ),
+    "tug_of_war": Measure(
+        "ToW", _beside_reference(tug_of_war, *_ACCURACIES), "the tug of war of the accuracies, 1 at best", "more",
+        _COMPARED,
+    ),
+    "forget_kl": Measure(
+        "KL", _to_reference(kl_divergence), "divergence of predictions on the forgotten images, in nats", "less",
+        _COMPARED,
+    ),
+    "forget_agreement": Measure(
+        "agree %", _to_reference(agreement), "the share of forgotten images put into the same class", "more", _COMPARED,
+        decimals=1,
+    ),
+    "relearn_steps": Measure(
+        "relearn",
+        _of_request(relearn_steps),
+        "steps on the forgotten images alone until they are classified as before (–: not within 30)",
+        "near",
+        _ASKED,
+    ),
+    "head_recovery": Measure(
+        "refit %",
+        _of_request(head_recovery),
+        "accuracy on half of the forgotten images of a new head fitted to the other half and retained images",
+        "near",
+        _ASKED,
+        decimals=1,
+    ),
+    "seconds": Measure(
+        "seconds",
+        lambda subject: subject.seconds,
+        "training for the original and the retrained models; from a prepared memory for the others",
+        "less",
+        place="terminal",
+    ),
+    "peak_megabytes": Measure(
+        "MB", lambda subject: (subject.bytes or 0) / 1e6, "the memory that it took at most", "less", ("bytes",)
+    ),
+    "doubt": Measure(
+        "doubt",
+        _doubt,
+        "points within which a retrained model's accuracy on the forgotten images should lie, by the audit",
+        "less",
+        ("audit",),
+        decimals=1,
+        place="nowhere",
+    ),
+}  # fmt: skip
+"""By name, in the order of their columns."""
