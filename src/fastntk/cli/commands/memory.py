@@ -1,0 +1,203 @@
+"""Preparing a memory, requests to it, and its folder."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fastntk.cli import options
+from fastntk.cli.printing import show, show_answer, table_of
+from fastntk.common.errors import InputError
+
+
+def prepare(
+    run: options.Folder,
+    ridge: Annotated[
+        str, typer.Option(help="'auto', or the total L2 pull toward the parameters before fitting.")
+    ] = "auto",
+    form: Annotated[str, typer.Option(help="'primal' (p x p), 'dual' (nC x nC), 'matrix-free', or 'auto'.")] = "auto",
+    sums: options.Sums = "float64",
+    precision: options.Precision = "full",
+    class_probes: options.Probes = None,
+    workers: options.Workers = 0,
+    device: options.Device = "cpu",
+    seed: Annotated[int, typer.Option(help="Of the draw of retained samples that check every request.")] = 0,
+    as_json: options.Json = False,
+) -> None:
+    """One pass over the training data; from then on forgetting needs only the forgotten samples.
+
+    If it is cut off, the same command goes on from the last completed shard. Several processes share the pass when it
+    is started as: torchrun --nproc-per-node=N -m fastntk prepare RUN.
+    """
+    from fastntk.cli.run import Run
+    from fastntk.common import distributed
+    from fastntk.common.launch import local_device
+
+    numerics = options.numerics(sums, precision, class_probes, workers)
+    opened = Run(run, local_device(device))
+    with distributed.session(opened.device):
+        memory = opened.prepare(ridge if ridge == "auto" else options.number(ridge), form, seed, numerics)
+        if distributed.rank():
+            return
+    document = {"run": str(run), "form": memory.form, "ridge": memory.ridge, "samples": len(memory.ids)}
+    found = f" ({memory.calibration})" if memory.calibration else " (given)"
+    text = f"The memory holds {document['samples']:,} samples, {memory.form} form, ridge {memory.ridge:.4g}{found}."
+    following = f"Next: fastntk forget {run} --ids 3,17\nFirst see how near retraining it comes: fastntk audit {run}"
+    show(document, as_json, f"{text}\n{following}")
+
+
+def plan(
+    run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="A run folder that holds a fitted model.")] = None,
+    model: Annotated[str | None, typer.Option(help="In place of a run: what fit would be given.")] = None,
+    data: Annotated[str | None, typer.Option(help="In place of a run: what fit would be given.")] = None,
+    data_root: options.Root = None,
+    select: options.Select = None,
+    image_size: options.Size = None,
+    form: Annotated[str, typer.Option(help="'primal', 'dual', 'matrix-free', or 'auto'.")] = "auto",
+    sums: options.Sums = "float64",
+    precision: options.Precision = "full",
+    class_probes: options.Probes = None,
+    workers: options.Workers = 0,
+    device: options.Device = "cpu",
+    as_json: options.Json = False,
+) -> None:
+    """What prepare would take: form, peak memory, arithmetic, and a time from a calibration of some seconds.
+
+    For a run, or, before there is one, for a model and data: fastntk plan --model resnet18 --data DATA.
+    """
+    from fastntk.cli.run import Given, Run, parse_device
+    from fastntk.memory import plan as planning
+
+    numerics = options.numerics(sums, precision, class_probes, workers)
+    described = any(each is not None for each in (model, data, data_root, select, image_size))
+    if (run and described) or (not run and (model is None or data is None)):
+        raise InputError("say what to plan for: either a run folder, or --model and --data with what goes with them.")
+    if run:
+        planned = Run(run, device).plan(form, numerics)
+    else:
+        given = Given(str(model), str(data), data_root, select or options.SELECTED, image_size)
+        planned = planning.plan(*given.open(parse_device(device)), form=form, numerics=numerics)
+    show(planned.to_dict(), as_json, planned.text())
+
+
+def forget(
+    run: options.Folder,
+    ids: options.Ids = None,
+    ids_file: options.IdsFile = None,
+    class_name: Annotated[str | None, typer.Option(help="All samples of one class.")] = None,
+    dry_run: Annotated[bool, typer.Option(help="Show the verdict, change nothing.")] = False,
+    defer_purge: options.Defer = False,
+    full: options.Full = False,
+    certificate: options.CertificateFile = None,
+    device: options.Device = "cpu",
+    as_json: options.Json = False,
+) -> None:
+    """Forget samples, then purge their trace from the memory. A few others are read to check the answer."""
+    from fastntk.cli.run import Run, of_class
+
+    if sum(given is not None for given in (ids, ids_file, class_name)) != 1:
+        raise InputError("say what to forget by exactly one of --ids, --ids-file and --class-name.")
+    if dry_run and (full or certificate or defer_purge):
+        raise InputError("--dry-run only shows the verdict: --full, --certificate and --defer-purge do not go with it.")
+    memory, images = Run(run, device).memory()
+    wanted = _wanted(ids, ids_file, images) if class_name is None else of_class(images, class_name, memory)
+    if dry_run:
+        show_answer(run, memory.preview(wanted), None, as_json)
+    else:
+        _answered(run, memory, memory.forget(wanted, full=full), certificate, defer_purge, as_json)
+
+
+def remember(
+    run: options.Folder,
+    ids: options.Ids = None,
+    ids_file: options.IdsFile = None,
+    defer_purge: options.Defer = False,
+    full: options.Full = False,
+    certificate: options.CertificateFile = None,
+    device: options.Device = "cpu",
+    as_json: options.Json = False,
+) -> None:
+    """Add samples that are in the data and not in the memory: new ones, or some that were forgotten."""
+    from fastntk.cli.run import Run
+
+    if (ids is None) == (ids_file is None):
+        raise InputError("say what to remember by exactly one of --ids and --ids-file.")
+    memory, images = Run(run, device).memory()
+    answer = memory.remember(_wanted(ids, ids_file, images), full=full)
+    _answered(run, memory, answer, certificate, defer_purge, as_json)
+
+
+def ledger(run: options.Folder, as_json: options.Json = False) -> None:
+    """Every request with its state: answered (its trace is still in the folder) or purged."""
+    from fastntk.memory.disk.folder import Folder
+
+    requests = Folder(run / "memory").requests()
+    show({"run": str(run), "requests": [each.to_dict() for each in requests]}, as_json, table_of(requests))
+
+
+def verify(
+    run: options.Folder, full: options.Full = False, device: options.Device = "cpu", as_json: options.Json = False
+) -> None:
+    """Check every file of the memory, that it belongs to the model and data, and that its solution is exact."""
+    from fastntk.cli.run import Run
+
+    memory = Run(run, device).verify()
+    state, solution = memory.state, memory.state.solution
+    inexactness, limit, error = solution.inexactness(), solution.limit, state.error() if full else None
+    pending = sum(each.state == "answered" for each in memory.requests())
+    counts = {"run": str(run), "samples": len(memory.ids), "pending": pending}
+    document = {**counts, "inexactness": inexactness, "error": error}
+    text = (
+        f"Every file is what was written; the memory belongs to the model and the data. {len(memory.ids):,} samples, "
+        f"{pending} requests not yet purged.\nThe normal equations hold to {inexactness:.1e} "
+        f"(limit {limit:.0e})."
+    )
+    if error is not None:
+        text += f"\nSolved anew from the sums, the step differs by {error:.1e}, relative."
+    show(document, as_json, text)
+    if not inexactness <= limit:
+        raise InputError("the solution is not exact. Use: fastntk refresh RUN")
+
+
+def refresh(run: options.Folder, device: options.Device = "cpu", as_json: options.Json = False) -> None:
+    """Linearise anew where the weights are now, by one pass over the samples that are left."""
+    from fastntk.cli.run import Run
+
+    seconds, memory = Run(run, device).refresh()
+    document = {"run": str(run), "seconds": seconds, "ridge": memory.ridge, "samples": len(memory.ids)}
+    show(document, as_json, f"Refreshed on {len(memory.ids):,} samples in {seconds:.1f} s; ridge {memory.ridge:.4g}.")
+
+
+def export(
+    run: options.Folder,
+    out: Annotated[Path | None, typer.Option(help="The file; by default unlearned.safetensors in the run.")] = None,
+    exact_head: Annotated[bool, typer.Option(help="Solve the head anew, over the retained images.")] = False,
+    gain: Annotated[
+        bool, typer.Option(help="Multiply the step by the audit's gain (below 1: with a new head).")
+    ] = False,
+    device: options.Device = "cpu",
+    as_json: options.Json = False,
+) -> None:
+    """Write the whole model after all requests: a plain state dict, for load_state_dict(strict=True)."""
+    from fastntk.cli.run import Run
+
+    path = out or run / "unlearned.safetensors"
+    Run(run, device).export(path, exact_head, gain)
+    show({"run": str(run), "out": str(path)}, as_json, f"Wrote {path}.")
+
+
+def _wanted(ids: str | None, ids_file: Path | None, images: Any) -> list[Any]:
+    from fastntk.cli.run import read_ids
+
+    return read_ids((ids or "") if ids_file is None else options.text_of(ids_file), images)
+
+
+def _answered(
+    run: Path, memory: Any, answer: Any, certificate_file: Path | None, defer_purge: bool, as_json: bool
+) -> None:
+    """Write the certificate of a request, then purge: its salt is kept even if that fails."""
+    from fastntk.common.files import write_json
+
+    if certificate_file:
+        write_json(certificate_file, answer.certificate.to_dict())
+    show_answer(run, answer, None if defer_purge else memory.purge(), as_json)
