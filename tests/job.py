@@ -43,7 +43,7 @@ try:
             sys.exit()
         memory = fastntk.prepare(model, data, moved(model), form=form, ridge=0.5, checkpoint=out / "partial")
         answer = memory.preview([3, 17])
-        solved = {**memory.solution.tensors(), "residuals": memory.residuals}
+        solved = {**memory.state.solution.tensors(), "residuals": memory.state.fingerprints}
         torch.save((solved, answer.parameters), out / f"{form}-{distributed.rank()}.pt")
 except PeerLost as error:
     sys.exit(str(error))

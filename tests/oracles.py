@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
-from fastntk.jacobians.jacobian import Layout
+from fastntk.jacobians.layout import Layout
 
 
 def flat_parameters(layout: Layout, tensors: dict[str, Tensor]) -> Tensor:

@@ -14,9 +14,9 @@ from torch.utils.data import TensorDataset
 
 import fastntk
 from fastntk.evidence.auditing import left_out
-from fastntk.memory.certificate import Audit
+from fastntk.memory.audit import Audit
 from fastntk.tuning.fitting import Recipe
-from fastntk.tuning.selectors import snapshot, tuned
+from fastntk.tuning.parameters import snapshot, tuned
 
 IDS = [2, 9, 11]
 
@@ -38,7 +38,7 @@ def near(memory, size=1e-3, offset=0.0):
 
 def test_it_compares_the_answer_with_two_retrained_models():
     memory = prepared()
-    images, labels = (part[IDS] for part in memory.train.tensors)
+    images, labels = (part[IDS] for part in memory.state.members.source.tensors)
     fit = near(memory, 0.1)
     models = [*(fit(None, seed) for seed in (1, 2)), memory.preview(IDS).parameters]
     one, other, ours = (functional_call(memory.model, each, (images,)).detach() for each in models)
@@ -85,7 +85,7 @@ def test_a_recipe_fits_as_the_method_retrain_does():
     model, data = case.model(), case.data(20)
     done = fastntk.fit(model, data, recipe)
     memory = fastntk.prepare(model, data, done.initial, ridge=0.6)
-    problem = Problem(model, done.initial, data, torch.tensor(IDS), recipe, memory)
+    problem = Problem(memory, IDS, recipe)
     stored = {number: Retrain(3 + number)(problem).parameters for number in (1, 2)}
     by_recipe = fastntk.audit(memory, recipe, ids=IDS)
     by_hand = fastntk.audit(memory, lambda data, seed: stored[seed], ids=IDS)
@@ -145,13 +145,16 @@ def test_left_out_is_what_forgetting_each_alone_predicts(form):
     for request in ([], [4, 12]):
         memory.forget(request)
         places = torch.tensor([1, 2, 7])
-        layout = memory.linearised.layout
-        dense, logits = memory.rows(places).jacobian.dense(), memory.model(memory.train.tensors[0][places]).detach()
+        layout = memory.state.network.layout
+        dense, logits = (
+            memory.state.rows(places).jacobian.dense(),
+            memory.model(memory.state.members.source.tensors[0][places]).detach(),
+        )
         expected = [
             logits[k] + dense[k] @ (layout.flatten(memory.preview([i]).parameters) - layout.flatten(memory.anchor))
             for k, i in enumerate(places.tolist())
         ]
-        torch.testing.assert_close(left_out(memory, places), torch.stack(expected), rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(left_out(memory.state, places), torch.stack(expected), rtol=1e-8, atol=1e-8)
 
 
 def test_left_out_and_unseen_samples_should_be_classified_alike():
@@ -160,7 +163,7 @@ def test_left_out_and_unseen_samples_should_be_classified_alike():
     images, labels = CASES["bn+head"].images(9, seed=8), torch.arange(9) % 3
     done = fastntk.audit(memory, near(memory), ids=IDS, held_out=TensorDataset(images, labels))
     everyone = torch.tensor([place for place in range(14) if place != 4])
-    right = left_out(memory, everyone).argmax(1) == memory.train.tensors[1][everyone]
+    right = left_out(memory.state, everyone).argmax(1) == memory.state.members.source.tensors[1][everyone]
     unseen = functional_call(memory.model, memory.parameters, (images,)).argmax(1) == labels
     assert done.left_out == pytest.approx(100 * right.double().mean().item())
     assert done.unseen == pytest.approx(100 * unseen.double().mean().item())
@@ -180,7 +183,7 @@ def test_left_out_and_unseen_samples_should_be_classified_alike():
 
 def test_left_out_needs_a_stored_solution():
     with pytest.raises(fastntk.InputError, match="primal and the dual form alone"):
-        left_out(prepared(form="matrix-free"), torch.tensor([1]))
+        left_out(prepared(form="matrix-free").state, torch.tensor([1]))
 
 
 def test_the_verdict_heeds_it():
@@ -211,7 +214,7 @@ def test_the_verdict_heeds_it():
 def test_the_doubt_is_what_scatter_about_the_margins_makes_of_an_accuracy():
     memory = prepared()
     audit = fastntk.audit(memory, near(memory, 0.5), ids=IDS)
-    images, labels = (part[[1, 5, 8]] for part in memory.train.tensors)
+    images, labels = (part[[1, 5, 8]] for part in memory.state.members.source.tensors)
     answer = memory.preview([1, 5, 8])
     logits = functional_call(memory.model, answer.parameters, (images,)).detach()
     classes = logits.shape[1]
@@ -272,17 +275,17 @@ def test_it_is_durable_until_a_refresh(saved_first, tmp_path):
     done = fastntk.audit(memory, near(memory), ids=IDS)
     if not saved_first:
         memory.save(folder)
-    again = fastntk.load(folder, memory.model, memory.train)
+    again = fastntk.load(folder, memory.model, memory.state.members.source)
     assert again.audit == done
     [entry] = again.requests()
     assert (entry.kind, entry.state, entry.certificate["verdict"]) == ("audit", "purged", "passed")
     assert again.forget([1]).certificate.audit == done
     memory.forget([3])  # the other process's request is known
-    assert fastntk.load(folder, memory.model, memory.train).audit == done
+    assert fastntk.load(folder, memory.model, memory.state.members.source).audit == done
     again.purge()
-    assert fastntk.load(folder, memory.model, memory.train).audit == done
+    assert fastntk.load(folder, memory.model, memory.state.members.source).audit == done
     fastntk.refresh(again)
-    assert fastntk.load(folder, memory.model, memory.train).audit is None
+    assert fastntk.load(folder, memory.model, memory.state.members.source).audit is None
 
 
 def test_an_audited_memory_can_be_prepared_anew(tmp_path):
@@ -290,7 +293,7 @@ def test_an_audited_memory_can_be_prepared_anew(tmp_path):
     memory.save(tmp_path / "m")
     fastntk.audit(memory, near(memory), ids=IDS)
     prepared(ridge=0.7).save(tmp_path / "m")
-    assert fastntk.load(tmp_path / "m", memory.model, memory.train).audit is None
+    assert fastntk.load(tmp_path / "m", memory.model, memory.state.members.source).audit is None
 
 
 @pytest.mark.parametrize(

@@ -20,13 +20,13 @@ from fastntk.methods import (
     RandomLabel,
     Scrub,
 )
-from fastntk.methods.descent import descend, divergence
-from fastntk.methods.random_label import salient
 from test_methods import dense, problem
 from torch.func import functional_call
 
-from fastntk.inputs.images import labels_of
-from fastntk.tuning.selectors import tuned
+from fastntk.evidence.methods.descent import descend, divergence
+from fastntk.evidence.methods.random_label import salient
+from fastntk.inputs.batches import labels_of
+from fastntk.tuning.parameters import tuned
 
 RATE = 1e-3
 PARTS = "retain", "forget"
@@ -39,8 +39,8 @@ def given():
 
 
 def data(given, part):
-    keep = torch.isin(torch.arange(20), given.forget)
-    images, labels = given.train.tensors
+    keep = torch.isin(torch.arange(20), given.positions)
+    images, labels = given.memory.state.members.source.tensors
     chosen = {"forget": keep, "retain": ~keep, "all": keep | True}[part]
     return images[chosen], labels[chosen]
 
@@ -117,10 +117,10 @@ def test_an_epoch_of_negative_gradient_is_one_over_the_retained(given):
 def test_random_labels_are_wrong_for_the_forgotten_alone(given):
     method = RandomLabel(epochs=1)
     before, after = labels_of(given.train), method.relabelled(given).labels
-    assert torch.equal((before != after).nonzero()[:, 0], given.forget)
+    assert torch.equal((before != after).nonzero()[:, 0], given.positions)
     drawn = {int(RandomLabel(seed=seed).relabelled(given).labels[2]) for seed in range(20)}
     assert drawn == {0, 1, 2} - {int(before[2])}
-    expected = float(squared(given.model(given.train.tensors[0]), after))
+    expected = float(squared(given.model(given.memory.state.members.source.tensors[0]), after))
     assert taken(given, method, 1) == pytest.approx([expected])
 
 
@@ -158,7 +158,7 @@ def test_bad_teaching_takes_the_unfitted_model_for_what_goes(given):
     images, _ = data(given, "all")
     good, bad = given.model(images), functional_call(given.model, dict(given.initial), (images,))
     teacher = good.clone()
-    teacher[given.forget] = bad[given.forget]
+    teacher[given.positions] = bad[given.positions]
     losses = [float(loss) for loss in BadTeacher(retained_share=1.0, epochs=2).losses(given, student)]
     assert losses == pytest.approx([float(kl(teacher, student(images), 1.0))] * 2)
     some = BadTeacher(retained_share=0.3).marked(given)
@@ -179,8 +179,8 @@ def test_fisher_forgetting_adds_noise_of_the_fourth_root(given):
 def test_dampening_shrinks_what_the_forgotten_need_most(given):
     jacobian, residual, _, _, moved = dense(given)
     gradients = torch.einsum("ncp,nc->np", jacobian, residual)
-    everything, forgotten = (gradients**2).mean(0), (gradients[given.forget] ** 2).mean(0)
-    layout = given.memory.linearised.layout
+    everything, forgotten = (gradients**2).mean(0), (gradients[given.positions] ** 2).mean(0)
+    layout = given.memory.state.network.layout
     before = layout.flatten(given.memory.anchor)
     expected = torch.zeros_like(before)
     for j in range(len(before)):
@@ -203,7 +203,7 @@ def test_newton_is_our_step_where_the_fit_is_optimal():
     given = problem("dual")
     jacobian, residual, *_, moved = dense(given)
     stationary = torch.einsum("ncp,nc->p", jacobian, residual) / 0.6  # u of an optimum with this residual
-    keep = ~torch.isin(torch.arange(20), given.forget)
+    keep = ~torch.isin(torch.arange(20), given.positions)
     ours = oracles.anchored_step(jacobian[keep], residual[keep], stationary, 0.6)
     assert float(oracles.anchored_step(jacobian, residual, stationary, 0.6).norm()) < 1e-9
     torch.testing.assert_close(moved(Newton()(given)), ours, rtol=1e-7, atol=1e-9)

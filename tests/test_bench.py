@@ -74,9 +74,9 @@ def test_a_cell_holds_what_a_comparison_measures(config, tmp_path):
     fit = fastntk.fit(model, train, recipe)
     memory = fastntk.prepare(model, train, fit.initial)
     audit = fastntk.audit(memory, recipe, held_out=test, seed=1)
-    forget = torch.randperm(30, generator=torch.Generator().manual_seed(0))[:6].sort().values
+    forget = torch.randperm(30, generator=torch.Generator().manual_seed(0))[:6].sort().values.tolist()
     methods = {**references(1), "fast_ntk": FastNTK(), "tuned": FineTune(epochs=1)}
-    report, _ = compare(Problem(model, fit.initial, train, forget, recipe, memory), test, methods)
+    report, _ = compare(Problem(memory, forget, recipe), test, methods)
     assert list(by_share.rows) == list(report.rows)
     for name, row in report.rows.items():
         for measure, value in row.items():

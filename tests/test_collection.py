@@ -41,8 +41,10 @@ def test_it_goes_on_from_the_last_shard(interrupted, monkeypatch):
     assert seen == [0, *range(8, 14)]  # sample 0 is asked for its sizes
     assert not partial.exists()
     whole = fastntk.prepare(model, data, moved(model), ridge=0.5, form="primal")
-    torch.testing.assert_close(memory.solution.sums.gram(), whole.solution.sums.gram(), rtol=1e-12, atol=1e-12)
-    close({"": memory.residuals}, {"": whole.residuals}, 0)
+    torch.testing.assert_close(
+        memory.state.solution.sums.gram(), whole.state.solution.sums.gram(), rtol=1e-12, atol=1e-12
+    )
+    close({"": memory.state.fingerprints}, {"": whole.state.fingerprints}, 0)
     close(memory.forget([3]).parameters, whole.forget([3]).parameters)
 
 
@@ -51,7 +53,9 @@ def test_partial_sums_of_another_preparation_are_not_taken(interrupted):
     data.tensors[0][0] += 1
     memory = fastntk.prepare(model, data, moved(model), ridge=0.5, form="primal", checkpoint=partial)
     whole = fastntk.prepare(model, data, moved(model), ridge=0.5, form="primal")
-    torch.testing.assert_close(memory.solution.sums.gram(), whole.solution.sums.gram(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        memory.state.solution.sums.gram(), whole.state.solution.sums.gram(), rtol=1e-12, atol=1e-12
+    )
     assert not partial.exists()
 
 

@@ -11,12 +11,13 @@ from torch.func import functional_call
 
 import fastntk
 from fastntk.evidence.auditing import left_out
-from fastntk.jacobians.combinations import ClassProbes
-from fastntk.jacobians.jacobian import PerSampleJacobian
 from fastntk.jacobians.linearised import Linearised
+from fastntk.jacobians.numerics import Numerics
+from fastntk.jacobians.per_sample import PerSampleJacobian
+from fastntk.jacobians.products import gram
 from fastntk.solve.sums import Sums
 from fastntk.tuning.fitting import Recipe
-from fastntk.tuning.selectors import snapshot, tuned
+from fastntk.tuning.parameters import snapshot, tuned
 
 LOSS = fastntk.CrossEntropy()
 
@@ -31,7 +32,7 @@ def fitted(case, loss=LOSS, form="auto", count=20, ridge=0.6):
     recipe = Recipe(epochs=3, batch_size=5, loss=loss)
     done = fastntk.fit(model, data, recipe)
     memory = fastntk.prepare(model, data, done.initial, ridge=ridge, form=form, loss=loss)
-    return Problem(model, done.initial, data, torch.tensor([2, 9, 15]), recipe, memory)
+    return Problem(memory, [2, 9, 15], recipe)
 
 
 def test_the_root_and_what_it_takes_to_the_gradient():
@@ -52,7 +53,7 @@ def test_rows_sum_to_the_gauss_newton_matrix_and_the_gradient(name, probed):
     case = CASES[name]
     model, data = case.model(), case.data()
     network = PerSampleJacobian(model, snapshot(tuned(model)))
-    linearised = Linearised(network, data, LOSS, probes=ClassProbes(3) if probed else None)
+    linearised = Linearised(network, data, LOSS, Numerics(class_probes=3 if probed else None))
     rows = linearised.rows(range(14))
     jacobian = oracles.jacobian(model, snapshot(tuned(model)), linearised.layout, data.tensors[0])
     logits = model(data.tensors[0]).detach()
@@ -60,7 +61,7 @@ def test_rows_sum_to_the_gauss_newton_matrix_and_the_gradient(name, probed):
     sums = Sums.of(rows.jacobian, rows.residual)
     vector = torch.randn(linearised.layout.size, dtype=torch.float64)
     torch.testing.assert_close(sums.matvec(vector), curved.sum(0) @ vector)
-    torch.testing.assert_close(linearised.gram(range(14), vector), curved.sum(0) @ vector)
+    torch.testing.assert_close(gram(linearised, range(14), vector), curved.sum(0) @ vector)
     downhill = torch.einsum("ncp,nc->p", jacobian, LOSS.residual(logits, data.tensors[1]))
     torch.testing.assert_close(sums.rhs, downhill)
     torch.testing.assert_close(rows.residual, linearised.residuals(range(14)))
@@ -77,7 +78,7 @@ def test_a_memory_of_it_is_found_again(tmp_path):
     given = fitted(CASES["bn+head"])
     given.memory.save(tmp_path / "memory")
     memory = fastntk.load(tmp_path / "memory", given.model, given.train)
-    assert memory.linearised.loss == LOSS
+    assert memory.state.network.loss == LOSS
     expected = FastNTK()(given).parameters
     again = memory.forget([2, 9, 15])
     for name, tensor in expected.items():
@@ -87,8 +88,8 @@ def test_a_memory_of_it_is_found_again(tmp_path):
 @pytest.mark.parametrize("form", ["primal", "dual"])
 def test_members_left_out_are_what_forgetting_each_alone_predicts(form):
     given = fitted(Case(LinearInTuned, ("head",)), form=form)
-    images = given.train.tensors[0]
-    found = left_out(given.memory, torch.tensor([4, 7]))
+    images = given.memory.state.members.source.tensors[0]
+    found = left_out(given.memory.state, torch.tensor([4, 7]))
     for place, i in enumerate((4, 7)):
         answer = given.memory.preview([i]).parameters
         logits = functional_call(given.model, answer, (images[i : i + 1],))[0].detach()
@@ -97,7 +98,7 @@ def test_members_left_out_are_what_forgetting_each_alone_predicts(form):
 
 def optimum(given, keep):
     """Of the summed loss with the pull toward the initial parameters, by many steps of L-BFGS."""
-    images, labels = (tensor[keep] for tensor in given.train.tensors)
+    images, labels = (tensor[keep] for tensor in given.memory.state.members.source.tensors)
     free = {name: tensor.clone().requires_grad_() for name, tensor in given.initial.items()}
     settings = {"tolerance_grad": 1e-12, "tolerance_change": 0, "line_search_fn": "strong_wolfe"}
     optimiser = torch.optim.LBFGS(free.values(), max_iter=2000, **settings)
@@ -118,9 +119,11 @@ def test_where_the_model_is_linear_the_iteration_is_retraining(form):
     given = fitted(Case(LinearInTuned, ("head",)), form=form)
     everyone = torch.arange(20)
     given.model.load_state_dict(optimum(given, everyone), strict=False)
-    memory = fastntk.prepare(given.model, given.train, given.initial, ridge=0.6, form=form, loss=LOSS)
+    memory = fastntk.prepare(
+        given.model, given.memory.state.members.source, given.initial, ridge=0.6, form=form, loss=LOSS
+    )
     given = replace(given, memory=memory)
-    retrained = optimum(given, everyone[~torch.isin(everyone, given.forget)])
+    retrained = optimum(given, everyone[~torch.isin(everyone, given.positions)])
     single, several = FastNTK()(given).parameters, Iterated(steps=60, tolerance=1e-12)(given)
 
     def error(parameters):
@@ -143,14 +146,14 @@ def test_the_iteration_ends_where_its_step_vanishes():
     given = fitted(CASES["bn+head"], ridge=30.0)
     done = Iterated(steps=100, tolerance=1e-9)(given)
     assert "short enough" in done.note
-    memory, layout = given.memory, given.memory.linearised.layout
-    keep = torch.tensor(given.retain.indices)
-    images, labels = (tensor[keep] for tensor in given.train.tensors)
+    memory, layout = given.memory, given.memory.state.network.layout
+    keep = given.staying
+    images, labels = (tensor[keep] for tensor in given.memory.state.members.source.tensors)
     free = {name: tensor.clone().requires_grad_() for name, tensor in done.parameters.items()}
     pull = sum((free[name] - given.initial[name]).square().sum() for name in free) / 2
     objective = given.recipe.loss(functional_call(given.model, free, (images,)), labels) * len(labels) + 30.0 * pull
     objective.backward()
     gradient = layout.flatten({name: tensor.grad for name, tensor in free.items()})
-    short = memory.solution.step
-    offset = memory.linearised.gram(keep.tolist(), short) + 30.0 * short
+    short = memory.state.solution.step
+    offset = gram(memory.state.network, keep.tolist(), short) + 30.0 * short
     torch.testing.assert_close(gradient, -offset, rtol=1e-5, atol=1e-6)

@@ -5,9 +5,10 @@ from PIL import Image
 from torch.utils.data import Subset, TensorDataset
 
 import fastntk
-from fastntk.inputs.images import batches, in_memory, labels_of, load_data
+from fastntk.inputs.batches import batches, labels_of
+from fastntk.inputs.images import Preprocessing, in_memory
 from fastntk.inputs.libraries import datasets
-from fastntk.inputs.models import Preprocessing
+from fastntk.inputs.sources import load_data
 
 PLAIN = Preprocessing(8, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 

@@ -13,7 +13,8 @@ from torch.utils.data import Subset
 
 import fastntk
 from fastntk.cli.run import Run
-from fastntk.evidence.gain import LEAST, MOST, calibrated
+from fastntk.evidence.gain import LEAST, MOST, found
+from fastntk.memory.finish import multiplied
 
 IDS = [2, 9, 15]
 
@@ -27,11 +28,11 @@ def scaled(memory, gain):
 @pytest.mark.parametrize(("true", "expected"), [(0.7, 0.7), (1.0, 1.0), (1.4, 1.4), (0.2, LEAST), (2.5, MOST)])
 def test_the_step_so_multiplied_is_as_sure_of_the_labels_as_retrained_models(true, expected):
     memory = problem("bn", "head").memory
-    forget = Subset(memory.members, IDS)
+    forget = Subset(memory.state.members, IDS)
     images = torch.stack([forget[place][0] for place in range(3)])
     retrained = functional_call(memory.model, scaled(memory, true), (images,)).detach()
     answer = memory.preview(IDS).parameters
-    assert calibrated(memory, answer, forget, [retrained]) == pytest.approx(expected)
+    assert found(memory.state, answer, forget, [retrained]) == pytest.approx(expected)
 
 
 def test_the_probability_of_the_label():
@@ -48,7 +49,7 @@ def test_an_audit_finds_it():
 
 def audited(given, gain=1.3):
     """The problem with a memory whose audit found a gain."""
-    given.memory.audited_(replace(fastntk.audit(given.memory, given.recipe, fraction=0.3), gain=gain))
+    given.memory.enter(replace(fastntk.audit(given.memory, given.recipe, fraction=0.3), gain=gain))
     return given
 
 
@@ -58,7 +59,7 @@ def test_the_answer_is_the_step_multiplied_and_then_the_head():
     gained, both = FastNTK(gain=True)(given), FastNTK(gain=True, exact_head=True)(given)
     for name, tensor in gained.parameters.items():
         torch.testing.assert_close(tensor, anchor[name] + 1.3 * (plain[name] - anchor[name]))
-    expected = fastntk.exact_head(given.memory, gained.parameters, given.forget.tolist())
+    expected = fastntk.finished(given.memory, gained.parameters, exact_head=True, without=given.forget)
     torch.testing.assert_close(both.parameters, expected)
     audit = given.memory.audit
     assert str(audit.with_gain) in gained.note
@@ -67,8 +68,8 @@ def test_the_answer_is_the_step_multiplied_and_then_the_head():
 
 def test_an_audit_judges_answers_with_the_gain_too():
     memory = problem("bn", "head").memory
-    images = torch.stack([memory.train[index][0] for index in IDS])
-    labels = torch.tensor([int(memory.train[index][1]) for index in IDS])
+    images = torch.stack([memory.state.members.source[index][0] for index in IDS])
+    labels = torch.tensor([int(memory.state.members.source[index][1]) for index in IDS])
     fits = [scaled(memory, 1.2), scaled(memory, 1.5)]
     done = fastntk.audit(memory, lambda data, seed: fits[seed - 1], ids=IDS)
 
@@ -93,8 +94,8 @@ def test_a_gain_below_1_is_for_an_exact_head_to_follow():
     assert str(audit) in alone.note, "the gain is not in the answer"
     assert str(audit.with_gain) in FastNTK(gain=True, exact_head=True)(given).note
     drawn = {name: anchor[name] + 0.7 * (tensor - anchor[name]) for name, tensor in plain.items()}
-    torch.testing.assert_close(fastntk.amplified(given.memory, plain, least=0.0), drawn)
-    expected = fastntk.exact_head(given.memory, drawn, given.forget.tolist())
+    torch.testing.assert_close(multiplied(given.memory.state, plain, 0.7), drawn)
+    expected = fastntk.finished(given.memory, drawn, exact_head=True, without=given.forget)
     torch.testing.assert_close(FastNTK(gain=True, exact_head=True)(given).parameters, expected)
 
 
@@ -102,9 +103,9 @@ def test_it_is_not_exported_alone(tmp_path, monkeypatch):
     given, out = audited(problem("bn", "head"), 0.7), tmp_path / "out.safetensors"
     monkeypatch.setattr(Run, "memory", lambda self: (given.memory, given.train))
     with pytest.raises(fastntk.InputError, match=r"0\.70.* draws the answer back.*--exact-head"):
-        Run(tmp_path).export(out, with_gain=True)
+        Run(tmp_path).export(out, gain=True)
     assert not out.exists()
-    Run(tmp_path).export(out, with_exact_head=True, with_gain=True)
+    Run(tmp_path).export(out, exact_head=True, gain=True)
     assert out.exists()
 
 
@@ -112,9 +113,9 @@ def test_it_multiplies_what_all_requests_have_changed(tmp_path):
     together, apart = audited(problem("bn", "head")), audited(problem("bn", "head"))
     expected = FastNTK(gain=True)(together).parameters
     apart.memory.save(tmp_path / "memory")
-    for index in together.forget.tolist():
+    for index in together.forget:
         apart.memory.forget([index])
-    found = fastntk.amplified(fastntk.load(tmp_path / "memory", apart.model, apart.train))
+    found = fastntk.amplified(fastntk.load(tmp_path / "memory", apart.model, apart.memory.state.members.source))
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     fastntk.refresh(apart.memory)  # its audit was of the steps before
     with pytest.raises(fastntk.InputError, match="a gain comes from an audit"):

@@ -19,7 +19,7 @@ def problem(*select, form="auto", **options) -> Problem:
     fastntk.tune(model, *select)
     done = fastntk.fit(model, data, recipe)
     memory = fastntk.prepare(model, data, done.initial, ridge=0.6, form=form, **options)
-    return Problem(model, done.initial, data, torch.tensor([2, 9, 15]), recipe, memory)
+    return Problem(memory, [2, 9, 15], recipe)
 
 
 def ridge_regression(inputs, targets, start, ridge):
@@ -34,9 +34,9 @@ def ridge_regression(inputs, targets, start, ridge):
 @pytest.mark.parametrize("select", [("bn", "head"), ("bn", r"head\.weight")])
 def test_it_is_ridge_regression_on_the_moved_features(select, form):
     given = problem(*select, form=form)
-    images, labels = given.train.tensors
+    images, labels = given.memory.state.members.source.tensors
     plain, exact = FastNTK()(given).parameters, FastNTK(exact_head=True)(given).parameters
-    keep = torch.tensor(given.retain.indices)
+    keep = given.staying
     with_bias = "head.bias" in given.initial
 
     def features(parameters):
@@ -80,14 +80,14 @@ def test_after_requests_it_is_that_of_all_of_them_in_any_order(tmp_path):
     apart.memory.forget([9])
     fastntk.exact_head(apart.memory)
     apart.memory.forget([15, 2])
-    found = fastntk.exact_head(fastntk.load(tmp_path / "memory", apart.model, apart.train))
+    found = fastntk.exact_head(fastntk.load(tmp_path / "memory", apart.model, apart.memory.state.members.source))
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor)
 
 
 def test_a_member_that_is_missing_is_noticed(tmp_path):
     given = problem("bn", "head")
-    images, labels = given.train.tensors
+    images, labels = given.memory.state.members.source.tensors
     data = TensorDataset(images, labels)
     data.ids = list(range(20))
     fastntk.prepare(given.model, data, given.initial, ridge=0.6).save(tmp_path / "memory")

@@ -5,9 +5,10 @@ from cases import CASES, Convolutional
 from torch import nn
 
 import fastntk
-from fastntk.jacobians.jacobian import PerSampleJacobian, concatenate
+from fastntk.jacobians.jacobian import concatenate
 from fastntk.jacobians.linearised import jacobians
-from fastntk.tuning.selectors import snapshot, tuned
+from fastntk.jacobians.per_sample import PerSampleJacobian
+from fastntk.tuning.parameters import snapshot, tuned
 
 FAST = ["everything", "grouped", "bn+head", "fused bn+head", "ln+head", "prompts+head"]
 

@@ -22,14 +22,15 @@ from fastntk.methods import (
     Retrain,
     Scrub,
 )
-from fastntk.methods.golatkar import trapezium_factor
 from torch.utils.data import TensorDataset
 
 import fastntk
 from fastntk.evidence.compare import compare, one_shot, references
-from fastntk.inputs.images import labels_of
+from fastntk.evidence.methods.golatkar import trapezium_factor
+from fastntk.evidence.methods.problem import measured
+from fastntk.inputs.batches import labels_of
 from fastntk.tuning.fitting import Recipe
-from fastntk.tuning.selectors import snapshot, tuned
+from fastntk.tuning.parameters import snapshot, tuned
 
 METHODS = {
     "retrain": Retrain(),
@@ -57,7 +58,7 @@ def problem(form="auto", ridge=0.6, name="bn+head") -> Problem:
     model, data, recipe = case.model(), case.data(20), Recipe(epochs=3, batch_size=5)
     done = fastntk.fit(model, data, recipe)
     memory = fastntk.prepare(model, data, done.initial, ridge=ridge, form=form)
-    return Problem(model, done.initial, data, torch.tensor([2, 9, 15]), recipe, memory)
+    return Problem(memory, [2, 9, 15], recipe)
 
 
 @pytest.mark.parametrize("selection", ["bn+head", "everything", "prompts+head"])
@@ -65,7 +66,7 @@ def problem(form="auto", ridge=0.6, name="bn+head") -> Problem:
 def test_contract(name, selection):
     given = problem(name=selection)
     state, memory = copy.deepcopy(given.model.state_dict()), given.memory.parameters
-    first, second = METHODS[name](given), METHODS[name](given)
+    first, second = measured(METHODS[name], given), METHODS[name](given)
     assert first.seconds > 0
     assert list(first.parameters) == list(tuned(given.model))
     for key, tensor in first.parameters.items():
@@ -75,17 +76,17 @@ def test_contract(name, selection):
     assert any(not torch.equal(tensor, memory[key]) for key, tensor in first.parameters.items())
     assert all(torch.equal(tensor, state[key]) for key, tensor in given.model.state_dict().items())
     assert all(torch.equal(tensor, memory[key]) for key, tensor in given.memory.parameters.items())
-    assert given.memory.present.all()
+    assert given.memory.state.members.present.all()
 
 
 def dense(given):
-    layout = given.memory._layout
-    jacobian = oracles.jacobian(given.model, given.memory.anchor, layout, given.train.tensors[0])
-    residual = given.memory.linearised.loss.residual(
-        given.model(given.train.tensors[0]).detach(), labels_of(given.train)
+    layout = given.memory.state.layout
+    jacobian = oracles.jacobian(given.model, given.memory.anchor, layout, given.memory.state.members.source.tensors[0])
+    residual = given.memory.state.network.loss.residual(
+        given.model(given.memory.state.members.source.tensors[0]).detach(), labels_of(given.train)
     )
     u = layout.flatten(given.memory.anchor) - layout.flatten(given.initial)
-    keep = ~torch.isin(torch.arange(20), given.forget)
+    keep = ~torch.isin(torch.arange(20), given.positions)
     return (
         jacobian,
         residual,
@@ -122,10 +123,10 @@ def test_golatkar_solves_twice_with_a_ridge_per_sample_and_no_anchor(form):
 
 def test_samples_may_have_names_of_their_own():
     given = problem()
-    named = TensorDataset(*given.train.tensors)
+    named = TensorDataset(*given.memory.state.members.source.tensors)
     named.ids = [f"sample {number}" for number in reversed(range(20))]
     memory = fastntk.prepare(given.model, named, given.initial, ridge=0.6)
-    answer = FastNTK()(replace(given, train=named, memory=memory))
+    answer = FastNTK()(replace(given, forget=[named.ids[place] for place in given.forget], memory=memory))
     for name, tensor in FastNTK()(given).parameters.items():
         torch.testing.assert_close(answer.parameters[name], tensor)
 
@@ -138,7 +139,7 @@ def test_retrain_is_fitting_without_the_forgotten():
     for name, tensor in Retrain()(given).parameters.items():
         assert torch.equal(tensor, snapshot(tuned(model))[name])
     assert len(given.retain) == 17
-    assert not set(given.retain.indices) & {2, 9, 15}
+    assert not set(given.staying.tolist()) & {2, 9, 15}
 
 
 def test_comparison_measures_every_method_beside_the_original():

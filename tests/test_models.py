@@ -6,8 +6,8 @@ import torch
 from safetensors.torch import save_file
 
 import fastntk
+from fastntk.inputs.images import Preprocessing
 from fastntk.inputs.libraries import peft, transformers
-from fastntk.inputs.models import Preprocessing
 from fastntk.inputs.weights import load_weights, read_weights, rename_by_order
 
 SMALL = "mobilenetv3_small_050"

@@ -4,7 +4,8 @@ from cases import CASES
 from torch.utils.data import TensorDataset
 
 import fastntk
-from fastntk.memory.plan import Workload, choose_form, price
+from fastntk.solve.forms import FORMS, chosen
+from fastntk.solve.prices import Workload
 
 FREE = 10**12
 
@@ -14,33 +15,33 @@ def work(samples, outputs, rest, features=0, **options):
 
 
 def test_the_cheaper_form_is_chosen():
-    assert choose_form(work(100_000, 10, 10_000), FREE).form == "primal"
-    assert choose_form(work(500, 10, 50_000), FREE).form == "dual"
+    assert chosen(work(100_000, 10, 10_000), FREE).form == "primal"
+    assert chosen(work(500, 10, 50_000), FREE).form == "dual"
 
 
 def test_the_form_that_fits_is_chosen():
     w = work(3_000, 10, 20_000)
-    primal, dual = price("primal", w), price("dual", w)
+    primal, dual = FORMS["primal"].price(w), FORMS["dual"].price(w)
     assert primal.operations < dual.operations
-    assert (primal.bytes > dual.bytes) == (choose_form(w, min(primal.bytes, dual.bytes)).form == "dual")
-    assert choose_form(w, FREE).form == "primal"
-    assert choose_form(work(200_000, 10, 35_000), 40 * 10**9).form == "primal"
-    assert choose_form(work(200_000, 10, 35_000), 10 * 10**9).form == "matrix-free"
+    assert (primal.bytes > dual.bytes) == (chosen(w, min(primal.bytes, dual.bytes)).form == "dual")
+    assert chosen(w, FREE).form == "primal"
+    assert chosen(work(200_000, 10, 35_000), 40 * 10**9).form == "primal"
+    assert chosen(work(200_000, 10, 35_000), 10 * 10**9).form == "matrix-free"
 
 
 def test_the_primal_form_does_not_grow_with_the_samples():
-    assert price("primal", work(50_000, 10, 9_600)).bytes == price("primal", work(500, 10, 9_600)).bytes
+    assert FORMS["primal"].price(work(50_000, 10, 9_600)).bytes == FORMS["primal"].price(work(500, 10, 9_600)).bytes
 
 
 def test_what_does_not_fit_says_what_to_do():
     w = work(90_000, 10, 100_000)
     message = r"100,000 tuned.*90,000 samples.*primal form .* GB.*dual form .* GB.*0\.0 GB are free.*tune fewer"
     with pytest.raises(fastntk.InputError, match=message):
-        choose_form(w, 8 * 10**6)
+        chosen(w, 8 * 10**6)
     with pytest.raises(fastntk.InputError, match=r"it needs the primal form .*float32 sums take half"):
-        choose_form(work(100, 10, 100_000), 8 * 10**9, "primal")
+        chosen(work(100, 10, 100_000), 8 * 10**9, "primal")
     with pytest.raises(fastntk.InputError, match="form must be"):
-        choose_form(w, FREE, "best")
+        chosen(w, FREE, "best")
 
 
 @pytest.mark.parametrize("form", ["primal", "dual", "matrix-free"])
@@ -56,7 +57,7 @@ def test_a_plan_names_every_phase(form):
 
 
 def test_batches_shrink_where_jacobians_are_large(monkeypatch):
-    monkeypatch.setattr("fastntk.memory.plan.free_bytes", lambda device: 10**11)  # whatever this machine has
+    monkeypatch.setattr("fastntk.memory.prepare.free_bytes", lambda device: 10**11)  # whatever this machine has
     case = CASES["everything"]
     data = case.data()
     wide = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 64, 200_000), torch.nn.Linear(200_000, 3))

@@ -5,9 +5,10 @@ from test_memory import close, moved
 
 import fastntk
 from fastntk.jacobians.combinations import ClassProbes, error
-from fastntk.jacobians.jacobian import PerSampleJacobian
 from fastntk.jacobians.linearised import Linearised
-from fastntk.tuning.selectors import snapshot, tuned
+from fastntk.jacobians.numerics import Numerics
+from fastntk.jacobians.per_sample import PerSampleJacobian
+from fastntk.tuning.parameters import snapshot, tuned
 
 
 def test_a_draw_is_its_samples_own_and_has_the_identity_for_its_mean():
@@ -25,7 +26,9 @@ def test_probed_rows_are_combinations_of_the_classes(name, count):
     case = CASES[name]
     model = case.model()
     jacobian, probes, ids = PerSampleJacobian(model, snapshot(tuned(model))), ClassProbes(count), [4, 0, 11]
-    exact, probed = (Linearised(jacobian, case.data(), probes=p).rows(ids) for p in (None, probes))
+    exact, probed = (
+        Linearised(jacobian, case.data(), numerics=n).rows(ids) for n in (Numerics(), Numerics(class_probes=count))
+    )
     draws = probes.draw(ids, 3)
     torch.testing.assert_close(probed.jacobian.dense(), torch.einsum("nck,ncp->nkp", draws, exact.jacobian.dense()))
     torch.testing.assert_close(probed.residual, torch.einsum("nck,nc->nk", draws, exact.residual))
@@ -51,7 +54,7 @@ def test_what_forgets_equals_what_never_saw(form):
     never = fastntk.prepare(
         model, torch.utils.data.Subset(data, range(12)), moved(model), ridge=0.5, form=form, class_probes=2
     )
-    torch.testing.assert_close(memory.solution.step, never.solution.step, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(memory.state.solution.step, never.state.solution.step, rtol=1e-9, atol=1e-10)
 
 
 def test_the_error_is_that_of_the_gram_matrix():
@@ -59,7 +62,8 @@ def test_the_error_is_that_of_the_gram_matrix():
     model = case.model()
     jacobian = PerSampleJacobian(model, snapshot(tuned(model)))
     exact, probed = (
-        Linearised(jacobian, case.data(), probes=p).rows(range(6)).jacobian for p in (None, ClassProbes(2))
+        Linearised(jacobian, case.data(), numerics=n).rows(range(6)).jacobian
+        for n in (Numerics(), Numerics(class_probes=2))
     )
     left, right = (j.dense().flatten(0, 1) for j in (exact, probed))
     gram = left.T @ left

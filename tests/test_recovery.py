@@ -24,7 +24,7 @@ def problem():
     recipe = Recipe(epochs=20, learning_rate=3e-2)
     fit = fastntk.fit(model, train, recipe)
     memory = fastntk.prepare(model, train, fit.initial)
-    return Problem(model, fit.initial, train, torch.arange(0, 40, 4), recipe, memory)
+    return Problem(memory, list(range(0, 40, 4)), recipe)
 
 
 def test_where_a_curve_reaches_a_level():
@@ -36,7 +36,7 @@ def test_where_a_curve_reaches_a_level():
 
 
 def test_relearning_is_training_on_what_was_forgotten(problem):
-    images, labels = (tensor[problem.forget] for tensor in problem.train.tensors)
+    images, labels = (tensor[problem.positions] for tensor in problem.memory.state.members.source.tensors)
     model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
 
     def accuracy():
@@ -66,16 +66,16 @@ def test_relearning_is_training_on_what_was_forgotten(problem):
 def test_a_new_head_is_fitted_to_half_of_what_was_forgotten(problem):
     part = torch.utils.data.Subset(problem.train, range(40))
     inputs = head_inputs(problem, problem.memory.anchor, part)
-    torch.testing.assert_close(inputs, problem.model[:2](problem.train.tensors[0]).detach())
+    torch.testing.assert_close(inputs, problem.model[:2](problem.memory.state.members.source.tensors[0]).detach())
     order = torch.randperm(10, generator=torch.Generator().manual_seed(0))
-    known, asked = problem.forget[order[:5]], problem.forget[order[5:]]
-    keep = torch.tensor([i for i in range(40) if i not in problem.forget.tolist()])
+    known, asked = problem.positions[order[:5]], problem.positions[order[5:]]
+    keep = torch.tensor([i for i in range(40) if i not in problem.forget])
     rows = torch.cat([known, keep])
-    labels, scaler = problem.train.tensors[1], StandardScaler().fit(inputs[rows])
+    labels, scaler = problem.memory.state.members.source.tensors[1], StandardScaler().fit(inputs[rows])
     head = RidgeClassifier().fit(scaler.transform(inputs[rows]), labels[rows])
     expected = 100 * head.score(scaler.transform(inputs[asked]), labels[asked])
     assert head_recovery(problem, problem.memory.anchor) == pytest.approx(expected)
-    one = Problem(problem.model, problem.initial, problem.train, problem.forget[:1], problem.recipe, problem.memory)
+    one = Problem(problem.memory, problem.forget[:1], problem.recipe)
     assert head_recovery(one, problem.memory.anchor) is None
 
 

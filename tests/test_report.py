@@ -9,7 +9,8 @@ from torch.utils.data import TensorDataset
 
 import fastntk
 from fastntk.evidence import metrics
-from fastntk.evidence.report import document, write_report
+from fastntk.evidence.pages import write_report
+from fastntk.evidence.report import document
 
 LOGITS = torch.tensor([[3.0, 1.0, 0.0], [0.0, 2.0, 5.0], [1.0, 0.0, -1.0]])
 LABELS = torch.tensor([0, 1, 2])
@@ -69,7 +70,7 @@ def test_evaluate_measures_on_each_set():
 def test_parameters_at_which_a_model_is_evaluated_do_not_change_it():
     model, images = nn.Linear(4, 3), torch.randn(2, 4)
     before = model(images)
-    zero = fastntk.at(model, {"weight": torch.zeros(3, 4), "bias": torch.ones(3)})
+    zero = fastntk.model_at(model, {"weight": torch.zeros(3, 4), "bias": torch.ones(3)})
     assert torch.equal(zero(images), torch.ones(2, 3))
     assert torch.equal(model(images), before)
 
@@ -121,7 +122,7 @@ def test_nothing_to_measure_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("requested", "retained", "residual", "moved", "verdict"),
+    ("requested", "retained", "inexactness", "moved", "verdict"),
     [
         (0.5, 0.15, 1e-12, True, "trusted"),
         (0.1, None, 1e-12, True, "trusted"),
@@ -131,7 +132,7 @@ def test_nothing_to_measure_is_refused():
         (0.1, 0.1, float("nan"), False, "refresh needed"),
     ],
 )
-def test_a_certificate_is_trusted_within_all_limits(requested, retained, residual, moved, verdict):
+def test_a_certificate_is_trusted_within_all_limits(requested, retained, inexactness, moved, verdict):
     certificate = fastntk.Certificate(
         request="r",
         kind="forget",
@@ -140,7 +141,7 @@ def test_a_certificate_is_trusted_within_all_limits(requested, retained, residua
         ridge=3.0,
         departure_requested=requested,
         departure_retained=retained,
-        residual=residual,
+        inexactness=inexactness,
         limit=1e-9,
         moved=moved,
         before="b",

@@ -14,12 +14,13 @@ from torch.utils.data import TensorDataset
 
 import fastntk
 from fastntk.inputs.libraries import timm, torchvision, transformers
-from fastntk.inputs.models import Logits
-from fastntk.inputs.structure import blocks
-from fastntk.jacobians.jacobian import PerSampleJacobian
+from fastntk.inputs.makers import Logits
+from fastntk.inputs.structure import blocks, head_name
+from fastntk.jacobians.per_sample import PerSampleJacobian
 from fastntk.tuning.lora import lora_targets
+from fastntk.tuning.parameters import snapshot
 from fastntk.tuning.prompts import prompts_of
-from fastntk.tuning.selectors import head_name, snapshot, tunables
+from fastntk.tuning.selectors import tunables
 
 WIDTH, BLOCKS = 8, 2
 

@@ -1,17 +1,19 @@
-"""The laws of the step, against oracles that use neither normal equations nor updates."""
+"""The step as it was published, sums and kernels, and the linear algebra beneath; forms are in test_contracts."""
 
 import oracles
 import pytest
 import torch
 from cases import CASES
-from fastntk.methods.golatkar import trapezium_factor
 
 import fastntk
-from fastntk.jacobians.jacobian import PerSampleJacobian
+from fastntk.evidence.methods.golatkar import trapezium_factor
+from fastntk.jacobians.per_sample import PerSampleJacobian
+from fastntk.jacobians.rows import Rows
+from fastntk.solve.dual import Dual
+from fastntk.solve.kernel import Kernel, kernel
 from fastntk.solve.linalg import add_product_, conjugate_gradients, invert_, lanczos, mirror_, ridge_inverse
-from fastntk.solve.primal import DualSolution, PrimalSolution
-from fastntk.solve.sums import Rows, Sums, accumulate
-from fastntk.tuning.selectors import snapshot, tuned
+from fastntk.solve.sums import Sums, accumulate
+from fastntk.tuning.parameters import snapshot, tuned
 
 RIDGE = 0.3
 NAMES = ["bn+head", "head", "bn", "bias"]
@@ -33,116 +35,12 @@ def sums_of(rows):
     return Sums.of(rows.jacobian, rows.residual)
 
 
+def dual_step(rows, u):
+    return Dual.of(Kernel.of(rows), u, RIDGE, torch.arange(len(rows))).step
+
+
 def close(left, right):
     torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-10)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_primal_and_dual_are_the_least_squares_solution(name):
-    rows, dense, u = problem(name)
-    expected = oracles.anchored_step(dense, rows.residual, u, RIDGE)
-    close(PrimalSolution.of(sums_of(rows), u, RIDGE).step, expected)
-    close(DualSolution.of(rows, u, RIDGE).step, expected)
-
-
-@pytest.mark.parametrize(
-    "make", [lambda r, u: PrimalSolution.of(sums_of(r), u, RIDGE), lambda r, u: DualSolution.of(r, u, RIDGE)]
-)
-@pytest.mark.parametrize("name", NAMES)
-def test_alone_is_each_sample_leaving_by_itself(name, make):
-    rows, dense, u = problem(name)
-    solution, everyone = make(rows, u), torch.arange(len(dense))
-    expected = torch.stack(
-        [dense[i] @ solution.update(torch.tensor([i]), rows.__getitem__, -1).change for i in everyone]
-    )
-    close(solution.alone(everyone, rows.__getitem__), expected)
-    close(solution.alone(everyone[[5, 2]], rows.__getitem__), expected[[5, 2]])
-
-
-@pytest.mark.parametrize(
-    "make", [lambda r, u: PrimalSolution.of(sums_of(r), u, RIDGE), lambda r, u: DualSolution.of(r, u, RIDGE)]
-)
-@pytest.mark.parametrize("name", NAMES)
-def test_leaving_is_solving_without(name, make):
-    rows, dense, u = problem(name)
-    solution = make(rows, u)
-    close(solution.step, oracles.anchored_step(dense, rows.residual, u, RIDGE))
-    before, gone = solution.step.clone(), []
-    for request in (torch.tensor([4, 7]), torch.tensor([0])):
-        untouched = solution.step.clone()
-        update = solution.update(request, rows.__getitem__, -1)
-        change = update.change
-        stated = solution.residual(update)
-        assert torch.equal(solution.step, untouched)
-        solution.apply_(update)
-        assert max(stated, solution.residual()) < 1e-10
-        gone += request.tolist()
-        keep = torch.tensor([i not in gone for i in range(len(dense))])
-        expected = oracles.anchored_step(dense[keep], rows.residual[keep], u, RIDGE)
-        close(solution.step, expected)
-        before = before + change
-        close(before, expected)
-
-
-@pytest.mark.parametrize("form", ["primal", "dual"])
-@pytest.mark.parametrize("name", NAMES)
-def test_joining_is_solving_with(name, form):
-    rows, dense, u = problem(name)
-    part = rows[:6]
-    solution = PrimalSolution.of(sums_of(part), u, RIDGE) if form == "primal" else DualSolution.of(part, u, RIDGE)
-    for request in (torch.tensor([6, 7]), torch.tensor([8])):
-        update = solution.update(request, rows.__getitem__, 1)
-        stated = solution.residual(update)
-        solution.apply_(update)
-        assert max(stated, solution.residual()) < 1e-10
-        upto = int(request[-1]) + 1
-        close(solution.step, oracles.anchored_step(dense[:upto], rows.residual[:upto], u, RIDGE))
-    whole = PrimalSolution.of(sums_of(rows), u, RIDGE) if form == "primal" else DualSolution.of(rows, u, RIDGE)
-    for key, tensor in whole.tensors().items():
-        close(solution.tensors()[key], tensor)
-
-
-@pytest.mark.parametrize("form", ["primal", "dual"])
-def test_the_residual_is_that_of_the_normal_equations(form):
-    rows, dense, u = problem("bn+head")
-    solution = PrimalSolution.of(sums_of(rows), u, RIDGE) if form == "primal" else DualSolution.of(rows, u, RIDGE)
-    flat = dense.flatten(0, 1)
-    if form == "primal":
-        solution.step += 1e-3
-        rhs = flat.T @ rows.residual.flatten() - RIDGE * u
-        left = flat.T @ (flat @ solution.step) + RIDGE * solution.step - rhs
-    else:
-        solution.coefficients += 1e-3
-        rhs = rows.residual.flatten() + flat @ u
-        left = flat @ (flat.T @ solution.coefficients) + RIDGE * solution.coefficients - rhs
-    assert solution.residual() == pytest.approx(float(left.norm() / rhs.norm()))
-    update = solution.update(torch.tensor([2]), rows.__getitem__, -1)
-    stated = solution.residual(update)
-    solution.apply_(update)
-    assert solution.residual() == pytest.approx(stated, rel=1e-6)
-    assert solution.anew().residual() < 1e-12
-
-
-@pytest.mark.parametrize("form", ["primal", "dual"])
-@pytest.mark.parametrize("ridge", [0.01, RIDGE, 7.0])
-def test_resolving_at_another_ridge_is_solving_without(form, ridge):
-    rows, dense, u = problem("bn+head")
-    solution = PrimalSolution.of(sums_of(rows), u, RIDGE) if form == "primal" else DualSolution.of(rows, u, RIDGE)
-    for request in (torch.tensor([2, 5, 6]), torch.tensor([], dtype=torch.long)):
-        keep = ~torch.isin(torch.arange(len(dense)), request)
-        expected = oracles.anchored_step(dense[keep], rows.residual[keep], 0 * u, ridge)
-        close(solution.resolve(request, rows.__getitem__, 0 * u, ridge), expected)
-
-
-def test_dual_leaves_nothing_of_the_forgotten_behind():
-    rows, _, u = problem("bn+head")
-    solution = DualSolution.of(Rows(rows.jacobian[:], rows.residual.clone()), u, RIDGE)
-    solution.apply_(solution.update(torch.tensor([3]), rows.__getitem__, -1))
-    assert not solution.rows.jacobian.dense()[3].any()
-    assert not solution.rows.residual[3].any()
-    for square in (solution.kernel, solution.inverse):
-        assert not square[9:12].any()
-        assert not square[:, 9:12].any()
 
 
 @pytest.mark.parametrize("name", ["bn+head", "bn"])
@@ -150,13 +48,13 @@ def test_two_solves_of_the_published_step_are_pmv(name):
     rows, dense, u = problem(name)
     forget = torch.tensor([1, 6])
     keep = ~torch.isin(torch.arange(len(dense)), forget)
-    two_solves = DualSolution.of(rows[keep], 0 * u, RIDGE).step - DualSolution.of(rows, 0 * u, RIDGE).step
+    two_solves = dual_step(rows[keep], 0 * u) - dual_step(rows, 0 * u)
     close(two_solves, oracles.projected_step(dense, rows.residual, forget, RIDGE))
 
 
 def test_anchor_is_what_sets_the_steps_apart():
     rows, _, u = problem("bn+head")
-    assert not torch.allclose(DualSolution.of(rows, u, RIDGE).step, DualSolution.of(rows, 0 * u, RIDGE).step, rtol=1e-3)
+    assert not torch.allclose(dual_step(rows, u), dual_step(rows, 0 * u), rtol=1e-3)
 
 
 def test_trapezium_factor_by_hand():
@@ -187,9 +85,9 @@ def test_sums_are_the_dense_ones_and_a_group(name):
 def test_kernel_is_the_dense_one(name):
     rows, dense, _ = problem(name)
     flat = dense.flatten(0, 1)
-    close(rows.kernel(), flat @ flat.T)
-    close((rows[:2] + rows[2:]).kernel(), flat @ flat.T)
-    assert rows.trace == pytest.approx(float(flat.square().sum()))
+    close(kernel(rows), flat @ flat.T)
+    close(kernel(rows[:2] + rows[2:]), flat @ flat.T)
+    assert Kernel.of(rows).trace == pytest.approx(float(flat.square().sum()))
 
 
 @pytest.mark.parametrize("size", [3, 513, 1500])

@@ -8,7 +8,7 @@ from torch.utils.data import TensorDataset
 
 import fastntk
 from fastntk.tuning.fitting import Recipe
-from fastntk.tuning.selectors import snapshot, tuned
+from fastntk.tuning.parameters import snapshot, tuned
 
 
 def small():

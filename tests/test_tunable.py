@@ -3,7 +3,8 @@ from cases import Attention, Convolutional, fused
 from torch import nn
 
 import fastntk
-from fastntk.tuning.selectors import head_name, select, tunables
+from fastntk.inputs.structure import head_name
+from fastntk.tuning.selectors import select, tunables
 
 
 def test_selectors_choose_what_they_say():

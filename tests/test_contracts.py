@@ -1,0 +1,317 @@
+"""The contracts of ``fastntk.solve``: every Gram operator and every form inherits the tests of its own, against oracles
+that use neither normal equations nor updates."""
+
+from dataclasses import replace
+
+import oracles
+import pytest
+import torch
+from cases import CASES
+
+import fastntk
+from fastntk.jacobians.linearised import Linearised
+from fastntk.jacobians.per_sample import PerSampleJacobian
+from fastntk.solve import iterative, ridge
+from fastntk.solve.forms import FORMS
+from fastntk.solve.kernel import Kernel
+from fastntk.solve.passes import Passes
+from fastntk.solve.prices import Workload
+from fastntk.solve.ridge import calibrate
+from fastntk.solve.solution import Task
+from fastntk.solve.sums import Sums
+from fastntk.tuning.parameters import snapshot, tuned
+
+RIDGE = 0.3
+NAMES = ["bn+head", "head", "bn", "bias"]
+
+
+class Contract:
+    """A problem, written out, that operators and forms are given."""
+
+    @pytest.fixture(params=NAMES)
+    def name(self, request):
+        return request.param
+
+    @pytest.fixture
+    def network(self, name):
+        case = CASES[name]
+        model = case.model()
+        return Linearised(PerSampleJacobian(model, snapshot(tuned(model))), case.data(9))
+
+    @pytest.fixture
+    def rows(self, network):
+        return network.rows(range(9))
+
+    @pytest.fixture
+    def dense(self, rows):
+        return rows.jacobian.dense()
+
+    @pytest.fixture
+    def u(self, rows):
+        generator = torch.Generator().manual_seed(3)
+        return torch.randn(rows.jacobian.size, generator=generator, dtype=torch.float64)
+
+    def close(self, left, right, tolerance=1e-9):
+        torch.testing.assert_close(left, right, rtol=tolerance, atol=tolerance)
+
+
+class GramContract(Contract):
+    """What ``fastntk.solve.gram.Gram`` says."""
+
+    exact_trace = True
+
+    def operator(self, network, positions):
+        """Over the samples at some positions."""
+        raise NotImplementedError
+
+    def test_it_is_the_gram_matrix(self, network, rows, dense, u):
+        for positions in ([0, 3, 7, 8], list(range(9))):
+            gram, flat = self.operator(network, positions), dense[positions].flatten(0, 1)
+            self.close(gram.matvec(u), flat.T @ (flat @ u))
+            self.close(gram.rhs, flat.T @ rows.residual[positions].flatten())
+            assert (gram.count, gram.outputs) == (len(positions), 3)
+            if self.exact_trace:
+                assert gram.trace == pytest.approx(float(flat.square().sum()))
+            assert gram.trace > 0
+
+    def test_its_spectrum_gives_the_outputs_at_every_ridge(self, network, rows, dense, u):
+        spectrum = self.operator(network, range(9)).spectrum(u, 200)
+        flat, ridges = dense.flatten(0, 1), torch.tensor([0.01, RIDGE, 7.0], dtype=torch.float64)
+        for total, found in zip(ridges, spectrum.outputs(ridges), strict=True):
+            step = oracles.anchored_step(dense, rows.residual, u, float(total))
+            assert float(found) == pytest.approx(float((flat @ step).square().sum()), rel=1e-6)
+        assert float(spectrum.square) == pytest.approx(float((flat @ u).square().sum()))
+
+    def test_the_ridge_is_the_one_whose_optimum_has_the_networks_outputs(self, network, rows, dense, u):
+        u = 0.5 * u
+        found, flat = calibrate(self.operator(network, range(9)), u), dense.flatten(0, 1)
+
+        def mismatch(total):
+            return float((flat @ oracles.anchored_step(dense, rows.residual, u, total)).norm())
+
+        assert found.mismatch == pytest.approx(mismatch(found.ridge) / float((flat @ u).norm()), rel=1e-5)
+        scale = float(flat.square().sum()) / len(flat)
+        if self.exact_trace:
+            assert found.factor == pytest.approx(found.ridge / scale)
+        if 2e-4 < found.factor < 50:  # not at an end of what is tried
+            for factor in (0.8, 1.25):
+                assert mismatch(factor * found.ridge) > mismatch(found.ridge)
+
+
+class TestSums(GramContract):
+    def operator(self, network, positions):
+        rows = network.rows(list(positions))
+        return Sums.of(rows.jacobian, rows.residual)
+
+
+class TestKernel(GramContract):
+    def operator(self, network, positions):
+        return Kernel.of(network.rows(list(positions)))
+
+
+class TestPasses(GramContract):
+    exact_trace = False
+
+    def operator(self, network, positions):
+        return Passes(network, torch.tensor(positions))
+
+
+class SolutionContract(Contract):
+    """What ``fastntk.solve.solution.Solution`` says."""
+
+    form = ""
+    direct = True
+
+    def task(self, network, u, total=RIDGE, count=9):
+        return Task(network, count, u, total)
+
+    def solved(self, network, u, total=RIDGE, count=9):
+        return FORMS[self.form].prepare(self.task(network, u, total, count)).solution
+
+    def updated(self, solution, network, positions, sign):
+        rows = network.rows(positions.tolist()) if solution.reads(sign) else None
+        return solution.update(network, positions, sign, rows)
+
+    def test_it_is_the_least_squares_solution(self, network, rows, dense, u):
+        solution = self.solved(network, u)
+        self.close(solution.step, oracles.anchored_step(dense, rows.residual, u, RIDGE))
+        assert (solution.name, solution.ridge, solution.over.tolist()) == (self.form, RIDGE, list(range(9)))
+        assert torch.equal(solution.displacement, u)
+        assert solution.inexactness() <= solution.limit
+
+    def test_preparing_gives_the_residuals_and_finds_the_ridge(self, network, rows, u):
+        given = FORMS[self.form].prepare(self.task(network, u))
+        assert given.calibration is None
+        self.close(given.residuals, rows.residual)
+        found = FORMS[self.form].prepare(self.task(network, u, None))
+        assert found.solution.ridge == found.calibration.ridge
+
+    def test_leaving_is_solving_without(self, network, rows, dense, u):
+        solution = self.solved(network, u)
+        before, gone = solution.step.clone(), []
+        for request in (torch.tensor([4, 7]), torch.tensor([0])):
+            untouched = solution.step.clone()
+            update = self.updated(solution, network, request, -1)
+            stated = solution.inexactness(update)
+            assert torch.equal(solution.step, untouched)
+            change, solution = update.change, solution.apply(update)
+            assert max(stated, solution.inexactness()) < 1e-10
+            gone += request.tolist()
+            keep = torch.tensor([i not in gone for i in range(len(dense))])
+            assert solution.over.tolist() == keep.nonzero()[:, 0].tolist()
+            expected = oracles.anchored_step(dense[keep], rows.residual[keep], u, RIDGE)
+            self.close(solution.step, expected)
+            before = before + change
+            self.close(before, expected)
+
+    def test_joining_is_solving_with(self, network, rows, dense, u):
+        solution = self.solved(network, u, count=6)
+        for request in (torch.tensor([6, 7]), torch.tensor([8])):
+            update = self.updated(solution, network, request, 1)
+            stated, solution = solution.inexactness(update), solution.apply(update)
+            assert max(stated, solution.inexactness()) < 1e-10
+            upto = int(request[-1]) + 1
+            assert solution.over.tolist() == list(range(upto))
+            self.close(solution.step, oracles.anchored_step(dense[:upto], rows.residual[:upto], u, RIDGE))
+        for key, tensor in self.solved(network, u).tensors().items() if self.direct else ():
+            self.close(solution.tensors()[key], tensor)
+
+    def test_who_leaves_and_joins_again_changes_nothing(self, network, u):
+        solution = self.solved(network, u)
+        step = solution.step.clone()
+        for sign in (-1, 1):
+            solution = solution.apply(self.updated(solution, network, torch.tensor([2, 8]), sign))
+        self.close(solution.step, step)
+
+    def test_a_solution_of_the_past_answers_rightly_or_not_at_all(self, network, u):
+        past = self.solved(network, u)
+        step = past.step.clone()
+        past.apply(self.updated(past, network, torch.tensor([3]), -1))
+        assert past.over.tolist() == list(range(9))
+        nobody = torch.tensor([], dtype=torch.long)
+        if not self.direct:
+            self.close(past.step, step)
+            self.close(past.resolve(network, nobody, u, RIDGE), step)
+            return
+        with pytest.raises(fastntk.InputError, match="taken this solution's matrices over"):
+            past.resolve(network, nobody, u, RIDGE)
+        with pytest.raises(fastntk.InputError, match="taken this solution's matrices over"):
+            self.updated(past, network, torch.tensor([5]), -1)
+
+    def test_solved_anew_it_is_the_same_and_exact(self, network, u):
+        solution = self.solved(network, u)
+        solution = solution.apply(self.updated(solution, network, torch.tensor([2]), -1))
+        fresh = solution.anew(network)
+        self.close(fresh.step, solution.step)
+        assert fresh.inexactness() < 1e-11
+        assert fresh.over.tolist() == solution.over.tolist()
+
+    @pytest.mark.parametrize("total", [0.01, RIDGE, 7.0])
+    def test_resolving_at_another_ridge_is_solving_without(self, network, rows, dense, u, total):
+        solution = self.solved(network, u)
+        for request in (torch.tensor([2, 5, 6]), torch.tensor([], dtype=torch.long)):
+            keep = ~torch.isin(torch.arange(len(dense)), request)
+            expected = oracles.anchored_step(dense[keep], rows.residual[keep], 0 * u, total)
+            self.close(solution.resolve(network, request, 0 * u, total), expected, 1e-7)
+
+    def test_alone_is_each_sample_leaving_by_itself(self, network, dense, u):
+        solution, everyone = self.solved(network, u), torch.arange(len(dense))
+        if not self.direct:
+            with pytest.raises(fastntk.InputError, match="one by one"):
+                solution.alone(network, everyone)
+            return
+        expected = torch.stack(
+            [dense[i] @ self.updated(solution, network, torch.tensor([i]), -1).change for i in everyone]
+        )
+        self.close(solution.alone(network, everyone), expected)
+        self.close(solution.alone(network, everyone[[5, 2]]), expected[[5, 2]])
+
+    def test_the_heads_moments_are_those_of_its_inputs(self, network, rows, u):
+        moments = self.solved(network, u).head_moments(network.layout) if network.layout.head else None
+        if not self.direct:
+            assert moments is None
+        elif moments:
+            features = rows.jacobian.features
+            self.close(moments[0], features.T @ features)
+            self.close(moments[1], rows.residual.T @ features)
+
+    def test_stored_and_restored_it_is_the_same(self, network, u):
+        solution = self.solved(network, u)
+        tensors = {name: tensor.clone() for name, tensor in solution.tensors().items()}
+        again = FORMS[self.form].restore(tensors, solution.ridge)
+        assert again.over.tolist() == solution.over.tolist()
+        assert torch.equal(again.step, solution.step)
+        left, right = (self.updated(each, network, torch.tensor([1, 5]), -1).change for each in (solution, again))
+        assert torch.equal(left, right)
+
+    def test_it_says_what_preparing_takes(self, network):
+        work = Workload.of(network)
+        price, timing = FORMS[self.form].price(work), FORMS[self.form].timing(work, network)
+        assert price.form == self.form
+        assert price.bytes > 0
+        assert timing.operations > 0
+        assert all(seconds >= 0 for seconds in timing.seconds.values())
+
+
+class TestPrimal(SolutionContract):
+    form = "primal"
+
+    def test_the_inexactness_is_that_of_the_normal_equations(self, network, rows, dense, u):
+        solution, flat = self.solved(network, u), dense.flatten(0, 1)
+        off = replace(solution, step=solution.step + 1e-3)
+        rhs = flat.T @ rows.residual.flatten() - RIDGE * u
+        left = flat.T @ (flat @ off.step) + RIDGE * off.step - rhs
+        assert off.inexactness() == pytest.approx(float(left.norm() / rhs.norm()))
+        self.stated_is_true(off, network)
+
+    def stated_is_true(self, solution, network):
+        update = self.updated(solution, network, torch.tensor([2]), -1)
+        stated = solution.inexactness(update)
+        assert solution.apply(update).inexactness() == pytest.approx(stated, rel=1e-6)
+
+
+class TestDual(SolutionContract):
+    form = "dual"
+    stated_is_true = TestPrimal.stated_is_true
+
+    def test_the_inexactness_is_that_of_the_normal_equations(self, network, rows, dense, u):
+        solution, flat = self.solved(network, u), dense.flatten(0, 1)
+        off = replace(solution, coefficients=solution.coefficients + 1e-3)
+        rhs = rows.residual.flatten() + flat @ u
+        left = flat @ (flat.T @ off.coefficients) + RIDGE * off.coefficients - rhs
+        assert off.inexactness() == pytest.approx(float(left.norm() / rhs.norm()))
+        self.stated_is_true(off, network)
+
+    def test_nothing_of_the_forgotten_is_left_behind(self, network, u):
+        solution = self.solved(network, u)
+        solution = solution.apply(self.updated(solution, network, torch.tensor([3]), -1))
+        assert not solution.rows.jacobian.dense()[3].any()
+        assert not solution.rows.residual[3].any()
+        for square in (solution.kernel, solution.inverse):
+            assert not square[9:12].any()
+            assert not square[:, 9:12].any()
+
+
+class TestIterative(SolutionContract):
+    form = "matrix-free"
+    direct = False
+
+    @pytest.fixture(autouse=True)
+    def tight(self, monkeypatch):
+        monkeypatch.setattr(iterative, "TOLERANCE", 1e-12)
+
+
+def test_every_form_has_its_contract_tested():
+    tested = {kind.form for kind in (TestPrimal, TestDual, TestIterative)}
+    assert tested == set(FORMS)
+
+
+def test_few_krylov_steps_are_enough_for_a_wide_spectrum(monkeypatch):
+    case = CASES["bn+head"]
+    model = case.model()
+    rows = Linearised(PerSampleJacobian(model, snapshot(tuned(model))), case.data(40)).rows(range(40))
+    generator = torch.Generator().manual_seed(2)
+    u = 0.5 * torch.randn(rows.jacobian.size, generator=generator, dtype=torch.float64)
+    exact = calibrate(Kernel.of(rows), u)
+    monkeypatch.setattr(ridge, "STEPS", 25)
+    assert calibrate(Kernel.of(rows), u).ridge == pytest.approx(exact.ridge, rel=0.03)
