@@ -30,12 +30,12 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import fastntk
-from fastntk.cli.demo import pretrained
 from fastntk.common.files import read_json, writable, write_json
 from fastntk.common.machine import settle
 from fastntk.evidence.bench.stored import fitted, stored_retraining
 from fastntk.evidence.compare import compare
-from fastntk.inputs.models import Preprocessing
+from fastntk.inputs.images import Preprocessing
+from fastntk.inputs.packaged import pretrained
 from fastntk.tuning.fitting import Fit, Recipe
 
 Make = Callable[[], tuple[nn.Module, Preprocessing]]
@@ -69,7 +69,7 @@ def measured(name: str, arguments: argparse.Namespace) -> dict[str, dict[str, An
     results = {}
     for scenario, forget, held_out in scenarios(train, test):
         methods = {**stored_references(1, folder, scenario, key), "fastntk": FastNTK()}
-        problem = Problem(model, fit.initial, train, forget, fit.recipe, memory)
+        problem = Problem(memory, forget, fit.recipe)
         report, notes = compare(problem, held_out, methods, fit.seconds)
         Console(width=120).print(report.table(f"{name}, {scenario}"), notes["fastntk"], "")
         results[scenario] = {

@@ -22,6 +22,7 @@ The last line is JSON.
 import argparse
 import copy
 import json
+import shutil
 import statistics
 import tempfile
 import time
@@ -38,7 +39,8 @@ from torch.utils.data import Subset, TensorDataset
 import fastntk
 from fastntk.inputs.libraries import torchvision
 from fastntk.memory.memory import Memory
-from fastntk.tuning.selectors import snapshot, tune, tuned
+from fastntk.tuning.parameters import snapshot, tuned
+from fastntk.tuning.selectors import tune
 
 CLASSES, SIDE = 10, 64
 
@@ -67,14 +69,15 @@ def requests(memory: Memory, count: int, folder: Path) -> dict[str, float]:
     """Requests of one, ten and a hundred samples to the memory, kept in a folder, and the first in another order."""
     samples = len(memory.ids)
     ids = torch.randperm(samples, generator=torch.Generator().manual_seed(1)).tolist()
-    other = copy.deepcopy(memory)
     memory.save(folder)
+    copied = shutil.copytree(folder, folder.with_name(f"{folder.name}-other"))
+    other = fastntk.load(copied, memory.model, memory.state.members.source)
     ones = [[i] for i in ids[:count]]
     each = answered(memory, ones)
-    purges, error = [memory.purge()], memory.error()
+    purges, error = [memory.purge()], memory.state.error()
     answered(other, [ones[k] for k in torch.randperm(count).tolist()])
-    vectors = [m._vector for m in (memory, other)]  # in float64
-    order = float((vectors[0] - vectors[1]).norm() / (vectors[0] - memory._layout.flatten(memory.anchor)).norm())
+    vectors = [m.state.vector for m in (memory, other)]  # in float64
+    order = float((vectors[0] - vectors[1]).norm() / (vectors[0] - memory.state.layout.flatten(memory.anchor)).norm())
     tens = answered(memory, [ids[count + 10 * k : count + 10 * k + 10] for k in range(5)])
     purges.append(memory.purge())
     hundreds = answered(memory, [ids[count + 50 + 100 * k : count + 150 + 100 * k] for k in range(3)])

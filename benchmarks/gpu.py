@@ -23,13 +23,14 @@ from torch import Tensor, nn
 
 from fastntk.common.machine import settle
 from fastntk.inputs.libraries import torchvision
-from fastntk.jacobians.jacobian import PerSampleJacobian
 from fastntk.jacobians.linearised import jacobians
 from fastntk.jacobians.numerics import PRECISIONS
-from fastntk.solve.primal import PrimalSolution
+from fastntk.jacobians.per_sample import PerSampleJacobian
+from fastntk.solve.primal import Primal
 from fastntk.solve.sums import Sums, accumulate
 from fastntk.tuning.loss import SquaredLoss
-from fastntk.tuning.selectors import snapshot, tune, tuned
+from fastntk.tuning.parameters import snapshot, tuned
+from fastntk.tuning.selectors import tune
 
 CLASSES, SIDE = 10, 224
 CASES = {"resnet18": ("bn",), "vit_b_32": ("prompt:10", "head")}
@@ -88,7 +89,7 @@ def measured(name: str, samples: int, precision: str, batch: int, dtype: torch.d
     torch.cuda.synchronize()
     passed = time.perf_counter()
     displacement = torch.zeros(len(sums.rhs), dtype=torch.float64, device="cuda")
-    PrimalSolution.of(sums, displacement, 0.1 * sums.trace / len(sums.rhs))
+    Primal.of(sums, displacement, 0.1 * sums.trace / len(sums.rhs), torch.arange(samples))
     torch.cuda.synchronize()
     return {
         "pass_seconds": passed - started,

@@ -18,13 +18,15 @@ from pretrained import mobilenet_v2, vit_s14
 from safetensors.torch import save_file
 from torch import nn
 
-from fastntk.cli.demo import mnist, pretrained
 from fastntk.common.files import writable
 from fastntk.common.machine import settle
-from fastntk.inputs.images import batches, in_memory, labels_of, load_data
+from fastntk.inputs.batches import batches, labels_of
+from fastntk.inputs.images import in_memory
 from fastntk.inputs.models import load_model
+from fastntk.inputs.packaged import mnist, pretrained
+from fastntk.inputs.sources import load_data
+from fastntk.inputs.structure import head_name
 from fastntk.tuning.outputs import logits_of
-from fastntk.tuning.selectors import head_name
 
 FOLDER = Path("runs/inputs")
 

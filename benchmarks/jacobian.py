@@ -33,8 +33,9 @@ from torch.func import functional_call
 
 from fastntk.common.machine import settle
 from fastntk.inputs.libraries import timm, torchvision
-from fastntk.jacobians.jacobian import PerSampleJacobian
-from fastntk.tuning.selectors import snapshot, tune, tuned
+from fastntk.jacobians.per_sample import PerSampleJacobian
+from fastntk.tuning.parameters import snapshot, tuned
+from fastntk.tuning.selectors import tune
 
 CLASSES = 10
 

@@ -36,12 +36,13 @@ from torch.utils.data import Dataset, Subset
 
 import fastntk
 from fastntk.common.machine import settle
-from fastntk.inputs.images import labels_of
-from fastntk.jacobians.jacobian import PerSampleJacobian
+from fastntk.inputs.batches import labels_of
 from fastntk.jacobians.linearised import Linearised
+from fastntk.jacobians.per_sample import PerSampleJacobian
+from fastntk.jacobians.products import pull
 from fastntk.tuning.fitting import Fit
-from fastntk.tuning.outputs import at, logits_of
-from fastntk.tuning.selectors import snapshot, tuned
+from fastntk.tuning.outputs import logits_of, model_at
+from fastntk.tuning.parameters import snapshot, tuned
 
 FACTORS = torch.logspace(-4, 2, 121, dtype=torch.float64)
 
@@ -74,7 +75,8 @@ class Problem:
         forget, held_out, references = self.requests[request]
         sets = Subset(self.train, forget.tolist()), held_out
         models = [
-            at(self.model, self.linearised.layout.unflatten(each, self.fit.initial)) for each in (vector, *references)
+            model_at(self.model, self.linearised.layout.unflatten(each, self.fit.initial))
+            for each in (vector, *references)
         ]
         gone, one, other = (logits_of(each, sets[0], "cpu") for each in models)
         ratio = (logit_distance(gone, one) + logit_distance(gone, other)) / 2 / logit_distance(one, other)
@@ -182,24 +184,26 @@ def damped(problem: Problem, vector: Tensor, forget: Tensor, keep: Tensor) -> Te
     """One step on ``F_R(theta) - grad F_D(theta*) . theta``, of which ``theta*`` is the optimum with R = D."""
     memory, linearised, layout = problem.memory, problem.linearised, problem.linearised.layout
     start, ridge, everyone = problem.anchor - problem.u, problem.memory.ridge, range(len(problem.train))
-    correction = ridge * problem.u - linearised.pull(linearised.residual(everyone))
+    correction = ridge * problem.u - pull(linearised, linearised.residual(everyone))
     loss, labels = linearised.loss, labels_of(problem.train)[keep]
 
     def objective(theta: Tensor) -> float:
-        model = at(problem.model, layout.unflatten(theta, problem.fit.initial))
+        model = model_at(problem.model, layout.unflatten(theta, problem.fit.initial))
         residual = loss.residual(logits_of(model, Subset(problem.train, keep.tolist()), "cpu"), labels).double()
         pulled = ridge / 2 * (theta - start).square().sum() - correction @ theta
         return float(residual.square().sum() / 2 + pulled)
 
     parameters = layout.unflatten(vector, problem.fit.initial)
     here = replace(linearised, jacobian=PerSampleJacobian(problem.model, parameters, layout))
-    downhill = here.pull(here.residual(keep.tolist())) - ridge * (vector - start) + correction
+    downhill = pull(here, here.residual(keep.tolist())) - ridge * (vector - start) + correction
     # resolve takes a displacement v to (G_R + ridge I)^-1 (b_R - ridge v)
-    direction = memory.resolve(forget, torch.zeros_like(start), ridge) - memory.resolve(forget, downhill / ridge, ridge)
+    direction = memory.state.resolve(forget, torch.zeros_like(start), ridge) - memory.state.resolve(
+        forget, downhill / ridge, ridge
+    )
     trials = [vector]
     for size in (0.05, 0.1, 0.2, 0.4, 0.8):
         moved = layout.unflatten(vector + size * direction, problem.fit.initial)
-        trials.append(layout.flatten(fastntk.exact_head(memory, moved, forget.tolist())))
+        trials.append(layout.flatten(fastntk.finished(memory, moved, exact_head=True, without=forget.tolist())))
     return min(trials, key=objective)
 
 
@@ -208,7 +212,8 @@ def heads_at(problem: Problem, plain: Step, factor: float) -> dict[str, Tensor]:
     layout, answers = problem.linearised.layout, {}
     for request, (forget, *_) in problem.requests.items():
         stepped = layout.unflatten(problem.anchor + plain.change(factor, forget), problem.fit.initial)
-        answers[request] = layout.flatten(fastntk.exact_head(problem.memory, stepped, forget.tolist()))
+        exact = fastntk.finished(problem.memory, stepped, exact_head=True, without=forget.tolist())
+        answers[request] = layout.flatten(exact)
     return answers
 
 
@@ -216,7 +221,7 @@ def from_origin(problem: Problem, ones: Tensor) -> dict[str, Tensor]:
     """The step from the outputs that the network really had before fitting."""
     layout, labels = problem.linearised.layout, labels_of(problem.train)
     before = layout.unflatten(problem.anchor - problem.u, problem.fit.initial)
-    outputs = logits_of(at(problem.model, before), problem.train, "cpu")
+    outputs = logits_of(model_at(problem.model, before), problem.train, "cpu")
     step = Step(problem, ones)
     step.target = (problem.linearised.loss.targets(labels, problem.classes) - outputs).double().flatten()
     step.rotated = step.vectors.T @ step.target
@@ -276,9 +281,9 @@ def posed(name: str, arguments: argparse.Namespace) -> tuple[Problem, Dataset]:
     memory = fastntk.prepare(model, train, fit.initial)
     requests = {}
     for scenario, forget, held_out in scenarios(train, test):
-        asked = fastntk.methods.Problem(model, fit.initial, train, forget, fit.recipe, memory)
+        asked = fastntk.methods.Problem(memory, forget, fit.recipe)
         found = [method(asked).parameters for method in stored_references(1, folder, scenario, key).values()]
-        requests[scenario] = forget, held_out, [linearised.layout.flatten(each) for each in found]
+        requests[scenario] = torch.tensor(forget), held_out, [linearised.layout.flatten(each) for each in found]
     return Problem(model, fit, linearised, memory, train, requests), test
 
 
@@ -302,7 +307,7 @@ def main() -> None:
         table.add_row(name, *cells)
     console.print(table)
     labels = labels_of(test)
-    logits = logits_of(at(problem.model, problem.linearised.jacobian.parameters), test, "cpu")
+    logits = logits_of(model_at(problem.model, problem.linearised.jacobian.parameters), test, "cpu")
     residual = problem.linearised.loss.residual(logits, labels).square().sum(1).mean().sqrt()
     console.print(f"unseen images: accuracy {accuracy(logits, labels):.1f} %, residual {float(residual):.2f}")
     step = Step(problem, torch.ones_like(problem.u))

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
-from fastntk.tuning.selectors import tuned
+from fastntk.tuning.parameters import tuned
 
 
 def randomise(model: nn.Module) -> None:

@@ -42,9 +42,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fastntk.common.machine import settle
 from fastntk.inputs.libraries import torchvision
-from fastntk.jacobians.jacobian import PerSampleJacobian
+from fastntk.jacobians.per_sample import PerSampleJacobian
 from fastntk.solve.sums import Sums, accumulate
-from fastntk.tuning.selectors import snapshot, tune, tuned
+from fastntk.tuning.parameters import snapshot, tuned
+from fastntk.tuning.selectors import tune
 
 CLASSES, SIDE = 10, 64
 

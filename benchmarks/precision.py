@@ -24,8 +24,9 @@ from torch.utils.data import TensorDataset
 
 from fastntk import prepare
 from fastntk.inputs.libraries import torchvision
-from fastntk.jacobians.jacobian import PerSampleJacobian
-from fastntk.tuning.selectors import snapshot, tune, tuned
+from fastntk.jacobians.per_sample import PerSampleJacobian
+from fastntk.tuning.parameters import snapshot, tuned
+from fastntk.tuning.selectors import tune
 
 CLASSES = 100
 CASES: dict[str, dict[str, Any]] = {
@@ -53,8 +54,9 @@ def answer(train: TensorDataset, dtype: torch.dtype, ridge: float, options: dict
     """The Gram matrix and the change of the parameters when ten samples go."""
     model, initial = prepared(dtype)
     memory = prepare(model, train, initial, form="primal", ridge=ridge, **options)
-    update = memory.solution.update(torch.arange(10), memory.rows, -1)
-    return memory.solution.tensors()["sums.rest"].double(), update.change
+    state, gone = memory.state, torch.arange(10)
+    update = state.solution.update(state.network, gone, -1, state.rows(gone))
+    return state.solution.tensors()["sums.rest"].double(), update.change
 
 
 def main() -> None:

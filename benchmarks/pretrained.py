@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from fastntk.inputs.images import in_memory, load_data
+from fastntk.inputs.images import Preprocessing, in_memory
 from fastntk.inputs.libraries import timm
-from fastntk.inputs.models import Preprocessing, load_model
+from fastntk.inputs.models import load_model
+from fastntk.inputs.sources import load_data
 from fastntk.inputs.weights import load_weights, read_weights, rename_by_order
 
 CACHE = Path.home() / ".cache" / "fastntk"

@@ -34,8 +34,8 @@ class RetainStepAlone:
     ridge: float
 
     def __call__(self, problem: Problem) -> Unlearned:
-        step = problem.memory.resolve(problem.forget, problem.memory.displacement, self.ridge)
-        return Unlearned(problem.memory.assemble(step), None)
+        step = problem.state.resolve(problem.positions, problem.state.displacement, self.ridge)
+        return Unlearned(problem.state.moved_by(step))
 
 
 def methods(scale: float, samples: int) -> dict[str, Method]:
@@ -62,7 +62,7 @@ def one_seed(arguments: argparse.Namespace, per_class: int, seed: int) -> dict[s
     scale = memory.calibration.ridge / memory.calibration.factor
     results = {}
     for name, forget, held_out in scenarios(train, test, seed):
-        problem = Problem(model, fit.initial, train, forget, recipe, memory)
+        problem = Problem(memory, forget, recipe)
         stored = stored_references(seed + 1, fits, name, key)
         report, notes = compare(problem, held_out, {**stored, **methods(scale, len(train))}, fit.seconds)
         Console().print(report.table(f"{name}, seed {seed}"))

@@ -22,11 +22,11 @@ from scenarios import scenarios, stored_references
 from torch import Tensor
 
 import fastntk
-from fastntk.cli.demo import digits, pretrained
 from fastntk.common.files import writable
 from fastntk.common.machine import settle
 from fastntk.evidence.bench.stored import fitted
 from fastntk.evidence.compare import compare
+from fastntk.inputs.packaged import digits, pretrained
 from fastntk.memory.memory import Memory
 from fastntk.tuning.fitting import Recipe
 
@@ -53,8 +53,8 @@ class Spectrum:
 
     @classmethod
     def of(cls, memory: Memory) -> "Spectrum":
-        rows, u = memory.solution.rows, memory.displacement
-        values, vectors = torch.linalg.eigh(memory.solution.kernel)
+        rows, u = memory.state.solution.rows, memory.state.displacement
+        values, vectors = torch.linalg.eigh(memory.state.solution.kernel)
         residual, image = rows.residual.double().flatten(), rows.jacobian.matvec(u).flatten()
         parts = [vectors.T @ part for part in (residual + image, image, residual)]
         return cls(values.clamp_min(0), vectors, *parts, float(u @ u), rows.residual.shape[1])
@@ -126,7 +126,7 @@ RULES: dict[str, Callable[[Spectrum, float], float]] = {
 def chosen(memory: Memory) -> dict[str, float]:
     """The factor of the kernel's mean diagonal that every rule takes."""
     spectrum = Spectrum.of(memory)
-    scale = float(memory.solution.kernel.diagonal().mean())
+    scale = float(memory.state.solution.kernel.diagonal().mean())
     return {
         name: float(FACTORS[torch.tensor([rule(spectrum, float(factor) * scale) for factor in FACTORS]).argmax()])
         for name, rule in RULES.items()
@@ -150,7 +150,7 @@ def judged(name: str, arguments: argparse.Namespace) -> tuple[dict[str, float], 
     for request, forget, held_out in scenarios(train, test, forgotten_class=3 if name == "efficientnet_lite0" else 0):
         if request not in wanted:
             continue
-        problem = Problem(model, fit.initial, train, forget, recipe, memory)
+        problem = Problem(memory, forget, recipe)
         kept = stored_references(1, out, request, key)
         ridges = {"automatic": FastNTK()} | {f"{factor:g}": FastNTK(ridge=factor * scale) for factor in JUDGED}
         report, notes = compare(problem, held_out, {**kept, **ridges})

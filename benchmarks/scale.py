@@ -35,8 +35,9 @@ from torch.utils.data import Dataset
 
 from fastntk import plan, prepare
 from fastntk.inputs.libraries import torchvision
-from fastntk.memory import prepare as preparation
-from fastntk.tuning.selectors import snapshot, tune, tuned
+from fastntk.solve import primal
+from fastntk.tuning.parameters import snapshot, tuned
+from fastntk.tuning.selectors import tune
 
 CLASSES = 10
 CASES = {"resnet18": (("bn",), 64), "vit_b_32": (("prompt:10", "head"), 224)}
@@ -87,7 +88,7 @@ def one(case: str, samples: int) -> dict[str, float]:
     before = psutil.Process().memory_info().rss
     planned = plan(model, train, form="primal")
     passes: list[float] = []
-    preparation.collect_sums = _timed(preparation.collect_sums, passes)
+    primal.collect_sums = _timed(primal.collect_sums, passes)
     started = time.perf_counter()
     prepare(model, train, initial, form="primal")
     seconds = time.perf_counter() - started
@@ -97,7 +98,7 @@ def one(case: str, samples: int) -> dict[str, float]:
         "seconds": seconds,
         "pass_seconds": passes[0],
         "peak_bytes": peak,
-        "time_estimate": (planned.total_seconds or 0) / seconds,
+        "time_estimate": planned.total_seconds / seconds,
         "memory_estimate": planned.bytes / (peak - before),
     }
 

@@ -4,18 +4,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fastntk.methods import Method
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from fastntk.evidence.bench.stored import Stored
 from fastntk.evidence.compare import references
 from fastntk.evidence.requests import drawn
+from fastntk.memory.members import Id
 
 
 def scenarios(
     train: Dataset, test: Dataset, seed: int = 0, forgotten_class: int = 0
-) -> Iterator[tuple[str, Tensor, Dataset]]:
-    """Name, the samples to forget, and the test images: those of the class are left out with it."""
+) -> Iterator[tuple[str, list[Id], Dataset]]:
+    """Name, the ids of the samples to forget, and the test images: those of the class are left out with it."""
     yield "class", *drawn("class", train, test, gone=forgotten_class)
     yield "random", *drawn("random 10%", train, test, seed)
 

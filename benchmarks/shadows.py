@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastntk.methods import FastNTK, Problem
-from fastntk.methods.retrain import retrained
 from fastntk.metrics import klom, margins, ulira
 from pretrained import fingerprint
 from rich.console import Console
@@ -29,16 +28,17 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 import fastntk
-from fastntk.cli.demo import digits, pretrained
 from fastntk.common.files import read_tensors, writable, write_tensors
 from fastntk.common.machine import settle
 from fastntk.common.progress import track
 from fastntk.evidence.bench.summary import interval
+from fastntk.evidence.methods.retrain import retrained
 from fastntk.evidence.requests import drawn
-from fastntk.inputs.images import labels_of
+from fastntk.inputs.batches import labels_of
+from fastntk.inputs.packaged import digits, pretrained
 from fastntk.tuning.fitting import Recipe
-from fastntk.tuning.outputs import at, logits_of
-from fastntk.tuning.selectors import tuned
+from fastntk.tuning.outputs import logits_of, model_at
+from fastntk.tuning.parameters import tuned
 
 UNLEARNING = {"fast_ntk": FastNTK(), "fast_ntk_exact_head": FastNTK(exact_head=True)}
 
@@ -55,17 +55,17 @@ def of_seed(seed: int, unlearned: bool, arguments: argparse.Namespace) -> dict[s
         return read_tensors(path)[0]
     count = len(train)
     forget, _ = drawn("random 10%", train, train)
-    staying = torch.arange(count)[~torch.isin(torch.arange(count), forget)]
-    initial, gone = fastntk.snapshot(tuned(model)), Subset(train, forget.tolist())
+    staying = torch.arange(count)[~torch.isin(torch.arange(count), torch.tensor(forget))]
+    initial, gone = fastntk.snapshot(tuned(model)), Subset(train, forget)
     answers = {"retrain": retrained(model, initial, Subset(train, staying.tolist()), recipe)[0]}
     if unlearned:
         fastntk.fit(model, train, recipe)
         memory = fastntk.prepare(model, train, initial)
-        problem = Problem(model, initial, train, forget, recipe, memory)
+        problem = Problem(memory, forget, recipe)
         answers |= {name: method(problem).parameters for name, method in UNLEARNING.items()}
         answers["original"] = memory.anchor
     found = {
-        name: margins(logits_of(at(model, parameters), gone, "cpu"), labels_of(gone))
+        name: margins(logits_of(model_at(model, parameters), gone, "cpu"), labels_of(gone))
         for name, parameters in answers.items()
     }
     write_tensors(path, found)

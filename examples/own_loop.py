@@ -44,5 +44,5 @@ def fit(data: Dataset, seed: int) -> dict[str, nn.Parameter]:
 fit(train, seed=0)
 memory = fastntk.prepare(network, train, initial)
 print(fastntk.audit(memory, fit))  # two trainings more, once: how near retraining do its answers come?
-forgotten = memory.forget(["person-3", "person-40"])
-print(forgotten.certificate.explanation)
+answer = memory.forget(["person-3", "person-40"])
+print(answer.certificate.explanation)

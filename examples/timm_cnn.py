@@ -6,7 +6,7 @@ from tempfile import mkdtemp
 import torch
 
 import fastntk
-from fastntk.cli.demo import digits
+from fastntk.inputs.packaged import digits
 
 model, preprocessing = fastntk.load_model("mobilenetv3_small_050", classes=10, size=32)  # or weights="mobilenet.pt"
 train = digits(preprocessing, 0, 6)  # 60 MNIST digits; any map-style dataset of (image, label) will do

@@ -1,9 +1,9 @@
 """A vision transformer of torchvision: prompts and head tuned, a class forgotten, the prompts taken off again."""
 
 import fastntk
-from fastntk.cli.demo import digits
-from fastntk.inputs.images import labels_of
+from fastntk.inputs.batches import labels_of
 from fastntk.inputs.libraries import torchvision
+from fastntk.inputs.packaged import digits
 
 preprocessing = fastntk.Preprocessing(32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 model = torchvision().models.VisionTransformer(

@@ -1,8 +1,8 @@
 """A vision transformer of transformers: LoRA and head tuned, an image forgotten and remembered."""
 
 import fastntk
-from fastntk.cli.demo import digits
 from fastntk.inputs.libraries import transformers  # beside a CPU-only torch, "import transformers" finds no torchvision
+from fastntk.inputs.packaged import digits
 
 config = transformers().ViTConfig(
     image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
