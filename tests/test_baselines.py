@@ -23,8 +23,9 @@ from fastntk.methods import (
 from test_methods import dense, problem
 from torch.func import functional_call
 
-from fastntk.evidence.methods.descent import descend, divergence
+from fastntk.evidence.methods.descent import descend
 from fastntk.evidence.methods.random_label import salient
+from fastntk.evidence.metrics.predictions import divergence
 from fastntk.inputs.batches import labels_of
 from fastntk.tuning.parameters import tuned
 

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
-from fastntk.evidence.methods.descent import descend, divergence, shuffled
+from fastntk.evidence.methods.descent import descend, shuffled
 from fastntk.evidence.methods.problem import Problem, Unlearned
 from fastntk.evidence.methods.random_label import Relabelled
+from fastntk.evidence.metrics.predictions import divergence
 from fastntk.tuning.outputs import model_at
 
 

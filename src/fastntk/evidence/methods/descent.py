@@ -59,11 +59,3 @@ def endlessly(problem: Problem, data: Dataset, seed: int) -> Iterator[tuple[Tens
     while True:
         yield from shuffled(problem, data, seed)
         seed += 1
-
-
-def divergence(
-    left: Float[Tensor, "batch classes"], right: Float[Tensor, "batch classes"], temperature: float = 1.0
-) -> Float[Tensor, ""]:
-    """``mean_i KL(softmax(left_i / T) || softmax(right_i / T))`` of two models' logits, in nats."""
-    logs = [(logits / temperature).log_softmax(1) for logits in (left, right)]
-    return (logs[0].exp() * (logs[0] - logs[1])).sum(1).mean()

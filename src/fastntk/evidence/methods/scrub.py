@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastntk.evidence.methods.descent import descend, divergence, shuffled
+from fastntk.evidence.methods.descent import descend, shuffled
 from fastntk.evidence.methods.problem import Problem, Unlearned
+from fastntk.evidence.metrics.predictions import divergence
 from fastntk.tuning.outputs import model_at
 
 
