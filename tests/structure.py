@@ -44,8 +44,8 @@ def imports(tree: ast.Module, known: set[str]) -> Iterator[str]:
             module = str(node.module).removeprefix("fastntk.")
             yield from {f"{module}.{each.name}" if f"{module}.{each.name}" in known else module for each in node.names}
         elif isinstance(node, ast.Import):
-            names = [each.name.removeprefix("fastntk.") for each in node.names if each.name.startswith("fastntk.")]
-            yield from names
+            names = [each.name for each in node.names if each.name.partition(".")[0] == "fastntk"]
+            yield from (name.removeprefix("fastntk").removeprefix(".") for name in names)
 
 
 def graph() -> dict[str, set[str]]:

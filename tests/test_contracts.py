@@ -1,6 +1,7 @@
 """The contracts of ``fastntk.solve``: every Gram operator and every form inherits the tests of its own, against oracles
 that use neither normal equations nor updates."""
 
+import copy
 from dataclasses import replace
 
 import oracles
@@ -197,6 +198,24 @@ class SolutionContract(Contract):
             past.resolve(network, nobody, u, RIDGE)
         with pytest.raises(fastntk.InputError, match="taken this solution's matrices over"):
             self.updated(past, network, torch.tensor([5]), -1)
+
+    def test_what_shares_its_matrices_does_not_survive_it_either(self, network, u):
+        past = self.solved(network, u)
+        step, fresh = past.step.clone(), past.anew(network)
+        fresh.apply(self.updated(fresh, network, torch.tensor([3]), -1))
+        for each in (past, fresh):
+            if self.direct:
+                with pytest.raises(fastntk.InputError, match="taken this solution's matrices over"):
+                    each.inexactness()
+            else:
+                self.close(each.step, step)
+
+    def test_a_copy_is_another_solution(self, network, u):
+        solution = self.solved(network, u)
+        copied = copy.deepcopy(solution)
+        solution = solution.apply(self.updated(solution, network, torch.tensor([3]), -1))
+        copied = copied.apply(self.updated(copied, network, torch.tensor([3]), -1))
+        assert torch.equal(solution.step, copied.step)
 
     def test_solved_anew_it_is_the_same_and_exact(self, network, u):
         solution = self.solved(network, u)

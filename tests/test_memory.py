@@ -204,7 +204,7 @@ def test_new_samples_are_remembered_as_if_they_had_been_there(form):
     model, data = case.model(), case.data()
     part = TensorDataset(*(tensor[:10] for tensor in data.tensors))
     memory = fastntk.prepare(model, part, moved(model), ridge=0.5, form=form)
-    memory.state = memory.state.over(Members(data, memory.ids))
+    memory.state = memory.state.with_members(Members(data, memory.ids))
     memory.remember([10, 13])
     memory.remember([11, 12])
     whole = fastntk.prepare(model, data, moved(model), ridge=0.5, form=form)

@@ -22,13 +22,15 @@ from fastntk.methods import (
     Retrain,
     Scrub,
 )
-from torch.utils.data import TensorDataset
+from torch.utils.data import Subset, TensorDataset
 
 import fastntk
 from fastntk.evidence.compare import compare, one_shot, references
 from fastntk.evidence.methods.golatkar import trapezium_factor
 from fastntk.evidence.methods.problem import measured
 from fastntk.inputs.batches import labels_of
+from fastntk.memory.members import Members
+from fastntk.memory.memory import Memory
 from fastntk.tuning.fitting import Recipe
 from fastntk.tuning.parameters import snapshot, tuned
 
@@ -159,3 +161,27 @@ def test_comparison_measures_every_method_beside_the_original():
     assert report.rows["retrain_other_seed"]["forget_distance"] > 0
     assert notes.keys() == {"fastntk", "fastntk_exact_head"}
     assert "the network departs" in notes["fastntk"]
+
+
+def test_a_request_whose_others_are_partly_gone_is_of_those_that_are_there():
+    given = problem()
+    images, labels = given.memory.state.members.source.tensors
+    fewer = TensorDataset(images[:-2], labels[:-2])
+    memory = Memory(given.memory.state.with_members(Members(fewer, range(20))))
+    here = replace(given, memory=memory)
+    assert here.staying.tolist() == [i for i in range(18) if i not in given.forget]
+    assert len(here.retain) == 15
+    assert labels_of(here.retain).tolist() == labels[here.staying].tolist()
+    with pytest.raises(fastntk.InputError, match="no sample 19, which must be read"):
+        memory.state.members[19]
+
+
+def test_labels_are_what_a_dataset_gives_and_not_what_it_stores():
+    class Relabelling(TensorDataset):
+        targets = torch.zeros(20, dtype=torch.long)
+        labels = ("a",) * 20
+
+    images, labels = CASES["bn+head"].data(20).tensors
+    data = Relabelling(images, labels)
+    assert torch.equal(labels_of(Subset(data, [3, 5])), labels[[3, 5]])
+    assert torch.equal(labels_of(Members(data)), labels)

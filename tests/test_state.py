@@ -1,6 +1,7 @@
 """A state does not change, whatever is asked of its memory."""
 
-from dataclasses import FrozenInstanceError, fields
+import copy
+from dataclasses import FrozenInstanceError, fields, replace
 
 import pytest
 import torch
@@ -54,8 +55,6 @@ def test_looking_changes_nothing(form, tmp_path):
 
 
 def test_a_preview_that_solves_anew_keeps_it_to_itself():
-    from dataclasses import replace
-
     memory, exact = prepared(form="primal"), prepared(form="primal")
     solution = memory.state.solution
     noise = 1e-6 * torch.randn_like(solution.inverse) * solution.inverse.abs().max()
@@ -83,7 +82,25 @@ def test_no_field_can_be_set():
 
 def test_numerics_are_checked_and_come_back_from_json():
     numerics = Numerics(batch_size=3, dtype=torch.float32, class_probes=2)
-    assert Numerics.from_dict(numerics.to_dict()) == numerics
+    assert Numerics.from_dict(replace(numerics, workers=2).to_dict()) == numerics
     for wrong in ({"precision": "half"}, {"dtype": torch.float16}, {"batch_size": 0}, {"workers": -1}):
         with pytest.raises(fastntk.InputError, match="must be"):
             Numerics(**wrong)
+
+
+def test_an_answer_is_the_callers_own():
+    memory = prepared()
+    answer = memory.forget([3])
+    before = memory.parameters
+    for tensors in (answer.parameters, memory.parameters, memory.initial):
+        for tensor in tensors.values():
+            tensor.add_(1)
+    memory.anchor.clear()
+    close(memory.parameters, before, 0)
+
+
+def test_a_memory_can_be_copied():
+    memory = prepared()
+    other = copy.deepcopy(memory)
+    close(memory.forget([3]).parameters, other.forget([3]).parameters, 0)
+    close(memory.forget([4]).parameters, other.forget([4]).parameters, 0)

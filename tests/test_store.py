@@ -119,7 +119,7 @@ def test_a_sample_that_is_not_in_the_sums_cannot_be_taken_out_of_them(tmp_path):
     """Past the ids: what would be removed twice is noticed by the arithmetic, or by the sample's own residual."""
     memory = saved(tmp_path / "m")
     memory.forget([4])
-    memory.state = memory.state.over(Members(memory.state.members.source, range(14)))
+    memory.state = memory.state.with_members(Members(memory.state.members.source, range(14)))
     with pytest.raises(fastntk.InputError, match="another image or label under id 4"):
         memory.forget([4])
 

@@ -16,6 +16,7 @@ What is named here is imported when it is first used.
 
 import importlib
 import sys
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -86,16 +87,23 @@ class _Elsewhere(ModuleType):
 
     def __init__(self, name: str, home: str) -> None:
         super().__init__(name)
-        self._home = home
+        self._home, self.__spec__ = home, ModuleSpec(name, None)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") and name != "__all__":  # which tools ask every module for
             raise AttributeError(name)
         return getattr(importlib.import_module(self._home), name)
 
+    def __dir__(self) -> list[str]:
+        return dir(importlib.import_module(self._home))
+
 
 for _name in ("methods", "metrics"):
     sys.modules[f"{__name__}.{_name}"] = _Elsewhere(f"{__name__}.{_name}", f"{__name__}.evidence.{_name}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__, "methods", "metrics"]
 
 
 def __getattr__(name: str) -> Any:

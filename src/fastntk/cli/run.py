@@ -93,8 +93,16 @@ class Settings:
         )
 
     def fitting(self) -> Recipe:
-        """How the model was fitted."""
-        return Recipe(**{**self.recipe, "loss": loss_from(self.recipe["loss"])})
+        """How the model was fitted.
+
+        Raises:
+            InputError: a field is missing, or of a wrong type.
+        """
+        given = {each.name: self.recipe[each.name] for each in fields(Recipe)}
+        try:
+            return Recipe(**{**given, "loss": loss_from(given["loss"])})
+        except TypeError as error:
+            raise InputError(f"run.json does not describe a recipe ({error}). Restore it from a backup.") from error
 
     def images(self, preprocessing: Preprocessing, source: str | None = None, split: str = "train") -> Images:
         """The training data, or another source read in the same way."""

@@ -79,9 +79,10 @@ def read_tensors(path: Path, names: Sequence[str] | None = None) -> tuple[dict[s
             tensors = {name: file.get_tensor(name) for name in (file.keys() if names is None else names)}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} cannot be read ({error}). It may be truncated: copy it again.") from error
-    if record is None:
-        raise InputError(f"{path} was not written by fastntk.")
-    return tensors, json.loads(record)
+    try:
+        return tensors, json.loads(record or "")
+    except ValueError as error:
+        raise InputError(f"{path} was not written by fastntk.") from error
 
 
 def write_json(path: Path, document: Mapping[str, object]) -> None:

@@ -132,14 +132,14 @@ def left_out(state: State, positions: Int[Tensor, " samples"]) -> Float[Tensor, 
     Raises:
         InputError: the memory is matrix-free, which needs a solve a sample, or its classes are probed.
     """
-    network, layout, ids = state.network, state.layout, positions.tolist()
+    network, layout, places = state.network, state.layout, positions.tolist()
     if network.numerics.probes:
         raise InputError("samples can be left out one by one without class probes alone.")
-    fitted = logits_of(model_at(state.model, state.anchor), Subset(state.members, ids), network.device)
+    fitted = logits_of(model_at(state.model, state.anchor), Subset(state.members, places), network.device)
     moved = state.vector - layout.flatten(state.anchor)
     changes = torch.cat([state.solution.alone(network, some) for some in positions.split(_TOGETHER)])
     alone = fitted + network.loss.whitened(changes, fitted)
-    return alone + tangent(network, ids, moved) if moved.any() else alone
+    return alone + tangent(network, places, moved) if moved.any() else alone
 
 
 def _beside_unseen(result: Audit, state: State, held_out: Dataset) -> Audit:

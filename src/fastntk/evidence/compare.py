@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 from fastntk.common.progress import track
 from fastntk.evidence.methods import FastNTK, Golatkar, Method, Problem, Retrain, Unlearned
 from fastntk.evidence.methods.problem import measured
-from fastntk.evidence.report import FLOOR, REFERENCE, Report, observed, reported
+from fastntk.evidence.report import FLOOR, REFERENCE, Report, reported, subjects_of
 from fastntk.tuning.outputs import model_at
 
 COMPARED_WITH = ("original", REFERENCE, FLOOR)
@@ -60,6 +60,6 @@ def compare(
             parameters=done[name].parameters,
             audit=problem.memory.audit if done[name].note else None,
         )
-        for name, subject in observed(models, sets, problem.device).items()
+        for name, subject in subjects_of(models, sets, problem.device).items()
     }
     return reported(subjects), {name: each.note for name, each in done.items() if each.note}

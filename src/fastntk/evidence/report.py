@@ -90,12 +90,12 @@ def evaluate(
     sets = {"retain": retain, "forget": forget, "test": test}
     subjects = {
         name: replace(subject, seconds=(seconds or {}).get(name))
-        for name, subject in observed(models, sets, device).items()
+        for name, subject in subjects_of(models, sets, device).items()
     }
     return reported(subjects, reference)
 
 
-def observed(
+def subjects_of(
     models: Mapping[str, Model], sets: Mapping[str, Dataset], device: torch.device | str
 ) -> dict[str, Subject]:
     """What is measured of the models: their logits on the sets.

@@ -21,19 +21,23 @@ from fastntk.common.errors import InputError
 
 def labels_of(dataset: Dataset) -> Int[Tensor, " samples"]:
     """All labels, without decoding images where the dataset offers them."""
-    known = labels_offered(dataset)
-    return torch.tensor([int(dataset[i][1]) for i in range(len(dataset))]) if known is None else known  # type: ignore[arg-type]
+    known, count = labels_offered(dataset), len(dataset)  # type: ignore[arg-type]
+    return torch.tensor([int(dataset[i][1]) for i in range(count)]) if known is None else known
 
 
 def labels_offered(dataset: Dataset) -> Int[Tensor, " samples"] | None:
-    """All labels, if the dataset offers them without decoding images."""
+    """All labels, if the dataset is known to offer them without decoding images: as ``labels``, a tensor of whole
+    numbers. What a dataset of the user's makes of its ``targets`` may be something else.
+    """
     if isinstance(dataset, TensorDataset):
         return dataset.tensors[1].long()
     if isinstance(dataset, Subset):
         whole = labels_offered(dataset.dataset)
         return None if whole is None else whole[list(dataset.indices)]
-    known = getattr(dataset, "labels", getattr(dataset, "targets", None))
-    return None if known is None else torch.as_tensor(known).long()
+    known = getattr(dataset, "labels", None)
+    if not isinstance(known, Tensor) or known.ndim != 1 or known.is_floating_point():
+        return None
+    return known.long()
 
 
 class _Share(Sampler[list[int]]):

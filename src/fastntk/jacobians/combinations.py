@@ -3,7 +3,7 @@
 A sample's C logits are replaced by ``V_i' f(x_i)``, k < C combinations, so that its Jacobian costs k backward passes.
 ``V_i`` is ``sqrt(C/k)`` times k orthonormal vectors of R^C in random directions, hence ``E[V_i V_i'] = I``, and the
 sums ``sum J_i'V_i V_i'J_i`` and ``sum J_i'V_i V_i'r_i`` are unbiased estimates of G and b; with k = C they are exact.
-The draw depends on the seed and the sample's id alone, so that a sample that leaves takes away just what it brought.
+The draw depends on the seed and the sample's position alone, so that a sample that leaves takes away what it brought.
 """
 
 from collections.abc import Sequence
@@ -29,16 +29,16 @@ class ClassProbes:
         if not 1 <= self.count <= classes:
             raise InputError(f"the number of probes must be from 1 to the number of classes, {classes}.")
 
-    def draw(self, ids: Sequence[int], classes: int) -> Float[Tensor, "batch classes probes"]:
-        """``V_i`` of the samples with the given ids, in float64.
+    def draw(self, positions: Sequence[int], classes: int) -> Float[Tensor, "batch classes probes"]:
+        """``V_i`` of the samples at some positions, in float64.
 
         Raises:
             InputError: there are fewer classes than probes, or no probe.
         """
         self.check(classes)
         generator = torch.Generator()
-        normal = torch.empty(len(ids), classes, self.count, dtype=torch.float64)
-        for place, i in zip(normal, ids, strict=True):
+        normal = torch.empty(len(positions), classes, self.count, dtype=torch.float64)
+        for place, i in zip(normal, positions, strict=True):
             torch.randn(place.shape, generator=generator.manual_seed(self.seed * 2**40 + i), out=place)
         return torch.linalg.qr(normal).Q * (classes / self.count) ** 0.5
 

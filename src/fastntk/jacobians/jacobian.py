@@ -38,13 +38,6 @@ class Jacobian:
         rest, head = self.split(vector.to(self.rest))
         return (self.rest @ rest + self.features @ head.T).to(vector)
 
-    def matmat(self, vectors: Float[Tensor, "p m"]) -> Float[Tensor, "batch classes m"]:
-        """``J V`` for several vectors, in their dtype."""
-        _, classes, rest = self.rest.shape
-        upper, lower = vectors[:rest], vectors[rest:].unflatten(0, (classes, -1))
-        image = self.rest.to(vectors) @ upper
-        return image + torch.einsum("nf,cfm->ncm", self.features.to(vectors), lower) if len(lower[0]) else image
-
     def rmatvec(self, cotangent: Float[Tensor, "batch classes"]) -> Float[Tensor, " p"]:
         """``J' a``, summed over samples and classes."""
         a = cotangent.to(self.rest)

@@ -39,7 +39,7 @@ class Layout:
         return vector[-size:].view(classes, -1)
 
     def unflatten(self, vector: Float[Tensor, " p"], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The vector as parameters by name, in the dtypes and the order of ``like``."""
+        """The vector as parameters by name, copies in the dtypes and the order of ``like``."""
         names = (*self.fast, *self.slow)
         sizes = [self.shapes[name].numel() for name in names]
         *parts, head = vector.split([*sizes, self.size - sum(sizes)])
@@ -49,4 +49,4 @@ class Layout:
             widths = [self.shapes[name][1:].numel() for name in self.head]
             columns = head.view(classes, sum(widths)).split(widths, 1)
             result |= {name: part.reshape(self.shapes[name]) for name, part in zip(self.head, columns, strict=True)}
-        return {name: result[name].to(like[name]) for name in like}
+        return {name: result[name].to(like[name], copy=True) for name in like}

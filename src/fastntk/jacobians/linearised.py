@@ -142,7 +142,7 @@ def jacobians(
     loss: Loss,
     precision: str = "full",
     probes: ClassProbes | None = None,
-    ids: Iterable[int] = (),
+    positions: Iterable[int] = (),
 ) -> Iterator[tuple[Jacobian, Tensor]]:
     """The Jacobian and residual of every sample, batch by batch: ``J_i`` and ``r_i``, or, for a loss with another
     Hessian than the identity, ``L_i'J_i`` and ``L_i^+ r_i`` (see ``fastntk.tuning.loss``).
@@ -152,18 +152,18 @@ def jacobians(
         samples: any iterable of ``(images, labels)``; a DataLoader with workers reads ahead.
         loss: gives the residuals.
         precision: of the network's arithmetic.
-        probes: replace the C logits of sample i by ``V_i'`` times them; ``ids`` are then their numbers, in order.
+        probes: replace the C logits of sample i by ``V_i'`` times them; ``positions`` are then theirs, in order.
 
     Raises:
         InputError: a pixel is not finite, or a label is outside the classes.
     """
     device = jacobian.device
-    names, classes = iter(ids), 0
+    places, classes = iter(positions), 0
     for images, labels in samples:
         images, draws = checked(images).to(device), None
         if probes:
             classes = classes or jacobian.classes(images)
-            draws = probes.draw([next(names) for _ in images], classes).to(images)
+            draws = probes.draw([next(places) for _ in images], classes).to(images)
         with arithmetic(precision, device):
             batch, logits = jacobian.with_logits(images, partial(_combined, loss, draws))
         logits = logits.to(images.dtype)

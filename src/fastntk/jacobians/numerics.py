@@ -15,7 +15,7 @@ PRECISIONS = ("full", "tf32", "bf16")
 
 @dataclass(frozen=True)
 class Numerics:
-    """How to compute what a memory is made of; none of it changes what is computed.
+    """How to compute what a memory is made of. But for class probes, none of it changes what is computed.
 
     Attributes:
         batch_size: images a batch of Jacobians, at most; fewer where a batch's Jacobians would take over 1 GiB.
@@ -62,8 +62,8 @@ class Numerics:
         return replace(self, batch_size=batch_size)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {**vars(self), "dtype": _name(self.dtype)}
+        """For JSON; how many processes read ahead is a matter of each run."""
+        return {**vars(self), "dtype": _name(self.dtype), "workers": 0}
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> "Numerics":

@@ -8,12 +8,13 @@ samples (on three models of docs/nearer.md a third of a class or more came back)
 alone, it is taken for 1.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from fastntk.common.errors import InputError
+from fastntk.memory.members import Id
 from fastntk.memory.memory import Memory
 from fastntk.memory.state import State
 from fastntk.solve.head import new_head
@@ -25,7 +26,7 @@ def finished(
     *,
     gain: bool = False,
     exact_head: bool = False,
-    without: Sequence[int] = (),
+    without: Iterable[Id] = (),
 ) -> dict[str, Tensor]:
     """An answer's parameters with the audit's gain, then with an exact head, as asked.
 
@@ -37,7 +38,7 @@ def finished(
         parameters: the answer's; None takes the memory's after all requests so far.
         gain: multiply the step by the gain of the memory's audit; one below 1 only if an exact head follows.
         exact_head: solve the head anew at the features after the step: a forward pass over the members.
-        without: positions of members that are not in R although they are in the memory.
+        without: ids of members that are not in R although they are in the memory.
 
     Raises:
         InputError: there is no audit for the gain, or no exact head (see ``exact_head``).
@@ -79,13 +80,13 @@ def _gain_of(state: State) -> float:
     return state.audit.gain
 
 
-def _with_head(state: State, parameters: Mapping[str, Tensor], without: Sequence[int]) -> dict[str, Tensor]:
+def _with_head(state: State, parameters: Mapping[str, Tensor], without: Iterable[Id]) -> dict[str, Tensor]:
     if state.head_shortfall is None:
         raise InputError(
             "an exact head needs a tuned head that gives the logits, squared loss, and a memory in the primal or dual "
             "form without class probes. Tune the head (fastntk.tune(model, 'bn', 'head')) and prepare so."
         )
-    retain = state.positions[~torch.isin(state.positions, torch.tensor(without, dtype=torch.long))]
+    retain = state.positions[~torch.isin(state.positions, state.members.positions(without))]
     missing = state.members.missing(retain)
     if missing:
         raise InputError(

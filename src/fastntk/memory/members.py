@@ -35,7 +35,10 @@ class Members(Dataset):
         return len(self.by_position)
 
     def __getitem__(self, position: int) -> Any:
-        return self.source[self._index[self.by_position[position]]]
+        name = self.by_position[position]
+        if name not in self._index:
+            raise InputError(f"the data source has no sample {name!r}, which must be read. Give all of the data.")
+        return self.source[self._index[name]]
 
     @property
     def _index(self) -> dict[Id | None, int]:
@@ -119,7 +122,9 @@ class Members(Dataset):
         return self._with(None if place in gone else each for place, each in enumerate(self.by_position))
 
     def _with(self, ids: Iterable[Id | None]) -> "Members":
-        return Members(self.source, ids)
+        others = Members(self.source, ids)
+        others._known = self._known  # of the same source
+        return others
 
     def available(self, positions: Int[Tensor, " some"]) -> Int[Tensor, " available"]:
         """Those whose samples the source still has."""

@@ -22,7 +22,7 @@ from fastntk.memory.audit import Audit
 from fastntk.memory.certificate import Answer
 from fastntk.memory.disk.folder import Folder
 from fastntk.memory.disk.ledger import Request
-from fastntk.memory.disk.packing import pack, unpack
+from fastntk.memory.disk.packing import on_device, pack, unpack
 from fastntk.memory.members import Id
 from fastntk.memory.prepare import check_initial, linearised, prepared, refreshed
 from fastntk.memory.request import draft, replayed
@@ -239,7 +239,8 @@ def prepare(
         loss: the one it was fitted with.
         witnesses: how many retained samples check every request: the first that are there in an order drawn once.
         seed: of that draw.
-        checkpoint: a folder where a preparation that is cut off, and called again, goes on. Removed when complete.
+        checkpoint: a folder for the primal form's partial sums, with which a preparation that was cut off goes on when
+            it is called again; removed when it is complete.
         numerics: how to compute; ``changes`` replace its fields: ``prepare(..., batch_size=16)``.
 
     Raises:
@@ -291,5 +292,5 @@ def _opened(folder: Folder, model: nn.Module, source: Dataset) -> State:
     base, journals = folder.read()
     state = replace(unpack(base, model, source), audit=folder.ledger.audit())
     for journal in journals:
-        state = replayed(state, journal["tensors"], journal)
+        state = replayed(state, on_device(journal["tensors"], state.network.device), journal)
     return state

@@ -75,8 +75,7 @@ def plan(
     return timed(*priced(network, form))
 
 
-def timed(network: Linearised, price: Price) -> Plan:
+def timed(network: Linearised, work: Workload, price: Price) -> Plan:
     """The plan of a form, with the time of every phase on this machine."""
-    work = Workload.of(network)
     timing = FORMS[price.form].timing(work, network)
     return Plan(price.form, price.bytes, price.operations + timing.operations, timing.seconds, work)

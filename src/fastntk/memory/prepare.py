@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from fastntk.common import distributed
 from fastntk.common.errors import InputError
 from fastntk.common.machine import free_bytes
 from fastntk.jacobians import combinations
@@ -52,7 +53,7 @@ def prepared(
     count = len(network.train)  # type: ignore[arg-type]
     if count < 2:
         raise InputError("the training set needs at least 2 samples.")
-    network, price = priced(network, options["form"])
+    network, _, price = priced(network, options["form"])
     free = free_bytes(network.device)
     log.info("%s form: up to %.1f GB of memory, of %.1f GB free", price.form, price.bytes / 1e9, free / 1e9)
     if network.numerics.probes:
@@ -68,21 +69,21 @@ def prepared(
         vector=network.layout.flatten(network.jacobian.parameters),
         head_shortfall=head_shortfall(network, solved.solution),
         order=torch.randperm(count, generator=torch.Generator().manual_seed(options["seed"])),
-        witnesses=options["witnesses"],
         calibration=solved.calibration,
         made={"versions": versions, "options": dict(options)},
     )
 
 
-def priced(network: Linearised, form: str) -> tuple[Linearised, Price]:
-    """The network in batches that fit, and the price of the form to take with the memory that is free now.
+def priced(network: Linearised, form: str) -> tuple[Linearised, Workload, Price]:
+    """The network in batches that fit, what is to be done, and the price of the form to take with the memory that is
+    free now.
 
     Raises:
         InputError: nothing fits, or there is no such form.
     """
     work = Workload.of(network)
-    price = chosen(work, free_bytes(network.device), form)
-    return replace(network, numerics=network.numerics.in_batches_of(work.batch_size)), price
+    price = distributed.shared(chosen(work, free_bytes(network.device), form))  # of the first process, for all
+    return replace(network, numerics=network.numerics.in_batches_of(work.batch_size)), work, price
 
 
 def refreshed(state: State, checkpoint: Path | None) -> State:

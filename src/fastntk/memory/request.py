@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fastntk.common.errors import InputError
 from fastntk.common.files import digest
 from fastntk.jacobians.jacobian import Jacobian
 from fastntk.jacobians.rows import Rows
@@ -74,7 +75,7 @@ def draft(state: State, kind: str, ids: Iterable[Id], started: float) -> Draft:
     """
     if SIGNS[kind] > 0:
         before, members = len(state.members), state.members.joined_by(ids)
-        state, positions = state.over(members), torch.arange(before, len(members))
+        state, positions = state.with_members(members), torch.arange(before, len(members))
     else:
         positions = state.members.positions(ids)
     state, update, inexactness = _update(state, positions, SIGNS[kind])
@@ -89,8 +90,12 @@ def draft(state: State, kind: str, ids: Iterable[Id], started: float) -> Draft:
 
 def replayed(state: State, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> State:
     """The state after a request that is carried out again, from its journal."""
+    if record["kind"] not in SIGNS:
+        raise InputError(
+            f"a request is one of {', '.join(SIGNS)}, not {record['kind']!r}. Restore the memory's folder."
+        )
     positions, sign = tensors["positions"], SIGNS[record["kind"]]
-    state = state.over(state.members.with_ids(record["ids"]))
+    state = state.with_members(state.members.with_ids(record["ids"]))
     if "change" in tensors:
         update = Update(tensors["change"], positions, sign, reached=float(tensors["reached"]))
     elif len(positions):
@@ -126,7 +131,7 @@ def _after(state: State, update: Update, vector: Tensor, joined: Tensor | None) 
     solved = replace(state, solution=state.solution.apply(update), vector=vector)
     if joined is None:
         fingerprints = state.fingerprints.index_fill(0, update.positions.to(state.fingerprints.device), 0)
-        return replace(solved, fingerprints=fingerprints).over(state.members.without(update.positions))
+        return replace(solved, fingerprints=fingerprints).with_members(state.members.without(update.positions))
     fingerprints = torch.cat([state.fingerprints, joined.to(state.fingerprints)])
     return replace(solved, fingerprints=fingerprints, order=torch.cat([state.order, update.positions]))
 

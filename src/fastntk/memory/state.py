@@ -40,8 +40,7 @@ class State:
         fingerprints: the residual of every member at the anchor, by which it is known again; zeros for who has left.
         vector: the tuned parameters after all requests so far, in the layout's order.
         head_shortfall: what the fitted head falls short of (``fastntk.solve.head``), or None.
-        order: positions, in the order in which they are drawn for witnesses.
-        witnesses: how many retained samples serve to check every request: the first ones in ``order`` that are there.
+        order: positions, in the order in which they are drawn for witnesses: retained samples that check every request.
         calibration: how an automatic ridge was found, or None for a given one.
         made: how the memory was made, for replay: versions and options.
         audit: the latest one since the network was linearised, or None. It is in the ledger, not among what is kept.
@@ -53,7 +52,6 @@ class State:
     vector: Float[Tensor, " p"] = field(metadata=_TENSOR)
     head_shortfall: Float[Tensor, "classes features"] | None = field(metadata=_OPTIONAL)
     order: Int[Tensor, " positions"] = field(metadata=_TENSOR)
-    witnesses: int = field(metadata=_PLAIN)
     calibration: Calibration | None = field(metadata=_CALIBRATION)
     made: Mapping[str, Any] = field(metadata=_PLAIN)
     audit: Audit | None = None
@@ -76,7 +74,7 @@ class State:
     @property
     def anchor(self) -> dict[str, Tensor]:
         """``theta*``: where the network is linearised."""
-        return self.network.jacobian.parameters
+        return dict(self.network.jacobian.parameters)
 
     @property
     def initial(self) -> dict[str, Tensor]:
@@ -103,7 +101,7 @@ class State:
         """Of the members."""
         return self.members.present.nonzero()[:, 0]
 
-    def over(self, members: Members) -> "State":
+    def with_members(self, members: Members) -> "State":
         """The same with other members, or the same ones over another data source."""
         return replace(self, network=replace(self.network, train=members))
 
@@ -122,14 +120,14 @@ class State:
         return self.solution.resolve(self.network, positions, displacement, ridge)
 
     def error(self) -> float:
-        """``|s - s'| / |s'|`` with s the step that all updates have led to and s' solved anew from the sums."""
+        """``|s - s'| / |s'|`` with s the step that all updates have led to and s' solved anew."""
         fresh = self.solution.anew(self.network)
         return float((self.solution.step - fresh.step).norm() / fresh.step.norm())
 
     def drawn_witnesses(self, asked: Int[Tensor, " some"]) -> Sequence[int]:
         """The positions of those that check a request for the samples at ``asked``; of these none."""
         others = self.order[self.members.present[self.order] & ~torch.isin(self.order, asked)]
-        return self.members.available(others)[: self.witnesses].tolist()
+        return self.members.available(others)[: self.made["options"]["witnesses"]].tolist()
 
     def check(self, positions: Int[Tensor, " some"], residuals: Float[Tensor, "some outputs"] | None = None) -> None:
         """Whether the data source still has, under the members' ids, what was prepared; from ``residuals`` if known.

@@ -97,7 +97,7 @@ def clear(folder: Path) -> None:
 
 
 def shards(count: int) -> list[range]:
-    """The ids of ``count`` samples, shard by shard."""
+    """The positions of ``count`` samples, shard by shard."""
     return [range(start, min(start + SHARD, count)) for start in range(0, count, SHARD)]
 
 
@@ -137,12 +137,12 @@ def collect_rows(linearised: Linearised, count: int) -> Rows:
     if not distributed.active():
         return linearised.rows(range(count), "Jacobians")
     one, parts = linearised.rows([0]), []
-    for shard, ids in enumerate(shards(count)):
+    for shard, positions in enumerate(shards(count)):
         owner = shard % distributed.size()
         if owner == distributed.rank():
-            parts.append(linearised.rows(ids, f"shard {shard + 1}"))
+            parts.append(linearised.rows(positions, f"shard {shard + 1}"))
         else:
-            parts.append(one[torch.zeros(len(ids), dtype=torch.long)])
+            parts.append(one[torch.zeros(len(positions), dtype=torch.long)])
     for shard, part in enumerate(parts):
         owned = (part.jacobian.rest, part.jacobian.features, part.residual)
         distributed.share_(owned, shard % distributed.size())

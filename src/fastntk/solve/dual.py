@@ -8,7 +8,7 @@ Adding samples borders A.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import ClassVar, cast
 
@@ -35,14 +35,14 @@ from fastntk.solve.linalg import (
 )
 from fastntk.solve.prices import Price, Timing, Workload, direct
 from fastntk.solve.ridge import calibrate
-from fastntk.solve.solution import Moments, Solved, TakenOver, Task, Update
+from fastntk.solve.solution import Moments, Ownership, Solved, Task, Update
 
 
 @dataclass(frozen=True)
-class Dual(TakenOver):
+class Dual:
     """``A``, ``a`` and the rows of a set S that samples leave and join; ``s(S) = J_S' a - u``.
 
-    Samples that have left have zeros in every array.
+    Samples that have left have zeros in rows and kernel, and take no part.
 
     Attributes:
         rows: of S, by position; the next solution takes them over.
@@ -52,6 +52,7 @@ class Dual(TakenOver):
         inverse: ``A = (K_S + ridge I)^-1``; likewise.
         coefficients: ``a = A (r_S + J_S u)``.
         over: the positions of S.
+        ownership: of what the next solution takes over.
     """
 
     name: ClassVar[str] = "dual"
@@ -63,6 +64,7 @@ class Dual(TakenOver):
     inverse: Float[Tensor, "rows rows"]
     coefficients: Float[Tensor, " rows"]
     over: Int[Tensor, " samples"]
+    ownership: Ownership = field(default_factory=Ownership, compare=False, repr=False)
 
     @classmethod
     def of(cls, gram: Kernel, displacement: Float[Tensor, " p"], ridge: float, over: Int[Tensor, " samples"]) -> "Dual":
@@ -100,7 +102,7 @@ class Dual(TakenOver):
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything but the ridge, by name."""
-        self.still_ours()
+        self.ownership.check()
         jacobian = {f"rows.{field.name}": getattr(self.rows.jacobian, field.name) for field in fields(Jacobian)}
         own = {name: getattr(self, name) for name in ("displacement", "kernel", "inverse", "coefficients", "over")}
         return {**jacobian, "rows.residual": self.rows.residual, **own}
@@ -116,7 +118,7 @@ class Dual(TakenOver):
     @cached_property
     def step(self) -> Float[Tensor, " p"]:
         """``s(S)``, from the rows."""
-        self.still_ours()
+        self.ownership.check()
         return _step(self.rows, self.coefficients, self.displacement)
 
     def reads(self, sign: int) -> bool:
@@ -127,7 +129,7 @@ class Dual(TakenOver):
         self, network: Linearised, positions: Int[Tensor, " samples"], sign: int, rows: Rows | None = None
     ) -> Update:
         """From rows of the inverse, or by bordering it."""
-        self.still_ours()
+        self.ownership.check()
         return self._leaving(positions) if sign < 0 else self._joining(positions, cast(Rows, rows))
 
     def _leaving(self, positions: Tensor) -> Update:
@@ -153,17 +155,17 @@ class Dual(TakenOver):
 
     def alone(self, network: Linearised, positions: Int[Tensor, " samples"]) -> Float[Tensor, "samples outputs"]:
         """``ridge a_i - A_ii^-1 a_i``, for each sample i."""
-        self.still_ours()
+        self.ownership.check()
         places = _places(positions, self.rows).view(len(positions), -1)
         blocks, own = self.inverse[places[:, :, None], places[:, None, :]], self.coefficients[places]
         return self.ridge * own - torch.linalg.solve(blocks, own[..., None])[..., 0]
 
     def apply(self, update: Update) -> "Dual":
         """The inverse without the rows that leave, or bordered by those that join."""
-        self.still_ours()
+        self.ownership.give_up()
         after = self._left(update) if update.sign < 0 else self._joined(update)
         mirror_(after.inverse)
-        return replace(after, over=update.changes(self.over))
+        return replace(after, over=update.changes(self.over), ownership=Ownership())
 
     def _left(self, update: Update) -> "Dual":
         change_of_a, columns, factor = update.low_rank
@@ -194,7 +196,7 @@ class Dual(TakenOver):
 
     def inexactness(self, update: Update | None = None) -> float:
         """``|(K_S + ridge I) a - (r_S + J_S u)| / |r_S + J_S u|``."""
-        self.still_ours()
+        self.ownership.check()
         target, a = self.rows.targets(self.displacement), self.coefficients
         if update is None:
             return relative(self.kernel @ a + self.ridge * a - target, target)
@@ -211,12 +213,13 @@ class Dual(TakenOver):
 
     def anew(self, network: Linearised) -> "Dual":
         """From the kernel."""
-        self.still_ours()
-        return Dual.of(Kernel(self.rows, self.kernel), self.displacement, self.ridge, self.over)
+        self.ownership.check()
+        fresh = Dual.of(Kernel(self.rows, self.kernel), self.displacement, self.ridge, self.over)
+        return replace(fresh, ownership=self.ownership)  # of the same rows and kernel
 
     def head_moments(self, layout: Layout) -> Moments:
         """From the rows."""
-        self.still_ours()
+        self.ownership.check()
         features = self.rows.jacobian.features.double()
         return features.T @ features, self.rows.residual.double().T @ features
 
@@ -224,7 +227,7 @@ class Dual(TakenOver):
         self, network: Linearised, positions: Int[Tensor, " samples"], displacement: Float[Tensor, " p"], ridge: float
     ) -> Float[Tensor, " p"]:
         """By conjugate gradients on the kernel, preconditioned by ``A``."""
-        self.still_ours()
+        self.ownership.check()
         _, columns, factor = self._leaving(positions).low_rank
         gone = _places(positions, self.rows)
 

@@ -42,13 +42,16 @@ def chosen(work: Workload, free: int, form: str = "auto") -> Price:
     found = cheapest(offered, free)
     if found:
         return found
-    if len(offered) == 1 and offered[0].refusal:
-        raise InputError(offered[0].refusal)
-    needs = ", ".join(f"the {price.form} form {price.bytes / 1e9:.1f} GB" for price in offered)
+    fit_for_use = [price for price in offered if not price.refusal]
+    refusals = " ".join(price.refusal for price in offered if price.refusal)
+    if not fit_for_use:
+        raise InputError(refusals)
+    needs = ", ".join(f"the {price.form} form {price.bytes / 1e9:.1f} GB" for price in fit_for_use)
     remedy = f"{offered[0].remedy}; " if len(offered) == 1 and offered[0].remedy else ""
+    last = refusals or "Or take the matrix-free form, which grows with neither."
     raise InputError(
         f"the step does not fit into memory: for {work.parameters:,} tuned parameters, {work.samples:,} samples and "
         f"{work.outputs} outputs it needs {needs}; {free / 1e9:.1f} GB are free. Remedies: {remedy}tune fewer "
-        "parameters (for example 'bn' or the head alone: primal grows with their square), train on fewer samples (dual "
-        "grows with theirs), or take the matrix-free form, which grows with neither."
+        "parameters (for example 'bn' or the head alone: primal grows with their square), or train on fewer samples "
+        f"(dual grows with theirs). {last[0].upper()}{last[1:]}"
     )

@@ -50,7 +50,7 @@ class Iterative:
         basis: Q, of all samples that were prepared.
         projected: T.
         step: ``s(S)``.
-        reached: the relative residual of the latest solve.
+        reached: the inexactness of the latest solve.
         over: the positions of S.
     """
 
@@ -85,7 +85,7 @@ class Iterative:
         count = STEPS + _SOLVE_PASSES
         vector = torch.ones(work.parameters, dtype=torch.float64, device=network.device)
         return prices.passes(
-            work, network, count, lambda ids: products.gram(network, ids, vector), f"about {count} passes"
+            work, network, count, lambda few: products.gram(network, few, vector), f"about {count} passes"
         )
 
     @classmethod

@@ -124,10 +124,10 @@ def factorised(core: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     return factor
 
 
-def relative(residual: Tensor, rhs: Tensor) -> float:
-    """``|residual| / |rhs|``; the former where the latter vanishes."""
+def relative(left: Tensor, rhs: Tensor) -> float:
+    """``|left| / |rhs|``, what a solve leaves of its right-hand side; the former where the latter vanishes."""
     size = float(rhs.norm())
-    return float(residual.norm()) / size if size else float(residual.norm())
+    return float(left.norm()) / size if size else float(left.norm())
 
 
 def conjugate_gradients(

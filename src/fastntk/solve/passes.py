@@ -1,6 +1,6 @@
 """Products with the Gram matrix by passes of the network over the samples."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -60,9 +60,9 @@ class Passes:
     @property
     def trace(self) -> float:
         """An estimate of ``tr G``."""
-        return self.estimated_trace()
+        return self.estimated_trace(seed=0)
 
-    def estimated_trace(self, seed: int = 0) -> float:
+    def estimated_trace(self, seed: int) -> float:
         """Without bias: the mean square of ``J'L a`` over random signs a, one draw a batch."""
         network, generator = self.network, torch.Generator().manual_seed(seed)
         total = torch.zeros((), dtype=torch.float64, device=network.device)
@@ -74,10 +74,6 @@ class Passes:
     def spectrum(self, displacement: Float[Tensor, " p"], steps: int) -> Spectrum:
         """From a Krylov space of G, a pass a step."""
         return Krylov.of(self, displacement, steps, self.network.dtype).spectrum
-
-    def over(self, positions: Int[Tensor, " others"]) -> "Passes":
-        """The operator of other samples of the same network."""
-        return replace(self, positions=positions)
 
     @staticmethod
     def _total(tensor: Tensor) -> Tensor:

@@ -134,9 +134,9 @@ def activation_bytes(network: Linearised) -> int:
 
 def passes(work: Workload, network: Linearised, count: int, once: Callable[[range], object], name: str) -> Timing:
     """Of so many passes over all samples, from ``once`` done to the samples of one batch, given their positions."""
-    ids = range(min(work.batch_size, work.samples))
-    each, operations = timed(lambda: once(ids), network.device)
-    share = count * work.samples / len(ids)
+    few = range(min(work.batch_size, work.samples))
+    each, operations = clocked(lambda: once(few), network.device)
+    share = count * work.samples / len(few)
     return Timing({name: share * each / distributed.size()}, share * operations)
 
 
@@ -151,18 +151,18 @@ def direct(work: Workload, network: Linearised, side: int, inner: int, kind: str
         kind: what the phase of the products is called, ``sums`` or ``kernel``.
         head: how many more products the solve takes, for the head's blocks.
     """
-    jacobians = passes(work, network, 1, lambda ids: list(network.stream(ids)), "Jacobians")
+    jacobians = passes(work, network, 1, lambda few: list(network.stream(few)), "Jacobians")
     trial, count = min(side, _TRIAL), max(1, ROWS // work.outputs) * work.outputs
     if not trial:
         return jacobians
     accumulated = network.numerics.dtype if kind == "sums" else torch.float64
     rows = torch.randn(count, trial, device=network.device, dtype=accumulated if kind == "sums" else torch.float32)
     matrix = torch.zeros(trial, trial, device=network.device, dtype=accumulated)
-    multiply, _ = timed(lambda: add_product_(matrix, rows.T, rows.T), network.device)
+    multiply, _ = clocked(lambda: add_product_(matrix, rows.T, rows.T), network.device)
     mirror_(matrix).diagonal().add_(1 + float(matrix.diagonal().mean()))
     vector = torch.ones(trial, dtype=accumulated, device=network.device)
-    matvec, _ = timed(lambda: matrix @ vector, network.device)
-    invert, _ = timed(lambda: invert_(matrix.clone()), network.device)
+    matvec, _ = clocked(lambda: matrix @ vector, network.device)
+    invert, _ = clocked(lambda: invert_(matrix.clone()), network.device)
     rate, growth = count * trial**2 / multiply, side / trial
     algebra = {
         kind: inner * float(side) ** 2 / rate / distributed.size(),
@@ -172,7 +172,7 @@ def direct(work: Workload, network: Linearised, side: int, inner: int, kind: str
     return Timing({**jacobians.seconds, **algebra}, jacobians.operations)
 
 
-def timed(work: Callable[[], object], device: torch.device) -> tuple[float, float]:
+def clocked(work: Callable[[], object], device: torch.device) -> tuple[float, float]:
     """Seconds and floating-point operations of some work: after one run, the median of three, or of as many as start
     within ten seconds."""
     with FlopCounterMode(display=False) as counter:

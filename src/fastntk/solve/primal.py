@@ -9,7 +9,7 @@ Adding samples is the same with the other sign.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar, cast
 
 import torch
@@ -33,12 +33,12 @@ from fastntk.solve.linalg import (
 )
 from fastntk.solve.prices import Price, Timing, Workload, direct
 from fastntk.solve.ridge import calibrate
-from fastntk.solve.solution import Moments, Solved, TakenOver, Task, Update
+from fastntk.solve.solution import Moments, Ownership, Solved, Task, Update
 from fastntk.solve.sums import ROWS, Sums
 
 
 @dataclass(frozen=True)
-class Primal(TakenOver):
+class Primal:
     """``B = (G_S + ridge I)^-1`` and ``s(S)`` for a set S that samples leave and join.
 
     G consists of blocks: R (rest), X_c (rest by the head's inputs, one a class) and ``I_C (x) H`` (head). B is kept as
@@ -53,6 +53,7 @@ class Primal(TakenOver):
         head_inverse: ``(H + ridge I)^-1``.
         step: ``s(S)``.
         over: the positions of S.
+        ownership: of what the next solution takes over.
     """
 
     name: ClassVar[str] = "primal"
@@ -63,6 +64,7 @@ class Primal(TakenOver):
     head_inverse: Float[Tensor, "features features"]
     step: Float[Tensor, " p"]
     over: Int[Tensor, " samples"]
+    ownership: Ownership = field(default_factory=Ownership, compare=False, repr=False)
 
     @classmethod
     def of(cls, sums: Sums, displacement: Float[Tensor, " p"], ridge: float, over: Int[Tensor, " samples"]) -> "Primal":
@@ -121,7 +123,7 @@ class Primal(TakenOver):
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything but the ridge, by name."""
-        self.still_ours()
+        self.ownership.check()
         sums = {f"sums.{field.name}": getattr(self.sums, field.name) for field in fields(Sums)}
         own = ("displacement", "inverse", "head_inverse", "step", "over")
         return {**sums, **{name: getattr(self, name) for name in own}}
@@ -139,6 +141,7 @@ class Primal(TakenOver):
 
     def solve(self, vector: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
         """``B v``, in the dtype of the vector."""
+        self.ownership.check()
         classes, rest, features = self.sums.cross.shape
         v = vector.to(self.inverse.dtype)
         head = v[rest:].view(classes, features) @ self.head_inverse
@@ -163,7 +166,7 @@ class Primal(TakenOver):
         ``low_rank``: the rest's rows of ``B J_F'``, ``(H + ridge I)^-1 h_i`` of every sample, and the Cholesky factor
         of ``I + sign J_F B J_F'``.
         """
-        self.still_ours()
+        self.ownership.check()
         these = cast(Rows, rows)
         h, solved, reduced, upper = self._projected(these)
         core = reduced.T @ upper + torch.kron(h @ solved, torch.eye(len(self.sums.cross)).to(h))
@@ -181,7 +184,7 @@ class Primal(TakenOver):
 
     def alone(self, network: Linearised, positions: Int[Tensor, " samples"]) -> Float[Tensor, "samples outputs"]:
         """``-M_i (I - M_i)^-1 (r_i - J_i s(S))`` with ``M_i = J_i B J_i'``, for each sample i."""
-        self.still_ours()
+        self.ownership.check()
         these = network.rows(positions.tolist())
         h, solved, reduced, upper = self._projected(these)
         samples, classes = these.residual.shape
@@ -193,17 +196,18 @@ class Primal(TakenOver):
 
     def apply(self, update: Update) -> "Primal":
         """The inverse by Woodbury's identity, the head's own from its sums."""
-        self.still_ours()
+        self.ownership.give_up()
         (upper, _, factor), rows = update.low_rank, cast(Rows, update.rows)
         add_product_(self.inverse, upper, torch.cholesky_solve(upper.T, factor).T, -update.sign)
         mirror_(self.inverse)
         self.sums.observe_(rows.jacobian, rows.residual, update.sign).complete_()
         head_inverse, step = ridge_inverse(self.sums.head, self.ridge), self.step + update.change
-        return replace(self, head_inverse=head_inverse, step=step, over=update.changes(self.over))
+        over = update.changes(self.over)
+        return replace(self, head_inverse=head_inverse, step=step, over=over, ownership=Ownership())
 
     def inexactness(self, update: Update | None = None) -> float:
         """Of the normal equations as they stand in the contract."""
-        self.still_ours()
+        self.ownership.check()
         if update is None:
             return relative(_rhs(self) - self._apply(self.step), _rhs(self))
         rows, step = cast(Rows, update.rows), self.step + update.change
@@ -214,12 +218,13 @@ class Primal(TakenOver):
 
     def anew(self, network: Linearised) -> "Primal":
         """From the sums."""
-        self.still_ours()
-        return Primal.of(self.sums, self.displacement, self.ridge, self.over)
+        self.ownership.check()
+        fresh = Primal.of(self.sums, self.displacement, self.ridge, self.over)
+        return replace(fresh, ownership=self.ownership)  # of the same sums
 
     def head_moments(self, layout: Layout) -> Moments:
         """Blocks of the sums."""
-        self.still_ours()
+        self.ownership.check()
         return self.sums.head.double(), layout.head_of(self.sums.rhs)
 
     def resolve(

@@ -42,7 +42,7 @@ class Update:
         sign: 1 where F is added, -1 where it is taken out.
         rows: of F, where the form needs them.
         low_rank: what the form needs to carry it out, see there.
-        reached: the relative residual of the solve, where it was one by iteration.
+        reached: the inexactness of the solve, where it was one by iteration.
     """
 
     change: Float[Tensor, " p"]
@@ -68,7 +68,7 @@ class Task:
         count: n, the number of its samples.
         displacement: ``u``.
         ridge: a total; None finds one (``fastntk.solve.ridge``).
-        checkpoint: a folder for partial results of a long pass, or None.
+        checkpoint: a folder for partial results of a long pass, where the form has any, or None.
     """
 
     network: Linearised
@@ -171,15 +171,23 @@ class Solution(Protocol):
         """Solve for all samples of the task."""
 
 
-class TakenOver:
-    """A solution whose ``inverse``, and what goes with it, the next one changes in place: it notices, and refuses."""
+class Ownership:
+    """Of matrices that the next solution changes in place; solutions that hold the same share one, until it is
+    given up.
 
-    inverse: Tensor
+    Raises:
+        InputError: from ``check`` and ``give_up``, once it was.
+    """
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_version", self.inverse._version)  # counted up by every change in place
+    def __init__(self) -> None:
+        self._given_up = False
 
-    def still_ours(self) -> None:
-        """Raises ``InputError`` if a later solution has taken the matrices over."""
-        if self.inverse._version != self._version:  # type: ignore[attr-defined]
+    def check(self) -> None:
+        """Whether the matrices are still what they were."""
+        if self._given_up:
             raise InputError("a later request has taken this solution's matrices over. Use the memory's state of now.")
+
+    def give_up(self) -> None:
+        """They are about to change; nobody else who holds them may use them any more."""
+        self.check()
+        self._given_up = True

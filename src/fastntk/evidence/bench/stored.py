@@ -2,20 +2,22 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-import fastntk
 from fastntk.common.files import read_tensors, write_tensors
+from fastntk.common.formats import Document, Format, unchanged
 from fastntk.evidence.auditing import Retraining
 from fastntk.evidence.methods import Method, Problem, Unlearned
 from fastntk.evidence.methods.problem import measured
 from fastntk.evidence.methods.retrain import retrained
-from fastntk.tuning.fitting import Fit, Recipe
-from fastntk.tuning.parameters import tuned
+from fastntk.tuning.fitting import Fit, Recipe, fit
+from fastntk.tuning.parameters import snapshot, tuned
+
+FORMAT = Format("stored fit", (unchanged,))
+"""Of the files."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,10 @@ class Stored:
         """The stored answer, or the method's, which is then stored."""
         if kept := _kept(self.path, self.key, problem.device):
             tensors, record = kept
-            return Unlearned(tensors, record["note"], record["seconds"], record["bytes"])
+            return Unlearned(tensors, **{key: record[key] for key in ("note", "seconds", "bytes")})
         done = measured(self.method, problem)
-        record = {"key": self.key, "seconds": done.seconds, "note": done.note, "bytes": done.bytes}
-        write_tensors(self.path, done.parameters, record)
+        known = {"key": self.key, "seconds": done.seconds, "note": done.note, "bytes": done.bytes}
+        write_tensors(self.path, done.parameters, FORMAT.stamped(known))
         return done
 
 
@@ -41,11 +43,11 @@ def fitted(model: nn.Module, train: Dataset, recipe: Recipe, path: Path, key: st
     """Fit ``model``, or put the fit stored at ``path`` under the same ``key`` into it."""
     if kept := _kept(path, key, next(model.parameters()).device):
         tensors, record = kept
-        initial = fastntk.snapshot(tuned(model))
+        initial = snapshot(tuned(model))
         model.eval().load_state_dict(tensors, strict=False)
         return Fit(initial, [], recipe, record["seconds"])
-    done = fastntk.fit(model, train, recipe)
-    write_tensors(path, tuned(model), {"key": key, "seconds": done.seconds})
+    done = fit(model, train, recipe)
+    write_tensors(path, tuned(model), FORMAT.stamped({"key": key, "seconds": done.seconds}))
     return done
 
 
@@ -58,17 +60,17 @@ def stored_retraining(model: nn.Module, fit: Fit, folder: Path, key: str) -> Ret
             return kept[0]
         recipe = replace(fit.recipe, seed=fit.recipe.seed + seed)
         parameters, seconds = retrained(model, fit.initial, data, recipe)
-        write_tensors(path, parameters, {"key": key, "seconds": seconds})
+        write_tensors(path, parameters, FORMAT.stamped({"key": key, "seconds": seconds}))
         return parameters
 
     return retraining
 
 
-def _kept(path: Path, key: str, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+def _kept(path: Path, key: str, device: torch.device) -> tuple[dict[str, Tensor], Document] | None:
     """What was stored at ``path`` under ``key``: tensors, on ``device``, and record; None if nothing was."""
     if not path.exists():
         return None
     tensors, record = read_tensors(path)
-    if record["key"] != key:
+    if record.get("key") != key:
         return None
-    return {name: tensor.to(device) for name, tensor in tensors.items()}, record
+    return {name: tensor.to(device) for name, tensor in tensors.items()}, FORMAT.read(record, path)

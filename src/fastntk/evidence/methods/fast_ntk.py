@@ -40,9 +40,10 @@ class FastNTK:
         certificate, least = answer.certificate, 0.0 if self.exact_head else 1.0
         if self.gain and certificate.audit and certificate.audit.gain >= least:
             certificate = replace(certificate, audit=certificate.audit.with_gain)
-        gone, how = problem.positions.tolist(), {"gain": self.gain, "exact_head": self.exact_head}
-        parameters = finished(problem.memory, answer.parameters, without=gone, **how)
-        return Unlearned(parameters, certificate.explanation)
+        parameters = finished(
+            problem.memory, answer.parameters, gain=self.gain, exact_head=self.exact_head, without=problem.forget
+        )
+        return Unlearned(parameters, note=certificate.explanation)
 
     @staticmethod
     def _at_another_ridge(problem: Problem, ridge: float) -> Unlearned:

@@ -51,7 +51,7 @@ class Iterated:
             taken += 1
         share = float(following.norm() / search.first.norm()) if problem.forget else 0.0
         note = f"{taken} steps after the first, then {ended}: the next one's length is {share:.0%} of the first's"
-        return Unlearned(problem.state.layout.unflatten(theta, problem.state.anchor), note)
+        return Unlearned(problem.state.layout.unflatten(theta, problem.state.anchor), note=note)
 
     def _shorter(self, search: "_Search", theta: Tensor, step: Tensor) -> tuple[Tensor, Tensor] | None:
         """The parameters after a step, damped if need be, and the step from there; None if no damping is enough."""

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
 
 import torch
@@ -58,9 +58,10 @@ class Problem:
 
     @cached_property
     def staying(self) -> Int[Tensor, " retained"]:
-        """The positions of the members that are not to be forgotten."""
-        ids, gone = self.state.members.by_position, set(self.forget)
-        return torch.tensor([place for place, each in enumerate(ids) if each is not None and each not in gone])
+        """The positions of the members that are not to be forgotten and whose samples the data have."""
+        members, gone = self.state.members, set(self.forget)
+        stay = [place for place in self.state.positions.tolist() if members.by_position[place] not in gone]
+        return members.available(torch.tensor(stay, dtype=torch.long))
 
     @property
     def train(self) -> Dataset:
@@ -92,6 +93,7 @@ class Unlearned:
     the seconds it took from a prepared memory, and the most bytes."""
 
     parameters: dict[str, Tensor]
+    _: KW_ONLY
     note: str = ""
     seconds: float | None = None
     bytes: int | None = None
@@ -107,4 +109,5 @@ def measured(method: Method, problem: Problem) -> Unlearned:
         started = time.perf_counter()
         done = method(problem)
         seconds = elapsed(started, problem.device)
-    return done if done.seconds is not None else replace(done, seconds=seconds, bytes=peak.bytes)
+    took = seconds if done.seconds is None else done.seconds
+    return replace(done, seconds=took, bytes=peak.bytes if done.bytes is None else done.bytes)

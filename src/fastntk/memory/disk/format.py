@@ -30,7 +30,6 @@ def _state_0(document: dict[str, Any]) -> dict[str, Any]:
     return {
         **kept,
         "tensors": {**renamed, "solution.over": torch.tensor(present, dtype=torch.long)},
-        "witnesses": document["probe"],
         "numerics": numerics,
         "made": {
             "versions": document["versions"],

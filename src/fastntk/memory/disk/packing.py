@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -55,12 +56,7 @@ def unpack(document: Document, model: nn.Module, source: Dataset) -> State:
         InputError: it is another model's, or something is missing.
     """
     device = next(model.parameters()).device
-    # copies: what is written to in place would be copied out of the mapped file page by page, ten times slower
-    moved = {
-        name: tensor.to(device, copy=True) if tensor.is_floating_point() else tensor.clone()
-        for name, tensor in document["tensors"].items()
-    }
-    tensors, record = Document(moved, document.where), document
+    tensors, record = Document(on_device(document["tensors"], device), document.where), document
     anchor = {name: tensors[f"anchor.{name}"] for name in record["names"]}
     if record["model"] != _frozen(model, anchor):
         raise InputError(f"{document.where} belongs to another model: the frozen weights differ. Open it with its own.")
@@ -76,12 +72,25 @@ def unpack(document: Document, model: nn.Module, source: Dataset) -> State:
         **{name: tensors.get(name) if how["optional"] else tensors[name] for name, how in _own("tensor").items()},
         **{name: how["make"](record[name]) for name, how in _own("data").items()},
     }
-    solved = {name.removeprefix("solution."): tensor for name, tensor in tensors.items() if "solution." in name}
+    solved = {
+        name.removeprefix("solution."): tensor for name, tensor in tensors.items() if name.startswith("solution.")
+    }
     return State(
         Linearised(PerSampleJacobian(model, anchor, layout), members, loss, numerics),
         FORMS[record["form"]].restore(Document(solved, document.where), record["ridge"]),
         **own,
     )
+
+
+def on_device(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Copies of what was read: numbers where the model is, positions on the CPU.
+
+    What is written to in place would be copied out of the mapped file page by page, ten times slower.
+    """
+    return {
+        name: tensor.to(device, copy=True) if tensor.is_floating_point() else tensor.clone()
+        for name, tensor in tensors.items()
+    }
 
 
 def _own(kind: str) -> dict[str, Mapping[str, Any]]:
