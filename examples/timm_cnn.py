@@ -16,9 +16,9 @@ fitted = fastntk.fit(model, train, epochs=3)
 memory = fastntk.prepare(model, train, fitted.initial)
 folder = Path(mkdtemp())
 memory.save(folder / "memory")  # from here on every answer is durable when it is given
-forgotten = memory.forget([17, 42])
+answer = memory.forget([17, 42])
 memory.purge()
-print(forgotten.certificate.explanation)
+print(answer.certificate.explanation)
 
-model.load_state_dict(forgotten.parameters, strict=False)
+model.load_state_dict(answer.parameters, strict=False)
 torch.save(model.state_dict(), folder / "unlearned.pt")

@@ -15,9 +15,9 @@ fitted = fastntk.fit(model, train, epochs=3)
 
 memory = fastntk.prepare(model, train, fitted.initial)
 threes = (labels_of(train) == 3).nonzero()[:, 0].tolist()
-forgotten = memory.forget(threes)
-print(forgotten.certificate.explanation)
+answer = memory.forget(threes)
+print(answer.certificate.explanation)
 
-model.load_state_dict(forgotten.parameters, strict=False)
+model.load_state_dict(answer.parameters, strict=False)
 print("prompts:", tuple(model.prompts.tokens[0].shape))
 fastntk.remove_prompts(model)  # the backbone is bit for bit what it was

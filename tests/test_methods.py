@@ -25,6 +25,7 @@ from fastntk.methods import (
 from torch.utils.data import Subset, TensorDataset
 
 import fastntk
+from fastntk.evidence.bench import config
 from fastntk.evidence.compare import compare, one_shot, references
 from fastntk.evidence.methods.golatkar import trapezium_factor
 from fastntk.evidence.methods.problem import measured
@@ -185,3 +186,8 @@ def test_labels_are_what_a_dataset_gives_and_not_what_it_stores():
     data = Relabelling(images, labels)
     assert torch.equal(labels_of(Subset(data, [3, 5])), labels[[3, 5]])
     assert torch.equal(labels_of(Members(data)), labels)
+
+
+def test_every_method_is_held_to_the_contract():
+    asked = {type(method) for method in METHODS.values()}
+    assert {kind for kind in config.METHODS.values() if kind not in asked} == set()

@@ -1,5 +1,6 @@
 import json
 import re
+from dataclasses import fields
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch.utils.data import TensorDataset
 
 import fastntk
 from fastntk.evidence import metrics
+from fastntk.evidence.measures import MEASURES, PARTS, Subject, shown
 from fastntk.evidence.pages import write_report
 from fastntk.evidence.report import document
 
@@ -154,3 +156,20 @@ def test_a_certificate_is_trusted_within_all_limits(requested, retained, inexact
     assert certificate.explanation.startswith(f"{verdict}: ")
     assert certificate.to_dict()["verdict"] == verdict
     assert "salt" not in certificate.to_ledger()
+
+
+def test_every_measure_says_what_it_needs_and_how_it_is_read():
+    _, _, report = reported()
+    headings = [measure.heading for measure in MEASURES.values()]
+    assert len(set(headings)) == len(headings)
+    bare = Subject({part: report.logits["fastntk"][part] for part in PARTS}, report.labels)
+    for name, measure in MEASURES.items():
+        assert measure.meaning
+        assert measure.better in ("more", "less", "near")
+        assert measure.place in ("terminal", "pages", "nowhere")
+        assert set(measure.needs) <= {each.name for each in fields(Subject)}
+        value = measure(bare)
+        assert (value is None) == (bool(measure.needs) or name == "seconds"), name
+        assert measure.text(value) == ("–" if value is None else f"{value:.{measure.decimals}f}")
+    assert set(report.rows["fastntk"]) == set(MEASURES)
+    assert list(shown("terminal")) == [n for n, m in MEASURES.items() if m.place == "terminal"]

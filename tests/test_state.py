@@ -10,8 +10,7 @@ from test_memory import close, prepared
 import fastntk
 from fastntk.jacobians.numerics import Numerics
 from fastntk.memory.state import State
-
-FORMS = ["primal", "dual", "matrix-free"]
+from fastntk.solve.forms import FORMS
 
 
 def seen(state):

@@ -22,8 +22,8 @@ from fastntk.common.files import read_tensors
 from fastntk.memory.disk import folder as store
 from fastntk.memory.members import Members
 from fastntk.memory.request import hashed
+from fastntk.solve.forms import FORMS
 
-FORMS = ["primal", "dual", "matrix-free"]
 HERE = Path(__file__).parent
 
 
@@ -93,7 +93,7 @@ def test_a_purged_sample_leaves_no_trace(form, tmp_path):
         if name == "over":
             continue
         left = base(folder)[0][f"solution.{name}"]
-        if form == "dual" and name in ("kernel", "inverse", "coefficients"):
+        if form == "dual" and name in ("kernel", "inverse", "targets", "coefficients"):
             left = left[places]
             left = left[:, places] if left.ndim == 2 else left
         elif form == "dual" and name.startswith("rows."):
@@ -304,3 +304,13 @@ def test_refresh_is_preparing_without_the_forgotten_at_the_current_weights(form,
     assert [(each.kind, each.state) for each in memory.requests()] == [("forget", "purged"), ("refresh", "purged")]
     expected = fresh.forget([keep.index(7)]).parameters
     close(reopened(memory, folder).forget([7]).parameters, expected, 1e-8)
+
+
+def test_in_float32_too_a_joined_memory_is_as_exact_as_it_says(tmp_path):
+    case = CASES["bn+head"]
+    model, data = case.model().float(), case.data(40)
+    data = TensorDataset(data.tensors[0].float(), data.tensors[1])
+    memory = fastntk.prepare(model, data, moved(model), form="dual", ridge=0.5)
+    for kind, ids in (("forget", [3, 8, 21]), ("remember", [8, 3])):
+        stated = getattr(memory, kind)(ids).certificate.inexactness
+        assert max(stated, memory.state.solution.inexactness()) < 1e-10

@@ -50,7 +50,8 @@ class Dual:
         ridge: a total.
         kernel: ``K_S = J_S J_S'``; the next solution takes it over.
         inverse: ``A = (K_S + ridge I)^-1``; likewise.
-        coefficients: ``a = A (r_S + J_S u)``.
+        targets: ``r_S + J_S u``.
+        coefficients: ``a``, A times these.
         over: the positions of S.
         ownership: of what the next solution takes over.
     """
@@ -62,6 +63,7 @@ class Dual:
     ridge: float
     kernel: Float[Tensor, "rows rows"]
     inverse: Float[Tensor, "rows rows"]
+    targets: Float[Tensor, " rows"]
     coefficients: Float[Tensor, " rows"]
     over: Int[Tensor, " samples"]
     ownership: Ownership = field(default_factory=Ownership, compare=False, repr=False)
@@ -70,7 +72,7 @@ class Dual:
     def of(cls, gram: Kernel, displacement: Float[Tensor, " p"], ridge: float, over: Int[Tensor, " samples"]) -> "Dual":
         """Solve for the set whose rows and kernel are given."""
         inverse, targets = ridge_inverse(gram.matrix, ridge), gram.rows.targets(displacement)
-        return cls(gram.rows, displacement, ridge, gram.matrix, inverse, inverse @ targets, over)
+        return cls(gram.rows, displacement, ridge, gram.matrix, inverse, targets, inverse @ targets, over)
 
     @classmethod
     def price(cls, work: Workload) -> Price:
@@ -104,7 +106,10 @@ class Dual:
         """Everything but the ridge, by name."""
         self.ownership.check()
         jacobian = {f"rows.{field.name}": getattr(self.rows.jacobian, field.name) for field in fields(Jacobian)}
-        own = {name: getattr(self, name) for name in ("displacement", "kernel", "inverse", "coefficients", "over")}
+        own = {
+            name: getattr(self, name)
+            for name in ("displacement", "kernel", "inverse", "targets", "coefficients", "over")
+        }
         return {**jacobian, "rows.residual": self.rows.residual, **own}
 
     @classmethod
@@ -112,8 +117,8 @@ class Dual:
         """The reverse of ``tensors``."""
         jacobian = Jacobian(*(tensors[f"rows.{field.name}"] for field in fields(Jacobian)))
         rows, displacement = Rows(jacobian, tensors["rows.residual"]), tensors["displacement"]
-        matrix, inverse, coefficients = (tensors[name] for name in ("kernel", "inverse", "coefficients"))
-        return cls(rows, displacement, ridge, matrix, inverse, coefficients, tensors["over"].cpu())
+        matrix, inverse, targets, a = (tensors[name] for name in ("kernel", "inverse", "targets", "coefficients"))
+        return cls(rows, displacement, ridge, matrix, inverse, targets, a, tensors["over"].cpu())
 
     @cached_property
     def step(self) -> Float[Tensor, " p"]:
@@ -176,7 +181,10 @@ class Dual:
             square[:, gone] = 0
         for stored in (self.rows.jacobian.rest, self.rows.jacobian.features, self.rows.residual):
             stored[update.positions] = 0
-        return replace(self, coefficients=(self.coefficients + change_of_a).index_fill(0, gone, 0))
+        coefficients, targets = (
+            each.index_fill(0, gone, 0) for each in (self.coefficients + change_of_a, self.targets)
+        )
+        return replace(self, coefficients=coefficients, targets=targets)
 
     def _joined(self, update: Update) -> "Dual":
         (joining, lifted, factor, across), joined = update.low_rank, cast(Rows, update.rows)
@@ -189,6 +197,7 @@ class Dual:
             square[places[:, None], places] = block
         grown.coefficients[:old] -= lifted @ joining
         grown.coefficients[places] = joining
+        grown.targets[places] = joined.targets(self.displacement)
         grown.rows.jacobian.rest[update.positions] = joined.jacobian.rest
         grown.rows.jacobian.features[update.positions] = joined.jacobian.features
         grown.rows.residual[update.positions] = joined.residual
@@ -197,7 +206,7 @@ class Dual:
     def inexactness(self, update: Update | None = None) -> float:
         """``|(K_S + ridge I) a - (r_S + J_S u)| / |r_S + J_S u|``."""
         self.ownership.check()
-        target, a = self.rows.targets(self.displacement), self.coefficients
+        target, a = self.targets, self.coefficients
         if update is None:
             return relative(self.kernel @ a + self.ridge * a - target, target)
         if update.sign < 0:
@@ -214,8 +223,8 @@ class Dual:
     def anew(self, network: Linearised) -> "Dual":
         """From the kernel."""
         self.ownership.check()
-        fresh = Dual.of(Kernel(self.rows, self.kernel), self.displacement, self.ridge, self.over)
-        return replace(fresh, ownership=self.ownership)  # of the same rows and kernel
+        inverse = ridge_inverse(self.kernel, self.ridge)
+        return replace(self, inverse=inverse, coefficients=inverse @ self.targets)
 
     def head_moments(self, layout: Layout) -> Moments:
         """From the rows."""
@@ -257,11 +266,12 @@ def _places(positions: Int[Tensor, " samples"], rows: Rows) -> Int[Tensor, " row
 def _grown(solution: Dual, samples: int) -> Dual:
     """With so many more samples at the end, of zeros; coefficients of its own."""
     if samples <= 0:
-        return replace(solution, coefficients=solution.coefficients.clone())
+        return replace(solution, coefficients=solution.coefficients.clone(), targets=solution.targets.clone())
     more = samples * solution.rows.residual.shape[1]
     kernel, inverse = (F.pad(square, (0, more, 0, more)) for square in (solution.kernel, solution.inverse))
     room = solution.rows[torch.zeros(samples, dtype=torch.long)]
     for part in (room.jacobian.rest, room.jacobian.features, room.residual):
         part.zero_()
-    coefficients, rows = F.pad(solution.coefficients, (0, more)), solution.rows + room
-    return replace(solution, kernel=kernel, inverse=inverse, coefficients=coefficients, rows=rows)
+    coefficients, targets = (F.pad(each, (0, more)) for each in (solution.coefficients, solution.targets))
+    wider = replace(solution, kernel=kernel, inverse=inverse, coefficients=coefficients, targets=targets)
+    return replace(wider, rows=solution.rows + room)

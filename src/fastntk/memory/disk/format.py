@@ -5,11 +5,13 @@ from typing import Any
 import torch
 
 from fastntk.common.formats import Format, unchanged
+from fastntk.jacobians.jacobian import Jacobian
+from fastntk.jacobians.rows import Rows
 
 
 def _state_0(document: dict[str, Any]) -> dict[str, Any]:
     """Names of their own for what was called residuals, probe and short of head; how to compute in one place; the
-    solution says over which positions it is."""
+    solution says over which positions it is, and in the dual form has its targets."""
     tensors, options, probes = document["tensors"], document["options"], document["class_probes"] or {}
     names = {
         "residuals": "fingerprints",
@@ -17,6 +19,10 @@ def _state_0(document: dict[str, Any]) -> dict[str, Any]:
         "solution.sums.count": "solution.sums.samples",
     }
     renamed = {names.get(name, name): tensor for name, tensor in tensors.items()}
+    if "solution.rows.rest" in renamed:
+        jacobian = Jacobian(renamed["solution.rows.rest"], renamed["solution.rows.features"])
+        rows = Rows(jacobian, renamed["solution.rows.residual"])
+        renamed["solution.targets"] = rows.targets(renamed["solution.displacement"])
     present = [position for position, each in enumerate(document["ids"]) if each is not None]
     numerics = {
         "batch_size": document["batch_size"],
