@@ -12,7 +12,7 @@ from cases import CASES
 import fastntk
 from fastntk.jacobians.linearised import Linearised
 from fastntk.jacobians.per_sample import PerSampleJacobian
-from fastntk.solve import iterative, ridge
+from fastntk.solve import convex, iterative, ridge
 from fastntk.solve.forms import FORMS
 from fastntk.solve.kernel import Kernel
 from fastntk.solve.passes import Passes
@@ -121,15 +121,16 @@ class SolutionContract(Contract):
     """What ``fastntk.solve.solution.Solution`` says."""
 
     form = ""
-    direct = True
+    direct = hands_over = True
 
     def task(self, network, u, total=RIDGE, count=9):
-        return Task(network, count, u, total)
+        return Task(FORMS[self.form].adapted(network, network.classes), count, u, total)
 
     def solved(self, network, u, total=RIDGE, count=9):
         return FORMS[self.form].prepare(self.task(network, u, total, count)).solution
 
     def updated(self, solution, network, positions, sign):
+        network = FORMS[self.form].adapted(network, network.classes)
         rows = network.rows(positions.tolist()) if solution.reads(sign) else None
         return solution.update(network, positions, sign, rows)
 
@@ -143,7 +144,7 @@ class SolutionContract(Contract):
     def test_preparing_gives_the_residuals_and_finds_the_ridge(self, network, rows, u):
         given = FORMS[self.form].prepare(self.task(network, u))
         assert given.calibration is None
-        self.close(given.residuals, rows.residual)
+        self.close(given.residuals, FORMS[self.form].adapted(network, 3).rows(range(9)).residual)
         found = FORMS[self.form].prepare(self.task(network, u, None))
         assert found.solution.ridge == found.calibration.ridge
 
@@ -190,7 +191,7 @@ class SolutionContract(Contract):
         past.apply(self.updated(past, network, torch.tensor([3]), -1))
         assert past.over.tolist() == list(range(9))
         nobody = torch.tensor([], dtype=torch.long)
-        if not self.direct:
+        if not self.hands_over:
             self.close(past.step, step)
             self.close(past.resolve(network, nobody, u, RIDGE), step)
             return
@@ -245,14 +246,16 @@ class SolutionContract(Contract):
         self.close(solution.alone(network, everyone), expected)
         self.close(solution.alone(network, everyone[[5, 2]]), expected[[5, 2]])
 
-    def test_the_heads_moments_are_those_of_its_inputs(self, network, rows, u):
-        moments = self.solved(network, u).head_moments(network.layout) if network.layout.head else None
-        if not self.direct:
-            assert moments is None
-        elif moments:
-            features = rows.jacobian.features
-            self.close(moments[0], features.T @ features)
-            self.close(moments[1], rows.residual.T @ features)
+    def test_the_heads_shortfall_is_that_of_ridge_regression(self, network, rows, u):
+        if not network.layout.head:
+            return
+        found = self.solved(network, u).head_shortfall(network.layout)
+        if self.form == "matrix-free":
+            assert found is None
+            return
+        features, start = rows.jacobian.features, -network.layout.head_of(u)
+        expected = oracles.retrained_head(features, rows.residual, start, RIDGE)
+        self.close(found, expected)
 
     def test_stored_and_restored_it_is_the_same(self, network, u):
         solution = self.solved(network, u)
@@ -313,11 +316,22 @@ class TestDual(SolutionContract):
 
 class TestIterative(SolutionContract):
     form = "matrix-free"
-    direct = False
+    direct = hands_over = False
 
     @pytest.fixture(autouse=True)
     def tight(self, monkeypatch):
         monkeypatch.setattr(iterative, "TOLERANCE", 1e-12)
+
+
+class TestConvex(SolutionContract):
+    """With squared loss and all classes it is the other forms."""
+
+    form = "convex"
+    direct = False
+
+    @pytest.fixture(autouse=True)
+    def tight(self, monkeypatch):
+        monkeypatch.setattr(convex, "TOLERANCE", 1e-12)
 
 
 def test_every_form_has_its_contract_tested():

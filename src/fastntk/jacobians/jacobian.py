@@ -1,10 +1,10 @@
 """The Jacobians of a batch of samples, with the head's structure kept."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -15,50 +15,70 @@ class Jacobian:
     ``theta`` is flat: first the ``rest`` (all tuned parameters but the head's), then the head as a row-major
     ``[C, d]`` matrix (the weight, with the bias as its last column). The head's part of ``J_i`` is ``I_C (x) h_i``,
     so only ``h_i``, the head's input with a 1 appended for the bias, is stored; its width is 0 if the head is frozen.
+
+    Attributes:
+        rest: the rows' part for all but the head.
+        features: ``h_i``.
+        kept: which class each row of a sample is of; None where the rows are all classes in order.
+        total: C, where only some classes are kept.
     """
 
-    rest: Float[Tensor, "batch classes rest"]
+    rest: Float[Tensor, "batch outputs rest"]
     features: Float[Tensor, "batch features"]
+    kept: Int[Tensor, "batch outputs"] | None = None
+    total: int = 0
+
+    @property
+    def classes(self) -> int:
+        """C."""
+        return self.rest.shape[1] if self.kept is None else self.total
 
     @property
     def size(self) -> int:
         """``p``: the number of tuned parameters."""
-        return self.rest.shape[2] + self.rest.shape[1] * self.features.shape[1]
+        return self.rest.shape[2] + self.classes * self.features.shape[1]
 
     def split(self, vector: Float[Tensor, " p"]) -> tuple[Float[Tensor, " rest"], Float[Tensor, "classes features"]]:
         """``vector`` as its rest and its head matrix."""
         rest = self.rest.shape[2]
-        return vector[:rest], vector[rest:].view(self.rest.shape[1], self.features.shape[1])
+        return vector[:rest], vector[rest:].view(self.classes, self.features.shape[1])
 
     def __len__(self) -> int:
         return len(self.rest)
 
-    def matvec(self, vector: Float[Tensor, " p"]) -> Float[Tensor, "batch classes"]:
+    def matvec(self, vector: Float[Tensor, " p"]) -> Float[Tensor, "batch outputs"]:
         """``J v``: the change of the logits that a change ``v`` of the parameters causes, to first order."""
         rest, head = self.split(vector.to(self.rest))
-        return (self.rest @ rest + self.features @ head.T).to(vector)
+        moved = self.features @ head.T
+        return (self.rest @ rest + (moved if self.kept is None else moved.gather(1, self.kept))).to(vector)
 
-    def rmatvec(self, cotangent: Float[Tensor, "batch classes"]) -> Float[Tensor, " p"]:
-        """``J' a``, summed over samples and classes."""
+    def rmatvec(self, cotangent: Float[Tensor, "batch outputs"]) -> Float[Tensor, " p"]:
+        """``J' a``, summed over samples and rows."""
         a = cotangent.to(self.rest)
         rest = self.rest.flatten(0, 1).T @ a.flatten()
+        if self.kept is not None:
+            a = a.new_zeros(len(a), self.total).scatter_add_(1, self.kept, a)
         return torch.cat([rest, (a.T @ self.features).flatten()]).to(cotangent)
 
     def to(self, dtype: torch.dtype) -> "Jacobian":
         """The same in another dtype."""
-        return Jacobian(self.rest.to(dtype), self.features.to(dtype))
+        return replace(self, rest=self.rest.to(dtype), features=self.features.to(dtype))
 
-    def dense(self) -> Float[Tensor, "batch classes p"]:
+    def dense(self) -> Float[Tensor, "batch outputs p"]:
         """``J`` written out, zeros included."""
-        eye = torch.eye(self.rest.shape[1]).to(self.rest)
-        head = torch.einsum("cd,nf->ncdf", eye, self.features).flatten(2)
+        eye = torch.eye(self.classes).to(self.rest)
+        own = eye.expand(len(self), -1, -1) if self.kept is None else eye[self.kept]
+        head = torch.einsum("ncd,nf->ncdf", own, self.features).flatten(2)
         return torch.cat([self.rest, head], 2)
 
     def __getitem__(self, samples: Any) -> "Jacobian":
         """The Jacobian of some of the samples (an index tensor, a mask or a slice)."""
-        return Jacobian(self.rest[samples], self.features[samples])
+        kept = None if self.kept is None else self.kept[samples]
+        return Jacobian(self.rest[samples], self.features[samples], kept, self.total)
 
 
 def concatenate(parts: list[Jacobian]) -> Jacobian:
     """The Jacobian of several batches as one."""
-    return Jacobian(*(torch.cat([getattr(part, name) for part in parts]) for name in ("rest", "features")))
+    rest, features = (torch.cat([getattr(part, name) for part in parts]) for name in ("rest", "features"))
+    kept = [part.kept for part in parts if part.kept is not None]
+    return Jacobian(rest, features, torch.cat(kept) if kept else None, parts[0].total)

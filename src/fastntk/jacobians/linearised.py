@@ -1,11 +1,12 @@
 """The network linearised at ``theta*``, over a training set: the source of all its Jacobians."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from typing import cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.func import functional_call
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -17,8 +18,8 @@ from fastntk.jacobians.jacobian import Jacobian
 from fastntk.jacobians.layout import Layout
 from fastntk.jacobians.numerics import Numerics, arithmetic
 from fastntk.jacobians.per_sample import PerSampleJacobian
-from fastntk.jacobians.rows import Rows
-from fastntk.tuning.loss import Loss, SquaredLoss
+from fastntk.jacobians.rows import Point, Rows
+from fastntk.tuning.loss import Loss, SquaredLoss, check_labels, kept_of
 
 _NOISE = {"full": 1e-4, "tf32": 1e-2, "bf16": 5e-2}
 """What a logit may change between machines and batches, relative to the targets and residuals, by the arithmetic."""
@@ -35,12 +36,15 @@ class Linearised:
         train: the map-style dataset; a sample's position is its index.
         loss: the one the model was fitted with.
         numerics: how to compute.
+        keep: how many classes of each sample rows are of, its label and its likeliest at ``theta*``; None for all, and
+            for combinations of all.
     """
 
     jacobian: PerSampleJacobian
     train: Dataset
     loss: Loss = SquaredLoss()  # noqa: RUF009 (frozen)
     numerics: Numerics = Numerics()  # noqa: RUF009 (frozen)
+    keep: int | None = None
 
     @property
     def device(self) -> torch.device:
@@ -55,7 +59,7 @@ class Linearised:
     @property
     def of_logits(self) -> bool:
         """Whether rows are of the logits themselves, and not of combinations of them."""
-        return not self.loss.curved and self.numerics.probes is None
+        return not self.loss.curved and self.numerics.probes is None and self.keep is None
 
     @cached_property
     def layout(self) -> Layout:
@@ -97,6 +101,9 @@ class Linearised:
 
     def rows(self, positions: Sequence[int], description: str = "Jacobians") -> Rows:
         """The Jacobians and residuals of the samples; of no sample, too."""
+        if self.keep is not None:
+            parts = [self._kept(*batch) for batch in track(self.images(positions or [self._first]), description)]
+            return Rows.together(parts)[: len(positions)]
         return Rows.of(self.stream(positions or [self._first], description))[: len(positions)]
 
     def residual(self, positions: Sequence[int]) -> Iterator[tuple[Tensor, Float[Tensor, "batch classes"]]]:
@@ -109,11 +116,49 @@ class Linearised:
         """What ``rows`` have for residuals, by a forward pass: ``L_i^+ r_i``, and ``V_i'`` times it where the classes
         are probed."""
         passed, probes = self._forward(positions), self.numerics.probes
+        if self.keep is not None:
+            return torch.cat([self._residual_of(*batch) for _, *batch in passed])[: len(positions)]
         parts = [self.loss.whitened(self.loss.residual(logits, labels), logits) for _, logits, labels in passed]
         rows = torch.cat(parts)[: len(positions)]
         return (
             rows if probes is None else torch.einsum("nck,nc->nk", probes.draw(positions, rows.shape[1]).to(rows), rows)
         )
+
+    def _kept(self, images: Tensor, labels: Tensor) -> Rows:
+        """The rows of the likeliest classes of a batch."""
+        images, labels = checked(images).to(self.device), labels.to(self.device)
+        keep = partial(likeliest, labels=labels, count=cast(int, self.keep))
+        with arithmetic(self.numerics.precision, self.device):
+            jacobian, logits = self.jacobian.of_kept(images, keep)
+        return self._rows_of(jacobian, logits.to(self.dtype), labels)
+
+    def _residual_of(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The residuals of the likeliest classes of a batch."""
+        logits = logits.to(self.dtype)
+        classes = likeliest(logits, labels, cast(int, self.keep))
+        kept, z = kept_of(self.loss, logits.double(), labels, classes), logits.gather(1, classes).double()
+        return -self.loss.gradient_of(z, kept).to(self.dtype)
+
+    def at(self, parameters: Mapping[str, Tensor]) -> "Linearised":
+        """The network at other values of its tuned parameters."""
+        return replace(self, jacobian=PerSampleJacobian(self.jacobian.model, parameters, self.layout))
+
+    def head_rows(self, positions: Sequence[int]) -> Rows:
+        """The rows of the likeliest classes with the head's part alone, by a forward pass."""
+        parts = []
+        for images, labels in self.one_pass(positions):
+            with arithmetic(self.numerics.precision, self.device):
+                features, logits = self.jacobian.features(images)
+            logits = logits.to(self.dtype)
+            classes = likeliest(logits, labels, cast(int, self.keep))
+            empty = features.new_empty(*classes.shape, 0)
+            parts.append(self._rows_of(Jacobian(empty, features, classes, logits.shape[1]), logits, labels))
+        return Rows.together(parts)[: len(positions)]
+
+    def _rows_of(self, jacobian: Jacobian, logits: Tensor, labels: Tensor) -> Rows:
+        classes = cast(Tensor, jacobian.kept)
+        point = Point(logits.gather(1, classes).double(), kept_of(self.loss, logits.double(), labels, classes))
+        return Rows(jacobian, -self.loss.gradient_of(point.z, point.kept).to(self.dtype), point)
 
     def changed(
         self,
@@ -134,6 +179,14 @@ class Linearised:
             with torch.no_grad(), arithmetic(self.numerics.precision, self.device):
                 logits = self.logits(images)
             yield images, logits, labels
+
+
+def likeliest(
+    logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"], count: int
+) -> Int[Tensor, "batch outputs"]:
+    """The label of each sample, then its likeliest other classes, ``count`` in all. Raises like ``check_labels``."""
+    check_labels(labels, logits.shape[1])
+    return logits.scatter(1, labels[:, None].long(), torch.inf).topk(min(count, logits.shape[1]), 1).indices
 
 
 def jacobians(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
@@ -79,6 +79,24 @@ class PerSampleJacobian:
     def __call__(self, x: Tensor) -> Jacobian:
         """The Jacobian of a batch ``x`` of images, ``[batch, ...]``."""
         return self.with_logits(x)[0]
+
+    def of_kept(
+        self, x: Tensor, keep: Callable[[Tensor], Int[Tensor, "batch outputs"]]
+    ) -> tuple[Jacobian, Float[Tensor, "batch classes"]]:
+        """The Jacobian of some logits of each image of a batch ``x``, whose classes ``keep`` finds from the logits, and
+        the logits: one backward pass a row that is kept."""
+        layout = self.layout(x)
+        mapped = {name: self.parameters[name] for name in (*layout.fast, *layout.head)}
+        mode = PerSample(mapped, len(x), layout.head)
+        with torch.enable_grad():
+            logits = self._forward(x, self.parameters, mode)
+            kept = keep(logits.detach().to(self.dtype))
+            rest = self._backward(logits.gather(1, kept), [mode.copies[name] for name in layout.fast])
+        if layout.slow:
+            one = torch.nn.functional.one_hot(kept, logits.shape[1]).mT.to(self.dtype)
+            rest = torch.cat([rest, self._functional(x, layout.slow, one)], 2)
+        features = self._features(logits, layout.head, mode).to(self.dtype)
+        return Jacobian(rest, features, kept, logits.shape[1]), logits.detach()
 
     def with_logits(
         self, x: Tensor, combined: Callable[[Tensor], Float[Tensor, "batch classes outputs"] | None] = lambda _: None

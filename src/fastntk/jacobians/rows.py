@@ -1,6 +1,6 @@
 """The Jacobians and residuals of a set of samples."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,14 +9,35 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastntk.jacobians.jacobian import Jacobian, concatenate
+from fastntk.tuning.loss import Kept
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where the rows' logits are, and the loss as a function of them.
+
+    Attributes:
+        z: the logits at ``theta*``.
+        kept: the loss.
+    """
+
+    z: Float[Tensor, "samples outputs"]
+    kept: Kept
+
+    def __getitem__(self, samples: Any) -> "Point":
+        return Point(self.z[samples], self.kept[samples])
 
 
 @dataclass(frozen=True)
 class Rows:
-    """``J_i`` and ``r_i`` of every sample of a set; they do not grow with p squared. ``+`` concatenates."""
+    """``J_i`` and ``r_i`` of every sample of a set; they do not grow with p squared. ``+`` concatenates.
+
+    Where only some classes are kept, ``point`` has the loss as a function of their logits.
+    """
 
     jacobian: Jacobian
     residual: Float[Tensor, "samples outputs"]
+    point: Point | None = None
 
     @classmethod
     def of(cls, batches: Iterable[tuple[Jacobian, Tensor]]) -> "Rows":
@@ -24,14 +45,27 @@ class Rows:
         parts = list(batches)
         return cls(concatenate([jacobian for jacobian, _ in parts]), torch.cat([residual for _, residual in parts]))
 
+    @classmethod
+    def together(cls, parts: list["Rows"]) -> "Rows":
+        """At least one set of rows as one."""
+        points = [part.point for part in parts if part.point]
+        point = None
+        if points:
+            kept = points[0].kept
+            for each in points[1:]:
+                kept = kept + each.kept
+            point = Point(torch.cat([each.z for each in points]), kept)
+        residual = torch.cat([part.residual for part in parts])
+        return cls(concatenate([part.jacobian for part in parts]), residual, point)
+
     def __len__(self) -> int:
         return len(self.residual)
 
     def __add__(self, other: "Rows") -> "Rows":
-        return Rows(concatenate([self.jacobian, other.jacobian]), torch.cat([self.residual, other.residual]))
+        return Rows.together([self, other])
 
     def __getitem__(self, samples: Any) -> "Rows":
-        return Rows(self.jacobian[samples], self.residual[samples])
+        return Rows(self.jacobian[samples], self.residual[samples], self.point and self.point[samples])
 
     def targets(self, displacement: Float[Tensor, " p"]) -> Float[Tensor, " rows"]:
         """``r_S + J_S u``, what the linearised model must add to its value at ``theta_0``; float64."""
@@ -40,3 +74,28 @@ class Rows:
     def error(self, step: Float[Tensor, " p"]) -> Float[Tensor, " rows"]:
         """``r_S - J_S s``, in float64."""
         return (self.residual.double() - self.jacobian.to(torch.float64).matvec(step)).flatten()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By name."""
+        own = {"rest": self.jacobian.rest, "features": self.jacobian.features, "residual": self.residual}
+        if self.point is None or self.jacobian.kept is None:
+            return own
+        kept, classes = self.point.kept, torch.tensor(self.jacobian.total)
+        loss = {"targets": kept.targets, "total": kept.total, "tail": kept.tail}
+        return {**own, "kept": self.jacobian.kept, "classes": classes, "z": self.point.z, **loss}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "Rows":
+        """The reverse of ``tensors``."""
+        rest, features, residual = (tensors[name] for name in ("rest", "features", "residual"))
+        if "kept" not in tensors:
+            return cls(Jacobian(rest, features), residual)
+        kept = Kept(*(tensors[name] for name in ("targets", "total", "tail")))
+        jacobian = Jacobian(rest, features, tensors["kept"].to(rest.device), int(tensors["classes"]))
+        return cls(jacobian, residual, Point(tensors["z"], kept))
+
+    def clear_(self, samples: Any) -> None:
+        """Nothing is left of some of the samples, in place."""
+        for name, tensor in self.tensors().items():
+            if name != "classes":
+                tensor[samples] = 0

@@ -218,6 +218,7 @@ def prepare(
     *,
     ridge: float | str = "auto",
     form: str = "auto",
+    classes: int | str = "auto",
     loss: Loss = SquaredLoss(),
     witnesses: int = 24,
     seed: int = 0,
@@ -236,6 +237,7 @@ def prepare(
         initial: the tuned parameters before fitting, ``fit(...).initial``.
         ridge: the total L2 pull toward ``initial``, or ``"auto"``: see ``fastntk.solve.ridge.calibrate``.
         form: of ``fastntk.solve.forms``, or ``"auto"``: the cheapest that fits.
+        classes: of each sample that the convex form keeps: a number, ``"all"``, or ``"auto"``, as many as are enough.
         loss: the one it was fitted with.
         witnesses: how many retained samples check every request: the first that are there in an order drawn once.
         seed: of that draw.
@@ -252,7 +254,7 @@ def prepare(
     settle()
     check_initial(initial, tuned(model))
     network = linearised(model, train, loss, replace(numerics, **changes))  # type: ignore[arg-type]
-    options = {"ridge": ridge, "form": form, "witnesses": witnesses, "seed": seed}
+    options = {"ridge": ridge, "form": form, "classes": classes, "witnesses": witnesses, "seed": seed}
     return Memory(prepared(network, initial, options, checkpoint))
 
 

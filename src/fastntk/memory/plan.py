@@ -59,6 +59,7 @@ def plan(
     train: Dataset,
     *,
     form: str = "auto",
+    classes: int | str = "auto",
     loss: Loss = SquaredLoss(),
     numerics: Numerics = Numerics(),
     **changes: object,
@@ -72,10 +73,10 @@ def plan(
     """
     settle()
     network = linearised(model, train, loss, replace(numerics, **changes))  # type: ignore[arg-type]
-    return timed(*priced(network, form))
+    return timed(*priced(network, form, classes))
 
 
 def timed(network: Linearised, work: Workload, price: Price) -> Plan:
     """The plan of a form, with the time of every phase on this machine."""
-    timing = FORMS[price.form].timing(work, network)
+    timing = FORMS[price.form].timing(work, FORMS[price.form].adapted(network, work.kept))
     return Plan(price.form, price.bytes, price.operations + timing.operations, timing.seconds, work)

@@ -21,8 +21,8 @@ from fastntk.jacobians.numerics import Numerics
 from fastntk.jacobians.per_sample import PerSampleJacobian
 from fastntk.memory.members import Members
 from fastntk.memory.state import State
+from fastntk.solve.convex import enough
 from fastntk.solve.forms import FORMS, chosen
-from fastntk.solve.head import head_shortfall
 from fastntk.solve.prices import Price, Workload
 from fastntk.solve.solution import Task
 from fastntk.tuning.loss import Loss
@@ -44,7 +44,7 @@ def prepared(
     Args:
         network: linearised at the fitted parameters, over ``Members``.
         initial: the tuned parameters before fitting.
-        options: ``ridge``, ``form``, ``witnesses`` and ``seed`` of ``fastntk.prepare``.
+        options: ``ridge``, ``form``, ``classes``, ``witnesses`` and ``seed`` of ``fastntk.prepare``.
         checkpoint: a folder for partial results, or None.
 
     Raises:
@@ -53,37 +53,50 @@ def prepared(
     count = len(network.train)  # type: ignore[arg-type]
     if count < 2:
         raise InputError("the training set needs at least 2 samples.")
-    network, _, price = priced(network, options["form"])
+    network, work, price = priced(network, options["form"], options["classes"])
     free = free_bytes(network.device)
     log.info("%s form: up to %.1f GB of memory, of %.1f GB free", price.form, price.bytes / 1e9, free / 1e9)
     if network.numerics.probes:
         log.info("class probes: %s", _probe_error(network))
+    network = FORMS[price.form].adapted(network, work.kept)
     displacement = network.layout.flatten(network.jacobian.parameters) - network.layout.flatten(initial)
     ridge = None if options["ridge"] == "auto" else float(options["ridge"])
     solved = FORMS[price.form].prepare(Task(network, count, displacement, ridge, checkpoint))
+    has_head = bool(network.layout.head) and (network.of_logits or network.keep is not None)
     versions = {name: version(name) for name in ("fastntk", "torch")} | {"python": platform.python_version()}
     return State(
         network,
         solved.solution,
         fingerprints=solved.residuals,
         vector=network.layout.flatten(network.jacobian.parameters),
-        head_shortfall=head_shortfall(network, solved.solution),
+        head_shortfall=solved.solution.head_shortfall(network.layout) if has_head else None,
         order=torch.randperm(count, generator=torch.Generator().manual_seed(options["seed"])),
         calibration=solved.calibration,
         made={"versions": versions, "options": dict(options)},
     )
 
 
-def priced(network: Linearised, form: str) -> tuple[Linearised, Workload, Price]:
+def priced(network: Linearised, form: str, classes: int | str = "auto") -> tuple[Linearised, Workload, Price]:
     """The network in batches that fit, what is to be done, and the price of the form to take with the memory that is
     free now.
 
     Raises:
-        InputError: nothing fits, or there is no such form.
+        InputError: nothing fits, there is no such form, or no such number of classes.
     """
-    work = Workload.of(network)
+    work = Workload.of(network, _kept(network, form, classes))
     price = distributed.shared(chosen(work, free_bytes(network.device), form))  # of the first process, for all
     return replace(network, numerics=network.numerics.in_batches_of(work.batch_size)), work, price
+
+
+def _kept(network: Linearised, form: str, classes: int | str) -> int:
+    """How many classes a sample are kept: a number, all, or for a curved loss as many as are enough."""
+    if classes == "all" or (classes == "auto" and not network.loss.curved):
+        return network.classes
+    if classes == "auto":
+        return enough(network) if form in ("auto", "convex") and network.numerics.probes is None else network.classes
+    if not isinstance(classes, int) or not 2 <= classes <= network.classes:
+        raise InputError(f"classes must be 'auto', 'all' or from 2 to {network.classes}, not {classes!r}.")
+    return classes
 
 
 def refreshed(state: State, checkpoint: Path | None) -> State:
@@ -95,7 +108,7 @@ def refreshed(state: State, checkpoint: Path | None) -> State:
     state.check_complete()
     jacobian = PerSampleJacobian(state.model, state.parameters, state.layout)
     members = Members(state.members.source, state.members.ids)
-    network = replace(state.network, jacobian=jacobian, train=members)
+    network = replace(state.network, jacobian=jacobian, train=members, keep=None)
     return prepared(network, state.initial, state.made["options"], checkpoint)
 
 

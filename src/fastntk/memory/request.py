@@ -16,7 +16,6 @@ from torch import Tensor
 
 from fastntk.common.errors import InputError
 from fastntk.common.files import digest
-from fastntk.jacobians.jacobian import Jacobian
 from fastntk.jacobians.rows import Rows
 from fastntk.memory.agreement import observed
 from fastntk.memory.certificate import Answer, Certificate
@@ -54,13 +53,9 @@ class Draft:
         return _after(self.state, self.update, self.vector, self.joined)
 
     def journal(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What it takes to carry it out again: the samples' rows, or the change where the form needs none of them."""
+        """What it takes to carry it out again: the samples' rows where the form needs them, and what it keeps."""
         update, tensors = self.update, {"positions": self.update.positions, "vector": self.vector}
-        if update.rows:
-            jacobian = update.rows.jacobian
-            tensors |= {"rest": jacobian.rest, "features": jacobian.features, "residual": update.rows.residual}
-        elif update.reached is not None:
-            tensors |= {"change": update.change, "reached": torch.tensor(update.reached, dtype=torch.float64)}
+        tensors |= {**(update.rows.tensors() if update.rows else {}), **update.kept}
         if self.joined is None:
             return tensors, {"kind": self.kind, "ids": []}
         names = [self.state.members.by_position[position] for position in update.positions.tolist()]
@@ -96,13 +91,10 @@ def replayed(state: State, tensors: Mapping[str, Tensor], record: Mapping[str, A
         )
     positions, sign = tensors["positions"], SIGNS[record["kind"]]
     state = state.with_members(state.members.with_ids(record["ids"]))
-    if "change" in tensors:
-        update = Update(tensors["change"], positions, sign, reached=float(tensors["reached"]))
-    elif len(positions):
-        rows = Rows(Jacobian(tensors["rest"], tensors["features"]), tensors["residual"]) if "rest" in tensors else None
-        update = state.solution.update(state.network, positions, sign, rows)
-    else:
-        update = Update(torch.zeros_like(state.vector), positions, sign)
+    if not len(positions):
+        return state
+    rows = Rows.from_tensors(tensors) if "rest" in tensors else None
+    update = state.solution.replayed(state.network, positions, sign, rows, tensors)
     return _after(state, update, tensors["vector"], tensors["residual"] if sign > 0 else None)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastntk.common import distributed
 from fastntk.common.files import digest, read_tensors, writable, write_tensors
-from fastntk.jacobians.jacobian import Jacobian, concatenate
+from fastntk.jacobians.jacobian import Jacobian
 from fastntk.jacobians.linearised import Linearised
 from fastntk.jacobians.rows import Rows
 from fastntk.solve.solution import Solution, Solved
@@ -144,9 +144,8 @@ def collect_rows(linearised: Linearised, count: int) -> Rows:
         else:
             parts.append(one[torch.zeros(len(positions), dtype=torch.long)])
     for shard, part in enumerate(parts):
-        owned = (part.jacobian.rest, part.jacobian.features, part.residual)
-        distributed.share_(owned, shard % distributed.size())
-    return Rows(concatenate([part.jacobian for part in parts]), torch.cat([part.residual for part in parts]))
+        distributed.share_(part.tensors().values(), shard % distributed.size())
+    return Rows.together(parts)
 
 
 def key(linearised: Linearised, count: int) -> str:

@@ -8,7 +8,7 @@ Adding samples borders A.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import ClassVar, cast
 
@@ -18,11 +18,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastntk.common.progress import busy
-from fastntk.jacobians.jacobian import Jacobian
 from fastntk.jacobians.layout import Layout
 from fastntk.jacobians.linearised import Linearised
 from fastntk.jacobians.rows import Rows
 from fastntk.solve.collect import collect_rows, solved_once
+from fastntk.solve.head import head_shortfall
 from fastntk.solve.kernel import Kernel, kernel, kernel_between
 from fastntk.solve.linalg import (
     add_product_,
@@ -35,7 +35,7 @@ from fastntk.solve.linalg import (
 )
 from fastntk.solve.prices import Price, Timing, Workload, direct
 from fastntk.solve.ridge import calibrate
-from fastntk.solve.solution import Moments, Ownership, Solved, Task, Update
+from fastntk.solve.solution import Ownership, Solved, Task, Update
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,9 @@ class Dual:
         ``(nC)^2 rest`` and ``(nC)^3`` operations."""
         stored = work.itemsize * (work.rows * work.rest + work.samples * work.features)
         operations = float(work.rows) ** 2 * work.rest + float(work.rows) ** 3
-        return Price(cls.name, int(2.5 * 8 * work.rows**2) + 2 * stored + work.batch_bytes, operations)
+        return Price(
+            cls.name, int(2.5 * 8 * work.rows**2) + 2 * stored + work.batch_bytes, operations, rank=int(work.curved)
+        )
 
     @classmethod
     def timing(cls, work: Workload, network: Linearised) -> Timing:
@@ -102,21 +104,23 @@ class Dual:
 
         return solved_once(solved, cls.restore, rows.residual.clone())
 
+    @classmethod
+    def adapted(cls, network: Linearised, keep: int) -> Linearised:
+        """With all rows."""
+        return network
+
     def tensors(self) -> dict[str, Tensor]:
         """Everything but the ridge, by name."""
         self.ownership.check()
-        jacobian = {f"rows.{field.name}": getattr(self.rows.jacobian, field.name) for field in fields(Jacobian)}
-        own = {
-            name: getattr(self, name)
-            for name in ("displacement", "kernel", "inverse", "targets", "coefficients", "over")
-        }
-        return {**jacobian, "rows.residual": self.rows.residual, **own}
+        rows = {f"rows.{name}": tensor for name, tensor in self.rows.tensors().items()}
+        names = ("displacement", "kernel", "inverse", "targets", "coefficients", "over")
+        return {**rows, **{name: getattr(self, name) for name in names}}
 
     @classmethod
     def restore(cls, tensors: Mapping[str, Tensor], ridge: float) -> "Dual":
         """The reverse of ``tensors``."""
-        jacobian = Jacobian(*(tensors[f"rows.{field.name}"] for field in fields(Jacobian)))
-        rows, displacement = Rows(jacobian, tensors["rows.residual"]), tensors["displacement"]
+        named = {name: tensors[f"rows.{name}"] for name in ("rest", "features", "residual")}
+        rows, displacement = Rows.from_tensors(named), tensors["displacement"]
         matrix, inverse, targets, a = (tensors[name] for name in ("kernel", "inverse", "targets", "coefficients"))
         return cls(rows, displacement, ridge, matrix, inverse, targets, a, tensors["over"].cpu())
 
@@ -165,6 +169,17 @@ class Dual:
         blocks, own = self.inverse[places[:, :, None], places[:, None, :]], self.coefficients[places]
         return self.ridge * own - torch.linalg.solve(blocks, own[..., None])[..., 0]
 
+    def replayed(
+        self,
+        network: Linearised,
+        positions: Int[Tensor, " samples"],
+        sign: int,
+        rows: Rows | None,
+        tensors: Mapping[str, Tensor],
+    ) -> Update:
+        """From the rows, as before."""
+        return self.update(network, positions, sign, rows)
+
     def apply(self, update: Update) -> "Dual":
         """The inverse without the rows that leave, or bordered by those that join."""
         self.ownership.give_up()
@@ -179,8 +194,7 @@ class Dual:
         for square in (self.inverse, self.kernel):
             square[gone] = 0
             square[:, gone] = 0
-        for stored in (self.rows.jacobian.rest, self.rows.jacobian.features, self.rows.residual):
-            stored[update.positions] = 0
+        self.rows.clear_(update.positions)
         coefficients, targets = (
             each.index_fill(0, gone, 0) for each in (self.coefficients + change_of_a, self.targets)
         )
@@ -226,11 +240,12 @@ class Dual:
         inverse = ridge_inverse(self.kernel, self.ridge)
         return replace(self, inverse=inverse, coefficients=inverse @ self.targets)
 
-    def head_moments(self, layout: Layout) -> Moments:
+    def head_shortfall(self, layout: Layout) -> Float[Tensor, "classes features"]:
         """From the rows."""
         self.ownership.check()
         features = self.rows.jacobian.features.double()
-        return features.T @ features, self.rows.residual.double().T @ features
+        moment = self.rows.residual.double().T @ features
+        return head_shortfall(features.T @ features, moment, layout.head_of(self.displacement), self.ridge)
 
     def resolve(
         self, network: Linearised, positions: Int[Tensor, " samples"], displacement: Float[Tensor, " p"], ridge: float
@@ -270,8 +285,7 @@ def _grown(solution: Dual, samples: int) -> Dual:
     more = samples * solution.rows.residual.shape[1]
     kernel, inverse = (F.pad(square, (0, more, 0, more)) for square in (solution.kernel, solution.inverse))
     room = solution.rows[torch.zeros(samples, dtype=torch.long)]
-    for part in (room.jacobian.rest, room.jacobian.features, room.residual):
-        part.zero_()
+    room.clear_(slice(None))
     coefficients, targets = (F.pad(each, (0, more)) for each in (solution.coefficients, solution.targets))
     wider = replace(solution, kernel=kernel, inverse=inverse, coefficients=coefficients, targets=targets)
     return replace(wider, rows=solution.rows + room)

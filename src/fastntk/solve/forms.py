@@ -3,13 +3,14 @@
 from collections.abc import Iterable
 
 from fastntk.common.errors import InputError
+from fastntk.solve.convex import Convex
 from fastntk.solve.dual import Dual
 from fastntk.solve.iterative import Iterative
 from fastntk.solve.prices import Price, Workload
 from fastntk.solve.primal import Primal
 from fastntk.solve.solution import Solution
 
-FORMS: dict[str, type[Solution]] = {form.name: form for form in (Primal, Dual, Iterative)}
+FORMS: dict[str, type[Solution]] = {form.name: form for form in (Primal, Dual, Convex, Iterative)}
 """By name."""
 
 
@@ -25,11 +26,10 @@ def prices(work: Workload, form: str = "auto") -> list[Price]:
 
 
 def cheapest(offered: Iterable[Price], free: int) -> Price | None:
-    """The price with the fewest operations among those that fit into ``free`` bytes; one that is marked as a last
-    resort only if no other fits; None if nothing does. It depends on the prices alone."""
+    """The price of the lowest rank, and of these with the fewest operations, among those that fit into ``free`` bytes;
+    None if nothing does. It depends on the prices alone."""
     fitting = [price for price in offered if price.bytes <= free and not price.refusal]
-    usual = [price for price in fitting if not price.last]
-    return min(usual or fitting, key=lambda price: price.operations, default=None)
+    return min(fitting, key=lambda price: (price.rank, price.operations), default=None)
 
 
 def chosen(work: Workload, free: int, form: str = "auto") -> Price:

@@ -1,10 +1,11 @@
 """The head solved exactly at the features that the step leads to.
 
 The step is linear in the head ``W`` and in what comes before it, and so leaves out the product of their changes. With
-what comes before the head where the step took it, the head's part of the anchored objective has a closed form again.
+what comes before the head where the step took it, the head's part of the anchored objective is a small convex problem
+again, which has a closed form for squared loss.
 With ``h_i(theta)`` the head's inputs, and a 1 for the bias,
 
-    W(S; theta) = argmin_W  1/2 sum_S |W h_i(theta) - t_i|^2 + ridge/2 |W - W_0|^2
+    W(S; theta) = argmin_W  sum_S l(W h_i(theta), t_i) + ridge/2 |W - W_0|^2
 
     W_new = W(R; theta_1) - (W(D; theta*) - W*),    theta_1 = theta* + s(R) - s(D).
 
@@ -20,21 +21,16 @@ from torch import Tensor
 
 from fastntk.jacobians.linearised import Linearised
 from fastntk.jacobians.per_sample import PerSampleJacobian
+from fastntk.solve.convex import head_step
 from fastntk.solve.linalg import shifted
-from fastntk.solve.solution import Solution
 
 Head = Float[Tensor, "classes features"]
 """A head as a matrix, the bias its last column."""
 
 
-def head_shortfall(network: Linearised, solution: Solution) -> Head | None:
-    """``W(D; theta*) - W*`` from a solution over D; None where the head has no closed form there."""
-    layout = network.layout
-    moments = solution.head_moments(layout) if layout.head and network.of_logits else None
-    if moments is None:
-        return None
-    (gram, moment), moved = moments, layout.head_of(solution.displacement)
-    return _solved(gram, moment + moved @ gram, solution.ridge) - moved
+def head_shortfall(gram: Float[Tensor, "features features"], moment: Head, displacement: Head, ridge: float) -> Head:
+    """``W(S; theta*) - W*`` for squared loss, from ``sum h h'`` and ``sum r h'`` over S and ``W* - W_0``."""
+    return ridge_step(gram, moment + displacement @ gram, ridge) - displacement
 
 
 def new_head(
@@ -57,12 +53,18 @@ def new_head(
     """
     layout = network.layout
     start, vector = layout.head_of(layout.flatten(initial)), layout.flatten(parameters)
-    gram, moment = _moments(network, parameters, retain, start)
-    vector[-start.numel() :] = (start + _solved(gram, moment, ridge) - shortfall).flatten()
+    here = layout.head_of(vector)
+    if network.keep is None:
+        gram, moment = _moments(network, parameters, retain, start)
+        wanted = start + ridge_step(gram, moment, ridge)
+    else:
+        rows = network.at(parameters).head_rows(retain)
+        wanted = here + head_step(rows, network.loss, (here - start).flatten(), ridge).view_as(here)
+    vector[-start.numel() :] = (wanted - shortfall).flatten()
     return layout.unflatten(vector, parameters)
 
 
-def _solved(gram: Float[Tensor, "features features"], moment: Head, ridge: float) -> Head:
+def ridge_step(gram: Float[Tensor, "features features"], moment: Head, ridge: float) -> Head:
     """``moment (gram + ridge I)^-1``: with ``moment = sum (t - W_0 h) h'``, ``W(S; theta) - W_0``."""
     return torch.linalg.solve(shifted(gram, ridge), moment.T).T
 

@@ -77,7 +77,7 @@ class Iterative:
         network's."""
         size = work.parameters * (STEPS * work.itemsize + 12 * 8) + 2 * work.batch_size * work.activations
         refusal = "the matrix-free form has no use for class probes: it makes no backward pass a class."
-        return Price(cls.name, size, 0.0, refusal if work.probed else "", last=True)
+        return Price(cls.name, size, 0.0, refusal if work.probed else "", rank=2)
 
     @classmethod
     def timing(cls, work: Workload, network: Linearised) -> Timing:
@@ -97,6 +97,11 @@ class Iterative:
         found = calibrate(gram, task.displacement, space.spectrum) if task.ridge is None else None
         ridge = found.ridge if found else cast(float, task.ridge)
         return Solved(cls.of(gram, task.displacement, ridge, space), residuals, found)
+
+    @classmethod
+    def adapted(cls, network: Linearised, keep: int) -> Linearised:
+        """With all rows."""
+        return network
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything but the ridge, by name."""
@@ -126,7 +131,19 @@ class Iterative:
         error = Passes(network, positions).downhill(self.step)
         after = Update(error, positions, sign).changes(self.over)
         change, reached = self._solve(Passes(network, after), sign * error, self.ridge)
-        return Update(change, positions, sign, reached=reached)
+        kept = {"change": change, "reached": torch.tensor(reached, dtype=torch.float64)}
+        return Update(change, positions, sign, reached=reached, kept=kept)
+
+    def replayed(
+        self,
+        network: Linearised,
+        positions: Int[Tensor, " samples"],
+        sign: int,
+        rows: Rows | None,
+        tensors: Mapping[str, Tensor],
+    ) -> Update:
+        """With the change that was found."""
+        return Update(tensors["change"], positions, sign, reached=float(tensors["reached"]))
 
     def apply(self, update: Update) -> "Iterative":
         """With the step and the set that were worked out."""
@@ -154,8 +171,8 @@ class Iterative:
         """It would take a solve a sample."""
         raise InputError("samples can be left out one by one in the primal and the dual form alone.")
 
-    def head_moments(self, layout: Layout) -> None:
-        """None are kept."""
+    def head_shortfall(self, layout: Layout) -> None:
+        """The head's inputs are not kept."""
 
     def _solve(
         self, gram: Passes, rhs: Float[Tensor, " p"], ridge: float, first: Float[Tensor, " p"] | None = None

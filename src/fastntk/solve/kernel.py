@@ -1,12 +1,14 @@
 """The neural tangent kernel of stored rows, and these as a Gram operator."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from fastntk.common.progress import track
+from fastntk.jacobians.jacobian import Jacobian
 from fastntk.jacobians.rows import Rows
 from fastntk.solve.gram import Spectrum
 from fastntk.solve.linalg import add_product_, lanczos, mirror_
@@ -26,6 +28,8 @@ def kernel(rows: Rows) -> Float[Tensor, "rows rows"]:
     for columns in track(rest.split(_COLUMNS, 1), "kernel"):
         columns = columns.contiguous()
         add_product_(total, columns, columns)
+    if rows.jacobian.kept is not None:
+        return _add_kept_(mirror_(total), rows.jacobian, rows.jacobian)
     return _add_head_(mirror_(total), features, features, outputs)
 
 
@@ -33,6 +37,8 @@ def kernel_between(rows: Rows, others: Rows) -> Float[Tensor, "rows others"]:
     """``J J_other'``, ``[n C, m C]``, in float64."""
     left, right = rows.jacobian, others.jacobian
     total = (left.rest.flatten(0, 1) @ right.rest.flatten(0, 1).T).double()
+    if left.kept is not None:
+        return _add_kept_(total, left, right)
     return _add_head_(total, left.features, right.features, rows.residual.shape[1])
 
 
@@ -41,6 +47,16 @@ def _add_head_(total: Tensor, left: Tensor, right: Tensor, outputs: int) -> Tens
     head = (left @ right.T).double()
     for c in range(outputs):
         total[c::outputs, c::outputs] += head
+    return total
+
+
+def _add_kept_(total: Tensor, left: Jacobian, right: Jacobian) -> Tensor:
+    """The same where each sample keeps classes of its own: ``h_i'h_j`` where two rows are of one class."""
+    head, outputs = (left.features @ right.features.T).double(), left.rest.shape[1]
+    rows, columns = (cast(Tensor, each.kept).flatten() for each in (left, right))
+    for c in rows.unique().tolist():
+        i, j = ((classes == c).nonzero()[:, 0] for classes in (rows, columns))
+        total[i[:, None], j] += head[i[:, None] // outputs, j // outputs]
     return total
 
 

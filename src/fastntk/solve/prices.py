@@ -34,6 +34,8 @@ class Workload:
         sums_itemsize: bytes a number in the sums.
         activations: bytes that the network keeps for its backward passes, per image.
         probed: whether the classes are.
+        kept: how many classes of a sample the convex form has rows of.
+        curved: whether the loss has another Hessian than the identity.
     """
 
     samples: int
@@ -45,6 +47,8 @@ class Workload:
     sums_itemsize: int = 8
     activations: int = 0
     probed: bool = False
+    kept: int = 0
+    curved: bool = False
 
     @property
     def parameters(self) -> int:
@@ -63,8 +67,8 @@ class Workload:
         return jacobians + self.batch_size * self.activations
 
     @classmethod
-    def of(cls, network: Linearised) -> "Workload":
-        """Of preparing the whole training set, by a trial run on one image."""
+    def of(cls, network: Linearised, kept: int = 0) -> "Workload":
+        """Of preparing the whole training set, by a trial run on one image; ``kept`` classes in the convex form."""
         layout, numerics = network.layout, network.numerics
         if numerics.probes:
             numerics.probes.check(network.classes)
@@ -82,6 +86,8 @@ class Workload:
             sums_itemsize=numerics.dtype.itemsize,
             activations=activation_bytes(network),
             probed=numerics.probes is not None,
+            kept=kept,
+            curved=network.loss.curved,
         )
 
 
@@ -95,7 +101,8 @@ class Price:
         operations: floating-point operations of the sums and the solve; the network's passes are not counted.
         refusal: why it cannot be taken at all, or nothing.
         remedy: what would make it smaller, or nothing.
-        last: whether it is taken only where no other fits, as its requests read the retained samples again.
+        rank: 0 for what answers best; a form of a higher one is taken only where none of a lower one fits: 1 for one
+            step of a loss that needs more, 2 where every request reads the retained samples again.
     """
 
     form: str
@@ -103,7 +110,7 @@ class Price:
     operations: float
     refusal: str = ""
     remedy: str = ""
-    last: bool = False
+    rank: int = 0
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from fastntk.jacobians.layout import Layout
 from fastntk.jacobians.linearised import Linearised
 from fastntk.jacobians.rows import Rows
 from fastntk.solve.collect import Checkpoint, collect_sums, key, solved_once
+from fastntk.solve.head import head_shortfall
 from fastntk.solve.linalg import (
     add_product_,
     conjugate_gradients,
@@ -33,7 +34,7 @@ from fastntk.solve.linalg import (
 )
 from fastntk.solve.prices import Price, Timing, Workload, direct
 from fastntk.solve.ridge import calibrate
-from fastntk.solve.solution import Moments, Ownership, Solved, Task, Update
+from fastntk.solve.solution import Ownership, Solved, Task, Update
 from fastntk.solve.sums import ROWS, Sums
 
 
@@ -94,6 +95,7 @@ class Primal:
             cls.name,
             max(collecting + work.batch_bytes, solving) + cross * work.sums_itemsize,
             work.rows * square + work.outputs * work.features * square + float(work.rest) ** 3,
+            rank=int(work.curved),
             remedy="float32 sums take half the memory of float64 ones" if work.sums_itemsize == 8 else "",
         )
 
@@ -120,6 +122,11 @@ class Primal:
         if partial:
             partial.clear()
         return done
+
+    @classmethod
+    def adapted(cls, network: Linearised, keep: int) -> Linearised:
+        """With all rows."""
+        return network
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything but the ridge, by name."""
@@ -194,6 +201,17 @@ class Primal:
         error = these.error(self.step).view(samples, classes, 1).to(h)
         return -(leverage @ torch.linalg.solve(eye - leverage, error))[..., 0]
 
+    def replayed(
+        self,
+        network: Linearised,
+        positions: Int[Tensor, " samples"],
+        sign: int,
+        rows: Rows | None,
+        tensors: Mapping[str, Tensor],
+    ) -> Update:
+        """From the rows, as before."""
+        return self.update(network, positions, sign, rows)
+
     def apply(self, update: Update) -> "Primal":
         """The inverse by Woodbury's identity, the head's own from its sums."""
         self.ownership.give_up()
@@ -222,10 +240,11 @@ class Primal:
         fresh = Primal.of(self.sums, self.displacement, self.ridge, self.over)
         return replace(fresh, ownership=self.ownership)  # of the same sums
 
-    def head_moments(self, layout: Layout) -> Moments:
-        """Blocks of the sums."""
+    def head_shortfall(self, layout: Layout) -> Float[Tensor, "classes features"]:
+        """From blocks of the sums."""
         self.ownership.check()
-        return self.sums.head.double(), layout.head_of(self.sums.rhs)
+        gram, moment = self.sums.head.double(), layout.head_of(self.sums.rhs)
+        return head_shortfall(gram, moment, layout.head_of(self.displacement), self.ridge)
 
     def resolve(
         self, network: Linearised, positions: Int[Tensor, " samples"], displacement: Float[Tensor, " p"], ridge: float

@@ -13,7 +13,7 @@ parameters.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Protocol, runtime_checkable
 
@@ -28,9 +28,6 @@ from fastntk.jacobians.rows import Rows
 from fastntk.solve.prices import Price, Timing, Workload
 from fastntk.solve.ridge import Calibration
 
-Moments = tuple[Float[Tensor, "features features"], Float[Tensor, "classes features"]]
-"""``sum h h'`` and ``sum r h'``, with h the head's inputs."""
-
 
 @dataclass(frozen=True)
 class Update:
@@ -43,6 +40,7 @@ class Update:
         rows: of F, where the form needs them.
         low_rank: what the form needs to carry it out, see there.
         reached: the inexactness of the solve, where it was one by iteration.
+        kept: what else it takes to carry it out again, by name.
     """
 
     change: Float[Tensor, " p"]
@@ -51,6 +49,7 @@ class Update:
     rows: Rows | None = None
     low_rank: tuple[Tensor, ...] = ()
     reached: float | None = None
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
 
     def changes(self, over: Int[Tensor, " samples"]) -> Int[Tensor, " others"]:
         """S after it, where it was ``over`` before."""
@@ -80,7 +79,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Solved:
-    """What it has found: the solution over D, the residuals of all samples, and how the ridge was found, if it was."""
+    """What it has found: the solution over D, the residuals of all samples, and how the ridge was found, if it was.
+
+    ``network`` is the task's, or what the form reads it as.
+    """
 
     solution: "Solution"
     residuals: Float[Tensor, "samples outputs"]
@@ -120,6 +122,10 @@ class Solution(Protocol):
     def limit(self) -> float:
         """Of the inexactness, above which ``anew`` is due: rounding has gathered."""
 
+    @classmethod
+    def adapted(cls, network: Linearised, keep: int) -> Linearised:
+        """The network with the rows that the form needs: all, or those of ``keep`` classes a sample."""
+
     def reads(self, sign: int) -> bool:
         """Whether an update needs the samples' rows, when they are added (``sign`` 1) or taken out (-1)."""
 
@@ -128,6 +134,16 @@ class Solution(Protocol):
     ) -> Update:
         """What adding the samples F at ``positions`` to S (``sign`` 1), or taking them out (-1), would change:
         ``s(S +- F) - s(S)``. ``rows`` are theirs, where ``reads`` says so."""
+
+    def replayed(
+        self,
+        network: Linearised,
+        positions: Int[Tensor, " samples"],
+        sign: int,
+        rows: Rows | None,
+        tensors: Mapping[str, Tensor],
+    ) -> Update:
+        """The update that was worked out once, from its rows, if it had any, and what it had ``kept``."""
 
     def apply(self, update: Update) -> "Solution":
         """The solution after an ``update`` of this one: over ``S +- F``, with ``s(S) + update.change``."""
@@ -148,8 +164,9 @@ class Solution(Protocol):
         """``J_i (s(S - i) - s(S))`` for each sample i: what forgetting it alone changes of its own outputs, to first
         order. Raises ``InputError`` in a form that would need a solve a sample."""
 
-    def head_moments(self, layout: Layout) -> Moments | None:
-        """``sum h h'`` and ``sum r h'`` over S; None in a form that keeps neither."""
+    def head_shortfall(self, layout: Layout) -> Float[Tensor, "classes features"] | None:
+        """``W(S; theta*) - W*``, what the head alone falls short of over S (``fastntk.solve.head``); None in a form
+        that does not keep its inputs. The head must be tuned, and its rows of logits."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything but the ridge, by name."""

@@ -17,6 +17,39 @@ from fastntk.common.errors import InputError
 
 
 @dataclass(frozen=True)
+class Kept:
+    """A loss as a function of some of each sample's logits, the others staying as they are.
+
+    Attributes:
+        targets: ``t`` of the logits that are kept.
+        total: the sum of a sample's targets over all classes (cross-entropy).
+        tail: the logsumexp of the logits that are not kept, -inf if there are none (cross-entropy).
+    """
+
+    targets: Float[Tensor, "samples outputs"]
+    total: Float[Tensor, " samples"]
+    tail: Float[Tensor, " samples"]
+
+    def __getitem__(self, samples: Any) -> "Kept":
+        return Kept(self.targets[samples], self.total[samples], self.tail[samples])
+
+    def __add__(self, other: "Kept") -> "Kept":
+        return Kept(*(torch.cat([getattr(self, f.name), getattr(other, f.name)]) for f in fields(Kept)))
+
+
+def kept_of(
+    loss: "Loss",
+    logits: Float[Tensor, "samples classes"],
+    labels: Int[Tensor, " samples"],
+    classes: Int[Tensor, "samples outputs"],
+) -> Kept:
+    """The loss as a function of the logits of some ``classes`` of each sample."""
+    targets = loss.targets(labels, logits.shape[1]).to(logits)
+    tail = logits.scatter(1, classes, -torch.inf).logsumexp(1)
+    return Kept(targets.gather(1, classes), targets.sum(1), tail)
+
+
+@dataclass(frozen=True)
 class SquaredLoss:
     """Squared loss on centred, scaled targets: ``1/2 |f(x) - t|^2`` per sample.
 
@@ -46,6 +79,18 @@ class SquaredLoss:
     def root(self, logits: Float[Tensor, "batch classes"]) -> None:
         """L is the identity."""
 
+    def value_of(self, z: Float[Tensor, "samples outputs"], kept: Kept) -> Float[Tensor, " samples"]:
+        """``1/2 |z - t|^2`` of the logits that are kept."""
+        return (z - kept.targets).square().sum(1) / 2
+
+    def gradient_of(self, z: Float[Tensor, "samples outputs"], kept: Kept) -> Float[Tensor, "samples outputs"]:
+        """``z - t``."""
+        return z - kept.targets
+
+    def root_of(self, z: Float[Tensor, "samples outputs"], kept: Kept) -> Float[Tensor, "samples outputs outputs"]:
+        """The identity."""
+        return torch.eye(z.shape[1]).to(z).expand(len(z), -1, -1)
+
     def whitened(
         self, vectors: Float[Tensor, "batch classes"], logits: Float[Tensor, "batch classes"]
     ) -> Float[Tensor, "batch classes"]:
@@ -59,21 +104,55 @@ class SquaredLoss:
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """``-log p_y`` per sample, with ``p = softmax(f(x))``: ``r = onehot(y) - p``, ``H = diag(p) - pp'``.
+    """``-sum_c t_c log p_c`` per sample, with ``p = softmax(f(x))``: ``r = t - p``, ``H = diag(p) - pp'``.
 
-    ``H = L L'`` with ``L = (I - p 1') diag(sqrt(p))``. One step of it goes less far than one of squared loss: where the
-    fit is sure of itself, H all but vanishes. ``fastntk.evidence.methods.Iterated`` takes several.
+    ``t = (1 - smoothing) onehot(y) + smoothing / C``. ``H = L L'`` with ``L = (I - p 1') diag(sqrt(p))``. One
+    Gauss-Newton step of it goes less far than one of squared loss: where the fit is sure of itself, H all but vanishes.
+    The convex form of a memory (``fastntk.solve.convex``) solves it whole.
+
+    Raises:
+        InputError: the smoothing is not at least 0 and below 1.
     """
 
     curved: ClassVar[bool] = True
+    smoothing: float = 0.0
     name: str = field(default="cross-entropy", init=False)
     scale: ClassVar[float] = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.smoothing < 1:
+            raise InputError(f"label smoothing must be at least 0 and below 1, not {self.smoothing}.")
+
+    def targets(self, labels: Int[Tensor, " batch"], classes: int) -> Float[Tensor, "batch classes"]:
+        """``t_i`` of samples with the given labels; it sums to 1.
+
+        Raises:
+            InputError: a label is outside ``0 .. classes - 1``.
+        """
+        return (1 - self.smoothing) * _onehot(labels, classes) + self.smoothing / classes
 
     def residual(
         self, logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]
     ) -> Float[Tensor, "batch classes"]:
-        """``r_i = onehot(y_i) - p_i``, the negative gradient of the loss with respect to the logits."""
-        return _onehot(labels, logits.shape[1]).to(logits) - logits.softmax(1)
+        """``r_i = t_i - p_i``, the negative gradient of the loss with respect to the logits."""
+        return self.targets(labels, logits.shape[1]).to(logits) - logits.softmax(1)
+
+    def value_of(self, z: Float[Tensor, "samples outputs"], kept: Kept) -> Float[Tensor, " samples"]:
+        """``T logsumexp(z, tail) - t'z``, which is the loss up to a number that does not depend on z."""
+        return kept.total * _with_tail(z, kept) - (kept.targets * z).sum(1)
+
+    def gradient_of(self, z: Float[Tensor, "samples outputs"], kept: Kept) -> Float[Tensor, "samples outputs"]:
+        """``T p - t`` with ``p = exp(z - logsumexp(z, tail))``."""
+        return kept.total[:, None] * (z - _with_tail(z, kept)[:, None]).exp() - kept.targets
+
+    def root_of(self, z: Float[Tensor, "samples outputs"], kept: Kept) -> Float[Tensor, "samples outputs outputs"]:
+        """L with ``L L' = T (diag(p) - pp')``: ``sqrt(T) (I - b p 1') diag(sqrt(p))`` with
+        ``b = (1 - sqrt(1 - s)) / s`` where the kept p sum to s."""
+        p = (z - _with_tail(z, kept)[:, None]).exp()
+        s = p.sum(1).clamp(torch.finfo(p.dtype).tiny, 1)
+        b = ((1 - (1 - s).clamp_min(0).sqrt()) / s)[:, None, None]
+        root = (torch.eye(p.shape[1]).to(p) - b * p[:, :, None]) * p.sqrt()[:, None, :]
+        return kept.total.sqrt()[:, None, None] * root
 
     def root(self, logits: Float[Tensor, "batch classes"]) -> Float[Tensor, "batch classes classes"]:
         """``L_i``."""
@@ -90,7 +169,12 @@ class CrossEntropy:
     def __call__(self, logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]) -> Float[Tensor, ""]:
         """The mean over the batch."""
         _onehot(labels, logits.shape[1])
-        return torch.nn.functional.cross_entropy(logits, labels)
+        return torch.nn.functional.cross_entropy(logits, labels, label_smoothing=self.smoothing)
+
+
+def _with_tail(z: Float[Tensor, "samples outputs"], kept: Kept) -> Float[Tensor, " samples"]:
+    """``logsumexp(z, tail)``: of all logits."""
+    return torch.logaddexp(z.logsumexp(1), kept.tail)
 
 
 Loss = SquaredLoss | CrossEntropy
@@ -114,11 +198,16 @@ def loss_named(name: str) -> Loss:
     return LOSSES[name]()
 
 
-def _onehot(labels: Int[Tensor, " batch"], classes: int) -> Float[Tensor, "batch classes"]:
+def check_labels(labels: Int[Tensor, " batch"], classes: int) -> None:
+    """Raises ``InputError`` if a label is outside ``0 .. classes - 1``."""
     outside = labels[(labels < 0) | (labels >= classes)]
     if len(outside):
         raise InputError(
             f"label {int(outside[0])} is outside the model's classes 0 .. {classes - 1}. "
             "Give the model a head with more classes, or relabel the data."
         )
+
+
+def _onehot(labels: Int[Tensor, " batch"], classes: int) -> Float[Tensor, "batch classes"]:
+    check_labels(labels, classes)
     return torch.nn.functional.one_hot(labels.long(), classes).to(torch.get_default_dtype())

@@ -1,7 +1,7 @@
 """Measures of forgetting. They take tensors, never models, and per-sample scores can be had from each."""
 
 from fastntk.evidence.metrics.accuracy import accuracy, label_probability
-from fastntk.evidence.metrics.distance import logit_distance
+from fastntk.evidence.metrics.distance import logit_distance, probability_distance
 from fastntk.evidence.metrics.gaps import average_gap, tug_of_war
 from fastntk.evidence.metrics.membership import attack_auc, modified_entropy, taken_for_members, threshold
 from fastntk.evidence.metrics.predictions import agreement, kl_divergence
@@ -21,6 +21,7 @@ __all__ = [
     "logit_distance",
     "margins",
     "modified_entropy",
+    "probability_distance",
     "taken_for_members",
     "threshold",
     "tug_of_war",

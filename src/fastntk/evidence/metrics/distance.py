@@ -11,3 +11,11 @@ def logit_distance(left: Float[Tensor, "samples classes"], right: Float[Tensor, 
     seeds, which is the least that any method can be asked for.
     """
     return float((left - right).double().square().sum(1).mean().sqrt())
+
+
+def probability_distance(left: Float[Tensor, "samples classes"], right: Float[Tensor, "samples classes"]) -> float:
+    """``sqrt(mean_i |softmax(f(x_i)) - softmax(g(x_i))|^2)``, from 0 to ``sqrt(2)``.
+
+    With cross-entropy logits have no scale of their own: a class that is never seen falls without bound.
+    """
+    return logit_distance(left.double().softmax(1), right.double().softmax(1))

@@ -54,7 +54,15 @@ def _entry_0(document: dict[str, Any]) -> dict[str, Any]:
     return {"inexactness" if key == "residual" else key: value for key, value in document.items()}
 
 
-BASE = Format("memory", (_state_0,))
+def _state_1(document: dict[str, Any]) -> dict[str, Any]:
+    """Rows of all classes; cross-entropy without label smoothing."""
+    made = document["made"]
+    made = {**made, "options": {**made["options"], "classes": "all"}}
+    loss = {"smoothing": 0.0, **document["loss"]} if document["loss"]["name"] == "cross-entropy" else document["loss"]
+    return {**document, "keep": None, "made": made, "loss": loss}
+
+
+BASE = Format("memory", (_state_0, _state_1))
 """Of ``base-N.safetensors``: ``packing``."""
 
 JOURNAL = Format("request", (unchanged,))

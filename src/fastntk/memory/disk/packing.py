@@ -37,6 +37,7 @@ def pack(state: State) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "ridge": solution.ridge,
         "loss": asdict(network.loss),
         "numerics": network.numerics.to_dict(),
+        "keep": network.keep,
         "layout": {name: list(getattr(network.layout, name)) for name in _PLACES},
         "names": list(state.anchor),
         "model": _frozen(state.model, state.anchor),
@@ -76,7 +77,7 @@ def unpack(document: Document, model: nn.Module, source: Dataset) -> State:
         name.removeprefix("solution."): tensor for name, tensor in tensors.items() if name.startswith("solution.")
     }
     return State(
-        Linearised(PerSampleJacobian(model, anchor, layout), members, loss, numerics),
+        Linearised(PerSampleJacobian(model, anchor, layout), members, loss, numerics, record["keep"]),
         FORMS[record["form"]].restore(Document(solved, document.where), record["ridge"]),
         **own,
     )

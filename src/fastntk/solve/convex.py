@@ -1,0 +1,499 @@
+"""The convex optimum of the linearised network under the loss that it was fitted with, over its likeliest classes.
+
+For a loss l that is convex in the logits, and a set S of samples,
+
+    d(S) = argmin_d  sum_S l(f_i + J_i d, t_i) + ridge/2 |d + u|^2,      theta_new = theta* + d(R) - d(D).
+
+For squared loss it is the step of the other forms. At the optimum ``d + u = J'a`` with ``a_i = -l'(z_i) / ridge`` and
+``z = f - J u + K a``, so the problem has one unknown a row. Rows are of a sample's label and of its m - 1 likeliest
+classes at ``theta*``; its other logits stay as they are. Newton's method in a, with H = L L' the loss's Hessian:
+
+    r = l'(z) + ridge a,    (ridge I + L'K L) x = -L'K r,    a <- a - t (r + L x) / ridge,
+
+with t halved until the objective falls. The systems are solved by conjugate gradients, preconditioned by the inverse of
+``ridge I + L'K L`` at an earlier a: while a memory is prepared it is made anew when that takes too many steps; of a
+prepared one it is kept, and samples leave and join it as in the dual form.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from fastntk.common.errors import InputError
+from fastntk.common.progress import busy
+from fastntk.jacobians.layout import Layout
+from fastntk.jacobians.linearised import Linearised
+from fastntk.jacobians.rows import Point, Rows
+from fastntk.solve.collect import collect_rows, solved_once
+from fastntk.solve.kernel import kernel, kernel_between
+from fastntk.solve.linalg import add_product_, factorised, invert_, mirror_
+from fastntk.solve.prices import Price, Timing, Workload, direct
+from fastntk.solve.ridge import Calibration
+from fastntk.solve.solution import Ownership, Solved, Task, Update
+from fastntk.tuning.loss import CrossEntropy, Kept, Loss, SquaredLoss
+
+TOLERANCE = 1e-9
+"""The relative gradient that every solve reaches."""
+
+_NEWTON, _CG, _HALVINGS = 60, 60, 30
+_REFACTOR = 25  # steps of conjugate gradients after which, while preparing, the preconditioner is made anew
+_FACTORS = [10 ** (-4 + k / 4) for k in range(17)]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The convex problem of a set of samples, in one unknown a row.
+
+    Attributes:
+        loss: l.
+        kept: l as a function of the rows' logits.
+        start: ``f - J u``, the rows' logits at ``theta_0`` to first order.
+        kernel: K, zero where a sample has left.
+        ridge: a total.
+        present: which samples are in the set.
+    """
+
+    loss: Loss
+    kept: Kept
+    start: Float[Tensor, "samples outputs"]
+    kernel: Float[Tensor, "rows rows"]
+    ridge: float
+    present: Bool[Tensor, " samples"]
+
+    def logits(self, a: Float[Tensor, " rows"]) -> Float[Tensor, "samples outputs"]:
+        """``z``."""
+        return self.start + (self.kernel @ a).view_as(self.start)
+
+    def value(self, a: Tensor, z: Tensor) -> float:
+        """The objective at a, with its logits z."""
+        pull = a @ (z - self.start).flatten()
+        return float((self.loss.value_of(z, self.kept) * self.present).sum() + self.ridge / 2 * pull)
+
+    def slope(self, a: Tensor, z: Tensor) -> Float[Tensor, " rows"]:
+        """``r = l'(z) + ridge a``, 0 for who is not in the set."""
+        r = self.loss.gradient_of(z, self.kept) + self.ridge * a.view_as(z)
+        return (r * self.present[:, None]).flatten()
+
+    def root(self, z: Tensor) -> Float[Tensor, "samples outputs outputs"]:
+        """L, 0 for who is not in the set."""
+        return self.loss.root_of(z, self.kept) * self.present[:, None, None]
+
+    def inexactness(self, a: Tensor, z: Tensor) -> float:
+        """``|grad| / |ridge (d + u)|``: the gradient of the objective in d over its part from the ridge."""
+        r = self.slope(a, z)
+        square = a @ (z - self.start).flatten()
+        return float((r @ (self.kernel @ r)).clamp_min(0).sqrt() / (self.ridge * square.clamp_min(1e-300).sqrt()))
+
+
+class Preconditioner:
+    """``(ridge I + L_0'K L_0)^-1`` over a set, from its inverse over a larger one."""
+
+    def __init__(self, inverse: Tensor, gone: Int[Tensor, " rows"]) -> None:
+        self.inverse, self.gone = inverse, gone
+        self.columns = inverse[:, gone]
+        self.factor = factorised(self.columns[gone]) if len(gone) else self.columns[gone]
+
+    def __call__(self, v: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+        """The inverse times v, which is 0 for who is gone, and so is the result."""
+        image = self.inverse @ v
+        if len(self.gone):
+            image = image - self.columns @ torch.cholesky_solve(image[self.gone, None], self.factor)[:, 0]
+            image[self.gone] = 0
+        return image
+
+
+def across(root: Tensor, v: Tensor, transposed: bool = False) -> Tensor:
+    """``L v`` or ``L'v`` of block-diagonal L."""
+    blocks = v.view(len(root), root.shape[1], 1)
+    return ((root.mT if transposed else root) @ blocks).flatten()
+
+
+def curvature(matrix: Float[Tensor, "rows rows"], root: Tensor, ridge: float) -> Float[Tensor, "rows rows"]:
+    """``ridge I + L'K L``, in a matrix of its own."""
+    n, m = root.shape[:2]
+    half = torch.einsum("nab,nac->nbc", root, matrix.view(n, m, n * m)).view(n * m, n, m)
+    whole = torch.einsum("rnc,ncd->rnd", half, root).reshape(n * m, n * m)
+    whole.diagonal().add_(ridge)
+    return whole
+
+
+def minimise(
+    problem: Problem, a: Float[Tensor, " rows"], precondition: Preconditioner | None
+) -> tuple[Float[Tensor, " rows"], float, Tensor | None]:
+    """The optimum from a start, its inexactness, and the inverse that was last made, if one was.
+
+    Without a preconditioner inverses are made as they are needed.
+    """
+    z, inverse, own = problem.logits(a), None, precondition is None
+    for _ in range(_NEWTON):
+        if problem.inexactness(a, z) <= TOLERANCE:
+            break
+        root, r = problem.root(z), problem.slope(a, z)
+        if precondition is None:
+            inverse = invert_(curvature(problem.kernel, root, problem.ridge))
+            precondition = Preconditioner(inverse, torch.empty(0, dtype=torch.long, device=a.device))
+        rhs = -across(root, problem.kernel @ r, True)
+        x, steps = _solved(problem, root, rhs, precondition)
+        direction = -(r + across(root, x)) / problem.ridge
+        a, z, moved = _searched(problem, a, z, direction)
+        if not moved:
+            break
+        if own and steps > _REFACTOR:
+            precondition = None
+    return a, problem.inexactness(a, z), inverse
+
+
+def _solved(problem: Problem, root: Tensor, rhs: Tensor, precondition: Preconditioner) -> tuple[Tensor, int]:
+    """``(ridge I + L'K L)^-1 rhs`` to a small residual, and the steps it took."""
+    x, residual = torch.zeros_like(rhs), rhs.clone()
+    direction = s = precondition(residual)
+    rho, enough = residual @ s, 1e-4 * float(rhs.norm())
+    for step in range(_CG):
+        if float(residual.norm()) <= enough:
+            return x, step
+        image = across(root, problem.kernel @ across(root, direction), True) + problem.ridge * direction
+        length = rho / (direction @ image)
+        x, residual = x + length * direction, residual - length * image
+        s = precondition(residual)
+        rho, before = residual @ s, rho
+        direction = s + rho / before * direction
+    return x, _CG
+
+
+def _searched(problem: Problem, a: Tensor, z: Tensor, direction: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """The first of the steps 1, 1/2, ... along a direction that lowers the objective, or shortens its gradient."""
+    change = (problem.kernel @ direction).view_as(z)
+    value, gradient = problem.value(a, z), problem.inexactness(a, z)
+    for halving in range(_HALVINGS):
+        t = 0.5**halving
+        there = a + t * direction, z + t * change
+        if problem.value(*there) < value or problem.inexactness(*there) < gradient:
+            return (*there, True)
+    return a, z, False
+
+
+@dataclass(frozen=True)
+class Convex:
+    """``d(S)`` for a set S that samples leave and join; those that have left have zeros in every array.
+
+    Attributes:
+        rows: of S, by position, with their logits and the loss of these; the next solution takes them over.
+        loss: l.
+        displacement: ``u``.
+        ridge: a total.
+        kernel: ``K_S``; the next solution takes it over.
+        inverse: ``(ridge I + L_0'K_S L_0)^-1``, likewise.
+        base: ``L_0``, the Hessian's root where the inverse was made.
+        coefficients: a.
+        over: the positions of S.
+        ownership: of what the next solution takes over.
+    """
+
+    name: ClassVar[str] = "convex"
+    limit: ClassVar[float] = 1e-6
+    rows: Rows
+    loss: Loss
+    displacement: Float[Tensor, " p"]
+    ridge: float
+    kernel: Float[Tensor, "rows rows"]
+    inverse: Float[Tensor, "rows rows"]
+    base: Float[Tensor, "samples outputs outputs"]
+    coefficients: Float[Tensor, " rows"]
+    over: Int[Tensor, " members"]
+    ownership: Ownership = field(default_factory=Ownership, compare=False, repr=False)
+
+    @classmethod
+    def of(cls, rows: Rows, loss: Loss, u: Tensor, ridge: float, matrix: Tensor, a: Tensor | None = None) -> "Convex":
+        """Solve for all samples of the rows, whose kernel is given, from a start."""
+        problem = _problem(rows, loss, u, ridge, matrix, torch.ones(len(rows), dtype=torch.bool, device=matrix.device))
+        a, _, _ = minimise(problem, torch.zeros(len(matrix)).to(matrix) if a is None else a, None)
+        base = problem.root(problem.logits(a))
+        inverse = invert_(curvature(problem.kernel, base, problem.ridge))
+        return cls(rows, loss, u, ridge, matrix, inverse, base, a, torch.arange(len(rows)))
+
+    @classmethod
+    def price(cls, work: Workload) -> Price:
+        """The kernel, the inverse and one more such matrix in passing, float64; the n Jacobians twice; a batch. Some
+        ten inverses."""
+        rows = work.samples * work.kept
+        stored = work.itemsize * (rows * work.rest + work.samples * work.features)
+        operations = float(rows) ** 2 * work.rest + 10 * float(rows) ** 3
+        refusal = "the convex form keeps the likeliest classes: leave class probes out." if work.probed else ""
+        return Price(cls.name, int(3.5 * 8 * rows**2) + 2 * stored + work.batch_bytes, operations, refusal)
+
+    @classmethod
+    def timing(cls, work: Workload, network: Linearised) -> Timing:
+        """Of the Jacobians, the kernel and the solves."""
+        rows = work.samples * work.kept
+        found = direct(work, network, rows, work.rest, "kernel")
+        return Timing({**found.seconds, "solve": 10 * found.seconds.get("solve", 0.0)}, found.operations)
+
+    @classmethod
+    def prepare(cls, task: Task) -> Solved:
+        """One pass that keeps the Jacobians of the likeliest classes, the kernel, and the solves."""
+        rows = collect_rows(task.network, task.count)
+
+        def solved() -> Solved:
+            matrix = kernel(rows)
+            with busy("choosing the ridge, solving"):
+                found, a = None, None
+                if task.ridge is None:
+                    found, a = calibrated(rows, task.network.loss, task.displacement, matrix)
+                ridge = found.ridge if found else float(task.ridge or 0)
+                solution = cls.of(rows, task.network.loss, task.displacement, ridge, matrix, a)
+                return Solved(solution, rows.residual.clone(), found)
+
+        return solved_once(solved, cls.restore, rows.residual.clone())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything but the ridge, by name; the loss as its name and smoothing."""
+        self.ownership.check()
+        own = ("displacement", "kernel", "inverse", "base", "coefficients", "over")
+        named = {f"rows.{name}": tensor for name, tensor in self.rows.tensors().items()}
+        smoothing = torch.tensor(getattr(self.loss, "smoothing", -1.0), dtype=torch.float64)
+        scale = torch.tensor(self.loss.scale, dtype=torch.float64)
+        return {**named, **{name: getattr(self, name) for name in own}, "smoothing": smoothing, "scale": scale}
+
+    @classmethod
+    def restore(cls, tensors: Mapping[str, Tensor], ridge: float) -> "Convex":
+        """The reverse of ``tensors``."""
+        rows = Rows.from_tensors({name.removeprefix("rows."): t for name, t in tensors.items() if "rows." in name})
+        smoothing = float(tensors["smoothing"])
+        loss = SquaredLoss(float(tensors["scale"])) if smoothing < 0 else CrossEntropy(smoothing)
+        matrix, inverse, base, a = (tensors[name] for name in ("kernel", "inverse", "base", "coefficients"))
+        u, over = tensors["displacement"], tensors["over"].cpu()
+        return cls(rows, loss, u, ridge, matrix, inverse, base, a, over)
+
+    @cached_property
+    def step(self) -> Float[Tensor, " p"]:
+        """``d(S)``, from the rows."""
+        self.ownership.check()
+        return _step(self.rows, self.coefficients, self.displacement)
+
+    @classmethod
+    def adapted(cls, network: Linearised, keep: int) -> Linearised:
+        """With rows of the likeliest classes."""
+        return replace(network, keep=keep)
+
+    def reads(self, sign: int) -> bool:
+        """The rows of who leaves are here."""
+        return sign > 0
+
+    def update(
+        self, network: Linearised, positions: Int[Tensor, " samples"], sign: int, rows: Rows | None = None
+    ) -> Update:
+        """By Newton's method from S's own coefficients. ``low_rank``: the coefficients after it, and for who leaves the
+        columns and the factor of the inverse that go with them."""
+        self.ownership.check()
+        if sign > 0:
+            grown = _grown(self, cast(Rows, rows), positions)
+            a, reached = grown._minimised(_present(grown.over.tolist(), len(grown.rows)), grown.coefficients, [])
+            change = _step(grown.rows, a, self.displacement) - self.step
+            return Update(change, positions, sign, rows, (a,), reached, _kept(a, change, reached))
+        staying = _present(Update(self.step, positions, sign).changes(self.over).tolist(), len(self.rows))
+        gone = _places(positions, self.rows)
+        a, reached = self._minimised(staying, self.coefficients.index_fill(0, gone, 0), gone)
+        change = self.rows.jacobian.rmatvec((a - self.coefficients).view_as(self.rows.residual))
+        return Update(change, positions, sign, None, (a,), reached, _kept(a, change, reached))
+
+    def replayed(
+        self,
+        network: Linearised,
+        positions: Int[Tensor, " samples"],
+        sign: int,
+        rows: Rows | None,
+        tensors: Mapping[str, Tensor],
+    ) -> Update:
+        """With the coefficients that were found."""
+        reached, a = float(tensors["reached"]), tensors["coefficients"]
+        return Update(tensors["change"], positions, sign, rows, (a,), reached)
+
+    def _minimised(self, present: Tensor, a: Tensor, gone: Tensor | list[int]) -> tuple[Tensor, float]:
+        problem = _problem(
+            self.rows, self.loss, self.displacement, self.ridge, self.kernel, present.to(self.kernel.device)
+        )
+        places = torch.as_tensor(gone, dtype=torch.long, device=self.kernel.device)
+        many = len(places) > len(self.kernel) // 3
+        a, reached, _ = minimise(problem, a, None if many else Preconditioner(self.inverse, places))
+        return a, reached
+
+    def apply(self, update: Update) -> "Convex":
+        """With the coefficients that were worked out, and the inverse without who left, or bordered by who joined."""
+        self.ownership.give_up()
+        if update.sign > 0:
+            grown = _grown(self, cast(Rows, update.rows), update.positions)
+            return replace(grown, coefficients=update.low_rank[0], ownership=Ownership())
+        gone = _places(update.positions, self.rows)
+        columns = self.inverse[:, gone]
+        factor = factorised(columns[gone])
+        add_product_(self.inverse, columns, torch.cholesky_solve(columns.T, factor).T, sign=-1)
+        mirror_(self.inverse)
+        for square in (self.inverse, self.kernel):
+            square[gone] = 0
+            square[:, gone] = 0
+        self.rows.clear_(update.positions)
+        base = self.base.index_fill(0, update.positions.to(self.base.device), 0)
+        over = update.changes(self.over)
+        return replace(self, base=base, coefficients=update.low_rank[0], over=over, ownership=Ownership())
+
+    def inexactness(self, update: Update | None = None) -> float:
+        """``|grad| / |ridge (d + u)|`` of the objective in d, now or after an ``update``."""
+        self.ownership.check()
+        if update is not None:
+            return float(update.reached or 0.0)
+        problem = self._problem()
+        return problem.inexactness(self.coefficients, problem.logits(self.coefficients))
+
+    def _problem(self) -> Problem:
+        present = _present(self.over.tolist(), len(self.rows)).to(self.kernel.device)
+        return _problem(self.rows, self.loss, self.displacement, self.ridge, self.kernel, present)
+
+    def anew(self, network: Linearised) -> "Convex":
+        """From the kernel: the optimum, and the inverse where it is now."""
+        self.ownership.check()
+        problem = self._problem()
+        a, _, _ = minimise(problem, self.coefficients, None)
+        base = problem.root(problem.logits(a))
+        return replace(self, inverse=invert_(curvature(problem.kernel, base, problem.ridge)), base=base, coefficients=a)
+
+    def resolve(
+        self, network: Linearised, positions: Int[Tensor, " samples"], displacement: Float[Tensor, " p"], ridge: float
+    ) -> Float[Tensor, " p"]:
+        """By Newton's method, with inverses of its own."""
+        self.ownership.check()
+        staying = Update(self.step, positions, -1).changes(self.over)
+        present = _present(staying.tolist(), len(self.rows)).to(self.kernel.device)
+        problem = _problem(self.rows, self.loss, displacement, ridge, self.kernel, present)
+        start = self.coefficients.index_fill(0, _places(positions, self.rows), 0) * (self.ridge / ridge)
+        return _step(self.rows, minimise(problem, start, None)[0], displacement)
+
+    def alone(self, network: Linearised, positions: Int[Tensor, " samples"]) -> Float[Tensor, "samples outputs"]:
+        """It would take a solve a sample."""
+        raise InputError("samples can be left out one by one in the primal and the dual form alone.")
+
+    def head_shortfall(self, layout: Layout) -> Float[Tensor, "classes features"]:
+        """By the head's own convex problem, at the rows' features."""
+        self.ownership.check()
+        u = layout.head_of(self.displacement)
+        return head_step(self.rows, self.loss, u.flatten(), self.ridge).view_as(u)
+
+
+def head_step(rows: Rows, loss: Loss, u: Float[Tensor, " h"], ridge: float) -> Float[Tensor, " h"]:
+    """``argmin_V sum l(f_i + V h_i) + ridge/2 |V + U|^2``, the head's own convex problem at the features of the rows; V
+    flat, as the head lies in a vector of all."""
+    bare = replace(rows.jacobian, rest=rows.jacobian.rest[:, :, :0])
+    alone = replace(rows, jacobian=bare)
+    matrix = kernel(alone)
+    everyone = torch.ones(len(rows), dtype=torch.bool, device=matrix.device)
+    problem = _problem(alone, loss, u, ridge, matrix, everyone)
+    a, _, _ = minimise(problem, torch.zeros(len(matrix)).to(matrix), None)
+    return _step(alone, a, u)
+
+
+def enough(network: Linearised, limit: float = 0.02, most: int = 256) -> int:
+    """The fewest classes a sample, at least 2, that leave out at most ``limit`` of the loss's gradient, a mean over the
+    first samples: ``mean_i sum of |t - p|`` over the classes that are not kept, beside 1."""
+    count = min(most, len(network.train))  # type: ignore[arg-type]
+    whole = replace(network, keep=network.classes)
+    ordered = whole.residuals(range(count)).abs().double()
+    left = ordered.flip(1).cumsum(1).flip(1).mean(0)  # what the classes from each place on would leave out
+    fewest = int((left > limit).sum())
+    return max(2, min(fewest, network.classes))
+
+
+def calibrated(rows: Rows, loss: Loss, u: Tensor, matrix: Tensor) -> tuple[Calibration, Tensor]:
+    """The ridge whose optimum has probabilities (squared loss: logits) nearest to the network's, among multiples of the
+    kernel's mean diagonal from the largest down while that falls; and the coefficients of its optimum."""
+    scale, point = float(matrix.diagonal().mean()), cast(Point, rows.point)
+    everyone = torch.ones(len(rows), dtype=torch.bool, device=matrix.device)
+    wanted, a = loss.gradient_of(point.z, point.kept), torch.zeros(len(matrix)).to(matrix)
+    start = float((wanted - loss.gradient_of(_problem(rows, loss, u, 1.0, matrix, everyone).start, point.kept)).norm())
+    best, worse = (float("inf"), _FACTORS[-1], a), 0
+    for factor in reversed(_FACTORS):
+        problem = _problem(rows, loss, u, factor * scale, matrix, everyone)
+        a, _, _ = minimise(problem, a, None)
+        miss = float((wanted - loss.gradient_of(problem.logits(a), point.kept)).norm())
+        best, worse = ((miss, factor, a), 0) if miss < best[0] else (best, worse + 1)
+        if worse == 2:
+            break
+    miss, factor, a = best
+    return Calibration(factor * scale, factor, miss / start), a
+
+
+def _problem(rows: Rows, loss: Loss, u: Tensor, ridge: float, matrix: Tensor, present: Tensor) -> Problem:
+    point = cast(Point, rows.point)
+    return Problem(loss, point.kept, point.z - rows.jacobian.matvec(u), matrix, ridge, present)
+
+
+def _kept(a: Tensor, change: Tensor, reached: float) -> dict[str, Tensor]:
+    return {"coefficients": a, "change": change, "reached": torch.tensor(reached, dtype=torch.float64)}
+
+
+def _step(rows: Rows, a: Tensor, displacement: Tensor) -> Float[Tensor, " p"]:
+    """``J'a - u``."""
+    return rows.jacobian.rmatvec(a.view_as(rows.residual)) - displacement
+
+
+def _present(over: list[int], count: int) -> Bool[Tensor, " samples"]:
+    here = torch.zeros(count, dtype=torch.bool)
+    here[over] = True
+    return here
+
+
+def _places(positions: Int[Tensor, " samples"], rows: Rows) -> Int[Tensor, " rows"]:
+    """The rows of the kernel that belong to the samples at ``positions``."""
+    outputs = rows.residual.shape[1]
+    first = positions.to(rows.residual.device)[:, None] * outputs
+    return (first + torch.arange(outputs, device=first.device)).flatten()
+
+
+def _grown(solution: Convex, rows: Rows, positions: Int[Tensor, " samples"]) -> Convex:
+    """With more samples, whose coefficients are 0, in arrays of its own."""
+    room = max(0, int(positions.max()) + 1 - len(solution.rows))
+    more = room * rows.residual.shape[1]
+    empty = rows[torch.zeros(room, dtype=torch.long)]
+    empty = Rows.from_tensors({name: tensor.clone() for name, tensor in empty.tensors().items()})
+    empty.clear_(slice(None))
+    kept = Rows.from_tensors({name: tensor.clone() for name, tensor in (solution.rows + empty).tensors().items()})
+    for name, tensor in kept.tensors().items():
+        if name != "classes":
+            tensor[positions] = rows.tensors()[name]
+    between, own, base = kernel_between(solution.rows, rows), kernel(rows), _root_of(solution.loss, rows)
+    matrix, inverse = (F.pad(square, (0, more, 0, more)) for square in (solution.kernel, solution.inverse))
+    old, places = len(between), _places(positions, kept)
+    corner = curvature(own, base, solution.ridge)
+    across_both = _weighted(solution.base, between, base)
+    lifted = solution.inverse @ across_both
+    factor = factorised(corner - across_both.T @ lifted)
+    solved = torch.cholesky_solve(lifted.T, factor)
+    add_product_(inverse[:old, :old], lifted, solved.T)
+    mirror_(inverse[:old, :old])
+    for square, border, block in (
+        (inverse, -solved.T, torch.cholesky_inverse(factor)),
+        (matrix, between, own),
+    ):
+        square[:old, places], square[places, :old] = border, border.T
+        square[places[:, None], places] = block
+    whole = F.pad(solution.base, (0, 0, 0, 0, 0, room)).index_copy(0, positions.to(base.device), base)
+    coefficients, over = F.pad(solution.coefficients, (0, more)), torch.cat([solution.over, positions])
+    return replace(
+        solution, rows=kept, kernel=matrix, inverse=inverse, base=whole, coefficients=coefficients, over=over
+    )
+
+
+def _root_of(loss: Loss, rows: Rows) -> Float[Tensor, "samples outputs outputs"]:
+    """L at the network's own logits."""
+    point = cast(Point, rows.point)
+    return loss.root_of(point.z, point.kept)
+
+
+def _weighted(left: Tensor, between: Float[Tensor, "rows others"], right: Tensor) -> Float[Tensor, "rows others"]:
+    """``L'K L`` between two sets."""
+    n, m, k, _ = *left.shape[:2], *right.shape[:2]
+    return torch.einsum("nba,nbkc,kcd->nakd", left, between.view(n, m, k, m), right).reshape(n * m, k * m)
