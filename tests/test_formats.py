@@ -69,7 +69,7 @@ def test_a_folder_of_before_formats_is_opened_and_goes_on(form, tmp_path):
     again = fastntk.load(folder, model, case.data())
     close(again.parameters, answer.parameters, 0)
     [path] = folder.glob("base-*")
-    assert read_tensors(path, names=[])[1]["format"] == 1
+    assert read_tensors(path, names=[])[1]["format"] == 2
     fastntk.refresh(memory)
 
 
@@ -100,7 +100,7 @@ def test_a_format_of_the_future_is_refused_and_its_writer_named(tmp_path):
     memory = prepared()
     memory.save(tmp_path / "m")
     rewritten(tmp_path / "m", lambda _, record: record.update(format=9, fastntk="7.5.0"))
-    message = r"base-1.*format 9, written by fastntk 7\.5\.0.*knows formats 0 to 1.*Install"
+    message = r"base-1.*format 9, written by fastntk 7\.5\.0.*knows formats 0 to 2.*Install"
     with pytest.raises(fastntk.InputError, match=message):
         fastntk.load(tmp_path / "m", memory.model, memory.state.members.source)
     prepared().save(tmp_path / "l")
@@ -127,11 +127,12 @@ def test_a_ledgers_entry_of_the_future_is_refused(tmp_path):
 def test_run_json_of_every_version(tmp_path):
     given = {
         "model": "resnet18", "data": "d.npz", "root": None, "classes": ["a"], "select": ["bn"], "size": 32,
-        "recipe": {"epochs": 1}, "id_column": None, "files": {},
+        "recipe": {"epochs": 1, "loss": {"name": "cross-entropy"}}, "id_column": None, "files": {},
     }  # fmt: skip
     path = tmp_path / "run.json"
     write_json(path, given)
     assert Run(tmp_path).settings().model == "resnet18"
+    assert Run(tmp_path).settings().recipe["loss"]["smoothing"] == 0
     for key in given:
         write_json(path, {name: value for name, value in given.items() if name != key})
         with pytest.raises(fastntk.InputError, match=f"'{key}' is missing in it"):

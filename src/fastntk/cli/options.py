@@ -34,7 +34,12 @@ IdColumn = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")]
 Seed = Annotated[int, typer.Option(help="Of the head's first values and the order of the samples.")]
-LossName = Annotated[str, typer.Option("--loss", help="squared, for which one step is enough, or cross-entropy.")]
+LossName = Annotated[str, typer.Option("--loss", help="squared or cross-entropy.")]
+Smoothing = Annotated[float, typer.Option("--label-smoothing", help="Of cross-entropy, from 0 to below 1.")]
+Form = Annotated[
+    str, typer.Option(help="primal (p x p), dual (nC x nC), convex (cross-entropy), matrix-free, or auto.")
+]
+Classes = Annotated[str, typer.Option(help="Classes a sample that the convex form keeps: auto, all, or a number.")]
 Sums = Annotated[str, typer.Option(help="Dtype of the primal form's sums: float64, or float32 for half the memory.")]
 Precision = Annotated[str, typer.Option(help="Of the network: full, tf32 (NVIDIA only) or bf16.")]
 Probes = Annotated[
@@ -64,6 +69,27 @@ def number(text: str) -> float:
         return float(text)
     except ValueError as error:
         raise InputError(f"--ridge must be 'auto' or a number, not {text!r}.") from error
+
+
+def classes(text: str) -> int | str:
+    """What ``--classes`` says."""
+    return int(text) if text.isdecimal() else text
+
+
+def loss(name: str, smoothing: float) -> Any:
+    """The loss that ``--loss`` and ``--label-smoothing`` say.
+
+    Raises:
+        InputError: there is none of that name, or it has no smoothing.
+    """
+    from fastntk.tuning.loss import CrossEntropy, loss_named
+
+    found = loss_named(name)
+    if not smoothing:
+        return found
+    if not isinstance(found, CrossEntropy):
+        raise InputError("--label-smoothing goes with --loss cross-entropy.")
+    return CrossEntropy(smoothing)
 
 
 def numerics(sums: str, precision: str, class_probes: int | None, workers: int) -> Any:

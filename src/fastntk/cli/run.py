@@ -42,7 +42,15 @@ from fastntk.tuning.loss import loss_from
 from fastntk.tuning.selectors import tune
 from fastntk.tuning.start import start
 
-FORMAT = Format("run", (unchanged,))
+
+def _run_1(document: dict[str, Any]) -> dict[str, Any]:
+    """Cross-entropy had no label smoothing."""
+    loss = document["recipe"]["loss"]
+    loss = {"smoothing": 0.0, **loss} if loss["name"] == "cross-entropy" else loss
+    return {**document, "recipe": {**document["recipe"], "loss": loss}}
+
+
+FORMAT = Format("run", (unchanged, _run_1))
 """Of ``run.json``."""
 
 _TENSORS = ("initial.safetensors", "model.safetensors")
@@ -174,7 +182,7 @@ class Run:
         settings, model, images = self._opened()
         return settings, load(self.folder / "memory", model, in_memory(images)), images
 
-    def prepare(self, ridge: float | str, form: str, seed: int, numerics: Numerics) -> Memory:
+    def prepare(self, ridge: float | str, form: str, classes: int | str, seed: int, numerics: Numerics) -> Memory:
         """Prepare the memory and write it; arguments as of ``fastntk.prepare``.
 
         Raises:
@@ -190,6 +198,7 @@ class Run:
             {name: tensor.to(self.device) for name, tensor in tensors.items()},
             ridge=ridge,
             form=form,
+            classes=classes,
             loss=settings.fitting().loss,
             seed=seed,
             checkpoint=self.folder / "partial",
@@ -200,10 +209,11 @@ class Run:
             clear(self.folder / "partial")  # of an earlier attempt in another form
         return memory
 
-    def plan(self, form: str, numerics: Numerics) -> Plan:
+    def plan(self, form: str, classes: int | str, numerics: Numerics) -> Plan:
         """What preparing would take."""
         settings, model, images = self._opened()
-        return plan(model, images, form=form, loss=settings.fitting().loss, numerics=numerics)
+        loss = settings.fitting().loss
+        return plan(model, images, form=form, classes=classes, loss=loss, numerics=numerics)
 
     def refresh(self) -> tuple[float, Memory]:
         """Re-anchor the memory at the current weights, which become the run's model; the seconds, and the memory."""

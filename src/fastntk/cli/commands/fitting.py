@@ -22,6 +22,7 @@ def fit(
     batch_size: Annotated[int, typer.Option(help="Images a step.")] = 32,
     learning_rate: Annotated[float, typer.Option(help="Adam's first; it falls to 0 along a cosine.")] = 1e-3,
     loss: options.LossName = "squared",
+    label_smoothing: options.Smoothing = 0.0,
     device: options.Device = "cpu",
     seed: options.Seed = 0,
     as_json: options.Json = False,
@@ -34,9 +35,8 @@ def fit(
     from fastntk.common import distributed
     from fastntk.common.launch import local_device
     from fastntk.tuning.fitting import Recipe
-    from fastntk.tuning.loss import loss_named
 
-    recipe = Recipe(epochs, learning_rate, batch_size, seed=seed, loss=loss_named(loss))
+    recipe = Recipe(epochs, learning_rate, batch_size, seed=seed, loss=options.loss(loss, label_smoothing))
     opened = Run(run, local_device(device))
     with distributed.session(opened.device):
         given = Given(model, data, data_root, select or options.SELECTED, image_size, weights, id_column)

@@ -15,7 +15,8 @@ def prepare(
     ridge: Annotated[
         str, typer.Option(help="'auto', or the total L2 pull toward the parameters before fitting.")
     ] = "auto",
-    form: Annotated[str, typer.Option(help="'primal' (p x p), 'dual' (nC x nC), 'matrix-free', or 'auto'.")] = "auto",
+    form: options.Form = "auto",
+    classes: options.Classes = "auto",
     sums: options.Sums = "float64",
     precision: options.Precision = "full",
     class_probes: options.Probes = None,
@@ -36,7 +37,9 @@ def prepare(
     numerics = options.numerics(sums, precision, class_probes, workers)
     opened = Run(run, local_device(device))
     with distributed.session(opened.device):
-        memory = opened.prepare(ridge if ridge == "auto" else options.number(ridge), form, seed, numerics)
+        memory = opened.prepare(
+            ridge if ridge == "auto" else options.number(ridge), form, options.classes(classes), seed, numerics
+        )
         if distributed.rank():
             return
     document = {"run": str(run), "form": memory.form, "ridge": memory.ridge, "samples": len(memory.ids)}
@@ -53,7 +56,8 @@ def plan(
     data_root: options.Root = None,
     select: options.Select = None,
     image_size: options.Size = None,
-    form: Annotated[str, typer.Option(help="'primal', 'dual', 'matrix-free', or 'auto'.")] = "auto",
+    form: options.Form = "auto",
+    classes: options.Classes = "auto",
     sums: options.Sums = "float64",
     precision: options.Precision = "full",
     class_probes: options.Probes = None,
@@ -73,10 +77,12 @@ def plan(
     if (run and described) or (not run and (model is None or data is None)):
         raise InputError("say what to plan for: either a run folder, or --model and --data with what goes with them.")
     if run:
-        planned = Run(run, device).plan(form, numerics)
+        planned = Run(run, device).plan(form, options.classes(classes), numerics)
     else:
         given = Given(str(model), str(data), data_root, select or options.SELECTED, image_size)
-        planned = planning.plan(*given.open(parse_device(device)), form=form, numerics=numerics)
+        planned = planning.plan(
+            *given.open(parse_device(device)), form=form, classes=options.classes(classes), numerics=numerics
+        )
     show(planned.to_dict(), as_json, planned.text())
 
 
