@@ -84,8 +84,8 @@ def _with_head(state: State, parameters: Mapping[str, Tensor], without: Iterable
     if state.head_shortfall is None:
         raise InputError(
             "an exact head needs a tuned head that gives the logits, and a memory of squared loss in the primal or "
-            "dual form, without class probes, or of any loss in the convex form. Tune the head (fastntk.tune(model, 'bn', "
-            "'head')) and prepare so."
+            "dual form, without class probes, or of any loss in the convex form. Tune the head "
+            "(fastntk.tune(model, 'bn', 'head')) and prepare so."
         )
     retain = state.positions[~torch.isin(state.positions, state.members.positions(without))]
     missing = state.members.missing(retain)
