@@ -12,7 +12,7 @@ from cases import CASES
 import fastntk
 from fastntk.jacobians.linearised import Linearised
 from fastntk.jacobians.per_sample import PerSampleJacobian
-from fastntk.solve import convex, iterative, ridge
+from fastntk.solve import iterative, newton, ridge
 from fastntk.solve.forms import FORMS
 from fastntk.solve.kernel import Kernel
 from fastntk.solve.passes import Passes
@@ -331,7 +331,7 @@ class TestConvex(SolutionContract):
 
     @pytest.fixture(autouse=True)
     def tight(self, monkeypatch):
-        monkeypatch.setattr(convex, "TOLERANCE", 1e-12)
+        monkeypatch.setattr(newton, "TOLERANCE", 1e-12)
 
 
 def test_every_form_has_its_contract_tested():

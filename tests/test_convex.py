@@ -13,7 +13,7 @@ from torch.utils.data import Subset, TensorDataset
 import fastntk
 from fastntk.jacobians.linearised import Linearised, likeliest
 from fastntk.jacobians.per_sample import PerSampleJacobian
-from fastntk.solve import convex
+from fastntk.solve import newton
 from fastntk.solve.forms import FORMS
 from fastntk.solve.solution import Task
 from fastntk.tuning.loss import CrossEntropy, SquaredLoss, kept_of
@@ -26,7 +26,7 @@ LOSSES = [CrossEntropy(), CrossEntropy(smoothing=0.1)]
 
 @pytest.fixture(autouse=True)
 def tight(monkeypatch):
-    monkeypatch.setattr(convex, "TOLERANCE", 1e-10)
+    monkeypatch.setattr(newton, "TOLERANCE", 1e-10)
 
 
 def optimum(dense, logits, labels, u, ridge, loss):

@@ -102,8 +102,7 @@ class Linearised:
     def rows(self, positions: Sequence[int], description: str = "Jacobians") -> Rows:
         """The Jacobians and residuals of the samples; of no sample, too."""
         if self.keep is not None:
-            parts = [self._kept(*batch) for batch in track(self.images(positions or [self._first]), description)]
-            return Rows.together(parts)[: len(positions)]
+            return self._kept(positions, description)
         return Rows.of(self.stream(positions or [self._first], description))[: len(positions)]
 
     def residual(self, positions: Sequence[int]) -> Iterator[tuple[Tensor, Float[Tensor, "batch classes"]]]:
@@ -124,13 +123,15 @@ class Linearised:
             rows if probes is None else torch.einsum("nck,nc->nk", probes.draw(positions, rows.shape[1]).to(rows), rows)
         )
 
-    def _kept(self, images: Tensor, labels: Tensor) -> Rows:
-        """The rows of the likeliest classes of a batch."""
-        images, labels = checked(images).to(self.device), labels.to(self.device)
-        keep = partial(likeliest, labels=labels, count=cast(int, self.keep))
-        with arithmetic(self.numerics.precision, self.device):
-            jacobian, logits = self.jacobian.of_kept(images, keep)
-        return self._rows_of(jacobian, logits.to(self.dtype), labels)
+    def _kept(self, positions: Sequence[int], description: str) -> Rows:
+        """The rows of the likeliest classes."""
+        parts = []
+        for images, labels in track(self.images(positions or [self._first]), description):
+            x, y = checked(images).to(self.device), labels.to(self.device)
+            with arithmetic(self.numerics.precision, self.device):
+                jacobian, logits = self.jacobian.of_kept(x, partial(likeliest, labels=y, count=cast(int, self.keep)))
+            parts.append(_rows_of(self.loss, jacobian, logits.to(self.dtype), y))
+        return Rows.together(parts)[: len(positions)]
 
     def _residual_of(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The residuals of the likeliest classes of a batch."""
@@ -152,13 +153,8 @@ class Linearised:
             logits = logits.to(self.dtype)
             classes = likeliest(logits, labels, cast(int, self.keep))
             empty = features.new_empty(*classes.shape, 0)
-            parts.append(self._rows_of(Jacobian(empty, features, classes, logits.shape[1]), logits, labels))
+            parts.append(_rows_of(self.loss, Jacobian(empty, features, classes, logits.shape[1]), logits, labels))
         return Rows.together(parts)[: len(positions)]
-
-    def _rows_of(self, jacobian: Jacobian, logits: Tensor, labels: Tensor) -> Rows:
-        classes = cast(Tensor, jacobian.kept)
-        point = Point(logits.gather(1, classes).double(), kept_of(self.loss, logits.double(), labels, classes))
-        return Rows(jacobian, -self.loss.gradient_of(point.z, point.kept).to(self.dtype), point)
 
     def changed(
         self,
@@ -179,6 +175,13 @@ class Linearised:
             with torch.no_grad(), arithmetic(self.numerics.precision, self.device):
                 logits = self.logits(images)
             yield images, logits, labels
+
+
+def _rows_of(loss: Loss, jacobian: Jacobian, logits: Tensor, labels: Tensor) -> Rows:
+    """The rows of the classes that a Jacobian keeps."""
+    classes = cast(Tensor, jacobian.kept)
+    point = Point(logits.gather(1, classes).double(), kept_of(loss, logits.double(), labels, classes))
+    return Rows(jacobian, -loss.gradient_of(point.z, point.kept).to(logits.dtype), point)
 
 
 def likeliest(

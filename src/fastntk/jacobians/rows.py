@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastntk.jacobians.jacobian import Jacobian, concatenate
@@ -74,6 +74,28 @@ class Rows:
     def error(self, step: Float[Tensor, " p"]) -> Float[Tensor, " rows"]:
         """``r_S - J_S s``, in float64."""
         return (self.residual.double() - self.jacobian.to(torch.float64).matvec(step)).flatten()
+
+    def places(self, positions: Int[Tensor, " some"]) -> Int[Tensor, " rows"]:
+        """The rows of the kernel that belong to the samples at ``positions``."""
+        outputs = self.residual.shape[1]
+        first = positions.to(self.residual.device)[:, None] * outputs
+        return (first + torch.arange(outputs, device=first.device)).flatten()
+
+    def room_for(self, positions: Int[Tensor, " some"]) -> int:
+        """How many more samples it takes to have one at each of ``positions``."""
+        return max(0, int(positions.max()) + 1 - len(self))
+
+    def with_others(self, positions: Int[Tensor, " some"], others: "Rows") -> "Rows":
+        """With other samples at ``positions``, where there were none, in arrays of its own; between them nothing."""
+        room = self.room_for(positions)
+        empty = Rows.from_tensors(
+            {n: t.new_zeros(room, *t.shape[1:]) if n != "classes" else t for n, t in others.tensors().items()}
+        )
+        whole = Rows.from_tensors({n: t.clone() for n, t in (self + empty).tensors().items()})
+        for name, tensor in whole.tensors().items():
+            if name != "classes":
+                tensor[positions] = others.tensors()[name]
+        return whole
 
     def tensors(self) -> dict[str, Tensor]:
         """By name."""

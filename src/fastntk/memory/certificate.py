@@ -26,8 +26,8 @@ VERDICTS = "trusted", "refresh needed", "retrain needed"
 class Certificate:
     """What is known of one request.
 
-    The new parameters are exact for the network linearised at the anchor, with squared loss (of another, its quadratic
-    approximation there) and the given ridge: they
+    The new parameters are exact for the network linearised at the anchor, with its loss (in the convex form, else with
+    the squared one, and of another the quadratic approximation there) and the given ridge: they
     are those of training it on the samples that are then in the memory. ``inexactness`` is the relative residual of the
     normal equations, ``|(G + ridge I) s - (b - ridge u)| / |b - ridge u|`` (primal; the dual's own in the dual form),
     and ``error``, where it was asked for, is the relative distance of the parameters' change since the anchor to that

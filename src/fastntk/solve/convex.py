@@ -6,13 +6,9 @@ For a loss l that is convex in the logits, and a set S of samples,
 
 For squared loss it is the step of the other forms. At the optimum ``d + u = J'a`` with ``a_i = -l'(z_i) / ridge`` and
 ``z = f - J u + K a``, so the problem has one unknown a row. Rows are of a sample's label and of its m - 1 likeliest
-classes at ``theta*``; its other logits stay as they are. Newton's method in a, with H = L L' the loss's Hessian:
-
-    r = l'(z) + ridge a,    (ridge I + L'K L) x = -L'K r,    a <- a - t (r + L x) / ridge,
-
-with t halved until the objective falls. The systems are solved by conjugate gradients, preconditioned by the inverse of
-``ridge I + L'K L`` at an earlier a: while a memory is prepared it is made anew when that takes too many steps; of a
-prepared one it is kept, and samples leave and join it as in the dual form.
+classes at ``theta*``; its other logits stay as they are. It is solved by Newton's method (``newton``). The inverse of
+``ridge I + L'K L`` at the optimum, with ``L L'`` the loss's Hessian, is kept: it preconditions the solves of requests,
+and samples leave and join it as in the dual form.
 """
 
 from collections.abc import Mapping
@@ -33,149 +29,13 @@ from fastntk.jacobians.rows import Point, Rows
 from fastntk.solve.collect import collect_rows, solved_once
 from fastntk.solve.kernel import kernel, kernel_between
 from fastntk.solve.linalg import add_product_, factorised, invert_, mirror_
+from fastntk.solve.newton import Preconditioner, Problem, curvature, minimise
 from fastntk.solve.prices import Price, Timing, Workload, direct
 from fastntk.solve.ridge import Calibration
 from fastntk.solve.solution import Ownership, Solved, Task, Update
-from fastntk.tuning.loss import CrossEntropy, Kept, Loss, SquaredLoss
+from fastntk.tuning.loss import CrossEntropy, Loss, SquaredLoss
 
-TOLERANCE = 1e-9
-"""The relative gradient that every solve reaches."""
-
-_NEWTON, _CG, _HALVINGS = 60, 60, 30
-_REFACTOR = 25  # steps of conjugate gradients after which, while preparing, the preconditioner is made anew
 _FACTORS = [10 ** (-4 + k / 4) for k in range(17)]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """The convex problem of a set of samples, in one unknown a row.
-
-    Attributes:
-        loss: l.
-        kept: l as a function of the rows' logits.
-        start: ``f - J u``, the rows' logits at ``theta_0`` to first order.
-        kernel: K, zero where a sample has left.
-        ridge: a total.
-        present: which samples are in the set.
-    """
-
-    loss: Loss
-    kept: Kept
-    start: Float[Tensor, "samples outputs"]
-    kernel: Float[Tensor, "rows rows"]
-    ridge: float
-    present: Bool[Tensor, " samples"]
-
-    def logits(self, a: Float[Tensor, " rows"]) -> Float[Tensor, "samples outputs"]:
-        """``z``."""
-        return self.start + (self.kernel @ a).view_as(self.start)
-
-    def value(self, a: Tensor, z: Tensor) -> float:
-        """The objective at a, with its logits z."""
-        pull = a @ (z - self.start).flatten()
-        return float((self.loss.value_of(z, self.kept) * self.present).sum() + self.ridge / 2 * pull)
-
-    def slope(self, a: Tensor, z: Tensor) -> Float[Tensor, " rows"]:
-        """``r = l'(z) + ridge a``, 0 for who is not in the set."""
-        r = self.loss.gradient_of(z, self.kept) + self.ridge * a.view_as(z)
-        return (r * self.present[:, None]).flatten()
-
-    def root(self, z: Tensor) -> Float[Tensor, "samples outputs outputs"]:
-        """L, 0 for who is not in the set."""
-        return self.loss.root_of(z, self.kept) * self.present[:, None, None]
-
-    def inexactness(self, a: Tensor, z: Tensor) -> float:
-        """``|grad| / |ridge (d + u)|``: the gradient of the objective in d over its part from the ridge."""
-        r = self.slope(a, z)
-        square = a @ (z - self.start).flatten()
-        return float((r @ (self.kernel @ r)).clamp_min(0).sqrt() / (self.ridge * square.clamp_min(1e-300).sqrt()))
-
-
-class Preconditioner:
-    """``(ridge I + L_0'K L_0)^-1`` over a set, from its inverse over a larger one."""
-
-    def __init__(self, inverse: Tensor, gone: Int[Tensor, " rows"]) -> None:
-        self.inverse, self.gone = inverse, gone
-        self.columns = inverse[:, gone]
-        self.factor = factorised(self.columns[gone]) if len(gone) else self.columns[gone]
-
-    def __call__(self, v: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
-        """The inverse times v, which is 0 for who is gone, and so is the result."""
-        image = self.inverse @ v
-        if len(self.gone):
-            image = image - self.columns @ torch.cholesky_solve(image[self.gone, None], self.factor)[:, 0]
-            image[self.gone] = 0
-        return image
-
-
-def across(root: Tensor, v: Tensor, transposed: bool = False) -> Tensor:
-    """``L v`` or ``L'v`` of block-diagonal L."""
-    blocks = v.view(len(root), root.shape[1], 1)
-    return ((root.mT if transposed else root) @ blocks).flatten()
-
-
-def curvature(matrix: Float[Tensor, "rows rows"], root: Tensor, ridge: float) -> Float[Tensor, "rows rows"]:
-    """``ridge I + L'K L``, in a matrix of its own."""
-    n, m = root.shape[:2]
-    half = torch.einsum("nab,nac->nbc", root, matrix.view(n, m, n * m)).view(n * m, n, m)
-    whole = torch.einsum("rnc,ncd->rnd", half, root).reshape(n * m, n * m)
-    whole.diagonal().add_(ridge)
-    return whole
-
-
-def minimise(
-    problem: Problem, a: Float[Tensor, " rows"], precondition: Preconditioner | None
-) -> tuple[Float[Tensor, " rows"], float, Tensor | None]:
-    """The optimum from a start, its inexactness, and the inverse that was last made, if one was.
-
-    Without a preconditioner inverses are made as they are needed.
-    """
-    z, inverse, own = problem.logits(a), None, precondition is None
-    for _ in range(_NEWTON):
-        if problem.inexactness(a, z) <= TOLERANCE:
-            break
-        root, r = problem.root(z), problem.slope(a, z)
-        if precondition is None:
-            inverse = invert_(curvature(problem.kernel, root, problem.ridge))
-            precondition = Preconditioner(inverse, torch.empty(0, dtype=torch.long, device=a.device))
-        rhs = -across(root, problem.kernel @ r, True)
-        x, steps = _solved(problem, root, rhs, precondition)
-        direction = -(r + across(root, x)) / problem.ridge
-        a, z, moved = _searched(problem, a, z, direction)
-        if not moved:
-            break
-        if own and steps > _REFACTOR:
-            precondition = None
-    return a, problem.inexactness(a, z), inverse
-
-
-def _solved(problem: Problem, root: Tensor, rhs: Tensor, precondition: Preconditioner) -> tuple[Tensor, int]:
-    """``(ridge I + L'K L)^-1 rhs`` to a small residual, and the steps it took."""
-    x, residual = torch.zeros_like(rhs), rhs.clone()
-    direction = s = precondition(residual)
-    rho, enough = residual @ s, 1e-4 * float(rhs.norm())
-    for step in range(_CG):
-        if float(residual.norm()) <= enough:
-            return x, step
-        image = across(root, problem.kernel @ across(root, direction), True) + problem.ridge * direction
-        length = rho / (direction @ image)
-        x, residual = x + length * direction, residual - length * image
-        s = precondition(residual)
-        rho, before = residual @ s, rho
-        direction = s + rho / before * direction
-    return x, _CG
-
-
-def _searched(problem: Problem, a: Tensor, z: Tensor, direction: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """The first of the steps 1, 1/2, ... along a direction that lowers the objective, or shortens its gradient."""
-    change = (problem.kernel @ direction).view_as(z)
-    value, gradient = problem.value(a, z), problem.inexactness(a, z)
-    for halving in range(_HALVINGS):
-        t = 0.5**halving
-        there = a + t * direction, z + t * change
-        if problem.value(*there) < value or problem.inexactness(*there) < gradient:
-            return (*there, True)
-    return a, z, False
 
 
 @dataclass(frozen=True)
@@ -297,7 +157,7 @@ class Convex:
             change = _step(grown.rows, a, self.displacement) - self.step
             return Update(change, positions, sign, rows, (a,), reached, _kept(a, change, reached))
         staying = _present(Update(self.step, positions, sign).changes(self.over).tolist(), len(self.rows))
-        gone = _places(positions, self.rows)
+        gone = self.rows.places(positions)
         a, reached = self._minimised(staying, self.coefficients.index_fill(0, gone, 0), gone)
         change = self.rows.jacobian.rmatvec((a - self.coefficients).view_as(self.rows.residual))
         return Update(change, positions, sign, None, (a,), reached, _kept(a, change, reached))
@@ -329,7 +189,7 @@ class Convex:
         if update.sign > 0:
             grown = _grown(self, cast(Rows, update.rows), update.positions)
             return replace(grown, coefficients=update.low_rank[0], ownership=Ownership())
-        gone = _places(update.positions, self.rows)
+        gone = self.rows.places(update.positions)
         columns = self.inverse[:, gone]
         factor = factorised(columns[gone])
         add_product_(self.inverse, columns, torch.cholesky_solve(columns.T, factor).T, sign=-1)
@@ -370,7 +230,7 @@ class Convex:
         staying = Update(self.step, positions, -1).changes(self.over)
         present = _present(staying.tolist(), len(self.rows)).to(self.kernel.device)
         problem = _problem(self.rows, self.loss, displacement, ridge, self.kernel, present)
-        start = self.coefficients.index_fill(0, _places(positions, self.rows), 0) * (self.ridge / ridge)
+        start = self.coefficients.index_fill(0, self.rows.places(positions), 0) * (self.ridge / ridge)
         return _step(self.rows, minimise(problem, start, None)[0], displacement)
 
     def alone(self, network: Linearised, positions: Int[Tensor, " samples"]) -> Float[Tensor, "samples outputs"]:
@@ -446,27 +306,13 @@ def _present(over: list[int], count: int) -> Bool[Tensor, " samples"]:
     return here
 
 
-def _places(positions: Int[Tensor, " samples"], rows: Rows) -> Int[Tensor, " rows"]:
-    """The rows of the kernel that belong to the samples at ``positions``."""
-    outputs = rows.residual.shape[1]
-    first = positions.to(rows.residual.device)[:, None] * outputs
-    return (first + torch.arange(outputs, device=first.device)).flatten()
-
-
-def _grown(solution: Convex, rows: Rows, positions: Int[Tensor, " samples"]) -> Convex:
+def _grown(solution: "Convex", rows: Rows, positions: Int[Tensor, " samples"]) -> Convex:
     """With more samples, whose coefficients are 0, in arrays of its own."""
-    room = max(0, int(positions.max()) + 1 - len(solution.rows))
-    more = room * rows.residual.shape[1]
-    empty = rows[torch.zeros(room, dtype=torch.long)]
-    empty = Rows.from_tensors({name: tensor.clone() for name, tensor in empty.tensors().items()})
-    empty.clear_(slice(None))
-    kept = Rows.from_tensors({name: tensor.clone() for name, tensor in (solution.rows + empty).tensors().items()})
-    for name, tensor in kept.tensors().items():
-        if name != "classes":
-            tensor[positions] = rows.tensors()[name]
+    room, kept = solution.rows.room_for(positions), solution.rows.with_others(positions, rows)
+    more, places = room * rows.residual.shape[1], kept.places(positions)
     between, own, base = kernel_between(solution.rows, rows), kernel(rows), _root_of(solution.loss, rows)
     matrix, inverse = (F.pad(square, (0, more, 0, more)) for square in (solution.kernel, solution.inverse))
-    old, places = len(between), _places(positions, kept)
+    old = len(between)
     corner = curvature(own, base, solution.ridge)
     across_both = _weighted(solution.base, between, base)
     lifted = solution.inverse @ across_both

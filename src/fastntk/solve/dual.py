@@ -143,7 +143,7 @@ class Dual:
 
     def _leaving(self, positions: Tensor) -> Update:
         """``low_rank``: the change of ``a``, ``A_SF`` and the Cholesky factor of ``A_FF``."""
-        gone = _places(positions, self.rows)
+        gone = self.rows.places(positions)
         columns = self.inverse[:, gone]
         factor = factorised(columns[gone])
         change_of_a = -columns @ torch.cholesky_solve(self.coefficients[gone, None], factor)[:, 0]
@@ -165,7 +165,7 @@ class Dual:
     def alone(self, network: Linearised, positions: Int[Tensor, " samples"]) -> Float[Tensor, "samples outputs"]:
         """``ridge a_i - A_ii^-1 a_i``, for each sample i."""
         self.ownership.check()
-        places = _places(positions, self.rows).view(len(positions), -1)
+        places = self.rows.places(positions).view(len(positions), -1)
         blocks, own = self.inverse[places[:, :, None], places[:, None, :]], self.coefficients[places]
         return self.ridge * own - torch.linalg.solve(blocks, own[..., None])[..., 0]
 
@@ -183,13 +183,13 @@ class Dual:
     def apply(self, update: Update) -> "Dual":
         """The inverse without the rows that leave, or bordered by those that join."""
         self.ownership.give_up()
-        after = self._left(update) if update.sign < 0 else self._joined(update)
+        after = self._left(update) if update.sign < 0 else _joined(self, update)
         mirror_(after.inverse)
         return replace(after, over=update.changes(self.over), ownership=Ownership())
 
     def _left(self, update: Update) -> "Dual":
         change_of_a, columns, factor = update.low_rank
-        gone = _places(update.positions, self.rows)
+        gone = self.rows.places(update.positions)
         add_product_(self.inverse, columns, torch.cholesky_solve(columns.T, factor).T, sign=-1)
         for square in (self.inverse, self.kernel):
             square[gone] = 0
@@ -200,23 +200,6 @@ class Dual:
         )
         return replace(self, coefficients=coefficients, targets=targets)
 
-    def _joined(self, update: Update) -> "Dual":
-        (joining, lifted, factor, across), joined = update.low_rank, cast(Rows, update.rows)
-        grown = _grown(self, int(update.positions.max()) + 1 - len(self.rows))
-        places, old, solved = _places(update.positions, self.rows), len(lifted), torch.cholesky_solve(lifted.T, factor)
-        add_product_(grown.inverse[:old, :old], lifted, solved.T)
-        corner = torch.cholesky_inverse(factor)
-        for square, border, block in ((grown.inverse, -solved.T, corner), (grown.kernel, across, kernel(joined))):
-            square[:old, places], square[places, :old] = border, border.T
-            square[places[:, None], places] = block
-        grown.coefficients[:old] -= lifted @ joining
-        grown.coefficients[places] = joining
-        grown.targets[places] = joined.targets(self.displacement)
-        grown.rows.jacobian.rest[update.positions] = joined.jacobian.rest
-        grown.rows.jacobian.features[update.positions] = joined.jacobian.features
-        grown.rows.residual[update.positions] = joined.residual
-        return grown
-
     def inexactness(self, update: Update | None = None) -> float:
         """``|(K_S + ridge I) a - (r_S + J_S u)| / |r_S + J_S u|``."""
         self.ownership.check()
@@ -224,7 +207,7 @@ class Dual:
         if update is None:
             return relative(self.kernel @ a + self.ridge * a - target, target)
         if update.sign < 0:
-            gone = _places(update.positions, self.rows)
+            gone = self.rows.places(update.positions)
             a, target = (a + update.low_rank[0]).index_fill(0, gone, 0), target.index_fill(0, gone, 0)
             left = (self.kernel @ a).index_fill(0, gone, 0) + self.ridge * a - target
             return relative(left, target)
@@ -253,7 +236,7 @@ class Dual:
         """By conjugate gradients on the kernel, preconditioned by ``A``."""
         self.ownership.check()
         _, columns, factor = self._leaving(positions).low_rank
-        gone = _places(positions, self.rows)
+        gone = self.rows.places(positions)
 
         def apply(v: Tensor) -> Tensor:
             return (self.kernel @ v + ridge * v).index_fill_(0, gone, 0)
@@ -271,11 +254,23 @@ def _step(rows: Rows, coefficients: Tensor, displacement: Tensor) -> Float[Tenso
     return rows.jacobian.rmatvec(coefficients.view_as(rows.residual)) - displacement
 
 
-def _places(positions: Int[Tensor, " samples"], rows: Rows) -> Int[Tensor, " rows"]:
-    """The rows of the kernel that belong to the samples at ``positions``."""
-    outputs = rows.residual.shape[1]
-    first = positions.to(rows.residual.device)[:, None] * outputs
-    return (first + torch.arange(outputs, device=first.device)).flatten()
+def _joined(solution: Dual, update: Update) -> Dual:
+    """Bordered by the rows of who joins."""
+    (joining, lifted, factor, across), joined = update.low_rank, cast(Rows, update.rows)
+    grown = _grown(solution, int(update.positions.max()) + 1 - len(solution.rows))
+    places, old, solved = solution.rows.places(update.positions), len(lifted), torch.cholesky_solve(lifted.T, factor)
+    add_product_(grown.inverse[:old, :old], lifted, solved.T)
+    corner = torch.cholesky_inverse(factor)
+    for square, border, block in ((grown.inverse, -solved.T, corner), (grown.kernel, across, kernel(joined))):
+        square[:old, places], square[places, :old] = border, border.T
+        square[places[:, None], places] = block
+    grown.coefficients[:old] -= lifted @ joining
+    grown.coefficients[places] = joining
+    grown.targets[places] = joined.targets(solution.displacement)
+    grown.rows.jacobian.rest[update.positions] = joined.jacobian.rest
+    grown.rows.jacobian.features[update.positions] = joined.jacobian.features
+    grown.rows.residual[update.positions] = joined.residual
+    return grown
 
 
 def _grown(solution: Dual, samples: int) -> Dual:
