@@ -182,7 +182,7 @@ def test_left_out_and_unseen_samples_should_be_classified_alike():
 
 
 def test_left_out_needs_a_stored_solution():
-    with pytest.raises(fastntk.InputError, match="primal and the dual form alone"):
+    with pytest.raises(fastntk.InputError, match="any form but the matrix-free"):
         left_out(prepared(form="matrix-free").state, torch.tensor([1]))
 
 

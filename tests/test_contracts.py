@@ -121,7 +121,7 @@ class SolutionContract(Contract):
     """What ``fastntk.solve.solution.Solution`` says."""
 
     form = ""
-    direct = hands_over = True
+    direct = hands_over = leaves_out = True
 
     def task(self, network, u, total=RIDGE, count=9):
         return Task(FORMS[self.form].adapted(network, network.classes), count, u, total)
@@ -236,7 +236,7 @@ class SolutionContract(Contract):
 
     def test_alone_is_each_sample_leaving_by_itself(self, network, dense, u):
         solution, everyone = self.solved(network, u), torch.arange(len(dense))
-        if not self.direct:
+        if not self.leaves_out:
             with pytest.raises(fastntk.InputError, match="one by one"):
                 solution.alone(network, everyone)
             return
@@ -316,7 +316,7 @@ class TestDual(SolutionContract):
 
 class TestIterative(SolutionContract):
     form = "matrix-free"
-    direct = hands_over = False
+    direct = hands_over = leaves_out = False
 
     @pytest.fixture(autouse=True)
     def tight(self, monkeypatch):

@@ -61,6 +61,28 @@ def test_it_is_the_optimum_of_the_linearised_network(name, loss):
     torch.testing.assert_close(solution.step + update.change, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("loss", [*LOSSES, SquaredLoss()])
+@pytest.mark.parametrize("keep", [2, 3])
+def test_alone_is_one_newton_step_without_the_sample(loss, keep):
+    case = CASES["bn+head"]
+    model, data = case.model(), case.data(12)
+    network = Linearised(PerSampleJacobian(model, snapshot(tuned(model))), data, loss)
+    u = 0.3 * torch.randn(network.layout.size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    kept = FORMS["convex"].adapted(network, keep)
+    rows, solution = kept.rows(range(12)), FORMS["convex"].prepare(Task(kept, 12, u, RIDGE)).solution
+    dense, point = rows.jacobian.dense(), rows.point
+    z = point.z + dense @ solution.step
+    root, gradient = loss.root_of(z, point.kept), loss.gradient_of(z, point.kept)
+    curved = torch.einsum("nkp,nka,nla,nlq->npq", dense, root, root, dense)
+    for i in (0, 5, 11):
+        without = curved.sum(0) - curved[i] + RIDGE * torch.eye(len(u), dtype=torch.float64)
+        change = dense[i] @ torch.linalg.solve(without, dense[i].T @ gradient[i])
+        expected = torch.zeros(3, dtype=torch.float64).scatter(0, rows.jacobian.kept[i], change)
+        torch.testing.assert_close(solution.alone(kept, torch.tensor([i]))[0], expected, rtol=1e-6, atol=1e-8)
+    together = solution.alone(kept, torch.arange(12))
+    torch.testing.assert_close(together[[5]], solution.alone(kept, torch.tensor([5])))
+
+
 def fitted_linear(count=20, ridge=0.7):
     """Frozen features and the optimum of the head on them, as scikit-learn finds it."""
     model, data = LINEAR.model(), LINEAR.data(count)

@@ -131,6 +131,8 @@ def left_out(state: State, positions: Int[Tensor, " samples"]) -> Float[Tensor, 
 
     Raises:
         InputError: the memory is matrix-free, which needs a solve a sample, or its classes are probed.
+
+    In the convex form each leaves by one step of Newton's method.
     """
     network, layout, places = state.network, state.layout, positions.tolist()
     if network.numerics.probes:
@@ -138,7 +140,7 @@ def left_out(state: State, positions: Int[Tensor, " samples"]) -> Float[Tensor, 
     fitted = logits_of(model_at(state.model, state.anchor), Subset(state.members, places), network.device)
     moved = state.vector - layout.flatten(state.anchor)
     changes = torch.cat([state.solution.alone(network, some) for some in positions.split(_TOGETHER)])
-    alone = fitted + network.loss.whitened(changes, fitted)
+    alone = fitted + (changes if network.keep is not None else network.loss.whitened(changes, fitted))
     return alone + tangent(network, places, moved) if moved.any() else alone
 
 

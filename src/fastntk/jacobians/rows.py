@@ -107,14 +107,15 @@ class Rows:
         return {**own, "kept": self.jacobian.kept, "classes": classes, "z": self.point.z, **loss}
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "Rows":
-        """The reverse of ``tensors``."""
-        rest, features, residual = (tensors[name] for name in ("rest", "features", "residual"))
-        if "kept" not in tensors:
+    def from_tensors(cls, tensors: Mapping[str, Tensor], prefix: str = "") -> "Rows":
+        """The reverse of ``tensors``, whose names may have a prefix."""
+        rest, features, residual = (tensors[prefix + name] for name in ("rest", "features", "residual"))
+        if not any(prefix + name in tensors for name in ("kept", "z")):
             return cls(Jacobian(rest, features), residual)
-        kept = Kept(*(tensors[name] for name in ("targets", "total", "tail")))
-        jacobian = Jacobian(rest, features, tensors["kept"].to(rest.device), int(tensors["classes"]))
-        return cls(jacobian, residual, Point(tensors["z"], kept))
+        kept, classes, *loss, z = (
+            tensors[prefix + name] for name in ("kept", "classes", "targets", "total", "tail", "z")
+        )
+        return cls(Jacobian(rest, features, kept.to(rest.device), int(classes)), residual, Point(z, Kept(*loss)))
 
     def clear_(self, samples: Any) -> None:
         """Nothing is left of some of the samples, in place."""

@@ -83,7 +83,7 @@ def priced(network: Linearised, form: str, classes: int | str = "auto") -> tuple
     Raises:
         InputError: nothing fits, there is no such form, or no such number of classes.
     """
-    work = Workload.of(network, _kept(network, form, classes))
+    work = replace(Workload.of(network), kept=_kept(network, form, classes))
     price = distributed.shared(chosen(work, free_bytes(network.device), form))  # of the first process, for all
     return replace(network, numerics=network.numerics.in_batches_of(work.batch_size)), work, price
 

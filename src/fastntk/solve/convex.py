@@ -81,7 +81,7 @@ class Convex:
     def price(cls, work: Workload) -> Price:
         """The kernel, the inverse and one more such matrix in passing, float64; the n Jacobians twice; a batch. Some
         ten inverses."""
-        rows = work.samples * work.kept
+        rows = work.samples * (work.kept or work.outputs)
         stored = work.itemsize * (rows * work.rest + work.samples * work.features)
         operations = float(rows) ** 2 * work.rest + 10 * float(rows) ** 3
         refusal = "the convex form keeps the likeliest classes: leave class probes out." if work.probed else ""
@@ -123,7 +123,7 @@ class Convex:
     @classmethod
     def restore(cls, tensors: Mapping[str, Tensor], ridge: float) -> "Convex":
         """The reverse of ``tensors``."""
-        rows = Rows.from_tensors({name.removeprefix("rows."): t for name, t in tensors.items() if "rows." in name})
+        rows = Rows.from_tensors(tensors, "rows.")
         smoothing = float(tensors["smoothing"])
         loss = SquaredLoss(float(tensors["scale"])) if smoothing < 0 else CrossEntropy(smoothing)
         matrix, inverse, base, a = (tensors[name] for name in ("kernel", "inverse", "base", "coefficients"))
@@ -234,8 +234,19 @@ class Convex:
         return _step(self.rows, minimise(problem, start, None)[0], displacement)
 
     def alone(self, network: Linearised, positions: Int[Tensor, " samples"]) -> Float[Tensor, "samples outputs"]:
-        """It would take a solve a sample."""
-        raise InputError("samples can be left out one by one in the primal and the dual form alone.")
+        """One step of Newton's method for each, of all logits: ``M (I - W M)^-1 l'`` with ``W = L L'`` and
+        ``M = J_i H^-1 J_i'``, H the objective's Hessian over S; the logits that are not kept stay as they are."""
+        self.ownership.check()
+        point, kept = cast(Point, self.rows.point)[positions], cast(Tensor, self.rows.jacobian.kept)[positions]
+        root, count = self.base[positions], kept.shape[1]
+        between = self.kernel[self.rows.places(positions)].view(len(kept), count, len(self.base), count)
+        own = between[torch.arange(len(kept)), :, positions]
+        across = torch.einsum("sknb,nba->skna", between, self.base).flatten(2)
+        middle = (own - across @ self.inverse @ across.mT) / self.ridge
+        gradient = self.loss.gradient_of(self._problem().logits(self.coefficients)[positions], point.kept)
+        left = torch.eye(count).to(middle) - root @ root.mT @ middle
+        change = (middle @ torch.linalg.solve(left, gradient[:, :, None]))[:, :, 0]
+        return change.new_zeros(len(kept), self.rows.jacobian.total).scatter(1, kept, change)
 
     def head_shortfall(self, layout: Layout) -> Float[Tensor, "classes features"]:
         """By the head's own convex problem, at the rows' features."""

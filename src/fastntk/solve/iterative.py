@@ -169,7 +169,7 @@ class Iterative:
 
     def alone(self, network: Linearised, positions: Int[Tensor, " samples"]) -> Float[Tensor, "samples outputs"]:
         """It would take a solve a sample."""
-        raise InputError("samples can be left out one by one in the primal and the dual form alone.")
+        raise InputError("samples can be left out one by one in any form but the matrix-free one.")
 
     def head_shortfall(self, layout: Layout) -> None:
         """The head's inputs are not kept."""

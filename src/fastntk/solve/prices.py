@@ -34,7 +34,7 @@ class Workload:
         sums_itemsize: bytes a number in the sums.
         activations: bytes that the network keeps for its backward passes, per image.
         probed: whether the classes are.
-        kept: how many classes of a sample the convex form has rows of.
+        kept: how many classes of a sample the convex form has rows of; 0 for all.
         curved: whether the loss has another Hessian than the identity.
     """
 
@@ -67,8 +67,8 @@ class Workload:
         return jacobians + self.batch_size * self.activations
 
     @classmethod
-    def of(cls, network: Linearised, kept: int = 0) -> "Workload":
-        """Of preparing the whole training set, by a trial run on one image; ``kept`` classes in the convex form."""
+    def of(cls, network: Linearised) -> "Workload":
+        """Of preparing the whole training set, by a trial run on one image."""
         layout, numerics = network.layout, network.numerics
         if numerics.probes:
             numerics.probes.check(network.classes)
@@ -86,7 +86,6 @@ class Workload:
             sums_itemsize=numerics.dtype.itemsize,
             activations=activation_bytes(network),
             probed=numerics.probes is not None,
-            kept=kept,
             curved=network.loss.curved,
         )
 

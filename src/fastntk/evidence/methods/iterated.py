@@ -20,6 +20,8 @@ class Iterated:
     ``theta_{k+1} = theta_k + t d_k``, where t is 1, or halved until the next step is shorter: ``|d_{k+1}| <= (1 - t/2)
     |d_k|``. Where the model is linear and the loss squared, ``d_1 = 0``. Where it is linear, the loss convex and
     ``theta*`` the optimum over D, the limit is the retrained optimum: for cross-entropy, too, where one step is not.
+    The convex form's s is not linear in the gradient; its d_k is the one above to first order, with the same zeros if
+    ``s(D) = 0``.
 
     Attributes:
         steps: after the first, at most. Each takes one backward pass over the retained samples, or more where halved.
