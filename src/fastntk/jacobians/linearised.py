@@ -192,6 +192,17 @@ def likeliest(
     return logits.scatter(1, labels[:, None].long(), torch.inf).topk(min(count, logits.shape[1]), 1).indices
 
 
+def enough(network: Linearised, limit: float = 0.02, most: int = 256) -> int:
+    """The fewest classes a sample, at least 2, that leave out at most ``limit`` of the loss's gradient, a mean over the
+    first samples: ``mean_i sum of |t - p|`` over the classes that are not kept, beside 1."""
+    count = min(most, len(network.train))  # type: ignore[arg-type]
+    whole = replace(network, keep=network.classes)
+    ordered = whole.residuals(range(count)).abs().double()
+    left = ordered.flip(1).cumsum(1).flip(1).mean(0)  # what the classes from each place on would leave out
+    fewest = int((left > limit).sum())
+    return max(2, min(fewest, network.classes))
+
+
 def jacobians(
     jacobian: PerSampleJacobian,
     samples: Iterable[tuple[Tensor, Tensor]],

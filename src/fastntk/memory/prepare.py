@@ -16,12 +16,11 @@ from fastntk.common import distributed
 from fastntk.common.errors import InputError
 from fastntk.common.machine import free_bytes
 from fastntk.jacobians import combinations
-from fastntk.jacobians.linearised import Linearised
+from fastntk.jacobians.linearised import Linearised, enough
 from fastntk.jacobians.numerics import Numerics
 from fastntk.jacobians.per_sample import PerSampleJacobian
 from fastntk.memory.members import Members
 from fastntk.memory.state import State
-from fastntk.solve.convex import enough
 from fastntk.solve.forms import FORMS, chosen
 from fastntk.solve.prices import Price, Workload
 from fastntk.solve.solution import Task

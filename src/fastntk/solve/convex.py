@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fastntk.common.errors import InputError
 from fastntk.common.progress import busy
 from fastntk.jacobians.layout import Layout
 from fastntk.jacobians.linearised import Linearised
@@ -265,17 +264,6 @@ def head_step(rows: Rows, loss: Loss, u: Float[Tensor, " h"], ridge: float) -> F
     problem = _problem(alone, loss, u, ridge, matrix, everyone)
     a, _, _ = minimise(problem, torch.zeros(len(matrix)).to(matrix), None)
     return _step(alone, a, u)
-
-
-def enough(network: Linearised, limit: float = 0.02, most: int = 256) -> int:
-    """The fewest classes a sample, at least 2, that leave out at most ``limit`` of the loss's gradient, a mean over the
-    first samples: ``mean_i sum of |t - p|`` over the classes that are not kept, beside 1."""
-    count = min(most, len(network.train))  # type: ignore[arg-type]
-    whole = replace(network, keep=network.classes)
-    ordered = whole.residuals(range(count)).abs().double()
-    left = ordered.flip(1).cumsum(1).flip(1).mean(0)  # what the classes from each place on would leave out
-    fewest = int((left > limit).sum())
-    return max(2, min(fewest, network.classes))
 
 
 def calibrated(rows: Rows, loss: Loss, u: Tensor, matrix: Tensor) -> tuple[Calibration, Tensor]:
