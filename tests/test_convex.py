@@ -83,6 +83,21 @@ def test_alone_is_one_newton_step_without_the_sample(loss, keep):
     torch.testing.assert_close(together[[5]], solution.alone(kept, torch.tensor([5])))
 
 
+@pytest.mark.parametrize("scale", [1.0, 10.0, 100.0])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_full_step_that_goes_too_far_is_not_taken(scale, seed):
+    """Samples whose features are all but the same, from a start that is far off."""
+    generator, n, c = torch.Generator().manual_seed(seed), 30, 4
+    draw = {"generator": generator, "dtype": torch.float64}
+    logits, labels = 3 * torch.randn(n, c, **draw), torch.randint(c, (n,), generator=generator)
+    features = 1 + 1e-3 * torch.randn(n, 6, **draw)
+    kernel = scale * torch.kron(features @ features.T, torch.eye(c, dtype=torch.float64))
+    kept = kept_of(LOSSES[1], logits, labels, torch.arange(c).expand(n, c))
+    problem = newton.Problem(LOSSES[1], kept, logits, kernel, 1.5, torch.ones(n, dtype=torch.bool))
+    a, _, _ = newton.minimise(problem, torch.randn(n * c, **draw), None)
+    assert problem.inexactness(a, problem.logits(a)) < 1e-8
+
+
 def fitted_linear(count=20, ridge=0.7):
     """Frozen features and the optimum of the head on them, as scikit-learn finds it."""
     model, data = LINEAR.model(), LINEAR.data(count)

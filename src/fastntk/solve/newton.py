@@ -67,9 +67,13 @@ class Problem:
 
     def inexactness(self, a: Tensor, z: Tensor) -> float:
         """``|grad| / |ridge (d + u)|``: the gradient of the objective in d over its part from the ridge."""
-        r = self.slope(a, z)
         square = a @ (z - self.start).flatten()
-        return float((r @ (self.kernel @ r)).clamp_min(0).sqrt() / (self.ridge * square.clamp_min(1e-300).sqrt()))
+        return self.gradient(a, z) / (self.ridge * float(square.clamp_min(1e-300).sqrt()))
+
+    def gradient(self, a: Tensor, z: Tensor) -> float:
+        """``|grad|`` of the objective in d."""
+        r = self.slope(a, z)
+        return float((r @ (self.kernel @ r)).clamp_min(0).sqrt())
 
 
 class Preconditioner:
@@ -148,12 +152,15 @@ def _solved(problem: Problem, root: Tensor, rhs: Tensor, precondition: Precondit
 
 
 def _searched(problem: Problem, a: Tensor, z: Tensor, direction: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """The first of the steps 1, 1/2, ... along a direction that lowers the objective, or shortens its gradient."""
+    """The first of the steps 1, 1/2, ... along a direction that lowers the objective, or, where rounding hides by how
+    much, its gradient."""
     change = (problem.kernel @ direction).view_as(z)
-    value, gradient = problem.value(a, z), problem.inexactness(a, z)
+    value, gradient = problem.value(a, z), problem.gradient(a, z)
+    noise = 1e-12 * abs(value)
     for halving in range(_HALVINGS):
         t = 0.5**halving
         there = a + t * direction, z + t * change
-        if problem.value(*there) < value or problem.inexactness(*there) < gradient:
+        reached = problem.value(*there)
+        if reached < value - noise or (reached < value + noise and problem.gradient(*there) < gradient):
             return (*there, True)
     return a, z, False
