@@ -94,7 +94,7 @@ def test_a_full_step_that_goes_too_far_is_not_taken(scale, seed):
     kernel = scale * torch.kron(features @ features.T, torch.eye(c, dtype=torch.float64))
     kept = kept_of(LOSSES[1], logits, labels, torch.arange(c).expand(n, c))
     problem = newton.Problem(LOSSES[1], kept, logits, kernel, 1.5, torch.ones(n, dtype=torch.bool))
-    a, _, _ = newton.minimise(problem, torch.randn(n * c, **draw), None)
+    a, _ = newton.minimise(problem, torch.randn(n * c, **draw), None)
     assert problem.inexactness(a, problem.logits(a)) < 1e-8
 
 

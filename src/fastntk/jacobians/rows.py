@@ -75,6 +75,10 @@ class Rows:
         """``r_S - J_S s``, in float64."""
         return (self.residual.double() - self.jacobian.to(torch.float64).matvec(step)).flatten()
 
+    def step(self, coefficients: Float[Tensor, " rows"], displacement: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
+        """``J_S'a - u``."""
+        return self.jacobian.rmatvec(coefficients.view_as(self.residual)) - displacement
+
     def places(self, positions: Int[Tensor, " some"]) -> Int[Tensor, " rows"]:
         """The rows of the kernel that belong to the samples at ``positions``."""
         outputs = self.residual.shape[1]

@@ -27,7 +27,7 @@ from fastntk.jacobians.linearised import Linearised
 from fastntk.jacobians.rows import Point, Rows
 from fastntk.solve.collect import collect_rows, solved_once
 from fastntk.solve.kernel import kernel, kernel_between
-from fastntk.solve.linalg import add_product_, factorised, invert_, mirror_
+from fastntk.solve.linalg import add_product_, border_, factorised, invert_, mirror_, zero_
 from fastntk.solve.newton import Preconditioner, Problem, curvature, minimise
 from fastntk.solve.prices import Price, Timing, Workload, direct
 from fastntk.solve.ridge import Calibration
@@ -71,7 +71,7 @@ class Convex:
     def of(cls, rows: Rows, loss: Loss, u: Tensor, ridge: float, matrix: Tensor, a: Tensor | None = None) -> "Convex":
         """Solve for all samples of the rows, whose kernel is given, from a start."""
         problem = _problem(rows, loss, u, ridge, matrix, torch.ones(len(rows), dtype=torch.bool, device=matrix.device))
-        a, _, _ = minimise(problem, torch.zeros(len(matrix)).to(matrix) if a is None else a, None)
+        a, _ = minimise(problem, torch.zeros(len(matrix)).to(matrix) if a is None else a, None)
         base = problem.root(problem.logits(a))
         inverse = invert_(curvature(problem.kernel, base, problem.ridge))
         return cls(rows, loss, u, ridge, matrix, inverse, base, a, torch.arange(len(rows)))
@@ -133,7 +133,7 @@ class Convex:
     def step(self) -> Float[Tensor, " p"]:
         """``d(S)``, from the rows."""
         self.ownership.check()
-        return _step(self.rows, self.coefficients, self.displacement)
+        return self.rows.step(self.coefficients, self.displacement)
 
     @classmethod
     def adapted(cls, network: Linearised, keep: int) -> Linearised:
@@ -153,7 +153,7 @@ class Convex:
         if sign > 0:
             grown = _grown(self, cast(Rows, rows), positions)
             a, reached = grown._minimised(_present(grown.over.tolist(), len(grown.rows)), grown.coefficients, [])
-            change = _step(grown.rows, a, self.displacement) - self.step
+            change = grown.rows.step(a, self.displacement) - self.step
             return Update(change, positions, sign, rows, (a,), reached, _kept(a, change, reached))
         staying = _present(Update(self.step, positions, sign).changes(self.over).tolist(), len(self.rows))
         gone = self.rows.places(positions)
@@ -179,8 +179,7 @@ class Convex:
         )
         places = torch.as_tensor(gone, dtype=torch.long, device=self.kernel.device)
         many = len(places) > len(self.kernel) // 3
-        a, reached, _ = minimise(problem, a, None if many else Preconditioner(self.inverse, places))
-        return a, reached
+        return minimise(problem, a, None if many else Preconditioner(self.inverse, places))
 
     def apply(self, update: Update) -> "Convex":
         """With the coefficients that were worked out, and the inverse without who left, or bordered by who joined."""
@@ -194,8 +193,7 @@ class Convex:
         add_product_(self.inverse, columns, torch.cholesky_solve(columns.T, factor).T, sign=-1)
         mirror_(self.inverse)
         for square in (self.inverse, self.kernel):
-            square[gone] = 0
-            square[:, gone] = 0
+            zero_(square, gone)
         self.rows.clear_(update.positions)
         base = self.base.index_fill(0, update.positions.to(self.base.device), 0)
         over = update.changes(self.over)
@@ -217,7 +215,7 @@ class Convex:
         """From the kernel: the optimum, and the inverse where it is now."""
         self.ownership.check()
         problem = self._problem()
-        a, _, _ = minimise(problem, self.coefficients, None)
+        a, _ = minimise(problem, self.coefficients, None)
         base = problem.root(problem.logits(a))
         return replace(self, inverse=invert_(curvature(problem.kernel, base, problem.ridge)), base=base, coefficients=a)
 
@@ -230,7 +228,7 @@ class Convex:
         present = _present(staying.tolist(), len(self.rows)).to(self.kernel.device)
         problem = _problem(self.rows, self.loss, displacement, ridge, self.kernel, present)
         start = self.coefficients.index_fill(0, self.rows.places(positions), 0) * (self.ridge / ridge)
-        return _step(self.rows, minimise(problem, start, None)[0], displacement)
+        return self.rows.step(minimise(problem, start, None)[0], displacement)
 
     def alone(self, network: Linearised, positions: Int[Tensor, " samples"]) -> Float[Tensor, "samples outputs"]:
         """One step of Newton's method for each, of all logits: ``M (I - W M)^-1 l'`` with ``W = L L'`` and
@@ -262,8 +260,8 @@ def head_step(rows: Rows, loss: Loss, u: Float[Tensor, " h"], ridge: float) -> F
     matrix = kernel(alone)
     everyone = torch.ones(len(rows), dtype=torch.bool, device=matrix.device)
     problem = _problem(alone, loss, u, ridge, matrix, everyone)
-    a, _, _ = minimise(problem, torch.zeros(len(matrix)).to(matrix), None)
-    return _step(alone, a, u)
+    a, _ = minimise(problem, torch.zeros(len(matrix)).to(matrix), None)
+    return alone.step(a, u)
 
 
 def calibrated(rows: Rows, loss: Loss, u: Tensor, matrix: Tensor) -> tuple[Calibration, Tensor]:
@@ -276,7 +274,7 @@ def calibrated(rows: Rows, loss: Loss, u: Tensor, matrix: Tensor) -> tuple[Calib
     best, worse = (float("inf"), _FACTORS[-1], a), 0
     for factor in reversed(_FACTORS):
         problem = _problem(rows, loss, u, factor * scale, matrix, everyone)
-        a, _, _ = minimise(problem, a, None)
+        a, _ = minimise(problem, a, None)
         miss = float((wanted - loss.gradient_of(problem.logits(a), point.kept)).norm())
         best, worse = ((miss, factor, a), 0) if miss < best[0] else (best, worse + 1)
         if worse == 2:
@@ -292,11 +290,6 @@ def _problem(rows: Rows, loss: Loss, u: Tensor, ridge: float, matrix: Tensor, pr
 
 def _kept(a: Tensor, change: Tensor, reached: float) -> dict[str, Tensor]:
     return {"coefficients": a, "change": change, "reached": torch.tensor(reached, dtype=torch.float64)}
-
-
-def _step(rows: Rows, a: Tensor, displacement: Tensor) -> Float[Tensor, " p"]:
-    """``J'a - u``."""
-    return rows.jacobian.rmatvec(a.view_as(rows.residual)) - displacement
 
 
 def _present(over: list[int], count: int) -> Bool[Tensor, " samples"]:
@@ -319,12 +312,8 @@ def _grown(solution: "Convex", rows: Rows, positions: Int[Tensor, " samples"]) -
     solved = torch.cholesky_solve(lifted.T, factor)
     add_product_(inverse[:old, :old], lifted, solved.T)
     mirror_(inverse[:old, :old])
-    for square, border, block in (
-        (inverse, -solved.T, torch.cholesky_inverse(factor)),
-        (matrix, between, own),
-    ):
-        square[:old, places], square[places, :old] = border, border.T
-        square[places[:, None], places] = block
+    border_(inverse, places, -solved.T, torch.cholesky_inverse(factor))
+    border_(matrix, places, between, own)
     whole = F.pad(solution.base, (0, 0, 0, 0, 0, room)).index_copy(0, positions.to(base.device), base)
     coefficients, over = F.pad(solution.coefficients, (0, more)), torch.cat([solution.over, positions])
     return replace(

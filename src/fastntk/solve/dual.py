@@ -26,12 +26,14 @@ from fastntk.solve.head import head_shortfall
 from fastntk.solve.kernel import Kernel, kernel, kernel_between
 from fastntk.solve.linalg import (
     add_product_,
+    border_,
     conjugate_gradients,
     factorised,
     mirror_,
     relative,
     ridge_inverse,
     shifted,
+    zero_,
 )
 from fastntk.solve.prices import Price, Timing, Workload, direct
 from fastntk.solve.ridge import calibrate
@@ -128,7 +130,7 @@ class Dual:
     def step(self) -> Float[Tensor, " p"]:
         """``s(S)``, from the rows."""
         self.ownership.check()
-        return _step(self.rows, self.coefficients, self.displacement)
+        return self.rows.step(self.coefficients, self.displacement)
 
     def reads(self, sign: int) -> bool:
         """The rows of who leaves are here."""
@@ -192,8 +194,7 @@ class Dual:
         gone = self.rows.places(update.positions)
         add_product_(self.inverse, columns, torch.cholesky_solve(columns.T, factor).T, sign=-1)
         for square in (self.inverse, self.kernel):
-            square[gone] = 0
-            square[:, gone] = 0
+            zero_(square, gone)
         self.rows.clear_(update.positions)
         coefficients, targets = (
             each.index_fill(0, gone, 0) for each in (self.coefficients + change_of_a, self.targets)
@@ -246,24 +247,18 @@ class Dual:
 
         target = self.rows.targets(displacement).index_fill_(0, gone, 0)
         coefficients = conjugate_gradients(apply, target, precondition)
-        return _step(self.rows, coefficients, displacement)
-
-
-def _step(rows: Rows, coefficients: Tensor, displacement: Tensor) -> Float[Tensor, " p"]:
-    """``J' a - u``."""
-    return rows.jacobian.rmatvec(coefficients.view_as(rows.residual)) - displacement
+        return self.rows.step(coefficients, displacement)
 
 
 def _joined(solution: Dual, update: Update) -> Dual:
     """Bordered by the rows of who joins."""
     (joining, lifted, factor, across), joined = update.low_rank, cast(Rows, update.rows)
-    grown = _grown(solution, int(update.positions.max()) + 1 - len(solution.rows))
+    grown = _grown(solution, solution.rows.room_for(update.positions))
     places, old, solved = solution.rows.places(update.positions), len(lifted), torch.cholesky_solve(lifted.T, factor)
     add_product_(grown.inverse[:old, :old], lifted, solved.T)
     corner = torch.cholesky_inverse(factor)
-    for square, border, block in ((grown.inverse, -solved.T, corner), (grown.kernel, across, kernel(joined))):
-        square[:old, places], square[places, :old] = border, border.T
-        square[places[:, None], places] = block
+    border_(grown.inverse, places, -solved.T, corner)
+    border_(grown.kernel, places, across, kernel(joined))
     grown.coefficients[:old] -= lifted @ joining
     grown.coefficients[places] = joining
     grown.targets[places] = joined.targets(solution.displacement)
@@ -275,7 +270,7 @@ def _joined(solution: Dual, update: Update) -> Dual:
 
 def _grown(solution: Dual, samples: int) -> Dual:
     """With so many more samples at the end, of zeros; coefficients of its own."""
-    if samples <= 0:
+    if not samples:
         return replace(solution, coefficients=solution.coefficients.clone(), targets=solution.targets.clone())
     more = samples * solution.rows.residual.shape[1]
     kernel, inverse = (F.pad(square, (0, more, 0, more)) for square in (solution.kernel, solution.inverse))

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastntk.common.errors import InputError
@@ -185,3 +185,21 @@ def lanczos(
             basis[size] = image / image.norm()
     upper = projected[:size, :size].triu()
     return basis[:size].T, upper + upper.triu(1).T
+
+
+def zero_(square: Float[Tensor, "n n"], places: Int[Tensor, " some"]) -> None:
+    """Nothing is left of some rows and columns."""
+    square[places] = 0
+    square[:, places] = 0
+
+
+def border_(
+    square: Float[Tensor, "n n"],
+    places: Int[Tensor, " some"],
+    border: Float[Tensor, "old some"],
+    block: Float[Tensor, "some some"],
+) -> None:
+    """Other rows and columns at ``places``: beside the first ``old`` of the square, and with themselves."""
+    old = len(border)
+    square[:old, places], square[places, :old] = border, border.T
+    square[places[:, None], places] = block

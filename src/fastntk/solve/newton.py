@@ -110,12 +110,12 @@ def curvature(matrix: Float[Tensor, "rows rows"], root: Tensor, ridge: float) ->
 
 def minimise(
     problem: Problem, a: Float[Tensor, " rows"], precondition: Preconditioner | None
-) -> tuple[Float[Tensor, " rows"], float, Tensor | None]:
-    """The optimum from a start, its inexactness, and the inverse that was last made, if one was.
+) -> tuple[Float[Tensor, " rows"], float]:
+    """The optimum from a start, and its inexactness.
 
     Without a preconditioner inverses are made as they are needed.
     """
-    z, inverse, own = problem.logits(a), None, precondition is None
+    z, own = problem.logits(a), precondition is None
     for _ in range(_NEWTON):
         if problem.inexactness(a, z) <= TOLERANCE:
             break
@@ -131,7 +131,7 @@ def minimise(
             break
         if own and steps > _REFACTOR:
             precondition = None
-    return a, problem.inexactness(a, z), inverse
+    return a, problem.inexactness(a, z)
 
 
 def _solved(problem: Problem, root: Tensor, rhs: Tensor, precondition: Preconditioner) -> tuple[Tensor, int]:

@@ -79,10 +79,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Solved:
-    """What it has found: the solution over D, the residuals of all samples, and how the ridge was found, if it was.
-
-    ``network`` is the task's, or what the form reads it as.
-    """
+    """What it has found: the solution over D, the residuals of all samples, and how the ridge was found, if it was."""
 
     solution: "Solution"
     residuals: Float[Tensor, "samples outputs"]
