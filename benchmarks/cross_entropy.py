@@ -36,9 +36,10 @@ from fastntk.evidence.requests import drawn
 from fastntk.inputs.batches import labels_of
 from fastntk.inputs.images import Preprocessing
 from fastntk.inputs.packaged import pretrained
-from fastntk.tuning.fitting import Fit, Recipe
+from fastntk.tuning.fitting import Fit
 from fastntk.tuning.loss import CrossEntropy
 from fastntk.tuning.outputs import logits_of, model_at
+from fastntk.tuning.recipe import Recipe
 
 Make = Callable[[int], tuple[nn.Module, Preprocessing]]
 MODELS: dict[str, tuple[Make, tuple[str, ...]]] = {

@@ -36,7 +36,8 @@ from fastntk.evidence.bench.stored import fitted, stored_retraining
 from fastntk.evidence.compare import compare
 from fastntk.inputs.images import Preprocessing
 from fastntk.inputs.packaged import pretrained
-from fastntk.tuning.fitting import Fit, Recipe
+from fastntk.tuning.fitting import Fit
+from fastntk.tuning.recipe import Recipe
 
 Make = Callable[[], tuple[nn.Module, Preprocessing]]
 FAMILIES: dict[str, tuple[Make, tuple[str, ...]]] = {

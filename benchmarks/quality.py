@@ -22,7 +22,7 @@ from fastntk.common.files import writable
 from fastntk.common.machine import settle
 from fastntk.evidence.bench.stored import fitted
 from fastntk.evidence.compare import compare, references
-from fastntk.tuning.fitting import Recipe
+from fastntk.tuning.recipe import Recipe
 
 FACTORS = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 

@@ -28,7 +28,7 @@ from fastntk.evidence.bench.stored import fitted
 from fastntk.evidence.compare import compare
 from fastntk.inputs.packaged import digits, pretrained
 from fastntk.memory.memory import Memory
-from fastntk.tuning.fitting import Recipe
+from fastntk.tuning.recipe import Recipe
 
 FACTORS = torch.logspace(-2.5, 1, 71, dtype=torch.float64)
 JUDGED = (0.01, 0.03, 0.1, 0.15, 0.2, 0.3, 0.6, 1.0)

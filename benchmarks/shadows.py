@@ -36,9 +36,9 @@ from fastntk.evidence.methods.retrain import retrained
 from fastntk.evidence.requests import drawn
 from fastntk.inputs.batches import labels_of
 from fastntk.inputs.packaged import digits, pretrained
-from fastntk.tuning.fitting import Recipe
 from fastntk.tuning.outputs import logits_of, model_at
 from fastntk.tuning.parameters import tuned
+from fastntk.tuning.recipe import Recipe
 
 UNLEARNING = {"fast_ntk": FastNTK(), "fast_ntk_exact_head": FastNTK(exact_head=True)}
 

@@ -15,8 +15,8 @@ from torch.utils.data import TensorDataset
 import fastntk
 from fastntk.evidence.auditing import left_out
 from fastntk.memory.audit import Audit
-from fastntk.tuning.fitting import Recipe
 from fastntk.tuning.parameters import snapshot, tuned
+from fastntk.tuning.recipe import Recipe
 
 IDS = [2, 9, 11]
 

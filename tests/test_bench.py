@@ -17,7 +17,7 @@ from fastntk.evidence.bench.results import Cell, Results
 from fastntk.evidence.bench.summary import summarise
 from fastntk.evidence.bench.tables import by_model
 from fastntk.evidence.compare import compare, references
-from fastntk.tuning.fitting import Recipe
+from fastntk.tuning.recipe import Recipe
 
 MODEL = """
 import torch

@@ -16,8 +16,8 @@ from fastntk.jacobians.numerics import Numerics
 from fastntk.jacobians.per_sample import PerSampleJacobian
 from fastntk.jacobians.products import gram
 from fastntk.solve.sums import Sums
-from fastntk.tuning.fitting import Recipe
 from fastntk.tuning.parameters import snapshot, tuned
+from fastntk.tuning.recipe import Recipe
 
 LOSS = fastntk.CrossEntropy()
 

@@ -10,7 +10,7 @@ from torch.utils.data import TensorDataset
 
 import fastntk
 from fastntk.common.errors import InputError
-from fastntk.tuning.fitting import Recipe
+from fastntk.tuning.recipe import Recipe
 
 
 def problem(*select, form="auto", **options) -> Problem:

@@ -32,8 +32,8 @@ from fastntk.evidence.methods.problem import measured
 from fastntk.inputs.batches import labels_of
 from fastntk.memory.members import Members
 from fastntk.memory.memory import Memory
-from fastntk.tuning.fitting import Recipe
 from fastntk.tuning.parameters import snapshot, tuned
+from fastntk.tuning.recipe import Recipe
 
 METHODS = {
     "retrain": Retrain(),

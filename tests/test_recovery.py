@@ -11,7 +11,7 @@ from torch.utils.data import TensorDataset
 import fastntk
 from fastntk.common.machine import peak_memory
 from fastntk.evidence.recovery import STEPS, first_reached, head_inputs, head_recovery, relearn_steps
-from fastntk.tuning.fitting import Recipe
+from fastntk.tuning.recipe import Recipe
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import fastntk
-from fastntk.tuning.fitting import Recipe
 from fastntk.tuning.parameters import snapshot, tuned
+from fastntk.tuning.recipe import Recipe
 
 
 def small():

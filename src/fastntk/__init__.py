@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from fastntk.memory.plan import Plan as Plan
     from fastntk.memory.plan import plan as plan
     from fastntk.tuning.fitting import Fit as Fit
-    from fastntk.tuning.fitting import Recipe as Recipe
     from fastntk.tuning.fitting import fit as fit
     from fastntk.tuning.lora import add_lora as add_lora
     from fastntk.tuning.lora import remove_lora as remove_lora
@@ -54,6 +53,8 @@ if TYPE_CHECKING:
     from fastntk.tuning.parameters import snapshot as snapshot
     from fastntk.tuning.prompts import add_prompts as add_prompts
     from fastntk.tuning.prompts import remove_prompts as remove_prompts
+    from fastntk.tuning.recipe import Recipe as Recipe
+    from fastntk.tuning.recipe import shrinkage as shrinkage
     from fastntk.tuning.selectors import tunables as tunables
     from fastntk.tuning.selectors import tune as tune
 
@@ -62,12 +63,13 @@ _HOMES = {
     "inputs.images": ["Preprocessing"],
     "inputs.makers": ["Logits"],
     "inputs.models": ["load_model"],
-    "tuning.fitting": ["Fit", "Recipe", "fit"],
+    "tuning.fitting": ["Fit", "fit"],
     "tuning.lora": ["add_lora", "remove_lora"],
     "tuning.loss": ["CrossEntropy", "SquaredLoss"],
     "tuning.outputs": ["model_at"],
     "tuning.parameters": ["snapshot"],
     "tuning.prompts": ["add_prompts", "remove_prompts"],
+    "tuning.recipe": ["Recipe", "shrinkage"],
     "tuning.selectors": ["tunables", "tune"],
     "jacobians.numerics": ["Numerics"],
     "memory.audit": ["Audit"],

@@ -13,7 +13,8 @@ from fastntk.evidence.report import Report
 from fastntk.evidence.requests import drawn
 from fastntk.inputs.packaged import digits, pretrained
 from fastntk.memory.memory import prepare
-from fastntk.tuning.fitting import Recipe, fit
+from fastntk.tuning.fitting import fit
+from fastntk.tuning.recipe import Recipe
 from fastntk.tuning.selectors import tune
 
 

@@ -36,6 +36,18 @@ Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, 
 Seed = Annotated[int, typer.Option(help="Of the head's first values and the order of the samples.")]
 LossName = Annotated[str, typer.Option("--loss", help="squared or cross-entropy.")]
 Smoothing = Annotated[float, typer.Option("--label-smoothing", help="Of cross-entropy, from 0 to below 1.")]
+Optimizer = Annotated[str, typer.Option(help="adam, adamw or sgd (with a momentum of 0.9).")]
+Decay = Annotated[float, typer.Option("--weight-decay", help="Per sample; of adamw, its own.")]
+DecayToward = Annotated[str, typer.Option(help="What weight decay pulls to: start (before fitting) or zero.")]
+Augment = Annotated[
+    list[str] | None, typer.Option(help="Change every training image at random, repeatable: flip, crop.")
+]
+Mixup = Annotated[
+    str, typer.Option(help="off, and nothing else: what is fitted to mixtures of images cannot forget one of them.")
+]
+Validation = Annotated[
+    str | None, typer.Option(help="Data, as for --data (a test split, if there is one), to measure every epoch on.")
+]
 Form = Annotated[
     str, typer.Option(help="primal (p x p), dual (nC x nC), convex (cross-entropy), matrix-free, or auto.")
 ]
@@ -90,6 +102,22 @@ def loss(name: str, smoothing: float) -> Any:
     if not isinstance(found, CrossEntropy):
         raise InputError("--label-smoothing goes with --loss cross-entropy.")
     return CrossEntropy(smoothing)
+
+
+def recipe(*values: Any) -> Any:
+    """How to fit: ``fastntk.Recipe`` of its fields in order."""
+    from fastntk.tuning.recipe import Recipe
+
+    return Recipe(*values)
+
+
+def no_mixup(text: str) -> None:
+    """Raises ``InputError`` unless ``--mixup`` says off."""
+    if text != "off":
+        raise InputError(
+            f"--mixup must be off, not {text!r}: a fit to mixtures of two images has no share that is one image's, "
+            "which could be taken out. Use --augment, which changes each image by itself."
+        )
 
 
 def numerics(sums: str, precision: str, class_probes: int | None, workers: int) -> Any:

@@ -5,12 +5,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
 
 if TYPE_CHECKING:
     from fastntk.memory.certificate import Answer
     from fastntk.memory.disk.ledger import Request
+    from fastntk.tuning.fitting import Fit
 
 
 def show(document: Mapping[str, object], as_json: bool, text: object) -> None:
@@ -30,6 +31,22 @@ def table_of(requests: "Sequence[Request]") -> Table:
         answered = each.answered[:16].replace("T", " ")
         table.add_row(str(each.number), each.kind, samples, answered, f"{each.seconds:.2f}", each.state, verdict)
     return table
+
+
+def show_fit(run: Path, fit: "Fit", as_json: bool) -> None:
+    """What a fit did, epoch by epoch, and what to do next."""
+    count = sum(tensor.numel() for tensor in fit.initial.values())
+    document = {"run": str(run), "tuned_parameters": count, "losses": fit.losses, "accuracies": fit.accuracies}
+    document |= {"validation": fit.validation, "seconds": fit.seconds}
+    table = Table("epoch", "loss", "training %", *(["validation %"] if fit.validation else []))
+    for epoch, (loss, accuracy) in enumerate(zip(fit.losses, fit.accuracies, strict=True)):
+        held_out = [f"{each:.1f}" for each in fit.validation[epoch : epoch + 1]]
+        table.add_row(str(epoch + 1), f"{loss:.3f}", f"{accuracy:.1f}", *held_out)
+    told = (
+        f"Tuned {count:,} parameters in {fit.seconds:.1f} s, with {fit.recipe.loss.name} loss. Training columns are of "
+        f"the images as they were seen, while it learned.\nNext: fastntk prepare {run}"
+    )
+    show(document, as_json, Group(table, told))
 
 
 def show_answer(run: Path, answer: "Answer", purge_seconds: float | None, as_json: bool) -> None:

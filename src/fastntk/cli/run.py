@@ -37,8 +37,9 @@ from fastntk.memory.members import Id
 from fastntk.memory.memory import Memory, load, prepare
 from fastntk.memory.plan import Plan, plan
 from fastntk.solve.collect import clear
-from fastntk.tuning.fitting import Fit, Recipe, fit
+from fastntk.tuning.fitting import Fit, fit
 from fastntk.tuning.loss import loss_from
+from fastntk.tuning.recipe import Recipe
 from fastntk.tuning.selectors import tune
 from fastntk.tuning.start import start
 
@@ -50,7 +51,15 @@ def _run_1(document: dict[str, Any]) -> dict[str, Any]:
     return {**document, "recipe": {**document["recipe"], "loss": loss}}
 
 
-FORMAT = Format("run", (unchanged, _run_1))
+def _run_2(document: dict[str, Any]) -> dict[str, Any]:
+    """Adam, with decay toward the start, of images as they are, and classes that weigh the same."""
+    recipe = document["recipe"]
+    loss = {"weights": [], **recipe["loss"]} if recipe["loss"]["name"] == "cross-entropy" else recipe["loss"]
+    added: dict[str, Any] = {"loss": loss, "optimizer": "adam", "decay_toward": "start", "augment": []}
+    return {**document, "recipe": {**recipe, **added}}
+
+
+FORMAT = Format("run", (unchanged, _run_1, _run_2))
 """Of ``run.json``."""
 
 _TENSORS = ("initial.safetensors", "model.safetensors")
@@ -137,8 +146,8 @@ class Run:
         document = FORMAT.read(read_json(path), path)
         return Settings(**{each.name: document[each.name] for each in fields(Settings)})
 
-    def fit(self, given: Given, recipe: Recipe) -> Fit:
-        """Fit a model and write the run.
+    def fit(self, given: Given, recipe: Recipe, validation: str | None = None) -> Fit:
+        """Fit a model and write the run; ``validation`` names data to measure the accuracy on after every epoch.
 
         Raises:
             InputError: the folder cannot be written, or holds a run whose memory has answered requests.
@@ -146,7 +155,10 @@ class Run:
         writable(self.folder)
         Folder(self.folder / "memory").check_unused()
         module, images = given.open(self.device, recipe.seed)
-        done = fit(module, in_memory(images), recipe)
+        held_out = None
+        if validation:
+            held_out = in_memory(load_data(validation, images.preprocessing, split="test", root=given.root))
+        done = fit(module, in_memory(images), recipe, validation=held_out)
         if distributed.rank():
             return done
         shutil.rmtree(self.folder / "memory", ignore_errors=True)
@@ -191,6 +203,7 @@ class Run:
         writable(self.folder)
         Folder(self.folder / "memory").check_unused()
         settings, model, images = self._opened()
+        recipe = settings.fitting()
         tensors, _ = read_tensors(self.folder / "initial.safetensors")
         memory = prepare(
             model,
@@ -199,7 +212,8 @@ class Run:
             ridge=ridge,
             form=form,
             classes=classes,
-            loss=settings.fitting().loss,
+            loss=recipe.loss,
+            shrinkage=recipe.shrinkage(len(images)),
             seed=seed,
             checkpoint=self.folder / "partial",
             numerics=numerics,

@@ -27,9 +27,9 @@ from fastntk.memory.finish import multiplied
 from fastntk.memory.members import Id
 from fastntk.memory.memory import Memory
 from fastntk.memory.state import State
-from fastntk.tuning.fitting import Recipe
 from fastntk.tuning.outputs import logits_of, model_at
 from fastntk.tuning.parameters import snapshot, tuned
+from fastntk.tuning.recipe import Recipe
 
 _LEFT_OUT = 1000  # members at most
 _TOGETHER = 64  # of them at a time

@@ -20,9 +20,16 @@ from fastntk.common.errors import InputError
 
 
 def labels_of(dataset: Dataset) -> Int[Tensor, " samples"]:
-    """All labels, without decoding images where the dataset offers them."""
+    """The classes of all samples, without decoding images where the dataset offers them."""
     known, count = labels_offered(dataset), len(dataset)  # type: ignore[arg-type]
-    return torch.tensor([int(dataset[i][1]) for i in range(count)]) if known is None else known
+    if known is not None:
+        return known
+    return torch.cat([hard(torch.as_tensor(dataset[i][1])[None]) for i in range(count)])
+
+
+def hard(labels: Tensor) -> Int[Tensor, " samples"]:
+    """The class of every sample; of soft labels ``[samples, classes]`` the likeliest."""
+    return labels.argmax(1) if labels.ndim == 2 else labels.long()
 
 
 def labels_offered(dataset: Dataset) -> Int[Tensor, " samples"] | None:
@@ -30,7 +37,7 @@ def labels_offered(dataset: Dataset) -> Int[Tensor, " samples"] | None:
     numbers. What a dataset of the user's makes of its ``targets`` may be something else.
     """
     if isinstance(dataset, TensorDataset):
-        return dataset.tensors[1].long()
+        return hard(dataset.tensors[1])
     if isinstance(dataset, Subset):
         whole = labels_offered(dataset.dataset)
         return None if whole is None else whole[list(dataset.indices)]

@@ -19,7 +19,7 @@ from fastntk.jacobians.layout import Layout
 from fastntk.jacobians.numerics import Numerics, arithmetic
 from fastntk.jacobians.per_sample import PerSampleJacobian
 from fastntk.jacobians.rows import Point, Rows
-from fastntk.tuning.loss import Loss, SquaredLoss, check_labels, kept_of
+from fastntk.tuning.loss import Labels, Loss, SquaredLoss, check_labels, kept_of
 
 _NOISE = {"full": 1e-4, "tf32": 1e-2, "bf16": 5e-2}
 """What a logit may change between machines and batches, relative to the targets and residuals, by the arithmetic."""
@@ -184,12 +184,14 @@ def _rows_of(loss: Loss, jacobian: Jacobian, logits: Tensor, labels: Tensor) -> 
     return Rows(jacobian, -loss.gradient_of(point.z, point.kept).to(logits.dtype), point)
 
 
-def likeliest(
-    logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"], count: int
-) -> Int[Tensor, "batch outputs"]:
-    """The label of each sample, then its likeliest other classes, ``count`` in all. Raises like ``check_labels``."""
+def likeliest(logits: Float[Tensor, "batch classes"], labels: Labels, count: int) -> Int[Tensor, "batch outputs"]:
+    """The label of each sample, then its likeliest other classes, ``count`` in all; of soft labels, the classes with
+    the largest share in label and prediction together. Raises like ``check_labels``."""
+    most = min(count, logits.shape[1])
+    if labels.ndim == 2:
+        return (labels + logits.softmax(1)).topk(most, 1).indices
     check_labels(labels, logits.shape[1])
-    return logits.scatter(1, labels[:, None].long(), torch.inf).topk(min(count, logits.shape[1]), 1).indices
+    return logits.scatter(1, labels[:, None].long(), torch.inf).topk(most, 1).indices
 
 
 def enough(network: Linearised, limit: float = 0.02, most: int = 256) -> int:

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fastntk.inputs.batches import hard
 from fastntk.jacobians.linearised import Linearised
 from fastntk.jacobians.products import tangent
 from fastntk.memory.audit import Audit
@@ -22,7 +23,7 @@ def logits_around(
     with torch.no_grad():
         for images, labels in network.images(positions):
             x = images.to(network.device)
-            parts.append((old(x), new(x), labels))
+            parts.append((old(x), new(x), hard(labels)))
     logits_before, logits_after, all_labels = (torch.cat(each) for each in zip(*parts, strict=True))
     return logits_before, logits_after, all_labels
 

@@ -93,4 +93,5 @@ def _with_head(state: State, parameters: Mapping[str, Tensor], without: Iterable
         raise InputError(
             f"an exact head needs all {len(retain):,} retained samples; the data source lacks {missing:,}."
         )
-    return new_head(state.network, parameters, state.initial, retain.tolist(), state.ridge, state.head_shortfall)
+    center = state.layout.unflatten(state.center, state.anchor)
+    return new_head(state.network, parameters, center, retain.tolist(), state.ridge, state.head_shortfall)

@@ -220,6 +220,7 @@ def prepare(
     form: str = "auto",
     classes: int | str = "auto",
     loss: Loss = SquaredLoss(),
+    shrinkage: float = 1.0,
     witnesses: int = 24,
     seed: int = 0,
     checkpoint: Path | None = None,
@@ -239,6 +240,8 @@ def prepare(
         form: of ``fastntk.solve.forms``, or ``"auto"``: the cheapest that fits.
         classes: of each sample that the convex form keeps: a number, ``"all"``, or ``"auto"``, as many as are enough.
         loss: the one it was fitted with.
+        shrinkage: where weight decay pulled toward zero, what it alone would have left of the parameters:
+            ``fit(...).shrinkage``, or ``fastntk.shrinkage`` of your own loop's.
         witnesses: how many retained samples check every request: the first that are there in an order drawn once.
         seed: of that draw.
         checkpoint: a folder for the primal form's partial sums, with which a preparation that was cut off goes on when
@@ -251,10 +254,13 @@ def prepare(
     """
     if ridge != "auto" and not (isinstance(ridge, float | int) and 0 < ridge < float("inf")):
         raise InputError(f"the ridge must be a positive number or 'auto', not {ridge!r}.")
+    if not 0 < shrinkage <= 1:
+        raise InputError(f"the shrinkage must be above 0 and at most 1, which is none, not {shrinkage!r}.")
     settle()
     check_initial(initial, tuned(model))
     network = linearised(model, train, loss, replace(numerics, **changes))  # type: ignore[arg-type]
-    options = {"ridge": ridge, "form": form, "classes": classes, "witnesses": witnesses, "seed": seed}
+    options = {"ridge": ridge, "form": form, "classes": classes, "shrinkage": shrinkage}
+    options |= {"witnesses": witnesses, "seed": seed}
     return Memory(prepared(network, initial, options, checkpoint))
 
 

@@ -43,7 +43,7 @@ def prepared(
     Args:
         network: linearised at the fitted parameters, over ``Members``.
         initial: the tuned parameters before fitting.
-        options: ``ridge``, ``form``, ``classes``, ``witnesses`` and ``seed`` of ``fastntk.prepare``.
+        options: ``ridge``, ``form``, ``classes``, ``shrinkage``, ``witnesses`` and ``seed`` of ``fastntk.prepare``.
         checkpoint: a folder for partial results, or None.
 
     Raises:
@@ -58,7 +58,8 @@ def prepared(
     if network.numerics.probes:
         log.info("class probes: %s", _probe_error(network))
     network = FORMS[price.form].adapted(network, work.kept)
-    displacement = network.layout.flatten(network.jacobian.parameters) - network.layout.flatten(initial)
+    center = options["shrinkage"] * network.layout.flatten(initial)
+    displacement = network.layout.flatten(network.jacobian.parameters) - center
     ridge = None if options["ridge"] == "auto" else float(options["ridge"])
     solved = FORMS[price.form].prepare(Task(network, count, displacement, ridge, checkpoint))
     has_head = bool(network.layout.head) and (network.of_logits or network.keep is not None)

@@ -77,13 +77,18 @@ class State:
         return dict(self.network.jacobian.parameters)
 
     @property
+    def center(self) -> Float[Tensor, " p"]:
+        """``theta* - u``: where the pull of the ridge leads."""
+        return self.layout.flatten(self.anchor) - self.displacement
+
+    @property
     def initial(self) -> dict[str, Tensor]:
         """``theta_0``: before fitting."""
-        return self.layout.unflatten(self.layout.flatten(self.anchor) - self.displacement, self.anchor)
+        return self.layout.unflatten(self.center / self.made["options"]["shrinkage"], self.anchor)
 
     @property
     def displacement(self) -> Float[Tensor, " p"]:
-        """``u = theta* - theta_0``."""
+        """``u = theta* - s theta_0``, with what weight decay toward zero alone would have left, s; 1 without it."""
         return self.solution.displacement
 
     @property

@@ -154,7 +154,7 @@ def key(linearised: Linearised, count: int) -> str:
     state = hashlib.sha256(digest(linearised.jacobian.model.state_dict()).encode())
     state.update(digest({"image": torch.as_tensor(image), **linearised.jacobian.parameters}).encode())
     settings = (linearised.loss, replace(linearised.numerics, workers=0), SHARD)
-    state.update(repr((count, int(label), *settings)).encode())
+    state.update(repr((count, torch.as_tensor(label).tolist(), *settings)).encode())
     return state.hexdigest()
 
 

@@ -111,20 +111,21 @@ class Convex:
         return solved_once(solved, cls.restore, rows.residual.clone())
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything but the ridge, by name; the loss as its name and smoothing."""
+        """Everything but the ridge, by name; the loss as its numbers, a smoothing of -1 for squared loss."""
         self.ownership.check()
         own = ("displacement", "kernel", "inverse", "base", "coefficients", "over")
         named = {f"rows.{name}": tensor for name, tensor in self.rows.tensors().items()}
-        smoothing = torch.tensor(getattr(self.loss, "smoothing", -1.0), dtype=torch.float64)
-        scale = torch.tensor(self.loss.scale, dtype=torch.float64)
-        return {**named, **{name: getattr(self, name) for name in own}, "smoothing": smoothing, "scale": scale}
+        loss = {"smoothing": getattr(self.loss, "smoothing", -1.0), "scale": self.loss.scale}
+        loss["weights"] = getattr(self.loss, "weights", ())
+        numbers = {name: torch.tensor(value, dtype=torch.float64) for name, value in loss.items()}
+        return {**named, **{name: getattr(self, name) for name in own}, **numbers}
 
     @classmethod
     def restore(cls, tensors: Mapping[str, Tensor], ridge: float) -> "Convex":
         """The reverse of ``tensors``."""
         rows = Rows.from_tensors(tensors, "rows.")
-        smoothing = float(tensors["smoothing"])
-        loss = SquaredLoss(float(tensors["scale"])) if smoothing < 0 else CrossEntropy(smoothing)
+        smoothing, weights = float(tensors["smoothing"]), tuple(tensors["weights"].tolist())
+        loss = SquaredLoss(float(tensors["scale"])) if smoothing < 0 else CrossEntropy(smoothing, weights)
         matrix, inverse, base, a = (tensors[name] for name in ("kernel", "inverse", "base", "coefficients"))
         u, over = tensors["displacement"], tensors["over"].cpu()
         return cls(rows, loss, u, ridge, matrix, inverse, base, a, over)

@@ -82,9 +82,8 @@ class Dual:
         ``(nC)^2 rest`` and ``(nC)^3`` operations."""
         stored = work.itemsize * (work.rows * work.rest + work.samples * work.features)
         operations = float(work.rows) ** 2 * work.rest + float(work.rows) ** 3
-        return Price(
-            cls.name, int(2.5 * 8 * work.rows**2) + 2 * stored + work.batch_bytes, operations, rank=int(work.curved)
-        )
+        size = int(2.5 * 8 * work.rows**2) + 2 * stored + work.batch_bytes
+        return Price(cls.name, size, operations, work.one_step, rank=int(work.curved))
 
     @classmethod
     def timing(cls, work: Workload, network: Linearised) -> Timing:

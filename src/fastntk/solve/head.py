@@ -36,7 +36,7 @@ def head_shortfall(gram: Float[Tensor, "features features"], moment: Head, displ
 def new_head(
     network: Linearised,
     parameters: Mapping[str, Tensor],
-    initial: Mapping[str, Tensor],
+    center: Mapping[str, Tensor],
     retain: Sequence[int],
     ridge: float,
     shortfall: Head,
@@ -46,13 +46,13 @@ def new_head(
     Args:
         network: linearised at ``theta*``.
         parameters: ``theta_1``.
-        initial: ``theta_0``.
+        center: where the ridge pulls to, ``theta_0`` as a rule.
         retain: the positions of R.
         ridge: a total.
         shortfall: ``W(D; theta*) - W*``.
     """
     layout = network.layout
-    start, vector = layout.head_of(layout.flatten(initial)), layout.flatten(parameters)
+    start, vector = layout.head_of(layout.flatten(center)), layout.flatten(parameters)
     here = layout.head_of(vector)
     if network.keep is None:
         gram, moment = _moments(network, parameters, retain, start)

@@ -36,6 +36,7 @@ class Workload:
         probed: whether the classes are.
         kept: how many classes of a sample the convex form has rows of; 0 for all.
         curved: whether the loss has another Hessian than the identity.
+        weighted: whether it weighs the classes.
     """
 
     samples: int
@@ -49,6 +50,7 @@ class Workload:
     probed: bool = False
     kept: int = 0
     curved: bool = False
+    weighted: bool = False
 
     @property
     def parameters(self) -> int:
@@ -59,6 +61,11 @@ class Workload:
     def rows(self) -> int:
         """n times the outputs of a sample."""
         return self.samples * self.outputs
+
+    @property
+    def one_step(self) -> str:
+        """Why the forms that take one step cannot be taken, or nothing."""
+        return "class weights need the convex form: they change each sample's curvature." if self.weighted else ""
 
     @property
     def batch_bytes(self) -> int:
@@ -87,6 +94,7 @@ class Workload:
             activations=activation_bytes(network),
             probed=numerics.probes is not None,
             curved=network.loss.curved,
+            weighted=network.loss.weighted,
         )
 
 

@@ -1,57 +1,50 @@
 """Fitting the tuned parameters: shared by training, retraining and every method that fine-tunes."""
 
-import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from fastntk.common import distributed
 from fastntk.common.errors import InputError
 from fastntk.common.machine import elapsed, settle
 from fastntk.common.progress import track
-from fastntk.inputs.batches import batches, checked
-from fastntk.tuning.loss import Loss, SquaredLoss
+from fastntk.inputs.augmentations import augmented
+from fastntk.inputs.batches import batches, checked, hard, labels_of
+from fastntk.tuning.outputs import logits_of
 from fastntk.tuning.parameters import snapshot, tuned
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to fit: Adam with a cosine schedule to zero.
-
-    ``weight_decay`` is per sample and pulls toward the parameters before fitting, not toward zero: fitting minimises
-    ``mean_i loss_i + weight_decay/2 |theta - theta_0|^2``. ``seed`` decides the order of the samples.
-    """
-
-    epochs: int = 12
-    learning_rate: float = 1e-3
-    batch_size: int = 32
-    weight_decay: float = 1e-4
-    seed: int = 0
-    loss: Loss = SquaredLoss()  # noqa: RUF009 (frozen)
-
-    def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch_size < 1 or self.learning_rate <= 0 or self.weight_decay < 0:
-            raise InputError(
-                "epochs and batch_size must be at least 1, learning_rate positive and weight_decay not negative; "
-                f"got {self}."
-            )
+from fastntk.tuning.recipe import MOMENTUM, Recipe
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What ``fit`` did: the tuned parameters before it, the mean loss of each epoch, the recipe and the time taken."""
+    """What ``fit`` did.
+
+    Attributes:
+        initial: the tuned parameters before it.
+        losses: the mean loss of each epoch, while it learned.
+        recipe: how.
+        seconds: that it took.
+        accuracies: on the training samples, in percent, of each epoch, while it learned.
+        validation: on the validation samples, after each epoch; empty without any.
+        shrinkage: what weight decay toward zero alone would have left of the parameters: for ``prepare``.
+    """
 
     initial: dict[str, Tensor]
     losses: list[float]
     recipe: Recipe
     seconds: float
+    accuracies: list[float] = field(default_factory=list)
+    validation: list[float] = field(default_factory=list)
+    shrinkage: float = 1.0
 
 
-def fit(model: nn.Module, train: Dataset, recipe: Recipe = Recipe(), **changes: object) -> Fit:
+def fit(
+    model: nn.Module, train: Dataset, recipe: Recipe = Recipe(), *, validation: Dataset | None = None, **changes: object
+) -> Fit:
     """Fit the tuned parameters of ``model`` to ``train``, in place, and leave the model in eval mode.
 
     The whole of the fit runs in eval mode: batch norm uses, and does not update, its running statistics (they would
@@ -66,9 +59,10 @@ def fit(model: nn.Module, train: Dataset, recipe: Recipe = Recipe(), **changes: 
         model: as ``tune`` left it; maps images to logits.
         train: a map-style dataset of ``(image, label)``.
         recipe: how; ``changes`` replace its fields: ``fit(model, train, epochs=5, seed=1)``.
+        validation: samples on which the accuracy is measured after every epoch.
 
     Returns:
-        The parameters before the fit (``prepare`` needs them as ``initial``), losses and seconds.
+        The parameters before the fit (``prepare`` needs them as ``initial``), losses, accuracies and seconds.
 
     Raises:
         InputError: nothing is tuned, a label outside the classes, a pixel that is not finite, or a loss that became
@@ -80,46 +74,77 @@ def fit(model: nn.Module, train: Dataset, recipe: Recipe = Recipe(), **changes: 
     initial = snapshot(parameters)
     model.eval()
     device = next(iter(parameters.values())).device
-    optimiser = torch.optim.Adam(parameters.values(), lr=recipe.learning_rate)
-    generator = torch.Generator().manual_seed(recipe.seed)
-    loader = batches(train, recipe.batch_size, generator, share=(distributed.rank(), distributed.size()))
-    network = distributed.averaging(model)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda done: (1 + math.cos(math.pi * done / (recipe.epochs * len(loader)))) / 2
-    )
-    started, losses = time.perf_counter(), []
-    for _ in track(range(recipe.epochs), "fitting, epochs"):
-        losses.append(_epoch(network, loader, recipe, parameters, initial, optimiser, schedule, device))
-    return Fit(initial, losses, recipe, elapsed(started, device))
+    epochs = _Epochs(recipe, model, train, parameters, initial, device)
+    started = time.perf_counter()
+    losses, accuracies, validated = [], [], []
+    for epoch in track(range(recipe.epochs), "fitting, epochs"):
+        loss, right = epochs.run(epoch)
+        losses.append(loss)
+        accuracies.append(right)
+        if validation is not None:
+            right_ones = logits_of(model, validation, device).argmax(1).cpu() == labels_of(validation)
+            validated.append(100 * float(right_ones.double().mean()))
+    left = recipe.shrinkage(epochs.count)
+    return Fit(initial, losses, recipe, elapsed(started, device), accuracies, validated, left)
 
 
-def _epoch(
-    model: nn.Module,
-    loader: DataLoader,
-    recipe: Recipe,
-    parameters: Mapping[str, nn.Parameter],
-    initial: Mapping[str, Tensor],
-    optimiser: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    device: torch.device,
-) -> float:
-    """One pass over the data; returns the mean loss a sample."""
-    rank, size, count = distributed.rank(), distributed.size(), len(loader.dataset)  # type: ignore[arg-type]
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for step, (images, labels) in enumerate(loader):
-        images = checked(images).to(device)
-        whole = min(recipe.batch_size, count - step * recipe.batch_size)
-        share = len(range(rank, whole, size)) / whole
-        loss = recipe.loss(model(images), labels.to(device)) * share
-        if not torch.isfinite(loss):
-            raise InputError("the loss is no longer finite. Lower the learning rate.")
-        optimiser.zero_grad(set_to_none=True)
-        (loss * size).backward()  # the gradients' mean over the processes is taken
-        for name, parameter in parameters.items():
-            if parameter.grad is not None:
-                parameter.grad.add_(parameter.detach() - initial[name], alpha=recipe.weight_decay)
-        optimiser.step()
-        schedule.step()
-        total += loss.detach() * whole
-    distributed.sum_([total])
-    return float(total) / count
+class _Epochs:
+    """The passes of one fit."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: nn.Module,
+        train: Dataset,
+        parameters: Mapping[str, nn.Parameter],
+        initial: Mapping[str, Tensor],
+        device: torch.device,
+    ) -> None:
+        self.recipe, self.parameters, self.initial, self.device = recipe, parameters, initial, device
+        self.count = len(train)  # type: ignore[arg-type]
+        generator = torch.Generator().manual_seed(recipe.seed)
+        self.loader = batches(train, recipe.batch_size, generator, share=(distributed.rank(), distributed.size()))
+        self.network = distributed.averaging(model)
+        free, rate = parameters.values(), recipe.learning_rate
+        sgd = recipe.optimizer == "sgd"
+        self.optimiser = torch.optim.SGD(free, rate, MOMENTUM) if sgd else torch.optim.Adam(free, rate)
+        steps = recipe.steps(self.count)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimiser, lambda done: recipe.rate(done, steps))
+
+    def run(self, epoch: int) -> tuple[float, float]:
+        """One pass over the data: the mean loss a sample, and the percentage that were classified rightly."""
+        rank, size, batch = distributed.rank(), distributed.size(), self.recipe.batch_size
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for step, (images, labels) in enumerate(self.loader):
+            first, whole = step * batch, min(batch, self.count - step * batch)
+            mine = range(rank, whole, size)
+            seeds = [self._seed(epoch, first + place) for place in mine or range(1)]
+            x, y = augmented(checked(images), self.recipe.augment, seeds).to(self.device), labels.to(self.device)
+            logits = self.network(x)
+            loss = self.recipe.loss(logits, y) * (len(mine) / whole)
+            if not torch.isfinite(loss):
+                raise InputError("the loss is no longer finite. Lower the learning rate.")
+            self.optimiser.zero_grad(set_to_none=True)
+            (loss * size).backward()  # the gradients' mean over the processes is taken
+            self._pull()
+            self.optimiser.step()
+            self.schedule.step()
+            right = (logits.argmax(1) == hard(y)).sum() if mine else torch.zeros((), device=self.device)
+            total += torch.stack([loss.detach() * whole, right.to(loss)])
+        distributed.sum_([total])
+        return float(total[0]) / self.count, 100 * float(total[1]) / self.count
+
+    def _seed(self, epoch: int, place: int) -> int:
+        """Of the augmentation of the sample that is drawn at a place of an epoch."""
+        return (self.recipe.seed * self.recipe.epochs + epoch) * self.count + place
+
+    def _pull(self) -> None:
+        """Weight decay: a part of the gradient, or adamw's own move."""
+        recipe, rate = self.recipe, float(self.schedule.get_last_lr()[0])
+        for name, parameter in self.parameters.items():
+            held = parameter.detach()
+            away = held - self.initial[name] if recipe.decay_toward == "start" else held.clone()
+            if recipe.optimizer == "adamw":
+                held.sub_(away, alpha=rate * recipe.weight_decay)
+            elif parameter.grad is not None:
+                parameter.grad.add_(away, alpha=recipe.weight_decay)

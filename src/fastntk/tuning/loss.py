@@ -5,7 +5,7 @@ The step is that of least squares, ``1/2 sum |J_i d - r_i|^2``. A loss whose Hes
 gradient: ``sum J_i'H J_i`` is the generalised Gauss-Newton matrix, and ``sum J_i'r_i`` stays as it is.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -14,6 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastntk.common.errors import InputError
+
+Labels = Int[Tensor, " samples"] | Float[Tensor, "samples classes"]
+"""The class of every sample, or, as a soft label, what share of it is of each class."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Kept:
 def kept_of(
     loss: "Loss",
     logits: Float[Tensor, "samples classes"],
-    labels: Int[Tensor, " samples"],
+    labels: "Labels",
     classes: Int[Tensor, "samples outputs"],
 ) -> Kept:
     """The loss as a function of the logits of some ``classes`` of each sample."""
@@ -53,26 +56,22 @@ def kept_of(
 class SquaredLoss:
     """Squared loss on centred, scaled targets: ``1/2 |f(x) - t|^2`` per sample.
 
-    ``t = scale * (onehot(y) - 1/C)``. The Gauss-Newton matrix of this loss is ``sum J'J``, which is what makes one
-    unlearning step enough; see docs/how-it-works.md. ``scale`` is in logits. A scale of 1 trains badly with Adam's
-    usual learning rates (58 % against 88 % on CIFAR-10, docs/benchmarks.md); 10 tests as well as cross-entropy.
+    ``t = scale * (q - 1/C)`` with q the label, ``onehot(y)`` or a soft one. The Gauss-Newton matrix of this loss is
+    ``sum J'J``, which is what makes one unlearning step enough; see docs/how-it-works.md. ``scale`` is in logits. A
+    scale of 1 trains badly with Adam's usual learning rates (58 % against 88 % on CIFAR-10, docs/benchmarks.md); 10
+    tests as well as cross-entropy.
     """
 
     curved: ClassVar[bool] = False  # its Hessian is the identity
+    weighted: ClassVar[bool] = False
     scale: float = 10.0
     name: str = field(default="squared", init=False)
 
-    def targets(self, labels: Int[Tensor, " batch"], classes: int) -> Float[Tensor, "batch classes"]:
-        """The target logits ``t_i`` of samples with the given labels.
+    def targets(self, labels: Labels, classes: int) -> Float[Tensor, "batch classes"]:
+        """The target logits ``t_i`` of samples with the given labels. Raises like ``shares``."""
+        return self.scale * (shares(labels, classes) - 1 / classes)
 
-        Raises:
-            InputError: a label is outside ``0 .. classes - 1``.
-        """
-        return self.scale * (_onehot(labels, classes) - 1 / classes)
-
-    def residual(
-        self, logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]
-    ) -> Float[Tensor, "batch classes"]:
+    def residual(self, logits: Float[Tensor, "batch classes"], labels: Labels) -> Float[Tensor, "batch classes"]:
         """``r_i = t_i - f(x_i)``, the negative gradient of the loss with respect to the logits."""
         return self.targets(labels, logits.shape[1]).to(logits) - logits
 
@@ -97,45 +96,64 @@ class SquaredLoss:
         """``L^+ v_i``: themselves."""
         return vectors
 
-    def __call__(self, logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]) -> Float[Tensor, ""]:
+    def __call__(self, logits: Float[Tensor, "batch classes"], labels: Labels) -> Float[Tensor, ""]:
         """The mean over the batch of ``1/2 |f(x_i) - t_i|^2``."""
         return self.residual(logits, labels).square().sum(1).mean() / 2
 
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """``-sum_c t_c log p_c`` per sample, with ``p = softmax(f(x))``: ``r = t - p``, ``H = diag(p) - pp'``.
+    """``-sum_c t_c log p_c`` per sample, with ``p = softmax(f(x))``: ``r = t - T p``, ``H = T (diag(p) - pp')``.
 
-    ``t = (1 - smoothing) onehot(y) + smoothing / C``. ``H = L L'`` with ``L = (I - p 1') diag(sqrt(p))``. One
-    Gauss-Newton step of it goes less far than one of squared loss: where the fit is sure of itself, H all but vanishes.
-    The convex form of a memory (``fastntk.solve.convex``) solves it whole.
+    ``t_c = w_c ((1 - smoothing) q_c + smoothing / C)`` with q the label, ``onehot(y)`` or a soft one, and T the sum of
+    t: what ``torch.nn.functional.cross_entropy`` has, but for the mean, which is over samples and not over weights.
+    ``H = L L'`` with ``L = sqrt(T) (I - p 1') diag(sqrt(p))``. One Gauss-Newton step of it goes less far than one of
+    squared loss: where the fit is sure of itself, H all but vanishes. The convex form of a memory
+    (``fastntk.solve.convex``) solves it whole.
+
+    Attributes:
+        smoothing: of the labels.
+        weights: w, one a class; empty for 1 each.
 
     Raises:
-        InputError: the smoothing is not at least 0 and below 1.
+        InputError: the smoothing is not at least 0 and below 1, or a weight is not positive.
     """
 
     curved: ClassVar[bool] = True
     smoothing: float = 0.0
+    weights: Sequence[float] = ()
     name: str = field(default="cross-entropy", init=False)
     scale: ClassVar[float] = 1.0
+
+    @property
+    def weighted(self) -> bool:
+        """Whether classes have weights."""
+        return bool(self.weights)
 
     def __post_init__(self) -> None:
         if not 0 <= self.smoothing < 1:
             raise InputError(f"label smoothing must be at least 0 and below 1, not {self.smoothing}.")
+        object.__setattr__(self, "weights", tuple(self.weights))
+        if not all(0 < weight < float("inf") for weight in self.weights):
+            raise InputError(f"the weights of classes must be positive numbers, not {self.weights}.")
 
-    def targets(self, labels: Int[Tensor, " batch"], classes: int) -> Float[Tensor, "batch classes"]:
-        """``t_i`` of samples with the given labels; it sums to 1.
+    def targets(self, labels: Labels, classes: int) -> Float[Tensor, "batch classes"]:
+        """``t_i`` of samples with the given labels.
 
         Raises:
-            InputError: a label is outside ``0 .. classes - 1``.
+            InputError: like ``shares``, or there are not as many weights as classes.
         """
-        return (1 - self.smoothing) * _onehot(labels, classes) + self.smoothing / classes
+        smoothed = (1 - self.smoothing) * shares(labels, classes) + self.smoothing / classes
+        if not self.weights:
+            return smoothed
+        if len(self.weights) != classes:
+            raise InputError(f"the loss has {len(self.weights)} weights, and the model {classes} classes.")
+        return smoothed * torch.tensor(self.weights).to(smoothed)
 
-    def residual(
-        self, logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]
-    ) -> Float[Tensor, "batch classes"]:
-        """``r_i = t_i - p_i``, the negative gradient of the loss with respect to the logits."""
-        return self.targets(labels, logits.shape[1]).to(logits) - logits.softmax(1)
+    def residual(self, logits: Float[Tensor, "batch classes"], labels: Labels) -> Float[Tensor, "batch classes"]:
+        """``r_i = t_i - T_i p_i``, the negative gradient of the loss with respect to the logits."""
+        targets = self.targets(labels, logits.shape[1]).to(logits)
+        return targets - targets.sum(1, keepdim=True) * logits.softmax(1)
 
     def value_of(self, z: Float[Tensor, "samples outputs"], kept: Kept) -> Float[Tensor, " samples"]:
         """``T logsumexp(z, tail) - t'z``, which is the loss up to a number that does not depend on z."""
@@ -155,7 +173,7 @@ class CrossEntropy:
         return kept.total.sqrt()[:, None, None] * root
 
     def root(self, logits: Float[Tensor, "batch classes"]) -> Float[Tensor, "batch classes classes"]:
-        """``L_i``."""
+        """``L_i``, where every class weighs 1."""
         p = logits.softmax(1)
         return (torch.eye(p.shape[1]).to(p) - p[:, :, None]) * p.sqrt()[:, None, :]
 
@@ -166,10 +184,10 @@ class CrossEntropy:
         ``L'z``, it is z, up to what is the same for every class."""
         return vectors * (-logits.log_softmax(1) / 2).exp()
 
-    def __call__(self, logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]) -> Float[Tensor, ""]:
-        """The mean over the batch."""
-        _onehot(labels, logits.shape[1])
-        return torch.nn.functional.cross_entropy(logits, labels, label_smoothing=self.smoothing)
+    def __call__(self, logits: Float[Tensor, "batch classes"], labels: Labels) -> Float[Tensor, ""]:
+        """The mean over the samples of the batch."""
+        targets = self.targets(labels, logits.shape[1]).to(logits)
+        return -(targets * logits.log_softmax(1)).sum(1).mean()
 
 
 def _with_tail(z: Float[Tensor, "samples outputs"], kept: Kept) -> Float[Tensor, " samples"]:
@@ -182,7 +200,7 @@ LOSSES: dict[str, type[Loss]] = {kind().name: kind for kind in (SquaredLoss, Cro
 
 
 def loss_from(record: Mapping[str, Any]) -> Loss:
-    """The reverse of ``dataclasses.asdict``. Raises ``InputError`` for a loss that there is not."""
+    """The reverse of ``dataclasses.asdict``, also by way of JSON. Raises ``InputError`` for an unknown loss."""
     kind = type(loss_named(record["name"]))
     return kind(**{each.name: record[each.name] for each in fields(kind) if each.init})
 
@@ -199,7 +217,7 @@ def loss_named(name: str) -> Loss:
 
 
 def check_labels(labels: Int[Tensor, " batch"], classes: int) -> None:
-    """Raises ``InputError`` if a label is outside ``0 .. classes - 1``."""
+    """Raises ``InputError`` if the class of a sample is outside ``0 .. classes - 1``."""
     outside = labels[(labels < 0) | (labels >= classes)]
     if len(outside):
         raise InputError(
@@ -208,6 +226,15 @@ def check_labels(labels: Int[Tensor, " batch"], classes: int) -> None:
         )
 
 
-def _onehot(labels: Int[Tensor, " batch"], classes: int) -> Float[Tensor, "batch classes"]:
+def shares(labels: Labels, classes: int) -> Float[Tensor, "batch classes"]:
+    """q: ``onehot(y)`` of the class of each sample, or the soft labels as they are.
+
+    Raises:
+        InputError: a label is outside ``0 .. classes - 1``, or the shares of a soft one do not add up to 1.
+    """
+    if labels.ndim == 2:
+        if labels.shape[1] != classes or (labels < 0).any() or ((labels.sum(1) - 1).abs() > 1e-4).any():
+            raise InputError(f"soft labels must be {classes} shares a sample, none negative, that add up to 1.")
+        return labels
     check_labels(labels, classes)
     return torch.nn.functional.one_hot(labels.long(), classes).to(torch.get_default_dtype())

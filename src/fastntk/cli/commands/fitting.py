@@ -1,12 +1,18 @@
 """Models, what of them can be tuned, and fitting them."""
 
-from typing import Annotated
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from fastntk.cli import options
-from fastntk.cli.printing import show
+from fastntk.cli.printing import show, show_fit
+
+if TYPE_CHECKING:
+    from fastntk.tuning.fitting import Fit
+    from fastntk.tuning.recipe import Recipe
 
 
 def fit(
@@ -20,9 +26,15 @@ def fit(
     image_size: options.Size = None,
     epochs: Annotated[int, typer.Option(help="Passes over the data.")] = 12,
     batch_size: Annotated[int, typer.Option(help="Images a step.")] = 32,
-    learning_rate: Annotated[float, typer.Option(help="Adam's first; it falls to 0 along a cosine.")] = 1e-3,
+    learning_rate: Annotated[float, typer.Option(help="The first; it falls to 0 along a cosine.")] = 1e-3,
     loss: options.LossName = "squared",
     label_smoothing: options.Smoothing = 0.0,
+    optimizer: options.Optimizer = "adam",
+    weight_decay: options.Decay = 1e-4,
+    decay_toward: options.DecayToward = "start",
+    augment: options.Augment = None,
+    mixup: options.Mixup = "off",
+    validation: options.Validation = None,
     device: options.Device = "cpu",
     seed: options.Seed = 0,
     as_json: options.Json = False,
@@ -31,25 +43,25 @@ def fit(
 
     Several processes share every batch when it is started as: torchrun --nproc-per-node=N -m fastntk fit RUN ...
     """
+    options.no_mixup(mixup)
+    numbers = epochs, learning_rate, batch_size, weight_decay, seed
+    recipe = options.recipe(*numbers, options.loss(loss, label_smoothing), optimizer, decay_toward, augment or ())
+    named = model, data, data_root, select or options.SELECTED, image_size, weights, id_column
+    done = _fitted(run, device, named, recipe, validation)
+    if done:
+        show_fit(run, done, as_json)
+
+
+def _fitted(run: Path, device: str, named: Sequence[Any], recipe: "Recipe", validation: str | None) -> "Fit | None":
+    """What the first of all processes did, and None for the others."""
     from fastntk.cli.run import Given, Run
     from fastntk.common import distributed
     from fastntk.common.launch import local_device
-    from fastntk.tuning.fitting import Recipe
 
-    recipe = Recipe(epochs, learning_rate, batch_size, seed=seed, loss=options.loss(loss, label_smoothing))
     opened = Run(run, local_device(device))
     with distributed.session(opened.device):
-        given = Given(model, data, data_root, select or options.SELECTED, image_size, weights, id_column)
-        done = opened.fit(given, recipe)
-        if distributed.rank():
-            return
-    count = sum(tensor.numel() for tensor in done.initial.values())
-    document = {"run": str(run), "tuned_parameters": count, "losses": done.losses, "seconds": done.seconds}
-    text = (
-        f"Tuned {count:,} parameters in {done.seconds:.1f} s; loss {done.losses[0]:.2f} in the first epoch, "
-        f"{done.losses[-1]:.2f} in the last.\nNext: fastntk prepare {run}"
-    )
-    show(document, as_json, text)
+        done = opened.fit(Given(*named), recipe, validation)
+        return None if distributed.rank() else done
 
 
 def models(

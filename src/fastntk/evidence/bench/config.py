@@ -30,8 +30,8 @@ from fastntk.evidence import methods
 from fastntk.evidence.compare import COMPARED_WITH
 from fastntk.evidence.methods import Method
 from fastntk.evidence.requests import share
-from fastntk.tuning.fitting import Recipe
 from fastntk.tuning.loss import loss_named
+from fastntk.tuning.recipe import Recipe
 
 T = TypeVar("T")
 

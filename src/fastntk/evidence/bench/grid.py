@@ -61,7 +61,7 @@ def _cells(
     model, train, test = _opened(config, setting, device)
     fit = fitted(model, train, config.fitting(setting.seed), kept / "original.safetensors", key)
     started = time.perf_counter()
-    memory = prepare(model, train, fit.initial, loss=fit.recipe.loss)
+    memory = prepare(model, train, fit.initial, loss=fit.recipe.loss, shrinkage=fit.shrinkage)
     preparing = elapsed(started, memory.state.network.device)
     audit(memory, stored_retraining(model, fit, kept, key), held_out=test, seed=setting.seed + 1)
     for request in requests:

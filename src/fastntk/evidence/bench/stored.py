@@ -13,8 +13,9 @@ from fastntk.evidence.auditing import Retraining
 from fastntk.evidence.methods import Method, Problem, Unlearned
 from fastntk.evidence.methods.problem import measured
 from fastntk.evidence.methods.retrain import retrained
-from fastntk.tuning.fitting import Fit, Recipe, fit
+from fastntk.tuning.fitting import Fit, fit
 from fastntk.tuning.parameters import snapshot, tuned
+from fastntk.tuning.recipe import Recipe
 
 FORMAT = Format("stored fit", (unchanged,))
 """Of the files."""
@@ -45,7 +46,8 @@ def fitted(model: nn.Module, train: Dataset, recipe: Recipe, path: Path, key: st
         tensors, record = kept
         initial = snapshot(tuned(model))
         model.eval().load_state_dict(tensors, strict=False)
-        return Fit(initial, [], recipe, record["seconds"])
+        count = len(train)  # type: ignore[arg-type]
+        return Fit(initial, [], recipe, record["seconds"], shrinkage=recipe.shrinkage(count))
     done = fit(model, train, recipe)
     write_tensors(path, tuned(model), FORMAT.stamped({"key": key, "seconds": done.seconds}))
     return done

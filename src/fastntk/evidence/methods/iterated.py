@@ -73,10 +73,10 @@ class _Search:
         state = problem.state
         self.problem, self.ridge, self.layout = problem, state.ridge, state.layout
         self.start = self.layout.flatten(state.anchor)
-        self.initial = self.layout.flatten(problem.initial)
+        self.center = state.center
         self.short = state.solution.step  # s(D)
         self.rest = self._resolved(torch.zeros_like(self.start))
-        self.first = self._resolved(self.start - self.initial) - self.short
+        self.first = self._resolved(self.start - self.center) - self.short
 
     def _resolved(self, displacement: Tensor) -> Tensor:
         """``(G_R + ridge I)^-1 (b_R - ridge v)``."""
@@ -88,5 +88,5 @@ class _Search:
         parameters = self.layout.unflatten(theta, state.anchor)
         here = replace(state.network, jacobian=PerSampleJacobian(state.model, parameters, self.layout))
         pulled = pull(here, here.residual(self.problem.staying.tolist()))
-        downhill = pulled - self.ridge * (theta - self.initial)
+        downhill = pulled - self.ridge * (theta - self.center)
         return self.rest - self._resolved(downhill / self.ridge) - self.short

@@ -14,7 +14,7 @@ from fastntk.common.machine import elapsed, peak_memory
 from fastntk.memory.members import Id, Members
 from fastntk.memory.memory import Memory
 from fastntk.memory.state import State
-from fastntk.tuning.fitting import Recipe
+from fastntk.tuning.recipe import Recipe
 
 
 @dataclass(frozen=True)

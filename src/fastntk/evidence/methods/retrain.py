@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fastntk.evidence.methods.problem import Problem, Unlearned
-from fastntk.tuning.fitting import Recipe, fit
+from fastntk.tuning.fitting import fit
 from fastntk.tuning.parameters import snapshot, tuned
+from fastntk.tuning.recipe import Recipe
 
 
 @dataclass(frozen=True)

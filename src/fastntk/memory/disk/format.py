@@ -62,7 +62,18 @@ def _state_1(document: dict[str, Any]) -> dict[str, Any]:
     return {**document, "keep": None, "made": made, "loss": loss}
 
 
-BASE = Format("memory", (_state_0, _state_1))
+def _state_2(document: dict[str, Any]) -> dict[str, Any]:
+    """The pull was toward the start, and classes weighed the same."""
+    made, loss, tensors = document["made"], document["loss"], document["tensors"]
+    if loss["name"] == "cross-entropy":
+        loss = {"weights": [], **loss}
+    if "solution.smoothing" in tensors:
+        tensors = {**tensors, "solution.weights": torch.zeros(0, dtype=torch.float64)}
+    made = {**made, "options": {**made["options"], "shrinkage": 1.0}}
+    return {**document, "made": made, "loss": loss, "tensors": tensors}
+
+
+BASE = Format("memory", (_state_0, _state_1, _state_2))
 """Of ``base-N.safetensors``: ``packing``."""
 
 JOURNAL = Format("request", (unchanged,))
