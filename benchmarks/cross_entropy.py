@@ -1,13 +1,20 @@
 """Models fitted with cross-entropy: the convex form's answers beside four retrained models, and what they cost.
 
     python benchmarks/cross_entropy.py --quick --data cifar10.npz         MobileNetV2, plain and smoothed, one head
-    python benchmarks/cross_entropy.py --data cifar10.npz [--many cifar100.npz] [--heads 3]
+    python benchmarks/cross_entropy.py --data cifar10.npz [--many cifar100.npz]
 
-The .npz hold x_train, y_train, x_test, y_test. Batch norms (ViT: ten prompts) and the head are tuned, 12 epochs of
-Adam at 1e-3. A cell is a model, a loss, a head and a request: a class, a random tenth, a random hundredth. ratio is the
-mean distance on the forgotten images to the four retrained models over the mean over their six pairs, in probabilities
-and in logits; forget and test are accuracies, those of the retrained models means. Fits and answers are kept under
---out, so a run that was cut off goes on. Seconds are of this machine, one after the other. The last line is JSON.
+The .npz hold x_train, y_train, x_test, y_test. Tuned are batch norms and the head (ViT: ten prompts, or LoRA of rank 8,
+and the head), for 12 epochs: with plain cross-entropy, with label smoothing 0.1, or by AdamW (weight decay 0.05 toward
+zero) on images that are flipped and cropped. MobileNetV2's ten classes are fitted from three heads.
+
+A cell is a fitted model, a request (a class, a random tenth, a random hundredth) and a method. ratio is the mean
+distance on the forgotten images to the four retrained models over the mean over their six pairs, in probabilities and
+in logits; forget and test are accuracies, those of the retrained models means. Seconds are of this process: of
+preparing, of a request, and of one retraining, done for that in the same run. Fits, answers and cells are kept under
+--out, so a run that was cut off goes on; --fits makes the fits and nothing else, --again works out kept cells anew.
+
+one step: of Gauss-Newton over all classes; Golatkar's step from the same memory. fine-tuning, SalUn: two epochs at the
+fit's own rate. The gain is of an audit of another tenth, two retrained models. The last line is JSON.
 """
 
 import argparse
@@ -19,194 +26,268 @@ from itertools import combinations
 from pathlib import Path
 from statistics import mean
 
-import torch
+from exact import linear_model, peak_gib, solved_independently
 from fastntk.metrics import accuracy, logit_distance, probability_distance
-from pretrained import cifar10, fingerprint, mobilenet_v2, vit_s14
+from pretrained import cifar, fingerprint, mobilenet_v2, vit_s14
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import fastntk
-from fastntk.common.files import read_tensors, writable, write_tensors
+from fastntk.common.files import read_json, read_tensors, writable, write_json, write_tensors
 from fastntk.common.machine import settle
-from fastntk.evidence.bench.stored import fitted
+from fastntk.evidence.bench.stored import fitted, stored_retraining
 from fastntk.evidence.methods import FineTune, Golatkar, Problem, RandomLabel, Retrain
+from fastntk.evidence.methods.retrain import retrained
 from fastntk.evidence.requests import drawn
 from fastntk.inputs.batches import labels_of
 from fastntk.inputs.images import Preprocessing
 from fastntk.inputs.packaged import pretrained
+from fastntk.memory.members import Members, ids_of
 from fastntk.tuning.fitting import Fit
-from fastntk.tuning.loss import CrossEntropy
 from fastntk.tuning.outputs import logits_of, model_at
 from fastntk.tuning.recipe import Recipe
 
-Make = Callable[[int], tuple[nn.Module, Preprocessing]]
+Make = Callable[[int, int], tuple[nn.Module, Preprocessing]]
 MODELS: dict[str, tuple[Make, tuple[str, ...]]] = {
-    "mobilenet_v2": (lambda seed: mobilenet_v2(64, seed), ("bn", "head")),
-    "efficientnet_lite0": (lambda seed: pretrained(seed, size=64), ("bn", "head")),
-    "vit_s14": (lambda seed: vit_s14(56, seed), ("prompt:10", "head")),
+    "mobilenet_v2": (lambda seed, classes: mobilenet_v2(64, seed, classes), ("bn", "head")),
+    "efficientnet_lite0": (lambda seed, classes: pretrained(seed, size=64), ("bn", "head")),
+    "vit_s14": (lambda seed, classes: vit_s14(56, seed), ("prompt:10", "head")),
+    "vit_s14_lora": (lambda seed, classes: vit_s14(56, seed), ("lora:8", "head")),
 }
-LOSSES = {"plain": CrossEntropy(), "smoothed": CrossEntropy(smoothing=0.1)}
+RECIPES = {
+    "plain": Recipe(loss=fastntk.CrossEntropy()),
+    "smoothed": Recipe(loss=fastntk.CrossEntropy(smoothing=0.1)),
+    "adamw": Recipe(
+        loss=fastntk.CrossEntropy(), optimizer="adamw", weight_decay=0.05, decay_toward="zero", augment=("flip", "crop")
+    ),
+}
 REQUESTS = {"class": "class", "tenth": "random 10%", "hundredth": "random 1%"}
 RETRAINED = 4
 
 
 @dataclass(frozen=True)
-class Case:
-    """A fitted model and its memory."""
+class Setting:
+    """What is fitted."""
 
-    name: str
-    loss: str
+    model: str
+    recipe: str
+    classes: int
+    per_class: int
     head: int
+
+    def __str__(self) -> str:
+        return f"{self.model}-{self.recipe}-{self.classes}x{self.per_class}-{self.head}"
+
+
+QUICK = [Setting("mobilenet_v2", recipe, 10, 100, 0) for recipe in ("plain", "smoothed")]
+SETTINGS = [
+    *(Setting("mobilenet_v2", recipe, 10, 100, head) for recipe in RECIPES for head in range(3)),
+    *(Setting("efficientnet_lite0", recipe, 10, 100, 0) for recipe in ("plain", "smoothed")),
+    *(Setting("mobilenet_v2", recipe, 100, 20, 0) for recipe in ("plain", "smoothed")),
+    *(Setting("vit_s14", recipe, 10, 100, 0) for recipe in ("plain", "smoothed")),
+    *(Setting("mobilenet_v2", recipe, 100, 50, 0) for recipe in ("plain", "smoothed")),
+    *(Setting("vit_s14_lora", recipe, 10, 100, 0) for recipe in ("plain", "smoothed")),
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A fitted model, its data, and where what comes of it is kept."""
+
+    setting: Setting
+    model: nn.Module
     train: Dataset
     test: Dataset
     fit: Fit
-    memory: fastntk.Memory
-    prepare_seconds: float
     folder: Path
     key: str
 
+    def kept(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Parameters that were stored, or are made and stored."""
+        path = self.folder / f"{name}.safetensors"
+        if not path.exists():
+            write_tensors(path, make(), {"key": self.key})
+        return read_tensors(path)[0]
 
-def opened(name: str, loss: str, head: int, arguments: argparse.Namespace) -> Case:
-    """Fit, or take the fit from before, and prepare."""
-    make, select = MODELS[name]
-    model, preprocessing = make(head)
-    train, test = cifar10(arguments.data, preprocessing, arguments.per_class)
+    def requests(self) -> Iterator[tuple[str, list, Dataset]]:
+        """Every request: its name, the ids, and the test images that it leaves."""
+        for request, drawing in REQUESTS.items():
+            yield request, *drawn(drawing, self.train, self.test, self.setting.head, gone=self.setting.head)
+
+    def retrained(self, request: str, ids: list) -> list[dict[str, Tensor]]:
+        """The four models."""
+        gone = set(ids)
+        retain = Members(self.train, [each for each in ids_of(self.train) if each not in gone])
+
+        def make(seed: int) -> dict[str, Tensor]:
+            return retrained(self.model, self.fit.initial, retain, self.recipe(100 + seed))[0]
+
+        return [self.kept(f"{request}-retrained-{k}", lambda k=k: make(k)) for k in range(RETRAINED)]
+
+    def recipe(self, seed: int) -> Recipe:
+        """How it was fitted, in another order."""
+        return Recipe(**{**vars(self.fit.recipe), "seed": seed})
+
+    def prepared(self, **options: object) -> fastntk.Memory:
+        """Its memory."""
+        fit = self.fit
+        return fastntk.prepare(
+            self.model, self.train, fit.initial, loss=fit.recipe.loss, shrinkage=fit.shrinkage, **options
+        )
+
+
+def opened(setting: Setting, arguments: argparse.Namespace) -> Case:
+    """Fit, or take the fit from before."""
+    make, select = MODELS[setting.model]
+    model, preprocessing = make(setting.head, setting.classes)
+    source = arguments.data if setting.classes == 10 else arguments.many
+    train, test = cifar(source, preprocessing, setting.per_class, 100 if setting.classes == 10 else 10)
     fastntk.tune(model, *select)
-    recipe = Recipe(epochs=12, seed=head, loss=LOSSES[loss])
-    key = fingerprint(preprocessing, select, arguments.per_class, recipe)
-    folder = writable(arguments.out / "fits" / f"{name}-{loss}-{head}-{key}")
+    recipe = Recipe(**{**vars(RECIPES[setting.recipe]), "seed": setting.head})
+    key = fingerprint(setting, preprocessing, select, recipe)
+    folder = writable(arguments.out / "cross_entropy" / f"{setting}-{key}")
     fit = fitted(model, train, recipe, folder / "original.safetensors", key)
+    return Case(setting, model, train, test, fit, folder, key)
+
+
+def clocked(work: Callable[[], object]) -> float:
+    """Seconds."""
     started = time.perf_counter()
-    memory = fastntk.prepare(model, train, fit.initial, loss=recipe.loss)
-    return Case(name, loss, head, train, test, fit, memory, time.perf_counter() - started, folder, key)
+    work()
+    return time.perf_counter() - started
 
 
-def kept(case: Case, name: str, make: Callable[[], dict[str, Tensor]]) -> tuple[dict[str, Tensor], float]:
-    """Parameters and seconds that were stored, or are made and stored."""
-    path = case.folder / f"{name}.safetensors"
-    if path.exists():
-        tensors, record = read_tensors(path)
-        return tensors, record["seconds"]
-    started = time.perf_counter()
-    tensors = make()
-    seconds = time.perf_counter() - started
-    write_tensors(path, tensors, {"key": case.key, "seconds": seconds})
-    return tensors, seconds
+class Answers:
+    """What every method makes of a case's requests, from memories that were prepared for it."""
+
+    def __init__(self, case: Case, others: bool) -> None:
+        self.case = case
+        started = time.perf_counter()
+        self.memory = case.prepared()
+        self.prepared = time.perf_counter() - started
+        self.old = case.prepared(form="dual") if others and case.setting.classes == 10 else None
+        self.others = others
+        if others:
+            retraining = stored_retraining(case.model, case.fit, case.folder, case.key)
+            fastntk.audit(self.memory, retraining, seed=case.setting.head + 1)
+
+    def of(self, request: str, ids: list) -> dict[str, tuple[dict[str, Tensor], float]]:
+        """Every row but the retrained models, with seconds; of the verdict's answer first."""
+        memory, problem = self.memory, Problem(self.memory, ids, self.case.fit.recipe)
+        answer = memory.preview(ids)
+        self.verdict = answer.certificate.verdict
+        found = {"original": (memory.anchor, 0.0), "step": (answer.parameters, answer.seconds)}
+        ways = {"step and exact head": False} | ({"gain": True, "gain and exact head": True} if self.others else {})
+        for name, gain in ways.items():
+            head = name.endswith("head")
+            started = time.perf_counter()
+            done = fastntk.finished(memory, answer.parameters, gain=gain, exact_head=head, without=ids)
+            found[name] = done, answer.seconds + time.perf_counter() - started
+        rate = self.case.fit.recipe.learning_rate
+        methods = {"fine-tuning": FineTune(2, rate), "salun": RandomLabel(0.5, 2, rate)} if self.others else {}
+        for name, method in methods.items():
+            found[name] = self.case.kept(f"{request}-{name}", lambda method=method: method(problem).parameters), None
+        if self.old:
+            found["one step"] = self.old.preview(ids).parameters, None
+            golatkar = Golatkar(trapezium=True)(Problem(self.old, ids, self.case.fit.recipe)).parameters
+            found["golatkar, trapezium"] = golatkar, None
+        return found
 
 
-def answers(case: Case, problem: Problem, request: str, others: bool) -> dict[str, tuple[dict[str, Tensor], float]]:
-    """Every row but the retrained models, with seconds."""
-    memory, found = case.memory, {"original": (case.memory.anchor, 0.0)}
-    started = time.perf_counter()
-    stepped = memory.preview(problem.forget).parameters
-    found["step"] = stepped, time.perf_counter() - started
-    headed = fastntk.finished(memory, stepped, exact_head=True, without=problem.forget)
-    found["step and exact head"] = headed, time.perf_counter() - started
-    rate = case.fit.recipe.learning_rate
-    methods = (
-        {"fine-tuning": FineTune(epochs=2, learning_rate=rate), "salun": RandomLabel(0.5, 2, rate)} if others else {}
-    )
-    for name, method in methods.items():
-        found[name] = kept(case, f"{request}-{name}", lambda method=method: method(problem).parameters)
-    return found
-
-
-def one_step(case: Case) -> fastntk.Memory:
-    """The memory of before: one Gauss-Newton step over all classes."""
-    return fastntk.prepare(case.memory.model, case.train, case.fit.initial, loss=LOSSES[case.loss], form="dual")
-
-
-def cells(case: Case, arguments: argparse.Namespace) -> Iterator[dict[str, object]]:
+def cells(case: Case, others: bool) -> list[dict[str, object]]:
     """All rows of a fitted model."""
-    old = None if arguments.quick else one_step(case)
-    for request, drawing in REQUESTS.items():
-        forget, held_out = drawn(drawing, case.train, case.test, case.head, gone=case.head)
-        problem = Problem(case.memory, forget, case.fit.recipe)
-        retrained = [
-            kept(case, f"{request}-retrained-{k}", lambda k=k, problem=problem: Retrain(100 + k)(problem).parameters)
-            for k in range(RETRAINED)
-        ]
-        found = answers(case, problem, request, not arguments.quick)
-        if old:
-            there = Problem(old, forget, case.fit.recipe)
-            found["one step"] = old.preview(forget).parameters, 0.0
-            found["golatkar, trapezium"] = Golatkar(trapezium=True)(there).parameters, 0.0
-        yield from compared(case, problem, request, held_out, retrained, found)
+    answers, rows = Answers(case, others), []
+    problem = Problem(answers.memory, next(case.requests())[1], case.fit.recipe)
+    once = clocked(lambda: Retrain(100)(problem))
+    for request, ids, held_out in case.requests():
+        rows += compared(case, answers, request, ids, held_out, once)
+    return rows
 
 
 def compared(
-    case: Case,
-    problem: Problem,
-    request: str,
-    test: Dataset,
-    retrained: list[tuple[dict[str, Tensor], float]],
-    found: dict[str, tuple[dict[str, Tensor], float]],
+    case: Case, answers: Answers, request: str, ids: list, test: Dataset, once: float
 ) -> Iterator[dict[str, object]]:
     """A request's rows beside the retrained models."""
 
     def logits(parameters: dict[str, Tensor], data: Dataset) -> Tensor:
-        return logits_of(model_at(problem.model, parameters), data, "cpu")
+        return logits_of(model_at(case.model, parameters), data, "cpu")
 
-    labels, test_labels = labels_of(problem.forgotten), labels_of(test)
-    gone = [logits(parameters, problem.forgotten) for parameters, _ in retrained]
-    unseen = [logits(parameters, test) for parameters, _ in retrained]
+    state, forgotten = answers.memory.state, Members(case.train, ids)
+    labels, test_labels, models = labels_of(forgotten), labels_of(test), case.retrained(request, ids)
+    gone, unseen = ([logits(parameters, data) for parameters in models] for data in (forgotten, test))
     floors = {d: mean(d(a, b) for a, b in combinations(gone, 2)) for d in (probability_distance, logit_distance)}
-    seconds = mean(each for _, each in retrained)
-    verdict = case.memory.preview(problem.forget).certificate.verdict
-    for method, (parameters, taken) in found.items():
-        ours = logits(parameters, problem.forgotten)
+    sure = mean(float(each.softmax(1).gather(1, labels[:, None]).mean()) for each in gone)
+    for method, (parameters, taken) in answers.of(request, ids).items():
+        ours = logits(parameters, forgotten)
         ratios = {d: mean(d(ours, each) for each in gone) / floor for d, floor in floors.items()}
         yield {
-            "model": case.name,
-            "loss": case.loss,
-            "head": case.head,
-            "classes": case.memory.state.network.classes,
-            "kept": case.memory.state.network.keep,
-            "images": len(problem.state.positions),
+            **vars(case.setting),
+            "loss": case.setting.recipe,
+            "images": len(case.train),
+            "kept": state.network.keep,
+            "ridge_factor": answers.memory.calibration.factor,
+            "gain": answers.memory.audit.gain if answers.memory.audit else None,
             "request": request,
             "method": method,
             "forget": accuracy(ours, labels),
             "forget_retrained": mean(accuracy(each, labels) for each in gone),
+            "sure": float(ours.softmax(1).gather(1, labels[:, None]).mean()),
+            "sure_retrained": sure,
             "test": accuracy(logits(parameters, test), test_labels),
             "test_retrained": mean(accuracy(each, test_labels) for each in unseen),
             "ratio_probabilities": ratios[probability_distance],
             "ratio_logits": ratios[logit_distance],
-            "prepare_over_retrain": case.prepare_seconds / seconds,
-            "request_over_retrain": taken / seconds,
-            "ridge_factor": case.memory.calibration.factor,
-            "verdict": verdict if method.startswith("step") else None,
+            "prepare_over_retrain": answers.prepared / once,
+            "request_over_retrain": None if taken is None else taken / once,
+            "verdict": answers.verdict if method.startswith(("step", "gain")) else None,
         }
+
+
+def table(rows: list[dict[str, object]]) -> Table:
+    """For people."""
+    names = ("model", "loss", "classes", "head", "request", "method")
+    accuracies = ("forget", "forget_retrained", "test", "test_retrained")
+    shares = ("ratio_probabilities", "ratio_logits", "prepare_over_retrain", "request_over_retrain")
+    found = Table(*names, *accuracies, *shares, "verdict")
+    for row in rows:
+        numbers = [f"{row[name]:.1f}" for name in accuracies]
+        numbers += ["" if row[name] is None else f"{row[name]:.3f}" for name in shares]
+        found.add_row(*(str(row[name]) for name in names), *numbers, str(row["verdict"] or ""))
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="CIFAR-10 as .npz")
+    parser.add_argument("--many", help="CIFAR-100 as .npz")
     parser.add_argument("--quick", action="store_true", help="MobileNetV2, one head, ours alone")
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--losses", nargs="+", choices=list(LOSSES), default=list(LOSSES))
-    parser.add_argument("--heads", type=int, default=1)
-    parser.add_argument("--per-class", type=int, default=100)
+    parser.add_argument("--only", default="", help="settings whose name has this in it")
+    parser.add_argument("--fits", action="store_true", help="make the fits, and nothing else")
+    parser.add_argument("--again", action="store_true", help="work out kept cells anew")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="where fits and answers are kept")
     arguments = parser.parse_args()
     settle()
-    torch.set_num_threads(torch.get_num_threads())
+    settings = [each for each in (QUICK if arguments.quick else SETTINGS) if arguments.only in str(each)]
     rows: list[dict[str, object]] = []
-    columns = ("model", "loss", "head", "request", "method", "forget", "forget_retrained", "test", "test_retrained")
-    figures = ("ratio_probabilities", "ratio_logits", "prepare_over_retrain", "request_over_retrain")
-    for name in ["mobilenet_v2"] if arguments.quick else arguments.models:
-        for loss in arguments.losses:
-            for head in range(arguments.heads):
-                made = list(cells(opened(name, loss, head, arguments), arguments))
-                rows += made
-                print(json.dumps(made), flush=True)
-    table = Table(*columns, *figures, "verdict")
-    for row in rows:
-        numbers = [f"{row[key]:.1f}" for key in columns[5:]] + [f"{row[key]:.2f}" for key in figures]
-        table.add_row(*(str(row[key]) for key in columns[:5]), *numbers, str(row["verdict"] or ""))
-    Console(width=190).print(table)
-    print(json.dumps({"cells": rows}))
+    for setting in settings:
+        if setting.classes > 10 and not arguments.many:
+            continue
+        case = opened(setting, arguments)
+        kept = case.folder / ("quick.json" if arguments.quick else "cells.json")
+        if arguments.fits:
+            for request, ids, _ in case.requests():
+                case.retrained(request, ids)
+        elif arguments.again or not kept.exists():
+            write_json(kept, {"cells": cells(case, not arguments.quick)})
+        if kept.exists():
+            rows += read_json(kept)["cells"]
+            Console(width=200).print(table(read_json(kept)["cells"]))
+    if not arguments.fits:
+        exact = {"linear_model": linear_model(), "independent_solve": solved_independently()}
+        peak = {classes: peak_gib(classes) for classes in (10, 100, 1000)}
+        print(json.dumps({"cells": rows, "exact": exact, "peak_gib": peak}))
 
 
 if __name__ == "__main__":

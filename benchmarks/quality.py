@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastntk.methods import FastNTK, Golatkar, Method, Problem, Unlearned
-from pretrained import cifar10, fingerprint, mobilenet_v2
+from pretrained import cifar, fingerprint, mobilenet_v2
 from rich.console import Console
 from scenarios import scenarios, stored_references
 
@@ -52,7 +52,7 @@ def methods(scale: float, samples: int) -> dict[str, Method]:
 def one_seed(arguments: argparse.Namespace, per_class: int, seed: int) -> dict[str, dict]:
     """Both requests under one seed; prints their tables."""
     model, preprocessing = mobilenet_v2(arguments.size, seed)
-    train, test = cifar10(arguments.data, preprocessing, per_class)
+    train, test = cifar(arguments.data, preprocessing, per_class)
     key = fingerprint(preprocessing, per_class, seed)
     fits = writable(arguments.out / "fits" / f"mobilenet_v2-{key}")
     fastntk.tune(model, "bn", "head")

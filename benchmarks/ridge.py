@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from fastntk.methods import FastNTK, Problem
-from pretrained import cifar10, fingerprint, mobilenet_v2, vit_s14
+from pretrained import cifar, fingerprint, mobilenet_v2, vit_s14
 from rich.console import Console
 from rich.table import Table
 from scenarios import scenarios, stored_references
@@ -140,7 +140,7 @@ def judged(name: str, arguments: argparse.Namespace) -> tuple[dict[str, float], 
     if name == "efficientnet_lite0":
         train, test = digits(preprocessing, 0, 100), digits(preprocessing, 100, 150)
     else:
-        train, test = cifar10(arguments.data, preprocessing, 60, 30)
+        train, test = cifar(arguments.data, preprocessing, 60, 30)
     fastntk.tune(model, *select)
     recipe, key = Recipe(), fingerprint(preprocessing, len(train) // 10, 0)
     out = writable(arguments.out / "fits" / f"{name}-{key}")

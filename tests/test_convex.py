@@ -16,7 +16,7 @@ from fastntk.jacobians.per_sample import PerSampleJacobian
 from fastntk.solve import newton
 from fastntk.solve.forms import FORMS
 from fastntk.solve.solution import Task
-from fastntk.tuning.loss import CrossEntropy, SquaredLoss, kept_of
+from fastntk.tuning.loss import CrossEntropy, SquaredLoss, contrasts, kept_of
 from fastntk.tuning.parameters import snapshot, tuned
 
 LINEAR = Case(LinearInTuned, ("head",))
@@ -77,7 +77,7 @@ def test_alone_is_one_newton_step_without_the_sample(loss, keep):
     for i in (0, 5, 11):
         without = curved.sum(0) - curved[i] + RIDGE * torch.eye(len(u), dtype=torch.float64)
         change = dense[i] @ torch.linalg.solve(without, dense[i].T @ gradient[i])
-        expected = torch.zeros(3, dtype=torch.float64).scatter(0, rows.jacobian.kept[i], change)
+        expected = rows.jacobian.combined()[i] @ change
         torch.testing.assert_close(solution.alone(kept, torch.tensor([i]))[0], expected, rtol=1e-6, atol=1e-8)
     together = solution.alone(kept, torch.arange(12))
     torch.testing.assert_close(together[[5]], solution.alone(kept, torch.tensor([5])))
@@ -91,10 +91,11 @@ def test_a_full_step_that_goes_too_far_is_not_taken(scale, seed):
     draw = {"generator": generator, "dtype": torch.float64}
     logits, labels = 3 * torch.randn(n, c, **draw), torch.randint(c, (n,), generator=generator)
     features = 1 + 1e-3 * torch.randn(n, 6, **draw)
-    kernel = scale * torch.kron(features @ features.T, torch.eye(c, dtype=torch.float64))
+    kernel = scale * torch.kron(features @ features.T, torch.eye(c - 1, dtype=torch.float64))
     kept = kept_of(LOSSES[1], logits, labels, torch.arange(c).expand(n, c))
-    problem = newton.Problem(LOSSES[1], kept, logits, kernel, 1.5, torch.ones(n, dtype=torch.bool))
-    a, _ = newton.minimise(problem, torch.randn(n * c, **draw), None)
+    everyone = torch.ones(n, dtype=torch.bool)
+    problem = newton.Problem(LOSSES[1], kept, logits @ contrasts(c), kernel, 1.5, everyone)
+    a, _ = newton.Newton().minimise(problem, torch.randn(n * (c - 1), **draw))
     assert problem.inexactness(a, problem.logits(a)) < 1e-8
 
 
@@ -172,19 +173,24 @@ def test_classes_that_are_kept_are_the_label_and_the_likeliest():
         likeliest(logits, torch.tensor([2, 4]), 3)
 
 
-@pytest.mark.parametrize("loss", [*LOSSES, SquaredLoss()])
+WEIGHTED = CrossEntropy(smoothing=0.2, weights=[1.0, 0.5, 2.0, 1.5, 1.0, 3.0])
+
+
+@pytest.mark.parametrize("loss", [*LOSSES, WEIGHTED, SquaredLoss()])
 def test_the_loss_of_some_logits_is_that_of_all_with_the_others_fixed(loss):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(5, 6, generator=generator, dtype=torch.float64) * 2
     labels = torch.tensor([0, 5, 2, 2, 1])
     classes = likeliest(logits, labels, 3)
-    kept, z = kept_of(loss, logits, labels, classes), logits.gather(1, classes).requires_grad_()
-    whole = len(labels) * loss(logits.scatter(1, classes, z), labels)
+    kept, z = kept_of(loss, logits, labels, classes), logits.gather(1, classes)
+    rows = z.shape[1] - loss.contrasted
+    z = (z @ contrasts(3) if loss.contrasted else z).requires_grad_()
+    whole = len(labels) * loss(logits.scatter(1, classes, kept.logits(z) if loss.contrasted else z), labels)
     [expected] = torch.autograd.grad(whole, z, create_graph=True)
     torch.testing.assert_close(loss.gradient_of(z, kept), expected)
     [slope] = torch.autograd.grad(loss.value_of(z, kept).sum(), z)
     torch.testing.assert_close(slope, expected)
-    hessian = torch.stack([torch.autograd.grad(expected[:, k].sum(), z, retain_graph=True)[0] for k in range(3)], 1)
+    hessian = torch.stack([torch.autograd.grad(expected[:, k].sum(), z, retain_graph=True)[0] for k in range(rows)], 1)
     root = loss.root_of(z, kept).detach()
     torch.testing.assert_close(root @ root.mT, hessian)
 

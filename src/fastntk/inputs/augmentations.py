@@ -1,6 +1,8 @@
 """Random changes of training images, by torchvision: each image its own, from a seed of its own."""
 
+import importlib
 from collections.abc import Callable, Sequence
+from types import ModuleType
 
 import torch
 from jaxtyping import Float
@@ -12,13 +14,18 @@ from fastntk.inputs.libraries import torchvision
 Shape = tuple[int, int]
 
 
+def _transforms() -> ModuleType:
+    torchvision()
+    return importlib.import_module("torchvision.transforms.v2")
+
+
 def _flip(shape: Shape) -> Callable[[Tensor], Tensor]:
-    return torchvision().transforms.v2.RandomHorizontalFlip()
+    return _transforms().RandomHorizontalFlip()
 
 
 def _crop(shape: Shape) -> Callable[[Tensor], Tensor]:
     around = max(1, min(shape) // 8)
-    return torchvision().transforms.v2.RandomCrop(shape, padding=around, padding_mode="reflect")
+    return _transforms().RandomCrop(shape, padding=around, padding_mode="reflect")
 
 
 AUGMENTATIONS: dict[str, Callable[[Shape], Callable[[Tensor], Tensor]]] = {"flip": _flip, "crop": _crop}

@@ -1,11 +1,13 @@
 """The Jacobians of a batch of samples, with the head's structure kept."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from fastntk.tuning.loss import contrasts
 
 
 @dataclass(frozen=True)
@@ -19,13 +21,14 @@ class Jacobian:
     Attributes:
         rest: the rows' part for all but the head.
         features: ``h_i``.
-        kept: which class each row of a sample is of; None where the rows are all classes in order.
+        kept: the classes of each sample that the rows are of: a row each, or, where there is one row fewer, their
+            ``contrasts`` (``fastntk.tuning.loss``). None where the rows are all classes in order.
         total: C, where only some classes are kept.
     """
 
     rest: Float[Tensor, "batch outputs rest"]
     features: Float[Tensor, "batch features"]
-    kept: Int[Tensor, "batch outputs"] | None = None
+    kept: Int[Tensor, "batch kept"] | None = None
     total: int = 0
 
     @property
@@ -46,18 +49,32 @@ class Jacobian:
     def __len__(self) -> int:
         return len(self.rest)
 
+    def combined(self) -> Float[Tensor, "batch classes outputs"]:
+        """What each row has of the logits of all classes, where only some are kept."""
+        kept = cast(Tensor, self.kept)
+        own = self._own(kept.shape[1])[None].expand(len(kept), -1, -1)
+        index = kept[:, :, None].expand_as(own)
+        return own.new_zeros(len(kept), self.total, own.shape[2]).scatter(1, index, own)
+
+    def _own(self, kept: int) -> Float[Tensor, "kept outputs"]:
+        """What each row has of the logits that are kept."""
+        return torch.eye(kept).to(self.rest) if self.rest.shape[1] == kept else contrasts(kept).to(self.rest)
+
     def matvec(self, vector: Float[Tensor, " p"]) -> Float[Tensor, "batch outputs"]:
         """``J v``: the change of the logits that a change ``v`` of the parameters causes, to first order."""
         rest, head = self.split(vector.to(self.rest))
         moved = self.features @ head.T
-        return (self.rest @ rest + (moved if self.kept is None else moved.gather(1, self.kept))).to(vector)
+        if self.kept is not None:
+            moved = moved.gather(1, self.kept) @ self._own(self.kept.shape[1])
+        return (self.rest @ rest + moved).to(vector)
 
     def rmatvec(self, cotangent: Float[Tensor, "batch outputs"]) -> Float[Tensor, " p"]:
         """``J' a``, summed over samples and rows."""
         a = cotangent.to(self.rest)
         rest = self.rest.flatten(0, 1).T @ a.flatten()
         if self.kept is not None:
-            a = a.new_zeros(len(a), self.total).scatter_add_(1, self.kept, a)
+            of_classes = a @ self._own(self.kept.shape[1]).T
+            a = a.new_zeros(len(a), self.total).scatter_add_(1, self.kept, of_classes)
         return torch.cat([rest, (a.T @ self.features).flatten()]).to(cotangent)
 
     def to(self, dtype: torch.dtype) -> "Jacobian":
@@ -67,7 +84,7 @@ class Jacobian:
     def dense(self) -> Float[Tensor, "batch outputs p"]:
         """``J`` written out, zeros included."""
         eye = torch.eye(self.classes).to(self.rest)
-        own = eye.expand(len(self), -1, -1) if self.kept is None else eye[self.kept]
+        own = eye.expand(len(self), -1, -1) if self.kept is None else self.combined().mT
         head = torch.einsum("ncd,nf->ncdf", own, self.features).flatten(2)
         return torch.cat([self.rest, head], 2)
 

@@ -1,7 +1,7 @@
 """The network linearised at ``theta*``, over a training set: the source of all its Jacobians."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import cast
 
@@ -19,10 +19,14 @@ from fastntk.jacobians.layout import Layout
 from fastntk.jacobians.numerics import Numerics, arithmetic
 from fastntk.jacobians.per_sample import PerSampleJacobian
 from fastntk.jacobians.rows import Point, Rows
-from fastntk.tuning.loss import Labels, Loss, SquaredLoss, check_labels, kept_of
+from fastntk.tuning.loss import Labels, Loss, SquaredLoss, check_labels, contrasts, kept_of
 
 _NOISE = {"full": 1e-4, "tf32": 1e-2, "bf16": 5e-2}
 """What a logit may change between machines and batches, relative to the targets and residuals, by the arithmetic."""
+
+
+LIMIT_TAIL = 0.05
+"""Of the loss's gradient, that the classes which are not kept may have."""
 
 
 @dataclass(frozen=True)
@@ -129,32 +133,16 @@ class Linearised:
         for images, labels in track(self.images(positions or [self._first]), description):
             x, y = checked(images).to(self.device), labels.to(self.device)
             with arithmetic(self.numerics.precision, self.device):
-                jacobian, logits = self.jacobian.of_kept(x, partial(likeliest, labels=y, count=cast(int, self.keep)))
+                chosen = partial(likeliest, labels=y, count=cast(int, self.keep))
+                jacobian, logits = self.jacobian.of_kept(x, chosen, self.loss.contrasted)
             parts.append(_rows_of(self.loss, jacobian, logits.to(self.dtype), y))
         return Rows.together(parts)[: len(positions)]
 
     def _residual_of(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The residuals of the likeliest classes of a batch."""
         logits = logits.to(self.dtype)
-        classes = likeliest(logits, labels, cast(int, self.keep))
-        kept, z = kept_of(self.loss, logits.double(), labels, classes), logits.gather(1, classes).double()
-        return -self.loss.gradient_of(z, kept).to(self.dtype)
-
-    def at(self, parameters: Mapping[str, Tensor]) -> "Linearised":
-        """The network at other values of its tuned parameters."""
-        return replace(self, jacobian=PerSampleJacobian(self.jacobian.model, parameters, self.layout))
-
-    def head_rows(self, positions: Sequence[int]) -> Rows:
-        """The rows of the likeliest classes with the head's part alone, by a forward pass."""
-        parts = []
-        for images, labels in self.one_pass(positions):
-            with arithmetic(self.numerics.precision, self.device):
-                features, logits = self.jacobian.features(images)
-            logits = logits.to(self.dtype)
-            classes = likeliest(logits, labels, cast(int, self.keep))
-            empty = features.new_empty(*classes.shape, 0)
-            parts.append(_rows_of(self.loss, Jacobian(empty, features, classes, logits.shape[1]), logits, labels))
-        return Rows.together(parts)[: len(positions)]
+        point = _point(self.loss, logits, labels, likeliest(logits, labels, cast(int, self.keep)))
+        return -self.loss.gradient_of(point.z, point.kept).to(self.dtype)
 
     def changed(
         self,
@@ -179,9 +167,14 @@ class Linearised:
 
 def _rows_of(loss: Loss, jacobian: Jacobian, logits: Tensor, labels: Tensor) -> Rows:
     """The rows of the classes that a Jacobian keeps."""
-    classes = cast(Tensor, jacobian.kept)
-    point = Point(logits.gather(1, classes).double(), kept_of(loss, logits.double(), labels, classes))
+    point = _point(loss, logits, labels, cast(Tensor, jacobian.kept))
     return Rows(jacobian, -loss.gradient_of(point.z, point.kept).to(logits.dtype), point)
+
+
+def _point(loss: Loss, logits: Tensor, labels: Labels, classes: Tensor) -> Point:
+    """The loss as a function of the logits of some classes, and these."""
+    kept, z = kept_of(loss, logits.double(), labels, classes), logits.gather(1, classes).double()
+    return Point(z @ contrasts(z.shape[1]).to(z) if loss.contrasted else z, kept)
 
 
 def likeliest(logits: Float[Tensor, "batch classes"], labels: Labels, count: int) -> Int[Tensor, "batch outputs"]:
@@ -194,15 +187,23 @@ def likeliest(logits: Float[Tensor, "batch classes"], labels: Labels, count: int
     return logits.scatter(1, labels[:, None].long(), torch.inf).topk(most, 1).indices
 
 
-def enough(network: Linearised, limit: float = 0.02, most: int = 256) -> int:
-    """The fewest classes a sample, at least 2, that leave out at most ``limit`` of the loss's gradient, a mean over the
-    first samples: ``mean_i sum of |t - p|`` over the classes that are not kept, beside 1."""
-    count = min(most, len(network.train))  # type: ignore[arg-type]
-    whole = replace(network, keep=network.classes)
-    ordered = whole.residuals(range(count)).abs().double()
-    left = ordered.flip(1).cumsum(1).flip(1).mean(0)  # what the classes from each place on would leave out
-    fewest = int((left > limit).sum())
-    return max(2, min(fewest, network.classes))
+def left_out(network: Linearised, positions: Sequence[int]) -> Float[Tensor, "samples classes"]:
+    """What keeping so many classes, from 1 on, leaves out of the loss's gradient of each sample: the sum of ``|t - p|``
+    over its other classes, beside a probability's 1."""
+    parts = []
+    for _, logits, labels in network._forward(positions):
+        slope = network.loss.residual(logits.double(), labels).abs()
+        ordered = slope.gather(1, likeliest(logits, labels, logits.shape[1]))
+        parts.append(ordered.flip(1).cumsum(1).flip(1) - ordered)
+    return torch.cat(parts)
+
+
+def enough(network: Linearised, limit: float = LIMIT_TAIL, between: tuple[int, int] = (3, 4), most: int = 256) -> int:
+    """How many classes a sample: 3, or 4 where 3 leave out more than ``limit`` of the loss's gradient, a mean over the
+    first samples (``left_out``)."""
+    fewest, at_most = between
+    left = left_out(network, range(min(most, len(network.train)))).mean(0)  # type: ignore[arg-type]
+    return min(max(fewest, 1 + int((left > limit).sum())), at_most, network.classes)
 
 
 def jacobians(

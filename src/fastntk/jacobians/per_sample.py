@@ -7,6 +7,7 @@ is noticed by a trial run and differentiated by ``torch.func`` instead, slower a
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int
@@ -17,6 +18,7 @@ from fastntk.common.errors import InputError
 from fastntk.jacobians.jacobian import Jacobian
 from fastntk.jacobians.layout import Layout
 from fastntk.jacobians.rules.calls import PerSample
+from fastntk.tuning.loss import contrasts
 
 
 class PerSampleJacobian:
@@ -81,22 +83,24 @@ class PerSampleJacobian:
         return self.with_logits(x)[0]
 
     def of_kept(
-        self, x: Tensor, keep: Callable[[Tensor], Int[Tensor, "batch outputs"]]
+        self, x: Tensor, keep: Callable[[Tensor], Int[Tensor, "batch kept"]], contrasted: bool
     ) -> tuple[Jacobian, Float[Tensor, "batch classes"]]:
-        """The Jacobian of some logits of each image of a batch ``x``, whose classes ``keep`` finds from the logits, and
-        the logits: one backward pass a row that is kept."""
+        """The Jacobian of some logits of each image of a batch ``x``, whose classes ``keep`` finds from the logits, or
+        of their contrasts, and the logits: one backward pass a row."""
         layout = self.layout(x)
         mapped = {name: self.parameters[name] for name in (*layout.fast, *layout.head)}
         mode = PerSample(mapped, len(x), layout.head)
         with torch.enable_grad():
             logits = self._forward(x, self.parameters, mode)
             kept = keep(logits.detach().to(self.dtype))
-            rest = self._backward(logits.gather(1, kept), [mode.copies[name] for name in layout.fast])
-        if layout.slow:
-            one = torch.nn.functional.one_hot(kept, logits.shape[1]).mT.to(self.dtype)
-            rest = torch.cat([rest, self._functional(x, layout.slow, one)], 2)
+            outputs = logits.gather(1, kept)
+            outputs = outputs @ contrasts(kept.shape[1]).to(outputs) if contrasted else outputs
+            rest = self._backward(outputs, [mode.copies[name] for name in layout.fast])
         features = self._features(logits, layout.head, mode).to(self.dtype)
-        return Jacobian(rest, features, kept, logits.shape[1]), logits.detach()
+        found = Jacobian(rest, features, kept, logits.shape[1])
+        if layout.slow:
+            found = replace(found, rest=torch.cat([rest, self._functional(x, layout.slow, found.combined())], 2))
+        return found, logits.detach()
 
     def with_logits(
         self, x: Tensor, combined: Callable[[Tensor], Float[Tensor, "batch classes outputs"] | None] = lambda _: None

@@ -1,7 +1,7 @@
 """The Jacobians and residuals of a set of samples."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ class Point:
     """Where the rows' logits are, and the loss as a function of them.
 
     Attributes:
-        z: the logits at ``theta*``.
-        kept: the loss.
+        z: the kept logits at ``theta*``, or their contrasts.
+        kept: the loss as a function of them.
     """
 
     z: Float[Tensor, "samples outputs"]
@@ -107,7 +107,7 @@ class Rows:
         if self.point is None or self.jacobian.kept is None:
             return own
         kept, classes = self.point.kept, torch.tensor(self.jacobian.total)
-        loss = {"targets": kept.targets, "total": kept.total, "tail": kept.tail}
+        loss = {field.name: getattr(kept, field.name) for field in fields(Kept)}
         return {**own, "kept": self.jacobian.kept, "classes": classes, "z": self.point.z, **loss}
 
     @classmethod
@@ -116,10 +116,9 @@ class Rows:
         rest, features, residual = (tensors[prefix + name] for name in ("rest", "features", "residual"))
         if not any(prefix + name in tensors for name in ("kept", "z")):
             return cls(Jacobian(rest, features), residual)
-        kept, classes, *loss, z = (
-            tensors[prefix + name] for name in ("kept", "classes", "targets", "total", "tail", "z")
-        )
-        return cls(Jacobian(rest, features, kept.to(rest.device), int(classes)), residual, Point(z, Kept(*loss)))
+        kept, classes, z = (tensors[prefix + name] for name in ("kept", "classes", "z"))
+        loss = Kept(*(tensors[prefix + field.name] for field in fields(Kept)))
+        return cls(Jacobian(rest, features, kept.to(rest.device), int(classes)), residual, Point(z, loss))
 
     def clear_(self, samples: Any) -> None:
         """Nothing is left of some of the samples, in place."""

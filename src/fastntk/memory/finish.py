@@ -60,8 +60,8 @@ def exact_head(memory: Memory, parameters: Mapping[str, Tensor] | None = None) -
     memory's after all requests so far.
 
     Raises:
-        InputError: the head is not tuned, what it puts out are not the logits, the memory is in a form that keeps
-            nothing of its inputs, its classes are probed, or a member is missing in the data source.
+        InputError: the head is not tuned, what it puts out are not the logits, the memory's classes are probed, or a
+            member is missing in the data source.
     """
     return finished(memory, parameters, exact_head=True)
 
@@ -83,8 +83,7 @@ def _gain_of(state: State) -> float:
 def _with_head(state: State, parameters: Mapping[str, Tensor], without: Iterable[Id]) -> dict[str, Tensor]:
     if state.head_shortfall is None:
         raise InputError(
-            "an exact head needs a tuned head that gives the logits, and a memory of squared loss in the primal or "
-            "dual form, without class probes, or of any loss in the convex form. Tune the head "
+            "an exact head needs a tuned head that gives the logits, and a memory without class probes. Tune the head "
             "(fastntk.tune(model, 'bn', 'head')) and prepare so."
         )
     retain = state.positions[~torch.isin(state.positions, state.members.positions(without))]

@@ -24,7 +24,7 @@ from fastntk.memory.disk.folder import Folder
 from fastntk.memory.disk.ledger import Request
 from fastntk.memory.disk.packing import on_device, pack, unpack
 from fastntk.memory.members import Id
-from fastntk.memory.prepare import check_initial, linearised, prepared, refreshed
+from fastntk.memory.prepare import check_initial, check_pull, linearised, prepared, refreshed
 from fastntk.memory.request import draft, replayed
 from fastntk.memory.state import State
 from fastntk.solve.ridge import Calibration
@@ -229,8 +229,8 @@ def prepare(
 ) -> Memory:
     """One pass over the training data, after which ``memory.forget`` needs only the forgotten samples.
 
-    It changes settings of this process (``fastntk.common.machine.settle``). In a job of several processes each takes
-    its share of the samples, and all end with the same memory (``fastntk.common.distributed``).
+    It changes settings of this process (``common.machine.settle``). In a job of several processes each takes its share
+    of the samples, and all end with the same memory (``common.distributed``).
 
     Args:
         model: fitted, in eval mode, with the tuned parameters requiring gradients. It is not changed.
@@ -242,26 +242,21 @@ def prepare(
         loss: the one it was fitted with.
         shrinkage: where weight decay pulled toward zero, what it alone would have left of the parameters:
             ``fit(...).shrinkage``, or ``fastntk.shrinkage`` of your own loop's.
-        witnesses: how many retained samples check every request: the first that are there in an order drawn once.
-        seed: of that draw.
+        witnesses: how many retained samples check every request: the first that are there in an order of ``seed``.
         checkpoint: a folder for the primal form's partial sums, with which a preparation that was cut off goes on when
             it is called again; removed when it is complete.
         numerics: how to compute; ``changes`` replace its fields: ``prepare(..., batch_size=16)``.
 
     Raises:
-        InputError: ``initial`` does not belong to the model, a layer is in training mode, the data are not fit for use,
-            or no form fits into memory.
+        InputError: ``initial`` does not belong to the model, an option is out of range, a layer is in training mode,
+            the data are not fit for use, or no form fits into memory.
     """
-    if ridge != "auto" and not (isinstance(ridge, float | int) and 0 < ridge < float("inf")):
-        raise InputError(f"the ridge must be a positive number or 'auto', not {ridge!r}.")
-    if not 0 < shrinkage <= 1:
-        raise InputError(f"the shrinkage must be above 0 and at most 1, which is none, not {shrinkage!r}.")
+    check_pull(ridge, shrinkage)
     settle()
     check_initial(initial, tuned(model))
     network = linearised(model, train, loss, replace(numerics, **changes))  # type: ignore[arg-type]
-    options = {"ridge": ridge, "form": form, "classes": classes, "shrinkage": shrinkage}
-    options |= {"witnesses": witnesses, "seed": seed}
-    return Memory(prepared(network, initial, options, checkpoint))
+    pull = {"ridge": ridge, "shrinkage": shrinkage, "form": form, "classes": classes}
+    return Memory(prepared(network, initial, {**pull, "witnesses": witnesses, "seed": seed}, checkpoint))
 
 
 def load(folder: Path | str, model: nn.Module, train: Dataset) -> Memory:

@@ -22,8 +22,9 @@ from fastntk.jacobians.per_sample import PerSampleJacobian
 from fastntk.memory.members import Members
 from fastntk.memory.state import State
 from fastntk.solve.forms import FORMS, chosen
+from fastntk.solve.head import convex_shortfall
 from fastntk.solve.prices import Price, Workload
-from fastntk.solve.solution import Task
+from fastntk.solve.solution import Solution, Task
 from fastntk.tuning.loss import Loss
 from fastntk.tuning.parameters import snapshot, tuned
 
@@ -62,18 +63,27 @@ def prepared(
     displacement = network.layout.flatten(network.jacobian.parameters) - center
     ridge = None if options["ridge"] == "auto" else float(options["ridge"])
     solved = FORMS[price.form].prepare(Task(network, count, displacement, ridge, checkpoint))
-    has_head = bool(network.layout.head) and (network.of_logits or network.keep is not None)
     versions = {name: version(name) for name in ("fastntk", "torch")} | {"python": platform.python_version()}
     return State(
         network,
         solved.solution,
         fingerprints=solved.residuals,
         vector=network.layout.flatten(network.jacobian.parameters),
-        head_shortfall=solved.solution.head_shortfall(network.layout) if has_head else None,
+        head_shortfall=_head_shortfall(network, solved.solution, center),
         order=torch.randperm(count, generator=torch.Generator().manual_seed(options["seed"])),
         calibration=solved.calibration,
         made={"versions": versions, "options": dict(options)},
     )
+
+
+def _head_shortfall(network: Linearised, solution: Solution, center: Tensor) -> Tensor | None:
+    """What the fitted head falls short of; None without a head that gives the logits, or where these are probed."""
+    if not network.layout.head or network.numerics.probes is not None:
+        return None
+    known = solution.head_shortfall(network.layout) if network.of_logits else None
+    if known is not None:
+        return known
+    return convex_shortfall(network, solution.over.tolist(), network.layout.head_of(center), solution.ridge)
 
 
 def priced(network: Linearised, form: str, classes: int | str = "auto") -> tuple[Linearised, Workload, Price]:
@@ -85,7 +95,7 @@ def priced(network: Linearised, form: str, classes: int | str = "auto") -> tuple
     """
     work = replace(Workload.of(network), kept=_kept(network, form, classes))
     price = distributed.shared(chosen(work, free_bytes(network.device), form))  # of the first process, for all
-    return replace(network, numerics=network.numerics.in_batches_of(work.batch_size)), work, price
+    return replace(network, numerics=network.numerics.in_batches_of(price.batch or work.batch_size)), work, price
 
 
 def _kept(network: Linearised, form: str, classes: int | str) -> int:
@@ -110,6 +120,14 @@ def refreshed(state: State, checkpoint: Path | None) -> State:
     members = Members(state.members.source, state.members.ids)
     network = replace(state.network, jacobian=jacobian, train=members, keep=None)
     return prepared(network, state.initial, state.made["options"], checkpoint)
+
+
+def check_pull(ridge: float | str, shrinkage: float) -> None:
+    """Raises ``InputError`` for a ridge that is no positive number or 'auto', or a shrinkage outside ``(0, 1]``."""
+    if ridge != "auto" and not (isinstance(ridge, float | int) and 0 < ridge < float("inf")):
+        raise InputError(f"the ridge must be a positive number or 'auto', not {ridge!r}.")
+    if not 0 < shrinkage <= 1:
+        raise InputError(f"the shrinkage must be above 0 and at most 1, which is none, not {shrinkage!r}.")
 
 
 def check_initial(initial: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:

@@ -5,10 +5,11 @@ For a loss l that is convex in the logits, and a set S of samples,
     d(S) = argmin_d  sum_S l(f_i + J_i d, t_i) + ridge/2 |d + u|^2,      theta_new = theta* + d(R) - d(D).
 
 For squared loss it is the step of the other forms. At the optimum ``d + u = J'a`` with ``a_i = -l'(z_i) / ridge`` and
-``z = f - J u + K a``, so the problem has one unknown a row. Rows are of a sample's label and of its m - 1 likeliest
-classes at ``theta*``; its other logits stay as they are. It is solved by Newton's method (``newton``). The inverse of
-``ridge I + L'K L`` at the optimum, with ``L L'`` the loss's Hessian, is kept: it preconditions the solves of requests,
-and samples leave and join it as in the dual form.
+``z = f - J u + K a``, so the problem has one unknown a row. Rows are of a sample's label and its m - 1 likeliest other
+classes at ``theta*``; its other logits stay as they are. Cross-entropy does not change when all logits do alike, so
+m - 1 contrasts of the m logits are enough (``fastntk.tuning.loss.Kept``). It is solved by Newton's method (``newton``).
+The inverse of ``ridge I + L'K L`` at the optimum, with ``L L'`` the loss's Hessian, is kept: it preconditions
+requests, and samples leave and join it as in the dual form.
 """
 
 from collections.abc import Mapping
@@ -28,13 +29,11 @@ from fastntk.jacobians.rows import Point, Rows
 from fastntk.solve.collect import collect_rows, solved_once
 from fastntk.solve.kernel import kernel, kernel_between
 from fastntk.solve.linalg import add_product_, border_, factorised, invert_, mirror_, zero_
-from fastntk.solve.newton import Preconditioner, Problem, curvature, minimise
+from fastntk.solve.newton import Newton, Preconditioner, Problem, curvature
 from fastntk.solve.prices import Price, Timing, Workload, direct
-from fastntk.solve.ridge import Calibration
+from fastntk.solve.ridge import calibrate_convex
 from fastntk.solve.solution import Ownership, Solved, Task, Update
 from fastntk.tuning.loss import CrossEntropy, Loss, SquaredLoss
-
-_FACTORS = [10 ** (-4 + k / 4) for k in range(17)]
 
 
 @dataclass(frozen=True)
@@ -70,26 +69,30 @@ class Convex:
     @classmethod
     def of(cls, rows: Rows, loss: Loss, u: Tensor, ridge: float, matrix: Tensor, a: Tensor | None = None) -> "Convex":
         """Solve for all samples of the rows, whose kernel is given, from a start."""
-        problem = _problem(rows, loss, u, ridge, matrix, torch.ones(len(rows), dtype=torch.bool, device=matrix.device))
-        a, _ = minimise(problem, torch.zeros(len(matrix)).to(matrix) if a is None else a, None)
+        problem = Problem.of(
+            rows, loss, u, ridge, matrix, torch.ones(len(rows), dtype=torch.bool, device=matrix.device)
+        )
+        a, _ = Newton().minimise(problem, torch.zeros(len(matrix)).to(matrix) if a is None else a)
         base = problem.root(problem.logits(a))
         inverse = invert_(curvature(problem.kernel, base, problem.ridge))
         return cls(rows, loss, u, ridge, matrix, inverse, base, a, torch.arange(len(rows)))
 
     @classmethod
     def price(cls, work: Workload) -> Price:
-        """The kernel, the inverse and one more such matrix in passing, float64; the n Jacobians twice; a batch. Some
-        ten inverses."""
-        rows = work.samples * (work.kept or work.outputs)
+        """The kernel, the inverse and, in passing, two more such matrices, float64; the n Jacobians twice; a batch.
+        Some ten inverses."""
+        rows = work.samples * work.kept_rows
         stored = work.itemsize * (rows * work.rest + work.samples * work.features)
         operations = float(rows) ** 2 * work.rest + 10 * float(rows) ** 3
         refusal = "the convex form keeps the likeliest classes: leave class probes out." if work.probed else ""
-        return Price(cls.name, int(3.5 * 8 * rows**2) + 2 * stored + work.batch_bytes, operations, refusal)
+        batch = work.batch(work.kept_rows)
+        size = 4 * 8 * rows**2 + 2 * stored + work.bytes_of(batch, work.kept_rows)
+        return Price(cls.name, size, operations, refusal, batch=batch)
 
     @classmethod
     def timing(cls, work: Workload, network: Linearised) -> Timing:
         """Of the Jacobians, the kernel and the solves."""
-        rows = work.samples * work.kept
+        rows = work.samples * work.kept_rows
         found = direct(work, network, rows, work.rest, "kernel")
         return Timing({**found.seconds, "solve": 10 * found.seconds.get("solve", 0.0)}, found.operations)
 
@@ -103,7 +106,7 @@ class Convex:
             with busy("choosing the ridge, solving"):
                 found, a = None, None
                 if task.ridge is None:
-                    found, a = calibrated(rows, task.network.loss, task.displacement, matrix)
+                    found, a = calibrate_convex(rows, task.network.loss, task.displacement, matrix)
                 ridge = found.ridge if found else float(task.ridge or 0)
                 solution = cls.of(rows, task.network.loss, task.displacement, ridge, matrix, a)
                 return Solved(solution, rows.residual.clone(), found)
@@ -153,12 +156,12 @@ class Convex:
         self.ownership.check()
         if sign > 0:
             grown = _grown(self, cast(Rows, rows), positions)
-            a, reached = grown._minimised(_present(grown.over.tolist(), len(grown.rows)), grown.coefficients, [])
+            a, reached = grown._minimised(_present(grown.over.tolist(), len(grown.rows)), [])
             change = grown.rows.step(a, self.displacement) - self.step
             return Update(change, positions, sign, rows, (a,), reached, _kept(a, change, reached))
         staying = _present(Update(self.step, positions, sign).changes(self.over).tolist(), len(self.rows))
         gone = self.rows.places(positions)
-        a, reached = self._minimised(staying, self.coefficients.index_fill(0, gone, 0), gone)
+        a, reached = self._minimised(staying, gone)
         change = self.rows.jacobian.rmatvec((a - self.coefficients).view_as(self.rows.residual))
         return Update(change, positions, sign, None, (a,), reached, _kept(a, change, reached))
 
@@ -174,13 +177,14 @@ class Convex:
         reached, a = float(tensors["reached"]), tensors["coefficients"]
         return Update(tensors["change"], positions, sign, rows, (a,), reached)
 
-    def _minimised(self, present: Tensor, a: Tensor, gone: Tensor | list[int]) -> tuple[Tensor, float]:
-        problem = _problem(
+    def _minimised(self, present: Tensor, gone: Tensor | list[int]) -> tuple[Tensor, float]:
+        problem = Problem.of(
             self.rows, self.loss, self.displacement, self.ridge, self.kernel, present.to(self.kernel.device)
         )
         places = torch.as_tensor(gone, dtype=torch.long, device=self.kernel.device)
-        many = len(places) > len(self.kernel) // 3
-        return minimise(problem, a, None if many else Preconditioner(self.inverse, places))
+        known = None if len(places) > len(self.kernel) // 3 else Preconditioner(self.inverse, places)
+        a, reached = Newton(known).minimise(problem, self.coefficients)
+        return a.index_fill(0, places, 0), reached
 
     def apply(self, update: Update) -> "Convex":
         """With the coefficients that were worked out, and the inverse without who left, or bordered by who joined."""
@@ -210,13 +214,13 @@ class Convex:
 
     def _problem(self) -> Problem:
         present = _present(self.over.tolist(), len(self.rows)).to(self.kernel.device)
-        return _problem(self.rows, self.loss, self.displacement, self.ridge, self.kernel, present)
+        return Problem.of(self.rows, self.loss, self.displacement, self.ridge, self.kernel, present)
 
     def anew(self, network: Linearised) -> "Convex":
         """From the kernel: the optimum, and the inverse where it is now."""
         self.ownership.check()
         problem = self._problem()
-        a, _ = minimise(problem, self.coefficients, None)
+        a, _ = Newton().minimise(problem, self.coefficients)
         base = problem.root(problem.logits(a))
         return replace(self, inverse=invert_(curvature(problem.kernel, base, problem.ridge)), base=base, coefficients=a)
 
@@ -227,66 +231,27 @@ class Convex:
         self.ownership.check()
         staying = Update(self.step, positions, -1).changes(self.over)
         present = _present(staying.tolist(), len(self.rows)).to(self.kernel.device)
-        problem = _problem(self.rows, self.loss, displacement, ridge, self.kernel, present)
-        start = self.coefficients.index_fill(0, self.rows.places(positions), 0) * (self.ridge / ridge)
-        return self.rows.step(minimise(problem, start, None)[0], displacement)
+        problem = Problem.of(self.rows, self.loss, displacement, ridge, self.kernel, present)
+        a = Newton().minimise(problem, self.coefficients)[0].index_fill(0, self.rows.places(positions), 0)
+        return self.rows.step(a, displacement)
 
     def alone(self, network: Linearised, positions: Int[Tensor, " samples"]) -> Float[Tensor, "samples outputs"]:
         """One step of Newton's method for each, of all logits: ``M (I - W M)^-1 l'`` with ``W = L L'`` and
         ``M = J_i H^-1 J_i'``, H the objective's Hessian over S; the logits that are not kept stay as they are."""
         self.ownership.check()
-        point, kept = cast(Point, self.rows.point)[positions], cast(Tensor, self.rows.jacobian.kept)[positions]
-        root, count = self.base[positions], kept.shape[1]
-        between = self.kernel[self.rows.places(positions)].view(len(kept), count, len(self.base), count)
-        own = between[torch.arange(len(kept)), :, positions]
+        point, jacobian = cast(Point, self.rows.point)[positions], self.rows.jacobian[positions]
+        root, count = self.base[positions], self.rows.residual.shape[1]
+        between = self.kernel[self.rows.places(positions)].view(len(root), count, len(self.base), count)
+        own = between[torch.arange(len(root)), :, positions]
         across = torch.einsum("sknb,nba->skna", between, self.base).flatten(2)
         middle = (own - across @ self.inverse @ across.mT) / self.ridge
         gradient = self.loss.gradient_of(self._problem().logits(self.coefficients)[positions], point.kept)
         left = torch.eye(count).to(middle) - root @ root.mT @ middle
-        change = (middle @ torch.linalg.solve(left, gradient[:, :, None]))[:, :, 0]
-        return change.new_zeros(len(kept), self.rows.jacobian.total).scatter(1, kept, change)
+        change = middle @ torch.linalg.solve(left, gradient[:, :, None])
+        return (jacobian.combined().to(change) @ change)[:, :, 0]
 
-    def head_shortfall(self, layout: Layout) -> Float[Tensor, "classes features"]:
-        """By the head's own convex problem, at the rows' features."""
-        self.ownership.check()
-        u = layout.head_of(self.displacement)
-        return head_step(self.rows, self.loss, u.flatten(), self.ridge).view_as(u)
-
-
-def head_step(rows: Rows, loss: Loss, u: Float[Tensor, " h"], ridge: float) -> Float[Tensor, " h"]:
-    """``argmin_V sum l(f_i + V h_i) + ridge/2 |V + U|^2``, the head's own convex problem at the features of the rows; V
-    flat, as the head lies in a vector of all."""
-    bare = replace(rows.jacobian, rest=rows.jacobian.rest[:, :, :0])
-    alone = replace(rows, jacobian=bare)
-    matrix = kernel(alone)
-    everyone = torch.ones(len(rows), dtype=torch.bool, device=matrix.device)
-    problem = _problem(alone, loss, u, ridge, matrix, everyone)
-    a, _ = minimise(problem, torch.zeros(len(matrix)).to(matrix), None)
-    return alone.step(a, u)
-
-
-def calibrated(rows: Rows, loss: Loss, u: Tensor, matrix: Tensor) -> tuple[Calibration, Tensor]:
-    """The ridge whose optimum has probabilities (squared loss: logits) nearest to the network's, among multiples of the
-    kernel's mean diagonal from the largest down while that falls; and the coefficients of its optimum."""
-    scale, point = float(matrix.diagonal().mean()), cast(Point, rows.point)
-    everyone = torch.ones(len(rows), dtype=torch.bool, device=matrix.device)
-    wanted, a = loss.gradient_of(point.z, point.kept), torch.zeros(len(matrix)).to(matrix)
-    start = float((wanted - loss.gradient_of(_problem(rows, loss, u, 1.0, matrix, everyone).start, point.kept)).norm())
-    best, worse = (float("inf"), _FACTORS[-1], a), 0
-    for factor in reversed(_FACTORS):
-        problem = _problem(rows, loss, u, factor * scale, matrix, everyone)
-        a, _ = minimise(problem, a, None)
-        miss = float((wanted - loss.gradient_of(problem.logits(a), point.kept)).norm())
-        best, worse = ((miss, factor, a), 0) if miss < best[0] else (best, worse + 1)
-        if worse == 2:
-            break
-    miss, factor, a = best
-    return Calibration(factor * scale, factor, miss / start), a
-
-
-def _problem(rows: Rows, loss: Loss, u: Tensor, ridge: float, matrix: Tensor, present: Tensor) -> Problem:
-    point = cast(Point, rows.point)
-    return Problem(loss, point.kept, point.z - rows.jacobian.matvec(u), matrix, ridge, present)
+    def head_shortfall(self, layout: Layout) -> None:
+        """The rows have not all logits."""
 
 
 def _kept(a: Tensor, change: Tensor, reached: float) -> dict[str, Tensor]:

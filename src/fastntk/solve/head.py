@@ -2,7 +2,7 @@
 
 The step is linear in the head ``W`` and in what comes before it, and so leaves out the product of their changes. With
 what comes before the head where the step took it, the head's part of the anchored objective is a small convex problem
-again, which has a closed form for squared loss.
+again, over all classes, which has a closed form for squared loss.
 With ``h_i(theta)`` the head's inputs, and a 1 for the bias,
 
     W(S; theta) = argmin_W  sum_S l(W h_i(theta), t_i) + ridge/2 |W - W_0|^2
@@ -14,6 +14,7 @@ was prepared. Where the head alone is tuned, ``W_new`` is the step's.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -21,8 +22,12 @@ from torch import Tensor
 
 from fastntk.jacobians.linearised import Linearised
 from fastntk.jacobians.per_sample import PerSampleJacobian
-from fastntk.solve.convex import head_step
-from fastntk.solve.linalg import shifted
+from fastntk.solve.linalg import conjugated, ridge_inverse, shifted
+from fastntk.tuning.loss import Labels, Loss
+
+_NEWTON, _STEPS = 40, 200  # at most: of the method, of conjugate gradients
+
+_TOLERANCE, _LEAST = 1e-9, 1e-9  # of the relative gradient at the end, of a step's length
 
 Head = Float[Tensor, "classes features"]
 """A head as a matrix, the bias its last column."""
@@ -31,6 +36,12 @@ Head = Float[Tensor, "classes features"]
 def head_shortfall(gram: Float[Tensor, "features features"], moment: Head, displacement: Head, ridge: float) -> Head:
     """``W(S; theta*) - W*`` for squared loss, from ``sum h h'`` and ``sum r h'`` over S and ``W* - W_0``."""
     return ridge_step(gram, moment + displacement @ gram, ridge) - displacement
+
+
+def convex_shortfall(network: Linearised, positions: Sequence[int], center: Head, ridge: float) -> Head:
+    """``W(S; theta*) - W*`` from a forward pass over the samples at ``positions``, for any loss."""
+    here = network.layout.head_of(network.layout.flatten(network.jacobian.parameters))
+    return _Inputs.of(network, network.jacobian.parameters, positions).optimum(here, center, ridge) - here
 
 
 def new_head(
@@ -53,15 +64,106 @@ def new_head(
     """
     layout = network.layout
     start, vector = layout.head_of(layout.flatten(center)), layout.flatten(parameters)
-    here = layout.head_of(vector)
-    if network.keep is None:
+    if network.loss.curved:
+        wanted = _Inputs.of(network, parameters, retain).optimum(layout.head_of(vector), start, ridge)
+    else:
         gram, moment = _moments(network, parameters, retain, start)
         wanted = start + ridge_step(gram, moment, ridge)
-    else:
-        rows = network.at(parameters).head_rows(retain)
-        wanted = here + head_step(rows, network.loss, (here - start).flatten(), ridge).view_as(here)
     vector[-start.numel() :] = (wanted - shortfall).flatten()
     return layout.unflatten(vector, parameters)
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What the head alone depends on, of samples at some parameters.
+
+    Attributes:
+        loss: l.
+        features: ``h_i``.
+        logits: with the head that they have.
+        labels: of the samples.
+    """
+
+    loss: Loss
+    features: Float[Tensor, "samples features"]
+    logits: Float[Tensor, "samples classes"]
+    labels: Labels
+
+    @classmethod
+    def of(cls, network: Linearised, parameters: Mapping[str, Tensor], positions: Sequence[int]) -> "_Inputs":
+        """By a forward pass."""
+        jacobian = PerSampleJacobian(network.jacobian.model, parameters, network.layout)
+        parts = []
+        for images, labels in network.one_pass(positions):
+            features, logits = jacobian.features(images)
+            parts.append((features.double(), logits.double(), labels))
+        return cls(network.loss, *(torch.cat(each)[: len(positions)] for each in zip(*parts, strict=True)))
+
+    def optimum(self, here: Head, center: Head, ridge: float) -> Head:
+        """``argmin_W sum l(f_i + (W - W_here) h_i, t_i) + ridge/2 |W - W_center|^2``, over all classes.
+
+        By Newton's method in W. Its systems are solved by conjugate gradients in float32, as well as the step is worth,
+        preconditioned as if the Hessians of all classes were the same.
+        """
+        w, system = here.double(), None
+        for _ in range(_NEWTON):
+            z = self._at(w - here)
+            slope = ridge * (w - center) - self.loss.residual(z, self.labels).T @ self.features
+            reached = float(slope.norm()) / (ridge * float((w - center).norm()))
+            if reached <= _TOLERANCE:
+                break
+            system = system or _System.of(self, z, ridge)
+            step = system.solved(self, z, slope, max(min(0.1, reached), _TOLERANCE / reached / 2, 1e-5))
+            t, value = 1.0, self._value(w, here, center, ridge)
+            while self._value(w - t * step, here, center, ridge) > value * (1 + 1e-12) and t > _LEAST:
+                t /= 2
+            w = w - t * step
+        return w
+
+    def _at(self, change: Head) -> Float[Tensor, "samples classes"]:
+        return self.logits + self.features @ change.T
+
+    def _value(self, w: Head, here: Head, center: Head, ridge: float) -> float:
+        total = len(self.logits) * float(self.loss(self._at(w - here), self.labels))
+        return total + ridge / 2 * float((w - center).square().sum())
+
+
+@dataclass(frozen=True)
+class _System:
+    """The Hessian of the head's problem, in float32: ``v -> sum H_i v h_i h_i' + ridge v``.
+
+    Attributes:
+        features: ``h_i``.
+        inverse: of ``sum w_i h_i h_i' + ridge I`` with the mean w of the Hessian's eigenvalues, at some W.
+        ridge: a total.
+    """
+
+    features: Float[Tensor, "samples features"]
+    inverse: Float[Tensor, "features features"]
+    ridge: float
+
+    @classmethod
+    def of(cls, inputs: _Inputs, z: Float[Tensor, "samples classes"], ridge: float) -> "_System":
+        """At the logits z."""
+        p, features = z.softmax(1), inputs.features
+        weights = (1 - p.square().sum(1)).clamp_min(0) / (p.shape[1] - 1) if inputs.loss.curved else p.new_ones(len(p))
+        return cls(features.float(), ridge_inverse(features.T @ (weights[:, None] * features), ridge).float(), ridge)
+
+    def solved(self, inputs: _Inputs, z: Float[Tensor, "samples classes"], slope: Head, tolerance: float) -> Head:
+        """The inverse times the slope, at the logits z."""
+        logits, rhs = z.float(), slope.float().flatten()
+
+        def apply(v: Tensor) -> Tensor:
+            head = v.view(slope.shape)
+            curved = inputs.loss.curve(self.features @ head.T, logits, inputs.labels)
+            return (curved.T @ self.features + self.ridge * head).flatten()
+
+        def precondition(v: Tensor) -> Tensor:
+            return (v.view(slope.shape) @ self.inverse).flatten()
+
+        small = tolerance * float(rhs.norm())
+        step, _ = conjugated(apply, rhs, precondition, lambda left, _: float(left.norm()) <= small, _STEPS)
+        return step.view(slope.shape).double()
 
 
 def ridge_step(gram: Float[Tensor, "features features"], moment: Head, ridge: float) -> Head:

@@ -1,7 +1,6 @@
 """The neural tangent kernel of stored rows, and these as a Gram operator."""
 
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -15,6 +14,8 @@ from fastntk.solve.linalg import add_product_, lanczos, mirror_
 
 # The kernel's products run in the Jacobian's own dtype, over this many parameters at a time, and add up in float64.
 _COLUMNS = 4096
+
+_SAMPLES = 256  # whose head's part is worked out at once
 
 
 def kernel(rows: Rows) -> Float[Tensor, "rows rows"]:
@@ -51,12 +52,14 @@ def _add_head_(total: Tensor, left: Tensor, right: Tensor, outputs: int) -> Tens
 
 
 def _add_kept_(total: Tensor, left: Jacobian, right: Jacobian) -> Tensor:
-    """The same where each sample keeps classes of its own: ``h_i'h_j`` where two rows are of one class."""
-    head, outputs = (left.features @ right.features.T).double(), left.rest.shape[1]
-    rows, columns = (cast(Tensor, each.kept).flatten() for each in (left, right))
-    for c in rows.unique().tolist():
-        i, j = ((classes == c).nonzero()[:, 0] for classes in (rows, columns))
-        total[i[:, None], j] += head[i[:, None] // outputs, j // outputs]
+    """The same where each sample keeps classes of its own: ``h_i'h_j`` times what two rows have of the same classes."""
+    outputs = left.rest.shape[1]
+    own, other = left.combined().double(), right.combined().double()
+    for some in torch.arange(len(left), device=own.device).split(_SAMPLES):
+        shared = torch.einsum("nca,kcb->nakb", own[some], other)
+        head = (left.features[some] @ right.features.T).double()
+        rows = slice(int(some[0]) * outputs, (int(some[-1]) + 1) * outputs)
+        total[rows] += (shared * head[:, None, :, None]).reshape(-1, total.shape[1])
     return total
 
 

@@ -130,6 +130,30 @@ def relative(left: Tensor, rhs: Tensor) -> float:
     return float(left.norm()) / size if size else float(left.norm())
 
 
+def conjugated(
+    apply: Callable[[Tensor], Tensor],
+    rhs: Float[Tensor, " n"],
+    precondition: Callable[[Tensor], Tensor],
+    enough: Callable[[Tensor, int], bool],
+    limit: int,
+) -> tuple[Float[Tensor, " n"], bool]:
+    """``x`` with ``apply(x)`` near ``rhs`` for a positive definite operator, by conjugate gradients, and whether it is
+    near ``enough``, a question asked of the residual and the number of steps; of these there are at most ``limit``."""
+    x, residual = torch.zeros_like(rhs), rhs.clone()
+    direction = s = precondition(residual)
+    rho = residual @ s
+    for step in range(limit):
+        if float(rho) <= 0 or enough(residual, step):  # nothing is left, or little
+            return x, True
+        image = apply(direction)
+        length = rho / (direction @ image)
+        x, residual = x + length * direction, residual - length * image
+        s = precondition(residual)
+        rho, before = residual @ s, rho
+        direction = s + rho / before * direction
+    return x, enough(residual, limit)
+
+
 def conjugate_gradients(
     apply: Callable[[Tensor], Tensor],
     rhs: Float[Tensor, " n"],
@@ -142,22 +166,13 @@ def conjugate_gradients(
     Raises:
         InputError: not reached within ``limit`` steps.
     """
-    x, residual = torch.zeros_like(rhs), rhs.clone()
-    direction = z = precondition(residual)
-    rho, enough = residual @ z, tolerance * float(rhs.norm())
-    for _ in range(limit):
-        if float(residual.norm()) <= enough:
-            return x
-        image = apply(direction)
-        length = rho / (direction @ image)
-        x = x + length * direction
-        residual = residual - length * image
-        z = precondition(residual)
-        rho, previous = residual @ z, rho
-        direction = z + rho / previous * direction
-    raise InputError(
-        f"the solve did not converge in {limit} steps: its ridge is too far from the one prepared. Prepare with it."
-    )
+    small = tolerance * float(rhs.norm())
+    x, done = conjugated(apply, rhs, precondition, lambda left, _: float(left.norm()) <= small, limit)
+    if not done:
+        raise InputError(
+            f"the solve did not converge in {limit} steps: its ridge is too far from the one prepared. Prepare with it."
+        )
+    return x
 
 
 def lanczos(

@@ -4,27 +4,31 @@ With ``z = f - J u + K a`` and the loss's Hessian ``H = L L'``,
 
     r = l'(z) + ridge a,    (ridge I + L'K L) x = -L'K r,    a <- a - t (r + L x) / ridge,
 
-where t is halved until the objective falls. The systems are solved by conjugate gradients, preconditioned by the
-inverse of ``ridge I + L'K L`` at an earlier a, which is made anew, where it may be, when that takes too many steps.
+where t is halved until the objective falls. For who is not in the set, l is 0: whatever a they start from, a whole step
+leads to 0, so that the optimum of a larger set is a start for a smaller one. The systems are solved by conjugate
+gradients, as well as the step is worth, preconditioned by the inverse of ``ridge I + L'K L`` at an earlier a.
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fastntk.solve.linalg import factorised, invert_
+from fastntk.jacobians.rows import Point, Rows
+from fastntk.solve.linalg import conjugated, factorised
 from fastntk.tuning.loss import Kept, Loss
 
 TOLERANCE = 1e-9
 """The relative gradient that every solve reaches."""
 
 
-_NEWTON, _CG, _HALVINGS = 60, 60, 30  # steps at most, of each kind
+_NEWTON, _STEPS, _HALVINGS = 60, 41, 30  # at most: of the method, of conjugate gradients, of a search
 
+_LOOSE = 0.1  # of the gradient that the first solves leave; later ones leave less, as the optimum is near
 
-_REFACTOR = 25  # steps of conjugate gradients after which, while preparing, the preconditioner is made anew
+_LOOK = 4  # steps of conjugate gradients between looks at what is left
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Problem:
         loss: l.
         kept: l as a function of the rows' logits.
         start: ``f - J u``, the rows' logits at ``theta_0`` to first order.
-        kernel: K, zero where a sample has left.
+        kernel: K.
         ridge: a total.
         present: which samples are in the set.
     """
@@ -47,6 +51,12 @@ class Problem:
     ridge: float
     present: Bool[Tensor, " samples"]
 
+    @classmethod
+    def of(cls, rows: Rows, loss: Loss, u: Tensor, ridge: float, kernel: Tensor, present: Tensor) -> "Problem":
+        """Of the samples of rows."""
+        point = cast(Point, rows.point)
+        return cls(loss, point.kept, point.z - rows.jacobian.matvec(u), kernel, ridge, present)
+
     def logits(self, a: Float[Tensor, " rows"]) -> Float[Tensor, "samples outputs"]:
         """``z``."""
         return self.start + (self.kernel @ a).view_as(self.start)
@@ -57,9 +67,8 @@ class Problem:
         return float((self.loss.value_of(z, self.kept) * self.present).sum() + self.ridge / 2 * pull)
 
     def slope(self, a: Tensor, z: Tensor) -> Float[Tensor, " rows"]:
-        """``r = l'(z) + ridge a``, 0 for who is not in the set."""
-        r = self.loss.gradient_of(z, self.kept) + self.ridge * a.view_as(z)
-        return (r * self.present[:, None]).flatten()
+        """``r = l'(z) + ridge a``."""
+        return (self.loss.gradient_of(z, self.kept) * self.present[:, None]).flatten() + self.ridge * a
 
     def root(self, z: Tensor) -> Float[Tensor, "samples outputs outputs"]:
         """L, 0 for who is not in the set."""
@@ -77,17 +86,29 @@ class Problem:
 
 
 class Preconditioner:
-    """``(ridge I + L_0'K L_0)^-1`` over a set, from its inverse over a larger one."""
+    """``(ridge I + L_0'K L_0)^-1`` over a set, from its inverse over a larger one; kept and multiplied in float32,
+    which is near enough to precondition with and a third of the time.
 
-    def __init__(self, inverse: Tensor, gone: Int[Tensor, " rows"]) -> None:
-        self.inverse, self.gone = inverse, gone
-        self.columns = inverse[:, gone]
-        self.factor = factorised(self.columns[gone]) if len(gone) else self.columns[gone]
+    Args:
+        inverse: over the larger set.
+        gone: the rows of who is in it and not in the set.
+    """
+
+    def __init__(self, inverse: Tensor, gone: Int[Tensor, " rows"] | None = None) -> None:
+        self.inverse, self.gone = inverse.float(), gone
+        if gone is not None:
+            self.columns = inverse[:, gone]
+            self.factor = factorised(self.columns[gone]) if len(gone) else self.columns[gone]
+
+    @classmethod
+    def at(cls, problem: Problem, root: Float[Tensor, "samples outputs outputs"]) -> "Preconditioner":
+        """Of a problem, where L is the root."""
+        return cls(torch.cholesky_inverse(factorised(curvature(problem.kernel, root, problem.ridge))))
 
     def __call__(self, v: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
         """The inverse times v, which is 0 for who is gone, and so is the result."""
-        image = self.inverse @ v
-        if len(self.gone):
+        image = (self.inverse @ v.float()).to(v)
+        if self.gone is not None and len(self.gone):
             image = image - self.columns @ torch.cholesky_solve(image[self.gone, None], self.factor)[:, 0]
             image[self.gone] = 0
         return image
@@ -108,47 +129,64 @@ def curvature(matrix: Float[Tensor, "rows rows"], root: Tensor, ridge: float) ->
     return whole
 
 
-def minimise(
-    problem: Problem, a: Float[Tensor, " rows"], precondition: Preconditioner | None
-) -> tuple[Float[Tensor, " rows"], float]:
-    """The optimum from a start, and its inexactness.
+class Newton:
+    """Newton's method for problems that are near each other: what preconditioned one does so for the next.
 
-    Without a preconditioner inverses are made as they are needed.
+    Args:
+        precondition: known beforehand. Otherwise, and where it is no good any more, another is made.
     """
-    z, own = problem.logits(a), precondition is None
-    for _ in range(_NEWTON):
-        if problem.inexactness(a, z) <= TOLERANCE:
-            break
-        root, r = problem.root(z), problem.slope(a, z)
-        if precondition is None:
-            inverse = invert_(curvature(problem.kernel, root, problem.ridge))
-            precondition = Preconditioner(inverse, torch.empty(0, dtype=torch.long, device=a.device))
-        rhs = -across(root, problem.kernel @ r, True)
-        x, steps = _solved(problem, root, rhs, precondition)
-        direction = -(r + across(root, x)) / problem.ridge
-        a, z, moved = _searched(problem, a, z, direction)
-        if not moved:
-            break
-        if own and steps > _REFACTOR:
-            precondition = None
-    return a, problem.inexactness(a, z)
+
+    def __init__(self, precondition: Preconditioner | None = None) -> None:
+        self.precondition = precondition
+
+    def minimise(
+        self, problem: Problem, a: Float[Tensor, " rows"], tolerance: float | None = None
+    ) -> tuple[Float[Tensor, " rows"], float]:
+        """The optimum from a start, and its inexactness, at most the ``tolerance`` (None: ``TOLERANCE``)."""
+        z, enough = problem.logits(a), TOLERANCE if tolerance is None else tolerance
+        for _ in range(_NEWTON):
+            reached = problem.inexactness(a, z)
+            if reached <= enough:
+                break
+            root, r = problem.root(z), problem.slope(a, z)
+            wanted = problem.gradient(a, z) * max(min(reached, _LOOSE), min(_LOOSE, enough / reached / 2))
+            x = self._solved(problem, root, -across(root, problem.kernel @ r, True), wanted)
+            a, z, moved = _searched(problem, a, z, -(r + across(root, x)) / problem.ridge)
+            if not moved:
+                break
+        return a, problem.inexactness(a, z)
+
+    def _solved(self, problem: Problem, root: Tensor, rhs: Tensor, wanted: float) -> Tensor:
+        """``(ridge I + L'K L)^-1 rhs``, by a preconditioner of its own if that takes too many steps."""
+        x = torch.zeros_like(rhs)
+        if self.precondition is not None:
+            x, done = _iterated(problem, root, rhs, x, self.precondition, wanted)
+            if done:
+                return x
+        self.precondition = Preconditioner.at(problem, root)
+        return _iterated(problem, root, rhs, x, self.precondition, wanted)[0]
 
 
-def _solved(problem: Problem, root: Tensor, rhs: Tensor, precondition: Preconditioner) -> tuple[Tensor, int]:
-    """``(ridge I + L'K L)^-1 rhs`` to a small residual, and the steps it took."""
-    x, residual = torch.zeros_like(rhs), rhs.clone()
-    direction = s = precondition(residual)
-    rho, enough = residual @ s, 1e-4 * float(rhs.norm())
-    for step in range(_CG):
-        if float(residual.norm()) <= enough:
-            return x, step
-        image = across(root, problem.kernel @ across(root, direction), True) + problem.ridge * direction
-        length = rho / (direction @ image)
-        x, residual = x + length * direction, residual - length * image
-        s = precondition(residual)
-        rho, before = residual @ s, rho
-        direction = s + rho / before * direction
-    return x, _CG
+def _iterated(
+    problem: Problem, root: Tensor, rhs: Tensor, x: Tensor, precondition: Preconditioner, wanted: float
+) -> tuple[Tensor, bool]:
+    """``(ridge I + L'K L)^-1 rhs`` by conjugate gradients from a start, and whether it is good enough.
+
+    A residual e leaves ``L e / ridge`` of the slope r, to first order, and so ``|grad| = (e'L'K L e)^1/2 / ridge``:
+    that is what is ``wanted`` to be small, and looked at every few steps.
+    """
+
+    def curved(v: Tensor) -> Tensor:
+        return across(root, problem.kernel @ across(root, v), True)
+
+    def product(v: Tensor) -> Tensor:
+        return curved(v) + problem.ridge * v
+
+    def enough(residual: Tensor, step: int) -> bool:
+        return step % _LOOK == 1 and float(residual @ curved(residual)) <= (wanted * problem.ridge) ** 2
+
+    change, done = conjugated(product, rhs - product(x) if x.any() else rhs, precondition, enough, _STEPS)
+    return x + change, done
 
 
 def _searched(problem: Problem, a: Tensor, z: Tensor, direction: Tensor) -> tuple[Tensor, Tensor, bool]:

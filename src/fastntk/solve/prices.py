@@ -29,12 +29,13 @@ class Workload:
         outputs: of a sample: C, or the number of class probes.
         rest: tuned parameters but for the head's.
         features: the head's inputs, 0 if it is frozen or the classes are probed: ``p = rest + outputs features``.
-        batch_size: images a batch of Jacobians.
+        largest_batch: images a batch of Jacobians, at most.
         itemsize: bytes a number in the Jacobians.
         sums_itemsize: bytes a number in the sums.
         activations: bytes that the network keeps for its backward passes, per image.
         probed: whether the classes are.
         kept: how many classes of a sample the convex form has rows of; 0 for all.
+        contrasted: whether it has one row fewer.
         curved: whether the loss has another Hessian than the identity.
         weighted: whether it weighs the classes.
     """
@@ -43,12 +44,13 @@ class Workload:
     outputs: int
     rest: int
     features: int
-    batch_size: int = 64
+    largest_batch: int = 64
     itemsize: int = 4
     sums_itemsize: int = 8
     activations: int = 0
     probed: bool = False
     kept: int = 0
+    contrasted: bool = False
     curved: bool = False
     weighted: bool = False
 
@@ -68,10 +70,27 @@ class Workload:
         return "class weights need the convex form: they change each sample's curvature." if self.weighted else ""
 
     @property
+    def kept_rows(self) -> int:
+        """Rows a sample of the convex form."""
+        return (self.kept or self.outputs) - self.contrasted
+
+    @property
+    def batch_size(self) -> int:
+        """Images a batch of Jacobians of all outputs."""
+        return self.batch(self.outputs)
+
+    @property
     def batch_bytes(self) -> int:
-        """Of one batch of Jacobians and of activations."""
-        jacobians = self.batch_size * self.outputs * (self.rest + self.features) * self.itemsize
-        return jacobians + self.batch_size * self.activations
+        """Of one such batch and of its activations."""
+        return self.bytes_of(self.batch_size, self.outputs)
+
+    def batch(self, outputs: int) -> int:
+        """Images a batch of Jacobians of so many outputs."""
+        return max(1, min(self.largest_batch, _BATCH_BYTES // (outputs * max(self.rest, 1) * self.itemsize)))
+
+    def bytes_of(self, batch: int, outputs: int) -> int:
+        """Of a batch of Jacobians of so many outputs and of its activations."""
+        return batch * (outputs * (self.rest + self.features) * self.itemsize + self.activations)
 
     @classmethod
     def of(cls, network: Linearised) -> "Workload":
@@ -88,11 +107,12 @@ class Workload:
             outputs=outputs,
             rest=rest,
             features=head // outputs,
-            batch_size=max(1, min(numerics.batch_size, _BATCH_BYTES // (outputs * max(rest, 1) * itemsize))),
+            largest_batch=numerics.batch_size,
             itemsize=itemsize,
             sums_itemsize=numerics.dtype.itemsize,
             activations=activation_bytes(network),
             probed=numerics.probes is not None,
+            contrasted=network.loss.contrasted,
             curved=network.loss.curved,
             weighted=network.loss.weighted,
         )
@@ -110,6 +130,7 @@ class Price:
         remedy: what would make it smaller, or nothing.
         rank: 0 for what answers best; a form of a higher one is taken only where none of a lower one fits: 1 for one
             step of a loss that needs more, 2 where every request reads the retained samples again.
+        batch: images a batch of Jacobians; 0 for as many as of all outputs.
     """
 
     form: str
@@ -118,6 +139,7 @@ class Price:
     refusal: str = ""
     remedy: str = ""
     rank: int = 0
+    batch: int = 0
 
 
 @dataclass(frozen=True)

@@ -12,17 +12,25 @@ worse. docs/benchmarks.md compares this rule with seven others on several models
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fastntk.jacobians.rows import Point, Rows
 from fastntk.solve.gram import Gram, Spectrum
+from fastntk.solve.newton import Newton, Problem
+from fastntk.tuning.loss import Loss
 
 STEPS = 120
 """Of the Krylov space that the ridge is found in."""
 
 _FACTORS = torch.logspace(-4, 2, 601, dtype=torch.float64)
+
+_EXPONENTS = [-k / 2 for k in range(9)]  # of 10: the multiples that ``calibrate_convex`` tries first
+
+_ROUGH = 1e-3  # the relative gradient up to which it solves for them
 
 
 @dataclass(frozen=True)
@@ -58,3 +66,34 @@ def calibrate(gram: Gram, displacement: Float[Tensor, " p"], spectrum: Spectrum 
     best = int(squares.argmin())
     mismatch = float((squares[best].clamp_min(0) / known.square).sqrt())
     return Calibration(float(ridges[best]), float(_FACTORS[best]), mismatch)
+
+
+def calibrate_convex(rows: Rows, loss: Loss, u: Tensor, matrix: Tensor) -> tuple[Calibration, Tensor]:
+    """The ridge whose optimum has probabilities (squared loss: logits) nearest to the network's, and the coefficients
+    of its optimum: among multiples of the kernel's mean diagonal, from 1 down by half decades while that falls, then
+    between the best of these and its neighbours."""
+    scale, point = float(matrix.diagonal().mean()), cast(Point, rows.point)
+    everyone = torch.ones(len(rows), dtype=torch.bool, device=matrix.device)
+    wanted, newton = loss.gradient_of(point.z, point.kept), Newton()
+    nothing = Problem.of(rows, loss, u, scale, matrix, everyone).start
+    tried: dict[float, tuple[float, Tensor]] = {}
+
+    def miss(exponent: float, a: Tensor) -> float:
+        problem = Problem.of(rows, loss, u, 10**exponent * scale, matrix, everyone)
+        a, _ = newton.minimise(problem, a, _ROUGH)
+        tried[exponent] = float((wanted - loss.gradient_of(problem.logits(a), point.kept)).norm()), a
+        return tried[exponent][0]
+
+    best, a = float("inf"), torch.zeros(len(matrix)).to(matrix)
+    for exponent in _EXPONENTS:
+        last, best = best, min(best, miss(exponent, a))
+        if best == last:
+            break
+        a = tried[exponent][1]
+    middle = min(tried, key=lambda each: tried[each][0])
+    for between in (middle - 0.25, middle + 0.25):
+        miss(between, tried[middle][1])
+    exponent = min(tried, key=lambda each: tried[each][0])
+    found, a = tried[exponent]
+    start = float((wanted - loss.gradient_of(nothing, point.kept)).norm())
+    return Calibration(10**exponent * scale, 10**exponent, found / start), a

@@ -7,6 +7,7 @@ gradient: ``sum J_i'H J_i`` is the generalised Gauss-Newton matrix, and ``sum J_
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -19,22 +20,40 @@ Labels = Int[Tensor, " samples"] | Float[Tensor, "samples classes"]
 """The class of every sample, or, as a soft label, what share of it is of each class."""
 
 
+@cache
+def contrasts(count: int) -> Float[Tensor, "count fewer"]:
+    """V, an orthonormal basis of the vectors of that length that sum to 0: one column fewer than it has rows."""
+    k = torch.arange(1, count, dtype=torch.float64)
+    steps = torch.ones(count, count - 1, dtype=torch.float64).triu() - torch.diag(k, -1)[:, : count - 1]
+    return steps / (k * (k + 1)).sqrt()
+
+
 @dataclass(frozen=True)
 class Kept:
     """A loss as a function of some of each sample's logits, the others staying as they are.
+
+    Where adding a number to all logits changes nothing (``contrasted``), it is a function of ``y = V'z`` with V the
+    ``contrasts`` of the kept logits z, whose mean stays as it is too: one row fewer a sample, and nothing is lost where
+    all classes are kept.
 
     Attributes:
         targets: ``t`` of the logits that are kept.
         total: the sum of a sample's targets over all classes (cross-entropy).
         tail: the logsumexp of the logits that are not kept, -inf if there are none (cross-entropy).
+        mean: of the kept logits.
     """
 
-    targets: Float[Tensor, "samples outputs"]
+    targets: Float[Tensor, "samples kept"]
     total: Float[Tensor, " samples"]
     tail: Float[Tensor, " samples"]
+    mean: Float[Tensor, " samples"]
+
+    def logits(self, y: Float[Tensor, "samples outputs"]) -> Float[Tensor, "samples kept"]:
+        """z of ``y = V'z``."""
+        return y @ contrasts(self.targets.shape[1]).to(y).T + self.mean[:, None]
 
     def __getitem__(self, samples: Any) -> "Kept":
-        return Kept(self.targets[samples], self.total[samples], self.tail[samples])
+        return Kept(*(getattr(self, each.name)[samples] for each in fields(Kept)))
 
     def __add__(self, other: "Kept") -> "Kept":
         return Kept(*(torch.cat([getattr(self, f.name), getattr(other, f.name)]) for f in fields(Kept)))
@@ -49,7 +68,7 @@ def kept_of(
     """The loss as a function of the logits of some ``classes`` of each sample."""
     targets = loss.targets(labels, logits.shape[1]).to(logits)
     tail = logits.scatter(1, classes, -torch.inf).logsumexp(1)
-    return Kept(targets.gather(1, classes), targets.sum(1), tail)
+    return Kept(targets.gather(1, classes), targets.sum(1), tail, logits.gather(1, classes).mean(1))
 
 
 @dataclass(frozen=True)
@@ -63,6 +82,7 @@ class SquaredLoss:
     """
 
     curved: ClassVar[bool] = False  # its Hessian is the identity
+    contrasted: ClassVar[bool] = False
     weighted: ClassVar[bool] = False
     scale: float = 10.0
     name: str = field(default="squared", init=False)
@@ -77,6 +97,12 @@ class SquaredLoss:
 
     def root(self, logits: Float[Tensor, "batch classes"]) -> None:
         """L is the identity."""
+
+    def curve(
+        self, vectors: Float[Tensor, "batch classes"], logits: Float[Tensor, "batch classes"], labels: Labels
+    ) -> Float[Tensor, "batch classes"]:
+        """``H_i v_i``: themselves."""
+        return vectors
 
     def value_of(self, z: Float[Tensor, "samples outputs"], kept: Kept) -> Float[Tensor, " samples"]:
         """``1/2 |z - t|^2`` of the logits that are kept."""
@@ -120,6 +146,7 @@ class CrossEntropy:
     """
 
     curved: ClassVar[bool] = True
+    contrasted: ClassVar[bool] = True
     smoothing: float = 0.0
     weights: Sequence[float] = ()
     name: str = field(default="cross-entropy", init=False)
@@ -155,22 +182,33 @@ class CrossEntropy:
         targets = self.targets(labels, logits.shape[1]).to(logits)
         return targets - targets.sum(1, keepdim=True) * logits.softmax(1)
 
-    def value_of(self, z: Float[Tensor, "samples outputs"], kept: Kept) -> Float[Tensor, " samples"]:
-        """``T logsumexp(z, tail) - t'z``, which is the loss up to a number that does not depend on z."""
+    def curve(
+        self, vectors: Float[Tensor, "batch classes"], logits: Float[Tensor, "batch classes"], labels: Labels
+    ) -> Float[Tensor, "batch classes"]:
+        """``H_i v_i``."""
+        p, totals = logits.softmax(1), self.targets(labels, logits.shape[1]).to(logits).sum(1, keepdim=True)
+        weighed = p * vectors
+        return totals * (weighed - p * weighed.sum(1, keepdim=True))
+
+    def value_of(self, y: Float[Tensor, "samples outputs"], kept: Kept) -> Float[Tensor, " samples"]:
+        """``T logsumexp(z, tail) - t'z``, which is the loss up to a number that does not depend on y."""
+        z = kept.logits(y)
         return kept.total * _with_tail(z, kept) - (kept.targets * z).sum(1)
 
-    def gradient_of(self, z: Float[Tensor, "samples outputs"], kept: Kept) -> Float[Tensor, "samples outputs"]:
-        """``T p - t`` with ``p = exp(z - logsumexp(z, tail))``."""
-        return kept.total[:, None] * (z - _with_tail(z, kept)[:, None]).exp() - kept.targets
+    def gradient_of(self, y: Float[Tensor, "samples outputs"], kept: Kept) -> Float[Tensor, "samples outputs"]:
+        """``V'(T p - t)`` with ``p = exp(z - logsumexp(z, tail))``."""
+        slope = kept.total[:, None] * _probabilities(kept.logits(y), kept) - kept.targets
+        return slope @ contrasts(slope.shape[1]).to(slope)
 
-    def root_of(self, z: Float[Tensor, "samples outputs"], kept: Kept) -> Float[Tensor, "samples outputs outputs"]:
-        """L with ``L L' = T (diag(p) - pp')``: ``sqrt(T) (I - b p 1') diag(sqrt(p))`` with
-        ``b = (1 - sqrt(1 - s)) / s`` where the kept p sum to s."""
-        p = (z - _with_tail(z, kept)[:, None]).exp()
+    def root_of(self, y: Float[Tensor, "samples outputs"], kept: Kept) -> Float[Tensor, "samples outputs outputs"]:
+        """L with ``L L' = V'H V``: by the QR decomposition of ``H^1/2' V`` with
+        ``H^1/2 = sqrt(T) (I - b p 1') diag(sqrt(p))`` and ``b = (1 - sqrt(1 - s)) / s`` where the kept p sum to s."""
+        p = _probabilities(kept.logits(y), kept)
         s = p.sum(1).clamp(torch.finfo(p.dtype).tiny, 1)
         b = ((1 - (1 - s).clamp_min(0).sqrt()) / s)[:, None, None]
         root = (torch.eye(p.shape[1]).to(p) - b * p[:, :, None]) * p.sqrt()[:, None, :]
-        return kept.total.sqrt()[:, None, None] * root
+        upper = torch.linalg.qr(root.mT @ contrasts(p.shape[1]).to(p), mode="r").R
+        return kept.total.sqrt()[:, None, None] * upper.mT
 
     def root(self, logits: Float[Tensor, "batch classes"]) -> Float[Tensor, "batch classes classes"]:
         """``L_i``, where every class weighs 1."""
@@ -190,7 +228,11 @@ class CrossEntropy:
         return -(targets * logits.log_softmax(1)).sum(1).mean()
 
 
-def _with_tail(z: Float[Tensor, "samples outputs"], kept: Kept) -> Float[Tensor, " samples"]:
+def _probabilities(z: Float[Tensor, "samples kept"], kept: Kept) -> Float[Tensor, "samples kept"]:
+    return (z - _with_tail(z, kept)[:, None]).exp()
+
+
+def _with_tail(z: Float[Tensor, "samples kept"], kept: Kept) -> Float[Tensor, " samples"]:
     """``logsumexp(z, tail)``: of all logits."""
     return torch.logaddexp(z.logsumexp(1), kept.tail)
 

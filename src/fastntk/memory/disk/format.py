@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from fastntk.common.errors import InputError
 from fastntk.common.formats import Format, unchanged
 from fastntk.jacobians.jacobian import Jacobian
 from fastntk.jacobians.rows import Rows
@@ -68,7 +69,10 @@ def _state_2(document: dict[str, Any]) -> dict[str, Any]:
     if loss["name"] == "cross-entropy":
         loss = {"weights": [], **loss}
     if "solution.smoothing" in tensors:
-        tensors = {**tensors, "solution.weights": torch.zeros(0, dtype=torch.float64)}
+        raise InputError(
+            "a convex memory of before has a row a class where now there is one fewer. Prepare it again: fastntk "
+            "prepare RUN, in another run folder if it has answered requests."
+        )
     made = {**made, "options": {**made["options"], "shrinkage": 1.0}}
     return {**document, "made": made, "loss": loss, "tensors": tensors}
 
