@@ -30,7 +30,7 @@ def ridge_regression(inputs, targets, start, ridge):
     return torch.linalg.lstsq(rows, wanted).solution.T
 
 
-@pytest.mark.parametrize("form", ["primal", "dual"])
+@pytest.mark.parametrize("form", ["primal", "dual", "convex", "matrix-free"])
 @pytest.mark.parametrize("select", [("bn", "head"), ("bn", r"head\.weight")])
 def test_it_is_ridge_regression_on_the_moved_features(select, form):
     given = problem(*select, form=form)
@@ -101,11 +101,10 @@ def test_a_member_that_is_missing_is_noticed(tmp_path):
     ("select", "options"),
     [
         (("bn",), {}),
-        (("bn", "head"), {"form": "matrix-free"}),
         (("bn", "head"), {"class_probes": 2}),
     ],
 )
-def test_where_there_is_no_closed_form_it_says_so(select, options):
+def test_where_there_can_be_none_it_says_so(select, options):
     given = problem(*select, **options)
     with pytest.raises(InputError, match="needs a tuned head"):
         FastNTK(exact_head=True)(given)

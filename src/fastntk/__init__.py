@@ -53,6 +53,8 @@ if TYPE_CHECKING:
     from fastntk.tuning.parameters import snapshot as snapshot
     from fastntk.tuning.prompts import add_prompts as add_prompts
     from fastntk.tuning.prompts import remove_prompts as remove_prompts
+    from fastntk.tuning.rebuilding import RebuiltStart as RebuiltStart
+    from fastntk.tuning.rebuilding import rebuilt_start as rebuilt_start
     from fastntk.tuning.recipe import Recipe as Recipe
     from fastntk.tuning.recipe import shrinkage as shrinkage
     from fastntk.tuning.selectors import tunables as tunables
@@ -69,6 +71,7 @@ _HOMES = {
     "tuning.outputs": ["model_at"],
     "tuning.parameters": ["snapshot"],
     "tuning.prompts": ["add_prompts", "remove_prompts"],
+    "tuning.rebuilding": ["RebuiltStart", "rebuilt_start"],
     "tuning.recipe": ["Recipe", "shrinkage"],
     "tuning.selectors": ["tunables", "tune"],
     "jacobians.numerics": ["Numerics"],

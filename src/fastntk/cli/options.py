@@ -36,6 +36,13 @@ Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, 
 Seed = Annotated[int, typer.Option(help="Of the head's first values and the order of the samples.")]
 LossName = Annotated[str, typer.Option("--loss", help="squared or cross-entropy.")]
 Smoothing = Annotated[float, typer.Option("--label-smoothing", help="Of cross-entropy, from 0 to below 1.")]
+Fitted = Annotated[
+    str | None,
+    typer.Option(help="Weights that your own fit ended with: nothing is fitted, the start is rebuilt from --weights."),
+]
+HeadStart = Annotated[
+    str, typer.Option(help="With --fitted, what its head started from: zero, or fitted (it is not pulled at).")
+]
 Optimizer = Annotated[str, typer.Option(help="adam, adamw or sgd (with a momentum of 0.9).")]
 Decay = Annotated[float, typer.Option("--weight-decay", help="Per sample; of adamw, its own.")]
 DecayToward = Annotated[str, typer.Option(help="What weight decay pulls to: start (before fitting) or zero.")]

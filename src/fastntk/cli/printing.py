@@ -44,9 +44,12 @@ def show_fit(run: Path, fit: "Fit", as_json: bool) -> None:
         table.add_row(str(epoch + 1), f"{loss:.3f}", f"{accuracy:.1f}", *held_out)
     told = (
         f"Tuned {count:,} parameters in {fit.seconds:.1f} s, with {fit.recipe.loss.name} loss. Training columns are of "
-        f"the images as they were seen, while it learned.\nNext: fastntk prepare {run}"
+        "the images as they were seen, while it learned."
+        if fit.losses
+        else f"Took over {count:,} tuned parameters; the start was rebuilt: {'; '.join(fit.assumed)}."
     )
-    show(document, as_json, Group(table, told))
+    shown = Group(*([table] if fit.losses else []), f"{told}\nNext: fastntk prepare {run}")
+    show({**document, "assumed": fit.assumed}, as_json, shown)
 
 
 def show_answer(run: Path, answer: "Answer", purge_seconds: float | None, as_json: bool) -> None:

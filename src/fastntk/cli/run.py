@@ -8,27 +8,25 @@ memory/                the memory, see ``fastntk.memory.disk``; samples that wer
 """
 
 import shutil
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from fastntk.cli.settings import FORMAT, Given, Settings
 from fastntk.common import distributed
 from fastntk.common.errors import InputError
 from fastntk.common.files import file_digest, read_json, read_tensors, writable, write_json, write_tensors
-from fastntk.common.formats import Format, unchanged
 from fastntk.evidence.auditing import audit
 from fastntk.evidence.compare import compare, references
 from fastntk.evidence.methods import Method, Problem
 from fastntk.evidence.report import Report
-from fastntk.inputs.images import Images, Preprocessing, in_memory
+from fastntk.inputs.images import Images, in_memory
 from fastntk.inputs.models import load_model
 from fastntk.inputs.sources import load_data
-from fastntk.inputs.weights import load_weights
+from fastntk.inputs.weights import load_weights, read_weights
 from fastntk.jacobians.numerics import Numerics
 from fastntk.memory.audit import Audit
 from fastntk.memory.disk.folder import Folder
@@ -38,92 +36,11 @@ from fastntk.memory.memory import Memory, load, prepare
 from fastntk.memory.plan import Plan, plan
 from fastntk.solve.collect import clear
 from fastntk.tuning.fitting import Fit, fit
-from fastntk.tuning.loss import loss_from
+from fastntk.tuning.rebuilding import rebuilt_start
 from fastntk.tuning.recipe import Recipe
 from fastntk.tuning.selectors import tune
-from fastntk.tuning.start import start
-
-
-def _run_1(document: dict[str, Any]) -> dict[str, Any]:
-    """Cross-entropy had no label smoothing."""
-    loss = document["recipe"]["loss"]
-    loss = {"smoothing": 0.0, **loss} if loss["name"] == "cross-entropy" else loss
-    return {**document, "recipe": {**document["recipe"], "loss": loss}}
-
-
-def _run_2(document: dict[str, Any]) -> dict[str, Any]:
-    """Adam, with decay toward the start, of images as they are, and classes that weigh the same."""
-    recipe = document["recipe"]
-    loss = {"weights": [], **recipe["loss"]} if recipe["loss"]["name"] == "cross-entropy" else recipe["loss"]
-    added: dict[str, Any] = {"loss": loss, "optimizer": "adam", "decay_toward": "start", "augment": []}
-    return {**document, "recipe": {**recipe, **added}}
-
-
-FORMAT = Format("run", (unchanged, _run_1, _run_2))
-"""Of ``run.json``."""
 
 _TENSORS = ("initial.safetensors", "model.safetensors")
-
-
-@dataclass(frozen=True)
-class Given:
-    """What a fit starts from, as the user names it."""
-
-    model: str
-    data: str
-    root: str | None
-    select: Sequence[str]
-    size: int | None
-    weights: str | None = None
-    id_column: str | None = None
-
-    def open(self, device: torch.device, seed: int = 0) -> tuple[nn.Module, Images]:
-        """The model with a head for the data's classes, the selection tuned, and the data as it wants them."""
-
-        def read(preprocessing: Preprocessing) -> Images:
-            return load_data(self.data, preprocessing, root=self.root, id_column=self.id_column)
-
-        module, images = start(self.model, read, self.select, size=self.size, weights=self.weights, seed=seed)
-        return module.to(device).eval(), images
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What ``run.json`` holds; ``files`` are the SHA-256 of the tensors beside it."""
-
-    model: str
-    data: str
-    root: str | None
-    classes: list[str]
-    select: list[str]
-    size: int
-    recipe: dict[str, Any]
-    id_column: str | None
-    files: dict[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, given: Given, images: Images, recipe: Recipe) -> "Settings":
-        """Of a fit of a model to images."""
-        names = given.model, given.data, given.root
-        return cls(
-            *names, images.classes, list(given.select), images.preprocessing.size, asdict(recipe), given.id_column
-        )
-
-    def fitting(self) -> Recipe:
-        """How the model was fitted.
-
-        Raises:
-            InputError: a field is missing, or of a wrong type.
-        """
-        given = {each.name: self.recipe[each.name] for each in fields(Recipe)}
-        try:
-            return Recipe(**{**given, "loss": loss_from(given["loss"])})
-        except TypeError as error:
-            raise InputError(f"run.json does not describe a recipe ({error}). Restore it from a backup.") from error
-
-    def images(self, preprocessing: Preprocessing, source: str | None = None, split: str = "train") -> Images:
-        """The training data, or another source read in the same way."""
-        return load_data(source or self.data, preprocessing, split=split, root=self.root, id_column=self.id_column)
 
 
 class Run:
@@ -147,7 +64,8 @@ class Run:
         return Settings(**{each.name: document[each.name] for each in fields(Settings)})
 
     def fit(self, given: Given, recipe: Recipe, validation: str | None = None) -> Fit:
-        """Fit a model and write the run; ``validation`` names data to measure the accuracy on after every epoch.
+        """Fit a model, or take one that was fitted, and write the run; ``validation`` names data to measure the
+        accuracy on after every epoch.
 
         Raises:
             InputError: the folder cannot be written, or holds a run whose memory has answered requests.
@@ -158,7 +76,12 @@ class Run:
         held_out = None
         if validation:
             held_out = in_memory(load_data(validation, images.preprocessing, split="test", root=given.root))
-        done = fit(module, in_memory(images), recipe, validation=held_out)
+        if given.fitted:
+            load_weights(module, read_weights(Path(given.fitted)), with_head=True)
+            begun = rebuilt_start(module, given.pretrained, head=given.head_start)
+            done = Fit(begun.initial, [], recipe, 0.0, assumed=begun.assumed)
+        else:
+            done = fit(module, in_memory(images), recipe, validation=held_out)
         if distributed.rank():
             return done
         shutil.rmtree(self.folder / "memory", ignore_errors=True)

@@ -27,6 +27,7 @@ from fastntk.memory.finish import multiplied
 from fastntk.memory.members import Id
 from fastntk.memory.memory import Memory
 from fastntk.memory.state import State
+from fastntk.tuning.loss import predictions
 from fastntk.tuning.outputs import logits_of, model_at
 from fastntk.tuning.parameters import snapshot, tuned
 from fastntk.tuning.recipe import Recipe
@@ -100,8 +101,13 @@ def _compared(
     def logits(parameters: Mapping[str, Tensor]) -> Tensor:
         return logits_of(model_at(state.model, parameters), forget, device).cpu()
 
+    unit = state.network.loss.unit
+
+    def distance(left: Tensor, right: Tensor) -> float:
+        return logit_distance(predictions(left, unit), predictions(right, unit))
+
     one, other, ours = (logits(parameters) for parameters in (*models, answer.parameters))
-    floor = logit_distance(one, other)
+    floor = distance(one, other)
     if not floor:
         raise InputError("the two retrained models are equal: retraining must depend on the seed that it is given.")
     right = ours.argmax(1) == labels
@@ -113,13 +119,14 @@ def _compared(
         accuracy=accuracy(ours, labels),
         retrained=(accuracy(one, labels), accuracy(other, labels)),
         deviation=100 * differ**0.5 / len(labels),
-        distances=(logit_distance(ours, one), logit_distance(ours, other)),
+        distances=(distance(ours, one), distance(ours, other)),
         floor=floor,
         departures=(certificate.departure_requested, certificate.departure_retained or 0.0),
         gain=gain,
         accuracy_with_gain=accuracy(gained, labels),
-        distances_with_gain=(logit_distance(gained, one), logit_distance(gained, other)),
+        distances_with_gain=(distance(gained, one), distance(gained, other)),
         seconds=seconds,
+        unit=unit,
     )
 
 

@@ -28,6 +28,9 @@ _NOISE = {"full": 1e-4, "tf32": 1e-2, "bf16": 5e-2}
 LIMIT_TAIL = 0.05
 """Of the loss's gradient, that the classes which are not kept may have."""
 
+FIRST = 256
+"""Samples that this is measured on, at most."""
+
 
 @dataclass(frozen=True)
 class Linearised:
@@ -198,11 +201,11 @@ def left_out(network: Linearised, positions: Sequence[int]) -> Float[Tensor, "sa
     return torch.cat(parts)
 
 
-def enough(network: Linearised, limit: float = LIMIT_TAIL, between: tuple[int, int] = (3, 4), most: int = 256) -> int:
+def enough(network: Linearised, limit: float = LIMIT_TAIL, between: tuple[int, int] = (3, 4)) -> int:
     """How many classes a sample: 3, or 4 where 3 leave out more than ``limit`` of the loss's gradient, a mean over the
     first samples (``left_out``)."""
     fewest, at_most = between
-    left = left_out(network, range(min(most, len(network.train)))).mean(0)  # type: ignore[arg-type]
+    left = left_out(network, range(min(FIRST, len(network.train)))).mean(0)  # type: ignore[arg-type]
     return min(max(fewest, 1 + int((left > limit).sum())), at_most, network.classes)
 
 

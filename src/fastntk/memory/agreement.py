@@ -1,6 +1,6 @@
 """How far the network does as its linearisation predicted."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from fastntk.inputs.batches import hard
 from fastntk.jacobians.linearised import Linearised
 from fastntk.jacobians.products import tangent
 from fastntk.memory.audit import Audit
+from fastntk.tuning.loss import predictions
 from fastntk.tuning.outputs import model_at
 
 
@@ -33,6 +34,7 @@ class Observed(NamedTuple):
 
     departure_requested: float
     departure_retained: float | None
+    still: float | None
     doubt: float | None
 
 
@@ -45,25 +47,50 @@ def observed(
     witnesses: Sequence[int],
     predicted: Float[Tensor, "requested classes"] | None = None,
     audit: Audit | None = None,
+    gone: Collection[int] | None = (),
 ) -> Observed:
-    """How far the network departs from ``J change`` on the samples of a request, and on witnesses among the retained
-    ones, and the audit's doubt of the former; see ``Certificate``.
+    """How far the network departs from its linear prediction on the samples of a request, and on witnesses among the
+    retained ones; see ``Certificate``.
 
-    Both departures are 0 where no change is predicted on the request's samples (``predicted``, if it is known already);
-    the second is None without witnesses, the doubt without an audit or samples.
+    Both departures are 0 where no change is predicted on the request's samples; the second is None without witnesses.
+
+    Args:
+        network: linearised.
+        change: of the parameters, from ``before`` to ``after``.
+        before: the tuned parameters.
+        after: the same after the request.
+        requested: positions of its samples.
+        witnesses: positions of some that are retained.
+        predicted: ``J change`` on the requested, if it is known already.
+        audit: gives the doubt; None for none.
+        gone: the classes that no member is left of; None if that is not known.
     """
-    nothing = Observed(0.0, 0.0 if witnesses else None, None)
+    nothing = Observed(0.0, 0.0 if witnesses else None, None if gone is None else 0.0, None)
     if not requested:
         return nothing
     count = len(requested)
     old, new, labels = logits_around(network, [*requested, *witnesses], before, after)
-    doubt = audit.doubt(new[:count].cpu(), labels[:count]) if audit else None
-    predicted = tangent(network, requested, change) if predicted is None else predicted
-    size = rms(predicted)
+    nothing = nothing._replace(
+        still=None if gone is None else _still(new[:count].cpu(), labels[:count], gone),
+        doubt=audit.doubt(new[:count].cpu(), labels[:count]) if audit else None,
+    )
+    moved = torch.cat(
+        [tangent(network, requested, change) if predicted is None else predicted, tangent(network, witnesses, change)]
+    )
+    was, foreseen, now = (predictions(logits, network.loss.unit) for logits in (old, old + moved, new))
+    size = rms((foreseen - was)[:count])
     if not size:
-        return nothing._replace(doubt=doubt)
-    error = new - old - torch.cat([predicted, tangent(network, witnesses, change)])
-    return Observed(rms(error[:count]) / size, rms(error[count:]) / size if witnesses else None, doubt)
+        return nothing
+    error = now - foreseen
+    retained = rms(error[count:]) / size if witnesses else None
+    return nothing._replace(departure_requested=rms(error[:count]) / size, departure_retained=retained)
+
+
+def _still(logits: Float[Tensor, "samples classes"], labels: Int[Tensor, " samples"], gone: Collection[int]) -> float:
+    """The percentage of samples of the classes that are gone which are classified as these; 0 if there are none."""
+    concerned = torch.isin(labels, torch.tensor(sorted(gone), dtype=labels.dtype))
+    right = logits.argmax(1)[concerned] == labels[concerned]
+    return 100 * float(right.double().mean()) if len(right) else 0.0
 
 
 def rms(vectors: Float[Tensor, "samples classes"]) -> float:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fastntk.tuning.loss import predictions
 from fastntk.tuning.outputs import margins
 
 LIMIT_RATIO, LIMIT_GAP = 1.5, 4.0
@@ -31,9 +32,10 @@ LIMIT_DOUBT = 3.0
 class Audit:
     """How near models that were truly retrained the memory's answer to a request came, which nobody made.
 
-    It is measured on the drawn samples F. Distances are root mean square ones of logits; the retrained models differ
-    in the seed of their order of samples alone. ``left_out`` and ``unseen`` are measured on many more samples: a
-    forgotten sample should be classified as rightly as one that was never seen.
+    It is measured on the drawn samples F. Distances are root mean square ones of logits, or with cross-entropy, under
+    which logits have no scale of their own, of probabilities; the retrained models differ in the seed of their order of
+    samples alone. ``left_out`` and ``unseen`` are measured on many more samples: a forgotten sample should be
+    classified as rightly as one that was never seen.
 
     Attributes:
         samples: how many were drawn.
@@ -53,6 +55,7 @@ class Audit:
             of them alone; None if there were no held-out samples to compare it with.
         unseen: the share of those that the network classifies rightly.
         compared: how many samples each of the two shares is of.
+        unit: what distances are of: ``"logits"`` or ``"probabilities"``.
     """
 
     samples: int
@@ -69,6 +72,7 @@ class Audit:
     left_out: float | None = None
     unseen: float | None = None
     compared: tuple[int, int] = (0, 0)
+    unit: str = "logits"
 
     @property
     def ratio(self) -> float:
@@ -113,14 +117,15 @@ class Audit:
         docs/benchmarks.md four in five did. It is large for few samples and for margins near 0.
         """
         error = sum(self.distances) / 2 * math.sqrt(2 / max(logits.shape[1] - 1, 1))
-        return CHANCE * accuracy_spread(margins(logits, labels), error)
+        return CHANCE * accuracy_spread(margins(predictions(logits, self.unit), labels), error)
 
     def __str__(self) -> str:
         text = (
             f"audited on {self.samples:,} drawn samples: the answer lay {self.ratio:.2f} times as far from two "
-            f"retrained models as they from each other (limit {LIMIT_RATIO:.2f}), accuracy {self.accuracy:.1f} % "
-            f"against theirs of {sum(self.retrained) / 2:.1f} % (within {self.allowed:.1f} points); the step times "
-            f"{self.gain:.2f} is as sure of their labels as they, at {self.accuracy_with_gain:.1f} %"
+            f"retrained models as they from each other, in {self.unit} (limit {LIMIT_RATIO:.2f}), accuracy "
+            f"{self.accuracy:.1f} % against theirs of {sum(self.retrained) / 2:.1f} % (within {self.allowed:.1f} "
+            f"points); the step times {self.gain:.2f} is as sure of their labels as they, at "
+            f"{self.accuracy_with_gain:.1f} %"
         )
         if self.left_out is None:
             return text

@@ -18,7 +18,11 @@ memory are trusted as well."""
 BEYOND = 1.25
 """Departures differ by so much between requests of the same kind."""
 
-VERDICTS = "trusted", "refresh needed", "retrain needed"
+LIMIT_STILL = 5.0
+"""Percent of the samples of a class that no member is left of which may still be classified as it: a model that never
+saw the class has none."""
+
+VERDICTS = "trusted", "exact head needed", "refresh needed", "retrain needed"
 """Of a certificate; see ``Certificate.verdict``."""
 
 
@@ -33,10 +37,11 @@ class Certificate:
     and ``error``, where it was asked for, is the relative distance of the parameters' change since the anchor to that
     of solving anew from the stored sums.
 
-    For the network itself the agreement is measured: ``departure = rms_S |f(theta_new) - f(theta_old) - J (theta_new -
-    theta_old)| / rms_F |J (theta_new - theta_old)|`` with S the samples F of the request, or witnesses, a few of
-    the retained; 0 is perfect agreement. The unit is in both cases the change that was predicted, and asked for,
-    on F.
+    For the network itself the agreement is measured: ``departure = rms_S |g(f(theta_new)) - g(f(theta_old) + J
+    (theta_new - theta_old))| / rms_F |g(f(theta_old) + J (theta_new - theta_old)) - g(f(theta_old))|`` with S the
+    samples F of the request, or witnesses, a few of the retained, and with g the identity for squared loss and the
+    softmax for cross-entropy; 0 is perfect agreement. It is in both cases a share of the change that was predicted on
+    F.
 
     Attributes:
         request: its id, random.
@@ -55,6 +60,11 @@ class Certificate:
         hashes: HMAC-SHA-256 of each id under the salt: who has both can show that an id was in the request.
         error: to a full re-solve, or None.
         audit: of the memory, the latest one since it was linearised, or None.
+        unit: what departures are of: ``"logits"`` or ``"probabilities"``.
+        tail: of the loss's gradient, what the classes have that the solution keeps no rows of (``State.tail``).
+        has_head: whether the answer can be finished with an exact head.
+        still: the percentage of the samples of classes that no member is left of which the answer still classifies as
+            these; None where that is not known. Like the doubt it is in no ledger.
         doubt: the points within which a retrained model's accuracy on F should lie of the answer's, by the audit
             (``Audit.doubt``). It is in no ledger: of a single sample it says how surely it is classified. None
             without an audit, and where nothing was forgotten.
@@ -76,6 +86,10 @@ class Certificate:
     hashes: Sequence[str]
     error: float | None = None
     audit: Audit | None = None
+    unit: str = "logits"
+    tail: float = 0.0
+    has_head: bool = False
+    still: float | None = None
     doubt: float | None = None
 
     @property
@@ -90,10 +104,11 @@ class Certificate:
     def verdict(self) -> str:
         """One of ``VERDICTS``.
 
-        Trusted is an answer whose solve is exact, whose departures are within their limits, and whose memory has not
-        failed an audit. After a failed audit retraining is needed. Otherwise, if earlier requests have moved the
-        parameters, a refresh linearises the network anew where they are now; if not, this request alone is too much
-        for a linear prediction.
+        Trusted is an answer whose solve is exact, whose departures are within their limits, that leaves nothing of a
+        class which is gone, and whose memory has not failed an audit. What is left of a class alone takes an exact head
+        (``fastntk.exact_head``), if the memory has one. After a failed audit retraining is needed. Otherwise, if
+        earlier requests have moved the parameters, a refresh linearises the network anew where they are now; if not,
+        this request alone is too much for a linear prediction.
         """
         if not self.inexactness <= self.limit:
             return "refresh needed"
@@ -101,7 +116,10 @@ class Certificate:
             return "retrain needed"
         requested, retained = self.limits
         if self.departure_requested <= requested and (self.departure_retained or 0) <= retained:
-            return "trusted"
+            if (self.still or 0) <= LIMIT_STILL:
+                return "trusted"
+            if self.has_head:
+                return "exact head needed"
         return "refresh needed" if self.moved else "retrain needed"
 
     @property
@@ -114,6 +132,7 @@ class Certificate:
         """The verdict with its reasons, in a sentence or two."""
         advice = {
             "trusted": "",
+            "exact head needed": " Finish the answer with an exact head (export --exact-head), or retrain.",
             "refresh needed": " Refresh the memory at the current weights, or retrain.",
             "retrain needed": " Retrain, ask for fewer samples, or prepare with a larger ridge.",
         }
@@ -127,9 +146,21 @@ class Certificate:
         return (
             f"{self.verdict}: the network departs from the linear prediction by {self.departure_requested:.0%} on the "
             f"samples of the request (limit {of_requested:.0%}) and {retained} on witnesses among the retained ones "
-            f"(limit {of_retained:.0%}), in units of the change predicted for the former; the linear solve is exact to "
-            f"{self.inexactness:.0e} (limit {self.limit:.0e}); {audited}.{self._doubt}"
+            f"(limit {of_retained:.0%}), in {self.unit}, as a share of the change predicted for the former; the linear "
+            f"solve is exact to {self.inexactness:.0e} of its gradient over all {self.retained:,} others (limit "
+            f"{self.limit:.0e}){self._left}; {audited}.{self._doubt}"
             f"{advice[self.verdict]}"
+        )
+
+    @property
+    def _left(self) -> str:
+        """What is known of classes that are left out, and of one that is gone."""
+        out = f", without {self.tail:.1%} of the loss's gradient, which is of other classes" if self.tail else ""
+        if not self.still:
+            return out
+        return (
+            f"{out}; of the samples of a class that nobody is left of, {self.still:.0f} % are still taken for it "
+            f"(limit {LIMIT_STILL:.0f} %, retrained models have none)"
         )
 
     @property
@@ -150,7 +181,7 @@ class Certificate:
     def to_ledger(self) -> dict[str, Any]:
         """The same without the salt, as ids are often small numbers, which hashes with a known salt do not hide, and
         without what is said of the samples alone."""
-        return {key: value for key, value in self.to_dict().items() if key not in ("salt", "doubt")}
+        return {key: value for key, value in self.to_dict().items() if key not in ("salt", "doubt", "still")}
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,8 @@ def _certificate(
     witnesses, retained = state.drawn_witnesses(update.positions), ~torch.isin(state.order, update.positions)
     known = update.rows.jacobian.matvec(change) if update.rows and state.network.of_logits else None
     audit, salt = state.audit if kind == "forget" else None, secrets.token_hex(16)
-    seen = observed(state.network, change, before, parameters, asked, witnesses, known, audit)
+    gone = state.emptied(update.positions) if kind == "forget" else ()
+    seen = observed(state.network, change, before, parameters, asked, witnesses, known, audit, gone)
     return Certificate(
         request=str(uuid.uuid4()),
         kind=kind,
@@ -145,6 +146,9 @@ def _certificate(
         **seen._asdict(),
         inexactness=inexactness,
         limit=state.solution.limit,
+        unit=state.network.loss.unit,
+        tail=state.tail,
+        has_head=state.head_shortfall is not None,
         moved=not torch.equal(state.vector, state.layout.flatten(state.anchor)),
         before=digest(before),
         after=digest(parameters),

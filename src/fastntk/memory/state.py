@@ -43,6 +43,8 @@ class State:
         order: positions, in the order in which they are drawn for witnesses: retained samples that check every request.
         calibration: how an automatic ridge was found, or None for a given one.
         made: how the memory was made, for replay: versions and options.
+        tail: the share of the loss's gradient at the anchor, beside a probability's 1, that is of classes which the
+            solution keeps no rows of: a mean over the first samples; 0 where all are kept.
         audit: the latest one since the network was linearised, or None. It is in the ledger, not among what is kept.
     """
 
@@ -54,6 +56,7 @@ class State:
     order: Int[Tensor, " positions"] = field(metadata=_TENSOR)
     calibration: Calibration | None = field(metadata=_CALIBRATION)
     made: Mapping[str, Any] = field(metadata=_PLAIN)
+    tail: float = field(metadata=_PLAIN)
     audit: Audit | None = None
 
     @property
@@ -133,6 +136,15 @@ class State:
         """The positions of those that check a request for the samples at ``asked``; of these none."""
         others = self.order[self.members.present[self.order] & ~torch.isin(self.order, asked)]
         return self.members.available(others)[: self.made["options"]["witnesses"]].tolist()
+
+    def emptied(self, asked: Int[Tensor, " some"]) -> set[int] | None:
+        """The classes of which no member is left without the samples at ``asked``; None if the data source does not
+        offer labels, or lacks a member."""
+        labels = self.members.labels
+        if labels is None or (labels[self.members.present] < 0).any():
+            return None
+        staying = self.members.present.index_fill(0, asked, False)
+        return set(labels[asked].tolist()) - set(labels[staying].tolist())
 
     def check(self, positions: Int[Tensor, " some"], residuals: Float[Tensor, "some outputs"] | None = None) -> None:
         """Whether the data source still has, under the members' ids, what was prepared; from ``residuals`` if known.

@@ -31,6 +31,7 @@ class Fit:
         accuracies: on the training samples, in percent, of each epoch, while it learned.
         validation: on the validation samples, after each epoch; empty without any.
         shrinkage: what weight decay toward zero alone would have left of the parameters: for ``prepare``.
+        assumed: of the initial parameters, where they were rebuilt (``fastntk.rebuilt_start``).
     """
 
     initial: dict[str, Tensor]
@@ -40,6 +41,7 @@ class Fit:
     accuracies: list[float] = field(default_factory=list)
     validation: list[float] = field(default_factory=list)
     shrinkage: float = 1.0
+    assumed: list[str] = field(default_factory=list)
 
 
 def fit(

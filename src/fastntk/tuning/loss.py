@@ -83,6 +83,7 @@ class SquaredLoss:
 
     curved: ClassVar[bool] = False  # its Hessian is the identity
     contrasted: ClassVar[bool] = False
+    unit: ClassVar[str] = "logits"
     weighted: ClassVar[bool] = False
     scale: float = 10.0
     name: str = field(default="squared", init=False)
@@ -147,6 +148,7 @@ class CrossEntropy:
 
     curved: ClassVar[bool] = True
     contrasted: ClassVar[bool] = True
+    unit: ClassVar[str] = "probabilities"
     smoothing: float = 0.0
     weights: Sequence[float] = ()
     name: str = field(default="cross-entropy", init=False)
@@ -235,6 +237,11 @@ def _probabilities(z: Float[Tensor, "samples kept"], kept: Kept) -> Float[Tensor
 def _with_tail(z: Float[Tensor, "samples kept"], kept: Kept) -> Float[Tensor, " samples"]:
     """``logsumexp(z, tail)``: of all logits."""
     return torch.logaddexp(z.logsumexp(1), kept.tail)
+
+
+def predictions(logits: Float[Tensor, "samples classes"], unit: str) -> Float[Tensor, "samples classes"]:
+    """What distances are taken of: the logits, or, where these have no scale of their own, the probabilities."""
+    return logits.softmax(1) if unit == "probabilities" else logits
 
 
 Loss = SquaredLoss | CrossEntropy

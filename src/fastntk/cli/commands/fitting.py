@@ -35,6 +35,8 @@ def fit(
     augment: options.Augment = None,
     mixup: options.Mixup = "off",
     validation: options.Validation = None,
+    fitted: options.Fitted = None,
+    head_start: options.HeadStart = "zero",
     device: options.Device = "cpu",
     seed: options.Seed = 0,
     as_json: options.Json = False,
@@ -46,7 +48,7 @@ def fit(
     options.no_mixup(mixup)
     numbers = epochs, learning_rate, batch_size, weight_decay, seed
     recipe = options.recipe(*numbers, options.loss(loss, label_smoothing), optimizer, decay_toward, augment or ())
-    named = model, data, data_root, select or options.SELECTED, image_size, weights, id_column
+    named = model, data, data_root, select or options.SELECTED, image_size, weights, id_column, fitted, head_start
     done = _fitted(run, device, named, recipe, validation)
     if done:
         show_fit(run, done, as_json)
@@ -54,7 +56,8 @@ def fit(
 
 def _fitted(run: Path, device: str, named: Sequence[Any], recipe: "Recipe", validation: str | None) -> "Fit | None":
     """What the first of all processes did, and None for the others."""
-    from fastntk.cli.run import Given, Run
+    from fastntk.cli.run import Run
+    from fastntk.cli.settings import Given
     from fastntk.common import distributed
     from fastntk.common.launch import local_device
 

@@ -69,7 +69,8 @@ def plan(
 
     For a run, or, before there is one, for a model and data: fastntk plan --model resnet18 --data DATA.
     """
-    from fastntk.cli.run import Given, Run, parse_device
+    from fastntk.cli.run import Run, parse_device
+    from fastntk.cli.settings import Given
     from fastntk.memory import plan as planning
 
     numerics = options.numerics(sums, precision, class_probes, workers)

@@ -55,6 +55,15 @@ def _entry_0(document: dict[str, Any]) -> dict[str, Any]:
     return {"inexactness" if key == "residual" else key: value for key, value in document.items()}
 
 
+def _entry_1(document: dict[str, Any]) -> dict[str, Any]:
+    """All classes were kept, distances were of logits, and nobody asked whether a class was still there."""
+    if "floor" in document:  # an audit
+        return {"unit": "logits", **document}
+    audit = document.get("audit")
+    document = {**document, "audit": {"unit": "logits", **audit} if audit else audit}
+    return {"unit": "logits", "tail": 0.0, "has_head": False, **document} if "limit" in document else document
+
+
 def _state_1(document: dict[str, Any]) -> dict[str, Any]:
     """Rows of all classes; cross-entropy without label smoothing."""
     made = document["made"]
@@ -74,7 +83,7 @@ def _state_2(document: dict[str, Any]) -> dict[str, Any]:
             "prepare RUN, in another run folder if it has answered requests."
         )
     made = {**made, "options": {**made["options"], "shrinkage": 1.0}}
-    return {**document, "made": made, "loss": loss, "tensors": tensors}
+    return {**document, "made": made, "loss": loss, "tail": 0.0}
 
 
 BASE = Format("memory", (_state_0, _state_1, _state_2))
@@ -86,5 +95,5 @@ JOURNAL = Format("request", (unchanged,))
 LEDGER = Format("ledger", (unchanged,))
 """Of the ledger's tables."""
 
-ENTRY = Format("ledger's entry", (_entry_0,))
+ENTRY = Format("ledger's entry", (_entry_0, _entry_1))
 """Of what the ledger says of a request: a certificate, an audit or a refresh."""

@@ -1,0 +1,109 @@
+"""What a run folder says of how its model was made: what it started from, and ``run.json``."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastntk.common.errors import InputError
+from fastntk.common.formats import Format, unchanged
+from fastntk.inputs.images import Images, Preprocessing
+from fastntk.inputs.sources import load_data
+from fastntk.tuning.loss import loss_from
+from fastntk.tuning.recipe import Recipe
+from fastntk.tuning.start import start
+
+
+def _run_1(document: dict[str, Any]) -> dict[str, Any]:
+    """Cross-entropy had no label smoothing."""
+    loss = document["recipe"]["loss"]
+    loss = {"smoothing": 0.0, **loss} if loss["name"] == "cross-entropy" else loss
+    return {**document, "recipe": {**document["recipe"], "loss": loss}}
+
+
+def _run_2(document: dict[str, Any]) -> dict[str, Any]:
+    """Adam, with decay toward the start, of images as they are, and classes that weigh the same."""
+    recipe = document["recipe"]
+    loss = {"weights": [], **recipe["loss"]} if recipe["loss"]["name"] == "cross-entropy" else recipe["loss"]
+    added: dict[str, Any] = {"loss": loss, "optimizer": "adam", "decay_toward": "start", "augment": []}
+    return {**document, "recipe": {**recipe, **added}}
+
+
+FORMAT = Format("run", (unchanged, _run_1, _run_2))
+"""Of ``run.json``."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a fit starts from, as the user names it; with ``fitted``, the weights that somebody's fit ended with."""
+
+    model: str
+    data: str
+    root: str | None
+    select: Sequence[str]
+    size: int | None
+    weights: str | None = None
+    id_column: str | None = None
+    fitted: str | None = None
+    head_start: str = "zero"
+
+    @property
+    def pretrained(self) -> str:
+        """What a model that was fitted elsewhere started from.
+
+        Raises:
+            InputError: nobody said.
+        """
+        if not self.weights:
+            raise InputError("--fitted needs --weights, the pretrained weights that the model was fitted from.")
+        return self.model if self.weights == "pretrained" else self.weights
+
+    def open(self, device: torch.device, seed: int = 0) -> tuple[nn.Module, Images]:
+        """The model with a head for the data's classes, the selection tuned, and the data as it wants them."""
+
+        def read(preprocessing: Preprocessing) -> Images:
+            return load_data(self.data, preprocessing, root=self.root, id_column=self.id_column)
+
+        module, images = start(self.model, read, self.select, size=self.size, weights=self.weights, seed=seed)
+        return module.to(device).eval(), images
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What ``run.json`` holds; ``files`` are the SHA-256 of the tensors beside it."""
+
+    model: str
+    data: str
+    root: str | None
+    classes: list[str]
+    select: list[str]
+    size: int
+    recipe: dict[str, Any]
+    id_column: str | None
+    files: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, given: Given, images: Images, recipe: Recipe) -> "Settings":
+        """Of a fit of a model to images."""
+        names = given.model, given.data, given.root
+        return cls(
+            *names, images.classes, list(given.select), images.preprocessing.size, asdict(recipe), given.id_column
+        )
+
+    def fitting(self) -> Recipe:
+        """How the model was fitted.
+
+        Raises:
+            InputError: a field is missing, or of a wrong type.
+        """
+        given = {each.name: self.recipe[each.name] for each in fields(Recipe)}
+        try:
+            return Recipe(**{**given, "loss": loss_from(given["loss"])})
+        except TypeError as error:
+            raise InputError(f"run.json does not describe a recipe ({error}). Restore it from a backup.") from error
+
+    def images(self, preprocessing: Preprocessing, source: str | None = None, split: str = "train") -> Images:
+        """The training data, or another source read in the same way."""
+        return load_data(source or self.data, preprocessing, split=split, root=self.root, id_column=self.id_column)

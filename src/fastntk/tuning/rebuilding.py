@@ -1,0 +1,87 @@
+"""The tuned parameters before fitting, for a model that was fitted before anybody thought of keeping them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fastntk.common.errors import InputError
+from fastntk.inputs.models import load_model
+from fastntk.inputs.structure import head_name
+from fastntk.inputs.weights import read_weights
+from fastntk.tuning.parameters import tuned
+from fastntk.tuning.prompts import NAME
+
+HEADS = "zero", "fitted"
+"""What the head is taken to have started from: zeros, or where it is now, so that nothing pulls at it."""
+
+
+@dataclass(frozen=True)
+class RebuiltStart:
+    """``theta_0`` as far as it can be known, and what was assumed of it.
+
+    Attributes:
+        initial: the tuned parameters, for ``prepare``.
+        assumed: a sentence for each kind of parameter.
+    """
+
+    initial: dict[str, Tensor]
+    assumed: list[str]
+
+
+def rebuilt_start(model: nn.Module, weights: Mapping[str, Tensor] | Path | str, *, head: str = "zero") -> RebuiltStart:
+    """The tuned parameters before fitting, from the pretrained weights that the model was made of.
+
+    LoRA's added product was zero, whatever its ``A`` was, which is taken as it is; prompts and the head are drawn at
+    random, small: of them nothing but the draw is lost where they are taken as zero. All else is what was pretrained.
+    What a wrong head costs was measured: docs/benchmarks.md.
+
+    Args:
+        model: fitted, as ``tune`` left it.
+        weights: a state dict, a file of one, or the name of a library's pretrained model (which the library downloads).
+        head: one of ``HEADS``.
+
+    Raises:
+        InputError: a tuned parameter is in none of these, or of another shape, or the weights cannot be had.
+    """
+    if head not in HEADS:
+        raise InputError(f"the head's start is {' or '.join(HEADS)}, not {head!r}.")
+    known, own = _read(weights), f"{head_name(model)}."
+    initial: dict[str, Tensor] = {}
+    assumed: dict[str, None] = {}
+    for name, parameter in tuned(model).items():
+        value, said = _start_of(name, parameter.detach(), known, own, head)
+        initial[name] = value.to(parameter).clone()
+        assumed[said] = None
+    return RebuiltStart(initial, list(assumed))
+
+
+def _start_of(name: str, now: Tensor, known: Mapping[str, Tensor], own: str, head: str) -> tuple[Tensor, str]:
+    """A parameter's start, and what that rests on."""
+    if name.startswith(own):
+        if head == "fitted":
+            return now, "the head is taken to have started where it is: nothing pulls at it"
+        return torch.zeros_like(now), "the head is taken to have started from zero"
+    if ".lora_B." in name:
+        return torch.zeros_like(now), "LoRA's B started from zero"
+    if ".lora_A." in name:
+        return now, "LoRA's A is taken as it is: with B at zero it had no effect"
+    if name.startswith(f"{NAME}."):
+        return torch.zeros_like(now), "prompts are taken to have started from zero"
+    if name not in known or known[name].shape != now.shape:
+        have = f"has shape {list(known[name].shape)} in them" if name in known else "is not in them"
+        raise InputError(
+            f"the start of {name!r} is not known from these weights: it {have}, the model has {list(now.shape)}. Give "
+            "the weights that this very model was fitted from, or prepare with a snapshot of your own."
+        )
+    return known[name], "all else started from the pretrained weights that were given"
+
+
+def _read(weights: Mapping[str, Tensor] | Path | str) -> Mapping[str, Tensor]:
+    if isinstance(weights, Mapping):
+        return weights
+    if isinstance(weights, Path) or Path(weights).is_file():
+        return read_weights(Path(weights))
+    return load_model(weights, 2, weights="pretrained")[0].state_dict()
