@@ -255,9 +255,8 @@ class SolutionContract(Contract):
         expected = oracles.retrained_head(features, rows.residual, start, RIDGE)
         assert (found is None) == (self.form in ("matrix-free", "convex"))  # which takes a pass
         head = network.layout.head_of(network.layout.flatten(network.jacobian.parameters))
-        self.close(
-            convex_shortfall(network, range(len(rows)), head + start, RIDGE) if found is None else found, expected
-        )
+        found = convex_shortfall(network, range(len(rows)), head + start, RIDGE) if found is None else found
+        self.close(found, expected)
 
     def test_stored_and_restored_it_is_the_same(self, network, u):
         solution = self.solved(network, u)
