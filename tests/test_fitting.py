@@ -109,6 +109,23 @@ def test_an_augmentation_depends_on_the_image_and_its_seed_alone():
     assert augmented(images, (), range(4)) is images
 
 
+def test_views_are_forgotten_together_and_the_same_every_time():
+    case = CASES["bn+head"]
+    model, data = case.model(), case.data(8)
+    views = fastntk.Views(data, ["flip"], 3, seed=2)
+    assert len(views) == 24
+    assert torch.equal(views[3][0], data[1][0])
+    assert all(torch.equal(views[i][0], views[i][0]) for i in range(6))
+    assert labels_of(views).tolist() == labels_of(data).repeat_interleave(3).tolist()
+    start = {n: t + 0.1 for n, t in snapshot(tuned(model)).items()}
+    memory = fastntk.prepare(model, views, start, ridge=0.5, loss=CrossEntropy())
+    assert memory.forget(views.of([3, 5])).certificate.samples == 6
+    assert not {"3/0", "5/2"} & set(memory.ids)
+    for wrong, message in (({"count": 0}, "at least 1"), ({"names": ["spin"]}, "no augmentation")):
+        with pytest.raises(fastntk.InputError, match=message):
+            fastntk.Views(data, **{"names": ["flip"], **wrong})
+
+
 def test_a_fit_on_augmented_images_is_repeated_by_its_seed():
     found = []
     for seed in (0, 0, 1):

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from fastntk.evidence.auditing import audit as audit
     from fastntk.evidence.report import Report as Report
     from fastntk.evidence.report import evaluate as evaluate
+    from fastntk.inputs.augmentations import Views as Views
     from fastntk.inputs.images import Preprocessing as Preprocessing
     from fastntk.inputs.makers import Logits as Logits
     from fastntk.inputs.models import load_model as load_model
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "common.errors": ["InputError"],
+    "inputs.augmentations": ["Views"],
     "inputs.images": ["Preprocessing"],
     "inputs.makers": ["Logits"],
     "inputs.models": ["load_model"],

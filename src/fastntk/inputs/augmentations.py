@@ -1,14 +1,17 @@
 """Random changes of training images, by torchvision: each image its own, from a seed of its own."""
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from fastntk.common.errors import InputError
+from fastntk.inputs.batches import labels_offered
 from fastntk.inputs.libraries import torchvision
 
 Shape = tuple[int, int]
@@ -56,3 +59,47 @@ def augmented(
                 image = change(image)
             made.append(image)
     return torch.stack(made).contiguous(memory_format=torch.channels_last)
+
+
+class Views(Dataset):
+    """A dataset with some fixed augmentations of every sample beside the sample itself, for ``prepare`` after a fit to
+    random ones: view v of the sample with the id i has the id ``"i/v"``.
+
+    A request names all views of a sample: ``memory.forget(views.of(ids))``. docs/benchmarks.md has what it gains.
+
+    Args:
+        source: a map-style dataset of ``(image, label)``.
+        names: of the augmentations.
+        count: views a sample, the sample itself among them as view 0.
+        seed: of the augmentations.
+
+    Raises:
+        InputError: the count is not at least 1, or there is no such augmentation.
+    """
+
+    def __init__(self, source: Dataset, names: Sequence[str], count: int = 2, seed: int = 0) -> None:
+        check_augmentations(names)
+        if count < 1:
+            raise InputError(f"there must be at least 1 view a sample, not {count}.")
+        self.source, self.names, self.count, self.seed = source, names, count, seed
+        named = getattr(source, "ids", range(len(source)))  # type: ignore[arg-type]
+        self.ids = [f"{each}/{view}" for each in named for view in range(count)]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        image, label = self.source[index // self.count]
+        if index % self.count == 0:
+            return image, label
+        return augmented(image[None], self.names, [self.seed * len(self) + index])[0], label
+
+    @property
+    def labels(self) -> Int[Tensor, " views"] | None:
+        """Of all views, if the source offers them."""
+        known = labels_offered(self.source)
+        return None if known is None else known.repeat_interleave(self.count)
+
+    def of(self, ids: Iterable[int | str]) -> list[str]:
+        """The ids of all views of some samples."""
+        return [f"{each}/{view}" for each in ids for view in range(self.count)]

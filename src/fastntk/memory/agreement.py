@@ -74,9 +74,8 @@ def observed(
         still=None if gone is None else _still(new[:count].cpu(), labels[:count], gone),
         doubt=audit.doubt(new[:count].cpu(), labels[:count]) if audit else None,
     )
-    moved = torch.cat(
-        [tangent(network, requested, change) if predicted is None else predicted, tangent(network, witnesses, change)]
-    )
+    known = tangent(network, requested, change) if predicted is None else predicted
+    moved = torch.cat([known, tangent(network, witnesses, change)])
     was, foreseen, now = (predictions(logits, network.loss.unit) for logits in (old, old + moved, new))
     size = rms((foreseen - was)[:count])
     if not size:
