@@ -7,7 +7,7 @@ ratio in probabilities, the accuracy on the forgotten images and on test images,
 
 step              as it is; "head": with the exact head
 gain, left out    multiplied so that members left out one by one are as sure of their labels as test images
-ridge, left out   the ridge at which they are
+ridge X           of the kernel's mean diagonal (--ridges)
 chord             solved once more with the network's own outputs where the step led, and the Jacobians of before: what
                   the curvature along the step adds, to all orders
 head's ridge      the head pulled at c times as strongly as the rest
@@ -64,15 +64,15 @@ def sure(logits: Tensor, labels: Tensor) -> float:
     return float(logits.softmax(1).gather(1, labels[:, None]).mean())
 
 
-class Tenth:
-    """A request for a tenth, and every way to answer it."""
+class Ways:
+    """A request, and every way to answer it."""
 
-    def __init__(self, case: Case) -> None:
-        self.case, self.memory = case, case.prepared()
-        _, (_, self.ids, self.test), _ = case.requests()
+    def __init__(self, case: Case, request: str, ridges: bool) -> None:
+        self.case, self.memory, self.request, self.ridges = case, case.prepared(), request, ridges
+        self.ids, self.test = next((ids, test) for name, ids, test in case.requests() if name == request)
         self.gone = self.memory.state.members.positions(self.ids)
         self.labels = labels_of(Members(case.train, self.ids))
-        self.models = case.retrained("tenth", self.ids)
+        self.models = case.retrained(request, self.ids)
 
     def logits(self, parameters: dict[str, Tensor], data: Dataset) -> Tensor:
         return logits_of(model_at(self.case.model, parameters), data, "cpu")
@@ -84,6 +84,7 @@ class Tenth:
         floor = mean(probability_distance(a, b) for a, b in combinations(theirs, 2))
         return {
             "case": str(self.case.setting),
+            "request": self.request,
             "way": name,
             "forget": accuracy(ours, self.labels),
             "forget_retrained": mean(accuracy(each, self.labels) for each in theirs),
@@ -101,16 +102,22 @@ class Tenth:
         yield from self.with_head("step", memory, step)
         gain = self.gain_of_left_out(memory)
         yield from self.with_head(f"gain, left out: {gain:.2f}", memory, multiplied(memory.state, step, gain))
-        scale = float(memory.state.solution.kernel.diagonal().mean())
-        others = {factor: at_ridge(memory, factor * scale) for factor in FACTORS}
-        for factor, other in others.items():
-            yield from self.with_head(f"ridge {factor:g}", other, other.preview(self.ids).parameters)
-        nearest = min(others, key=lambda factor: abs(self.gap_of_left_out(others[factor])))
-        yield self.row(f"ridge, left out: {nearest:g}", others[nearest].preview(self.ids).parameters)
+        if self.ridges:
+            yield from self.of_ridges()
         yield from self.with_head("chord", memory, self.again(step, asked=False))
         yield from self.with_head("asked", memory, self.again(step, asked=True))
         for c in HEADS:
             yield from self.with_head(f"head's ridge times {c:g}", memory, self.other_head(c))
+
+    def of_ridges(self) -> Iterator[dict[str, object]]:
+        """What every ridge does."""
+        scale = float(self.memory.state.solution.kernel.diagonal().mean())
+        gaps = {}
+        for factor in FACTORS:
+            other = at_ridge(self.memory, factor * scale)
+            gaps[factor] = abs(self.gap_of_left_out(other))
+            yield from self.with_head(f"ridge {factor:g}", other, other.preview(self.ids).parameters)
+        print(f"left out, the ridge is {min(gaps, key=gaps.__getitem__):g}")
 
     def with_head(self, name: str, memory: Memory, parameters: dict[str, Tensor]) -> Iterator[dict[str, object]]:
         yield self.row(name, parameters)
@@ -164,14 +171,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="CIFAR-10 as .npz")
     parser.add_argument("--only", default="mobilenet_v2-plain-10x100", help="settings whose name has this in it")
+    parser.add_argument("--request", default="tenth", choices=["class", "tenth", "hundredth"])
+    parser.add_argument("--ridges", action="store_true", help="and what every ridge does")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="where fits are kept")
     arguments = parser.parse_args()
     settle()
     found: list[dict[str, object]] = []
     for setting in SETTINGS:
         if arguments.only in str(setting) and setting.classes == 10:
-            table = Table("way", "forget", "retrained", "sure", "retrained", "test", "ratio", title=str(setting))
-            for row in Tenth(opened(setting, arguments)).rows():
+            table = Table(
+                "way",
+                "forget",
+                "retrained",
+                "sure",
+                "retrained",
+                "test",
+                "ratio",
+                title=f"{setting}, {arguments.request}",
+            )
+            for row in Ways(opened(setting, arguments), arguments.request, arguments.ridges).rows():
                 found.append(row)
                 numbers = [f"{row[key]:.1f}" for key in ("forget", "forget_retrained")]
                 numbers += [f"{row[key]:.2f}" for key in ("sure", "sure_retrained")]

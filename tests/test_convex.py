@@ -226,3 +226,57 @@ def test_smoothing_is_checked():
     for wrong in (-0.1, 1.0):
         with pytest.raises(fastntk.InputError, match="label smoothing must be"):
             CrossEntropy(smoothing=wrong)
+
+
+def test_what_is_left_of_a_class_that_is_gone_is_noticed():
+    """Under a ridge that hardly lets go, the answer still knows a class that nobody is left of."""
+
+    class Blind(torch.utils.data.Dataset):
+        """The same samples; their labels are not offered."""
+
+        def __init__(self, data):
+            self.data = data
+
+        def __len__(self):
+            return len(self.data)
+
+        def __getitem__(self, index):
+            return self.data[index]
+
+    case = CASES["bn+head"]
+    model, data = case.model(), case.data(20)
+    fastntk.fit(model, data, epochs=60, batch_size=5, learning_rate=0.05, loss=CrossEntropy())
+    labels, known = data.tensors[1], model(data.tensors[0]).argmax(1)
+    best = int(known[known == labels].mode().values)
+    gone = (labels == best).nonzero()[:, 0].tolist()
+    start = {name: 0.9 * tensor for name, tensor in snapshot(tuned(model)).items()}
+    memory = fastntk.prepare(model, data, start, ridge=1e4, loss=CrossEntropy())
+    certificate = memory.preview(gone).certificate
+    assert certificate.still == 100 * float((known == labels)[gone].double().mean())
+    assert certificate.verdict == "exact head needed"
+    assert "nobody is left of" in certificate.explanation
+    assert not {"still", "salt", "doubt"} & set(certificate.to_ledger())
+    assert memory.preview(gone[:-1]).certificate.still == 0
+    unknown = fastntk.prepare(model, Blind(data), start, ridge=1e4, loss=CrossEntropy()).preview(gone).certificate
+    assert unknown.still is None
+    assert unknown.trusted
+
+
+def test_departures_are_of_probabilities():
+    case = CASES["bn+head"]
+    model, data = case.model(), case.data(20)
+    memory = fastntk.prepare(model, data, moved(model), ridge=0.3, loss=CrossEntropy(), classes="all")
+    answer = memory.preview([3, 8])
+    images, state = data.tensors[0][[3, 8]], memory.state
+    old = model(images).detach()
+    new = torch.func.functional_call(model, answer.parameters, (images,)).detach()
+    dense = oracles.jacobian(model, memory.anchor, state.layout, images)
+    change = state.layout.flatten(answer.parameters) - state.layout.flatten(memory.anchor)
+    foreseen = (old + dense @ change).softmax(1)
+    departed = (new.softmax(1) - foreseen).norm() / (foreseen - old.softmax(1)).norm()
+    assert answer.certificate.departure_requested == pytest.approx(float(departed), rel=1e-6)
+    assert answer.certificate.unit == "probabilities"
+    assert answer.certificate.tail == 0
+    fewer = fastntk.prepare(model, data, moved(model), ridge=0.3, loss=CrossEntropy(), classes=2)
+    left = memory.state.network.loss.residual(old, data.tensors[1][[3, 8]]).abs()
+    assert 0 < fewer.preview([3]).certificate.tail < float(left.sum(1).max())
