@@ -99,6 +99,32 @@ def test_a_run_fitted_to_cross_entropy(data, tmp_path):
     )
 
 
+def test_a_run_fitted_as_people_do_it_and_one_that_was_fitted_elsewhere(data, tmp_path):
+    run, other = tmp_path / "run", tmp_path / "other"
+    how = ["--loss", "cross-entropy", "--label-smoothing", 0.1, "--optimizer", "adamw", "--weight-decay", 0.05]
+    how += ["--decay-toward", "zero", "--augment", "flip", "--augment", "crop"]
+    given = [*MODEL, "--data", data]
+    fitted = json.loads(succeed("fit", run, *given, *how, "--epochs", 2, "--validation", data, "--json"))
+    assert [len(fitted[each]) for each in ("losses", "accuracies", "validation")] == [2, 2, 2]
+    assert json.loads(succeed("prepare", run, "--json"))["form"] == "convex"
+    assert "trusted" in succeed("forget", run, "--ids", "3,7")
+    for message, wrong in (
+        ("--mixup must be off", ["--mixup", "0.2"]),
+        ("Take adamw", ["--optimizer", "adam", "--decay-toward", "zero"]),
+        ("no augmentation 'spin'", ["--augment", "spin"]),
+        ("needs --weights", ["--fitted", run / "model.safetensors"]),
+    ):
+        refuse(message, "fit", other, *given, *wrong)
+    assert not other.exists() or not any(other.iterdir())
+    start = tmp_path / "start.safetensors"
+    shutil.copy(run / "model.safetensors", start)
+    taken = succeed("fit", other, *given, *how, "--weights", start, "--fitted", run / "model.safetensors")
+    assert "the start was rebuilt: " in taken
+    assert "started from zero" in taken
+    succeed("prepare", other)
+    assert "witnesses" in succeed("forget", other, "--ids", "3,7")
+
+
 def test_the_whole_job(run, tmp_path):
     folder = copied(run, tmp_path)
     before = load_file(folder / "model.safetensors")

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console, Group
+from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -14,12 +14,13 @@ if TYPE_CHECKING:
     from fastntk.tuning.fitting import Fit
 
 
-def show(document: Mapping[str, object], as_json: bool, text: object) -> None:
+def show(document: Mapping[str, object], as_json: bool, *texts: object) -> None:
     """Results on standard output: JSON for machines, or text for people."""
     if as_json:
         print(json.dumps(document))
     else:
-        Console().print(text, soft_wrap=isinstance(text, str))  # a terminal wraps, a file should not
+        for text in texts:
+            Console().print(text, soft_wrap=isinstance(text, str))  # a terminal wraps, a file should not
 
 
 def table_of(requests: "Sequence[Request]") -> Table:
@@ -48,8 +49,8 @@ def show_fit(run: Path, fit: "Fit", as_json: bool) -> None:
         if fit.losses
         else f"Took over {count:,} tuned parameters; the start was rebuilt: {'; '.join(fit.assumed)}."
     )
-    shown = Group(*([table] if fit.losses else []), f"{told}\nNext: fastntk prepare {run}")
-    show({**document, "assumed": fit.assumed}, as_json, shown)
+    tables = [table] if fit.losses else []
+    show({**document, "assumed": fit.assumed}, as_json, *tables, f"{told}\nNext: fastntk prepare {run}")
 
 
 def show_answer(run: Path, answer: "Answer", purge_seconds: float | None, as_json: bool) -> None:
