@@ -5,14 +5,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cases import CASES
 from fastntk.methods import FastNTK
 from fastntk.metrics import label_probability
 from test_heads import problem
 from torch.func import functional_call
-from torch.utils.data import Subset
+from torch.utils.data import Subset, TensorDataset
 
 import fastntk
 from fastntk.cli.run import Run
+from fastntk.evidence.auditing import left_out
 from fastntk.evidence.gain import LEAST, MOST, found
 from fastntk.memory.finish import multiplied
 
@@ -64,6 +66,36 @@ def test_the_answer_is_the_step_multiplied_and_then_the_head():
     audit = given.memory.audit
     assert str(audit.with_gain) in gained.note
     assert str(audit) in FastNTK()(given).note
+
+
+@pytest.mark.parametrize("loss", [fastntk.CrossEntropy(), fastntk.SquaredLoss()])
+def test_a_gain_from_samples_left_out_makes_them_as_sure_as_unseen_ones(loss):
+    case = CASES["bn+head"]
+    model, data = case.model(), case.data(30)
+    done = fastntk.fit(model, data, epochs=60, batch_size=10, learning_rate=0.05, loss=loss)
+    memory = fastntk.prepare(model, data, done.initial, ridge=0.5, loss=loss)
+    (images, labels), here = data.tensors, model(data.tensors[0]).detach()
+    change = left_out(memory.state, memory.state.positions) - here
+
+    def sure(logits, labels):
+        return float(logits.softmax(1).gather(1, labels[:, None]).mean())
+
+    least, most = (sure(here + gain * change, labels) for gain in (LEAST, MOST))
+    assert least > most
+    for wrong in range(31):  # the same images, as many of them with a wrong label as it takes
+        others = torch.where(torch.arange(30) < wrong, (labels + 1) % 3, labels)
+        gain = fastntk.left_out_gain(memory, TensorDataset(images, others))
+        wanted = sure(here, others)
+        if most < wanted < least:
+            assert sure(here + gain * change, labels) == pytest.approx(wanted, abs=0.02 * (least - most))
+        else:
+            assert gain == (MOST if wanted <= most else LEAST)
+    answer = memory.preview([1, 2]).parameters
+    gained = fastntk.finished(memory, answer, gain=1.3)
+    for name, tensor in gained.items():
+        torch.testing.assert_close(tensor, memory.anchor[name] + 1.3 * (answer[name] - memory.anchor[name]))
+    with pytest.raises(fastntk.InputError, match="positive number"):
+        fastntk.finished(memory, answer, gain=-1.0)
 
 
 def test_an_audit_judges_answers_with_the_gain_too():

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from fastntk.evidence import methods as methods
     from fastntk.evidence import metrics as metrics
     from fastntk.evidence.auditing import audit as audit
+    from fastntk.evidence.auditing import left_out_gain as left_out_gain
     from fastntk.evidence.report import Report as Report
     from fastntk.evidence.report import evaluate as evaluate
     from fastntk.inputs.augmentations import Views as Views
@@ -82,7 +83,7 @@ _HOMES = {
     "memory.finish": ["amplified", "exact_head", "finished"],
     "memory.memory": ["Memory", "load", "prepare", "refresh"],
     "memory.plan": ["Plan", "plan"],
-    "evidence.auditing": ["audit"],
+    "evidence.auditing": ["audit", "left_out_gain"],
     "evidence.report": ["Report", "evaluate"],
 }
 _HOME = {name: f"{__name__}.{module}" for module, names in _HOMES.items() for name in names}

@@ -8,7 +8,7 @@ probability of a sample's label, the gain g solves
 ``fastntk.memory.finish`` says what is made of it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from statistics import mean
 
@@ -40,8 +40,6 @@ def found(
         forget: F.
         retrained: logits on F of models that were trained without it.
     """
-    from scipy.optimize import brentq  # a second to import
-
     device, labels = state.network.device, labels_of(forget)
     wanted = mean(label_probability(logits, labels) for logits in retrained)
 
@@ -49,6 +47,13 @@ def found(
     def excess(gain: float) -> float:
         logits = logits_of(model_at(state.model, multiplied(state, answer, gain)), forget, device).cpu()
         return label_probability(logits, labels) - wanted
+
+    return solved(excess)
+
+
+def solved(excess: Callable[[float], float]) -> float:
+    """The gain, to 0.01, at which an excess of probability that falls with it is 0; within ``LEAST`` and ``MOST``."""
+    from scipy.optimize import brentq  # a second to import
 
     if excess(LEAST) <= 0:
         return LEAST

@@ -24,7 +24,7 @@ def finished(
     memory: Memory,
     parameters: Mapping[str, Tensor] | None = None,
     *,
-    gain: bool = False,
+    gain: bool | float = False,
     exact_head: bool = False,
     without: Iterable[Id] = (),
 ) -> dict[str, Tensor]:
@@ -36,7 +36,8 @@ def finished(
     Args:
         memory: whose answer it is.
         parameters: the answer's; None takes the memory's after all requests so far.
-        gain: multiply the step by the gain of the memory's audit; one below 1 only if an exact head follows.
+        gain: multiply the step by the gain of the memory's audit, or by this number (``fastntk.left_out_gain``); one
+            below 1 only if an exact head follows.
         exact_head: solve the head anew at the features after the step: a forward pass over the members.
         without: ids of members that are not in R although they are in the memory.
 
@@ -44,8 +45,11 @@ def finished(
         InputError: there is no audit for the gain, or no exact head (see ``exact_head``).
     """
     state, done = memory.state, dict(memory.parameters if parameters is None else parameters)
-    if gain:
-        done = multiplied(state, done, max(_gain_of(state), 0.0 if exact_head else 1.0))
+    if gain is not False:
+        found = _gain_of(state) if gain is True else float(gain)
+        if not 0 < found < float("inf"):
+            raise InputError(f"a gain must be a positive number, not {gain!r}.")
+        done = multiplied(state, done, max(found, 0.0 if exact_head else 1.0))
     return _with_head(state, done, without) if exact_head else done
 
 
