@@ -14,7 +14,7 @@ from fastntk.common.errors import InputError
 from fastntk.inputs.batches import labels_offered
 from fastntk.inputs.libraries import torchvision
 
-Shape = tuple[int, int]
+_Shape = tuple[int, int]
 
 
 def _transforms() -> ModuleType:
@@ -22,16 +22,16 @@ def _transforms() -> ModuleType:
     return importlib.import_module("torchvision.transforms.v2")
 
 
-def _flip(shape: Shape) -> Callable[[Tensor], Tensor]:
+def _flip(shape: _Shape) -> Callable[[Tensor], Tensor]:
     return _transforms().RandomHorizontalFlip()
 
 
-def _crop(shape: Shape) -> Callable[[Tensor], Tensor]:
+def _crop(shape: _Shape) -> Callable[[Tensor], Tensor]:
     around = max(1, min(shape) // 8)
     return _transforms().RandomCrop(shape, padding=around, padding_mode="reflect")
 
 
-AUGMENTATIONS: dict[str, Callable[[Shape], Callable[[Tensor], Tensor]]] = {"flip": _flip, "crop": _crop}
+AUGMENTATIONS: dict[str, Callable[[_Shape], Callable[[Tensor], Tensor]]] = {"flip": _flip, "crop": _crop}
 """By name, what makes them from the height and width of the images: a mirror image in half of all cases; a window of
 the image's own size out of it, reflected by an eighth at every side."""
 

@@ -8,7 +8,7 @@ from fastntk.common.errors import InputError
 from fastntk.inputs.augmentations import check_augmentations
 from fastntk.tuning.loss import Loss, SquaredLoss
 
-OPTIMIZERS = "adam", "adamw", "sgd"
+_OPTIMIZERS = "adam", "adamw", "sgd"
 
 MOMENTUM = 0.9
 """Of sgd."""
@@ -28,7 +28,7 @@ class Recipe:
             ``-rate w (theta - c)`` beside every step of adam, which is not scaled by the size of the gradients.
         seed: of the order of the samples, and of their augmentation.
         loss: of a sample.
-        optimizer: one of ``OPTIMIZERS``; sgd has a momentum of 0.9.
+        optimizer: adam, adamw or sgd, which has a momentum of 0.9.
         decay_toward: c: ``"start"``, the parameters before fitting, or ``"zero"``.
         augment: names of ``fastntk.inputs.augmentations``, done to every image whenever it is seen.
 
@@ -54,8 +54,8 @@ class Recipe:
                 "epochs and batch_size must be at least 1, learning_rate positive and weight_decay not negative; "
                 f"got {self}."
             )
-        if self.optimizer not in OPTIMIZERS:
-            raise InputError(f"the optimizer is one of {', '.join(OPTIMIZERS)}, not {self.optimizer!r}.")
+        if self.optimizer not in _OPTIMIZERS:
+            raise InputError(f"the optimizer is one of {', '.join(_OPTIMIZERS)}, not {self.optimizer!r}.")
         if self.decay_toward not in _TOWARD:
             raise InputError(f"weight decay is toward {' or '.join(_TOWARD)}, not {self.decay_toward!r}.")
         if self.optimizer == "adam" and self.decay_toward == "zero" and self.weight_decay:
