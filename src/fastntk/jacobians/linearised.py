@@ -190,7 +190,7 @@ def likeliest(logits: Float[Tensor, "batch classes"], labels: Labels, count: int
     return logits.scatter(1, labels[:, None].long(), torch.inf).topk(most, 1).indices
 
 
-def left_out(network: Linearised, positions: Sequence[int]) -> Float[Tensor, "samples classes"]:
+def tails(network: Linearised, positions: Sequence[int]) -> Float[Tensor, "samples classes"]:
     """What keeping so many classes, from 1 on, leaves out of the loss's gradient of each sample: the sum of ``|t - p|``
     over its other classes, beside a probability's 1."""
     parts = []
@@ -203,9 +203,9 @@ def left_out(network: Linearised, positions: Sequence[int]) -> Float[Tensor, "sa
 
 def enough(network: Linearised, limit: float = LIMIT_TAIL, between: tuple[int, int] = (3, 4)) -> int:
     """How many classes a sample: 3, or 4 where 3 leave out more than ``limit`` of the loss's gradient, a mean over the
-    first samples (``left_out``)."""
+    first samples (``tails``)."""
     fewest, at_most = between
-    left = left_out(network, range(min(FIRST, len(network.train)))).mean(0)  # type: ignore[arg-type]
+    left = tails(network, range(min(FIRST, len(network.train)))).mean(0)  # type: ignore[arg-type]
     return min(max(fewest, 1 + int((left > limit).sum())), at_most, network.classes)
 
 

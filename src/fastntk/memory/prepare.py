@@ -16,7 +16,7 @@ from fastntk.common import distributed
 from fastntk.common.errors import InputError
 from fastntk.common.machine import free_bytes
 from fastntk.jacobians import combinations
-from fastntk.jacobians.linearised import FIRST, Linearised, enough, left_out
+from fastntk.jacobians.linearised import FIRST, Linearised, enough, tails
 from fastntk.jacobians.numerics import Numerics
 from fastntk.jacobians.per_sample import PerSampleJacobian
 from fastntk.memory.members import Members
@@ -82,7 +82,7 @@ def _tail(network: Linearised) -> float:
     if network.keep is None or network.keep == network.classes:
         return 0.0
     few = range(min(FIRST, len(network.train)))  # type: ignore[arg-type]
-    return float(left_out(network, few).mean(0)[network.keep - 1])
+    return float(tails(network, few).mean(0)[network.keep - 1])
 
 
 def _head_shortfall(network: Linearised, solution: Solution, center: Tensor) -> Tensor | None:

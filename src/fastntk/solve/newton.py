@@ -95,10 +95,10 @@ class Preconditioner:
     """
 
     def __init__(self, inverse: Tensor, gone: Int[Tensor, " rows"] | None = None) -> None:
-        self.inverse, self.gone = inverse.float(), gone
-        if gone is not None:
-            self.columns = inverse[:, gone]
-            self.factor = factorised(self.columns[gone]) if len(gone) else self.columns[gone]
+        self.inverse = inverse.float()
+        self.gone = torch.empty(0, dtype=torch.long, device=inverse.device) if gone is None else gone
+        self.columns = inverse[:, self.gone]
+        self.factor = factorised(self.columns[self.gone])
 
     @classmethod
     def at(cls, problem: Problem, root: Float[Tensor, "samples outputs outputs"]) -> "Preconditioner":
@@ -108,7 +108,7 @@ class Preconditioner:
     def __call__(self, v: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
         """The inverse times v, which is 0 for who is gone, and so is the result."""
         image = (self.inverse @ v.float()).to(v)
-        if self.gone is not None and len(self.gone):
+        if len(self.gone):
             image = image - self.columns @ torch.cholesky_solve(image[self.gone, None], self.factor)[:, 0]
             image[self.gone] = 0
         return image

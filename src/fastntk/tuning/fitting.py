@@ -77,6 +77,7 @@ def fit(
     model.eval()
     device = next(iter(parameters.values())).device
     epochs = _Epochs(recipe, model, train, parameters, initial, device)
+    held_out = torch.empty(0) if validation is None else labels_of(validation)
     started = time.perf_counter()
     losses, accuracies, validated = [], [], []
     for epoch in track(range(recipe.epochs), "fitting, epochs"):
@@ -84,7 +85,7 @@ def fit(
         losses.append(loss)
         accuracies.append(right)
         if validation is not None:
-            right_ones = logits_of(model, validation, device).argmax(1).cpu() == labels_of(validation)
+            right_ones = logits_of(model, validation, device).argmax(1).cpu() == held_out
             validated.append(100 * float(right_ones.double().mean()))
     left = recipe.shrinkage(epochs.count)
     return Fit(initial, losses, recipe, elapsed(started, device), accuracies, validated, left)
