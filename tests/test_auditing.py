@@ -182,7 +182,7 @@ def test_left_out_and_unseen_samples_should_be_classified_alike():
 
 
 def test_left_out_needs_a_stored_solution():
-    with pytest.raises(fastntk.InputError, match="any form but the matrix-free"):
+    with pytest.raises(fastntk.InputError, match="in the primal, dual and convex forms alone"):
         left_out(prepared(form="matrix-free").state, torch.tensor([1]))
 
 

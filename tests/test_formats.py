@@ -73,7 +73,7 @@ def test_a_folder_of_before_formats_is_opened_and_goes_on(form, tmp_path):
     fastntk.refresh(memory)
 
 
-@pytest.mark.parametrize("form", [*FORMS, "convex"])
+@pytest.mark.parametrize("form", [*FORMS, "convex", "convex-disk"])
 def test_whatever_is_missing_is_an_input_error_that_names_it(form, tmp_path):
     memory = prepared(form=form, ridge="auto")
     tensors, record = pack(memory.state)

@@ -29,6 +29,20 @@ def test_the_form_that_fits_is_chosen():
     assert chosen(work(200_000, 10, 35_000), 10 * 10**9).form == "matrix-free"
 
 
+def test_rows_go_to_disk_where_no_matrix_fits_and_the_disk_has_room():
+    w = work(50_000, 1000, 34_000, 1281, kept=3, contrasted=True, curved=True)
+    price = FORMS["convex-disk"].price(w)
+    assert price.bytes < 3 * 10**9
+    assert price.disk == 50_000 * (2 * 2 * 34_000 + 4 * 1281)
+    assert chosen(w, 16 * 10**9, room=10**10).form == "convex-disk"
+    assert chosen(w, 16 * 10**9, room=10**9).form == "matrix-free"
+    assert chosen(w, FREE, room=10**12).form == "convex"
+    with pytest.raises(
+        fastntk.InputError, match=r"the convex-disk form .* GB and 7\.1 GB of disk; .* and 1\.0 GB of disk"
+    ):
+        chosen(w, 16 * 10**9, "convex-disk", 10**9)
+
+
 def test_the_primal_form_does_not_grow_with_the_samples():
     assert FORMS["primal"].price(work(50_000, 10, 9_600)).bytes == FORMS["primal"].price(work(500, 10, 9_600)).bytes
 
@@ -44,7 +58,7 @@ def test_what_does_not_fit_says_what_to_do():
         chosen(w, FREE, "best")
 
 
-@pytest.mark.parametrize("form", ["primal", "dual", "matrix-free"])
+@pytest.mark.parametrize("form", ["primal", "dual", "convex-disk", "matrix-free"])
 def test_a_plan_names_every_phase(form):
     case = CASES["bn+head"]
     plan = fastntk.plan(case.model(), case.data(), form=form)

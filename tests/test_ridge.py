@@ -2,8 +2,10 @@ import pytest
 import torch
 from cases import CASES
 
+from fastntk.jacobians.linearised import Linearised
 from fastntk.jacobians.per_sample import PerSampleJacobian
 from fastntk.jacobians.rows import Rows
+from fastntk.solve import ridge
 from fastntk.solve.kernel import Kernel
 from fastntk.solve.ridge import calibrate
 from fastntk.solve.sums import Sums
@@ -34,3 +36,14 @@ def test_an_optimal_fit_gives_back_its_ridge():
     found = calibrate(Kernel.of(rows), dense.T @ rows.residual.flatten() / total)
     assert found.mismatch < 0.01
     assert found.factor == pytest.approx(0.05, rel=0.03)
+
+
+def test_few_krylov_steps_are_enough_for_a_wide_spectrum(monkeypatch):
+    case = CASES["bn+head"]
+    model = case.model()
+    rows = Linearised(PerSampleJacobian(model, snapshot(tuned(model))), case.data(40)).rows(range(40))
+    generator = torch.Generator().manual_seed(2)
+    u = 0.5 * torch.randn(rows.jacobian.size, generator=generator, dtype=torch.float64)
+    exact = calibrate(Kernel.of(rows), u)
+    monkeypatch.setattr(ridge, "STEPS", 25)
+    assert calibrate(Kernel.of(rows), u).ridge == pytest.approx(exact.ridge, rel=0.03)

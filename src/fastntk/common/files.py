@@ -2,12 +2,15 @@
 
 import hashlib
 import json
+import math
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -57,6 +60,33 @@ def sync(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def room(folder: Path | None = None) -> int:
+    """Bytes that are free on the disk of a folder, or where it will be (None: of temporary files)."""
+    place = folder or Path(tempfile.gettempdir())
+    return shutil.disk_usage(next(each for each in (place, *place.absolute().parents) if each.exists())).free
+
+
+def mapped(shape: Sequence[int], dtype: torch.dtype, folder: Path | None = None) -> Tensor:
+    """Zeros in a file without a name, on the disk of a folder (None: that of temporary files), which are read and
+    written page by page and are gone with the process.
+
+    Raises:
+        InputError: the disk has no room for them.
+    """
+    place, size = folder or Path(tempfile.gettempdir()), math.prod(shape) * dtype.itemsize
+    try:
+        with tempfile.TemporaryFile(dir=place) as file:
+            file.truncate(max(size, 1))
+            if hasattr(os, "posix_fallocate"):  # now, as a page that finds no room later ends the process
+                os.posix_fallocate(file.fileno(), 0, max(size, 1))
+            pages = np.memmap(file, dtype=np.uint8, mode="r+", shape=(max(size, 1),))
+    except OSError as error:
+        raise InputError(
+            f"{place} has no room for {size / 1e9:.1f} GB of rows ({error.strerror}). Free some, or set TMPDIR."
+        ) from error
+    return torch.from_numpy(pages)[:size].view(dtype).view(*shape)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, object] | None = None) -> None:

@@ -77,9 +77,10 @@ class Jacobian:
             a = a.new_zeros(len(a), self.total).scatter_add_(1, self.kept, of_classes)
         return torch.cat([rest, (a.T @ self.features).flatten()]).to(cotangent)
 
-    def to(self, dtype: torch.dtype) -> "Jacobian":
-        """The same in another dtype."""
-        return replace(self, rest=self.rest.to(dtype), features=self.features.to(dtype))
+    def to(self, dtype: torch.dtype, device: torch.device | None = None) -> "Jacobian":
+        """The same in another dtype, and on another device."""
+        rest, features = (each.to(device, dtype) for each in (self.rest, self.features))
+        return replace(self, rest=rest, features=features, kept=None if self.kept is None else self.kept.to(device))
 
     def dense(self) -> Float[Tensor, "batch outputs p"]:
         """``J`` written out, zeros included."""

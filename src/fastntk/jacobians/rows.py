@@ -1,6 +1,6 @@
 """The Jacobians and residuals of a set of samples."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -10,6 +10,9 @@ from torch import Tensor
 
 from fastntk.jacobians.jacobian import Jacobian, concatenate
 from fastntk.tuning.loss import Kept
+
+PART = 128
+"""Samples whose rows are read from disk, or written to it, at a time."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,13 @@ class Rows:
 
     def __getitem__(self, samples: Any) -> "Rows":
         return Rows(self.jacobian[samples], self.residual[samples], self.point and self.point[samples])
+
+    def parts(self, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[slice, Jacobian]]:
+        """The Jacobians part by part, ``PART`` samples each, in another dtype and place, with the samples that they
+        are of: what lies on disk is read once, and never in memory as a whole."""
+        for start in range(0, len(self), PART):
+            some = slice(start, start + PART)
+            yield some, self.jacobian[some].to(dtype, device)
 
     def targets(self, displacement: Float[Tensor, " p"]) -> Float[Tensor, " rows"]:
         """``r_S + J_S u``, what the linearised model must add to its value at ``theta_0``; float64."""

@@ -74,7 +74,7 @@ class Memory:
 
     @property
     def form(self) -> str:
-        """``"primal"`` (p x p), ``"dual"`` (nC x nC) or ``"matrix-free"``."""
+        """One of ``fastntk.solve.forms``."""
         return self.state.solution.name
 
     @property

@@ -21,6 +21,7 @@ class Plan:
     Attributes:
         form: of the step.
         bytes: at the peak, beside what the process holds already.
+        disk: bytes of rows on disk.
         operations: floating-point operations of the sums, the solve and the network.
         seconds: by phase, on this machine, from a calibration.
         workload: what was planned for.
@@ -28,6 +29,7 @@ class Plan:
 
     form: str
     bytes: int
+    disk: int
     operations: float
     seconds: dict[str, float]
     workload: Workload
@@ -42,7 +44,8 @@ class Plan:
         return "\n".join(
             [
                 f"{self.form} form: {w.parameters:,} tuned parameters, {w.samples:,} samples, {w.outputs} outputs each",
-                f"peak memory   {self.bytes / 1e9:.2f} GB beside what the process holds already",
+                f"peak memory   {self.bytes / 1e9:.2f} GB beside what the process holds already"
+                + (f"\ndisk          {self.disk / 1e9:.2f} GB of rows, which requests read" * bool(self.disk)),
                 f"arithmetic    {self.operations:.2e} floating-point operations",
                 f"time          {self.total_seconds:.1f} s, estimated from a short calibration: {phases}",
             ]
@@ -79,4 +82,4 @@ def plan(
 def timed(network: Linearised, work: Workload, price: Price) -> Plan:
     """The plan of a form, with the time of every phase on this machine."""
     timing = FORMS[price.form].timing(work, FORMS[price.form].adapted(network, work.kept))
-    return Plan(price.form, price.bytes, price.operations + timing.operations, timing.seconds, work)
+    return Plan(price.form, price.bytes, price.disk, price.operations + timing.operations, timing.seconds, work)

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from fastntk.common import distributed
 from fastntk.common.errors import InputError
+from fastntk.common.files import room
 from fastntk.common.machine import free_bytes
 from fastntk.jacobians import combinations
 from fastntk.jacobians.linearised import FIRST, Linearised, enough, tails
@@ -53,9 +54,11 @@ def prepared(
     count = len(network.train)  # type: ignore[arg-type]
     if count < 2:
         raise InputError("the training set needs at least 2 samples.")
-    network, work, price = priced(network, options["form"], options["classes"])
+    network, work, price = priced(network, options["form"], options["classes"], checkpoint)
     free = free_bytes(network.device)
     log.info("%s form: up to %.1f GB of memory, of %.1f GB free", price.form, price.bytes / 1e9, free / 1e9)
+    if price.disk:
+        log.info("its rows take %.1f GB of disk, of %.1f GB free", price.disk / 1e9, room(checkpoint) / 1e9)
     if network.numerics.probes:
         log.info("class probes: %s", _probe_error(network))
     network = FORMS[price.form].adapted(network, work.kept)
@@ -95,15 +98,18 @@ def _head_shortfall(network: Linearised, solution: Solution, center: Tensor) -> 
     return convex_shortfall(network, solution.over.tolist(), network.layout.head_of(center), solution.ridge)
 
 
-def priced(network: Linearised, form: str, classes: int | str = "auto") -> tuple[Linearised, Workload, Price]:
+def priced(
+    network: Linearised, form: str, classes: int | str = "auto", folder: Path | None = None
+) -> tuple[Linearised, Workload, Price]:
     """The network in batches that fit, what is to be done, and the price of the form to take with the memory that is
-    free now.
+    free now, and the room on the disk of a folder.
 
     Raises:
         InputError: nothing fits, there is no such form, or no such number of classes.
     """
     work = replace(Workload.of(network), kept=_kept(network, form, classes))
-    price = distributed.shared(chosen(work, free_bytes(network.device), form))  # of the first process, for all
+    free = free_bytes(network.device)
+    price = distributed.shared(chosen(work, free, form, room(folder)))  # of the first process, for all
     return replace(network, numerics=network.numerics.in_batches_of(price.batch or work.batch_size)), work, price
 
 
@@ -112,7 +118,8 @@ def _kept(network: Linearised, form: str, classes: int | str) -> int:
     if classes == "all" or (classes == "auto" and not network.loss.curved):
         return network.classes
     if classes == "auto":
-        return enough(network) if form in ("auto", "convex") and network.numerics.probes is None else network.classes
+        convex = form in ("auto", "convex", "convex-disk") and network.numerics.probes is None
+        return enough(network) if convex else network.classes
     if not isinstance(classes, int) or not 2 <= classes <= network.classes:
         raise InputError(f"classes must be 'auto', 'all' or from 2 to {network.classes}, not {classes!r}.")
     return classes

@@ -16,10 +16,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastntk.common import distributed
-from fastntk.common.files import digest, read_tensors, writable, write_tensors
+from fastntk.common.files import digest, mapped, read_tensors, writable, write_tensors
 from fastntk.jacobians.jacobian import Jacobian
 from fastntk.jacobians.linearised import Linearised
-from fastntk.jacobians.rows import Rows
+from fastntk.jacobians.rows import PART, Rows
 from fastntk.solve.solution import Solution, Solved
 from fastntk.solve.sums import Sums, accumulate
 
@@ -146,6 +146,40 @@ def collect_rows(linearised: Linearised, count: int) -> Rows:
     for shard, part in enumerate(parts):
         distributed.share_(part.tensors().values(), shard % distributed.size())
     return Rows.together(parts)
+
+
+def stored_rows(linearised: Linearised, count: int, dtype: torch.dtype, folder: Path | None) -> Rows:
+    """The same with the Jacobians on the disk of a folder (None: that of temporary files), ``dtype`` numbers for all
+    but the head's part, in files that are gone with the process; every process has its own."""
+    one, parts = linearised.rows([0]), [range(start, min(start + PART, count)) for start in range(0, count, PART)]
+    whole = empty_rows(one, count, dtype, writable(folder) if folder else None)
+    for number, positions in enumerate(parts):
+        owner = number % distributed.size()
+        if owner == distributed.rank():
+            part = linearised.rows(positions, f"part {number + 1} of {len(parts)}")
+        else:
+            part = one[torch.zeros(len(positions), dtype=torch.long)]
+        if distributed.active():
+            distributed.share_(part.tensors().values(), owner)
+        for name, tensor in whole.tensors().items():
+            if name != "classes":
+                tensor[positions.start : positions.stop] = part.tensors()[name].to(tensor.device, tensor.dtype)
+    if folder:
+        Checkpoint(folder, "").clear()
+    return whole
+
+
+def empty_rows(like: Rows, count: int, dtype: torch.dtype, folder: Path | None) -> Rows:
+    """Zeros for the rows of so many samples, with what grows with the parameters on disk, as ``stored_rows`` has it."""
+    found = {}
+    for name, tensor in like.tensors().items():
+        if name == "classes":
+            found[name] = tensor
+        elif name in ("rest", "features"):
+            found[name] = mapped((count, *tensor.shape[1:]), dtype if name == "rest" else tensor.dtype, folder)
+        else:
+            found[name] = tensor.new_zeros(count, *tensor.shape[1:])
+    return Rows.from_tensors(found)
 
 
 def key(linearised: Linearised, count: int) -> str:

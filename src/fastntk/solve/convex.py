@@ -33,7 +33,7 @@ from fastntk.solve.newton import Newton, Preconditioner, Problem, curvature
 from fastntk.solve.prices import Price, Timing, Workload, direct
 from fastntk.solve.ridge import calibrate_convex
 from fastntk.solve.solution import Ownership, Solved, Task, Update
-from fastntk.tuning.loss import CrossEntropy, Loss, SquaredLoss
+from fastntk.tuning.loss import Loss, loss_numbers, loss_of
 
 
 @dataclass(frozen=True)
@@ -114,21 +114,16 @@ class Convex:
         return solved_once(solved, cls.restore, rows.residual.clone())
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything but the ridge, by name; the loss as its numbers, a smoothing of -1 for squared loss."""
+        """Everything but the ridge, by name; the loss as its numbers."""
         self.ownership.check()
         own = ("displacement", "kernel", "inverse", "base", "coefficients", "over")
         named = {f"rows.{name}": tensor for name, tensor in self.rows.tensors().items()}
-        loss = {"smoothing": getattr(self.loss, "smoothing", -1.0), "scale": self.loss.scale}
-        loss["weights"] = getattr(self.loss, "weights", ())
-        numbers = {name: torch.tensor(value, dtype=torch.float64) for name, value in loss.items()}
-        return {**named, **{name: getattr(self, name) for name in own}, **numbers}
+        return {**named, **{name: getattr(self, name) for name in own}, **loss_numbers(self.loss)}
 
     @classmethod
     def restore(cls, tensors: Mapping[str, Tensor], ridge: float) -> "Convex":
         """The reverse of ``tensors``."""
-        rows = Rows.from_tensors(tensors, "rows.")
-        smoothing, weights = float(tensors["smoothing"]), tuple(tensors["weights"].tolist())
-        loss = SquaredLoss(float(tensors["scale"])) if smoothing < 0 else CrossEntropy(smoothing, weights)
+        rows, loss = Rows.from_tensors(tensors, "rows."), loss_of(tensors)
         matrix, inverse, base, a = (tensors[name] for name in ("kernel", "inverse", "base", "coefficients"))
         u, over = tensors["displacement"], tensors["over"].cpu()
         return cls(rows, loss, u, ridge, matrix, inverse, base, a, over)

@@ -83,7 +83,7 @@ class Dual:
         stored = work.itemsize * (work.rows * work.rest + work.samples * work.features)
         operations = float(work.rows) ** 2 * work.rest + float(work.rows) ** 3
         size = int(2.5 * 8 * work.rows**2) + 2 * stored + work.batch_bytes
-        return Price(cls.name, size, operations, work.one_step, rank=int(work.curved))
+        return Price(cls.name, size, operations, work.one_step, rank=2 * work.curved)
 
     @classmethod
     def timing(cls, work: Workload, network: Linearised) -> Timing:

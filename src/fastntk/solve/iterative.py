@@ -77,7 +77,7 @@ class Iterative:
         network's."""
         size = work.parameters * (STEPS * work.itemsize + 12 * 8) + 2 * work.batch_size * work.activations
         refusal = "the matrix-free form has no use for class probes: it makes no backward pass a class."
-        return Price(cls.name, size, 0.0, refusal if work.probed else work.one_step, rank=2)
+        return Price(cls.name, size, 0.0, refusal if work.probed else work.one_step, rank=3)
 
     @classmethod
     def timing(cls, work: Workload, network: Linearised) -> Timing:
@@ -169,7 +169,7 @@ class Iterative:
 
     def alone(self, network: Linearised, positions: Int[Tensor, " samples"]) -> Float[Tensor, "samples outputs"]:
         """It would take a solve a sample."""
-        raise InputError("samples can be left out one by one in any form but the matrix-free one.")
+        raise InputError("samples can be left out one by one in the primal, dual and convex forms alone.")
 
     def head_shortfall(self, layout: Layout) -> None:
         """The head's inputs are not kept."""

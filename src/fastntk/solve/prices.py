@@ -128,9 +128,11 @@ class Price:
         operations: floating-point operations of the sums and the solve; the network's passes are not counted.
         refusal: why it cannot be taken at all, or nothing.
         remedy: what would make it smaller, or nothing.
-        rank: 0 for what answers best; a form of a higher one is taken only where none of a lower one fits: 1 for one
-            step of a loss that needs more, 2 where every request reads the retained samples again.
+        rank: 0 for what answers best; a form of a higher one is taken only where none of a lower one fits: 1 where
+            every request reads all rows from disk, 2 for one step of a loss that needs more, 3 where every request
+            takes passes over the retained samples.
         batch: images a batch of Jacobians; 0 for as many as of all outputs.
+        disk: bytes of rows on disk.
     """
 
     form: str
@@ -140,6 +142,10 @@ class Price:
     remedy: str = ""
     rank: int = 0
     batch: int = 0
+    disk: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.bytes / 1e9:.1f} GB" + (f" and {self.disk / 1e9:.1f} GB of disk" if self.disk else "")
 
 
 @dataclass(frozen=True)

@@ -254,6 +254,18 @@ def loss_from(record: Mapping[str, Any]) -> Loss:
     return kind(**{each.name: record[each.name] for each in fields(kind) if each.init})
 
 
+def loss_numbers(loss: Loss) -> dict[str, Tensor]:
+    """A loss as tensors by name; a smoothing of -1 for squared loss."""
+    own = {"smoothing": getattr(loss, "smoothing", -1.0), "scale": loss.scale, "weights": getattr(loss, "weights", ())}
+    return {name: torch.tensor(value, dtype=torch.float64) for name, value in own.items()}
+
+
+def loss_of(numbers: Mapping[str, Tensor]) -> Loss:
+    """The reverse of ``loss_numbers``."""
+    smoothing, weights = float(numbers["smoothing"]), tuple(numbers["weights"].tolist())
+    return SquaredLoss(float(numbers["scale"])) if smoothing < 0 else CrossEntropy(smoothing, weights)
+
+
 def loss_named(name: str) -> Loss:
     """The loss of that name, as it is by default.
 

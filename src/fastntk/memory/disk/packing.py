@@ -1,6 +1,6 @@
 """A state as tensors and a record that JSON can hold, and back."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
@@ -57,7 +57,8 @@ def unpack(document: Document, model: nn.Module, source: Dataset) -> State:
         InputError: it is another model's, or something is missing.
     """
     device = next(model.parameters()).device
-    tensors, record = Document(on_device(document["tensors"], device), document.where), document
+    stays = {f"solution.{name}" for name in getattr(FORMS.get(document["form"]), "on_disk", ())}
+    tensors, record = Document(on_device(document["tensors"], device, stays), document.where), document
     anchor = {name: tensors[f"anchor.{name}"] for name in record["names"]}
     if record["model"] != _frozen(model, anchor):
         raise InputError(f"{document.where} belongs to another model: the frozen weights differ. Open it with its own.")
@@ -83,13 +84,17 @@ def unpack(document: Document, model: nn.Module, source: Dataset) -> State:
     )
 
 
-def on_device(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Copies of what was read: numbers where the model is, positions on the CPU.
+def on_device(tensors: Mapping[str, Tensor], device: torch.device, stays: Collection[str] = ()) -> dict[str, Tensor]:
+    """Copies of what was read: numbers where the model is, positions on the CPU; what ``stays`` on disk as it is.
 
     What is written to in place would be copied out of the mapped file page by page, ten times slower.
     """
     return {
-        name: tensor.to(device, copy=True) if tensor.is_floating_point() else tensor.clone()
+        name: tensor
+        if name in stays
+        else tensor.to(device, copy=True)
+        if tensor.is_floating_point()
+        else tensor.clone()
         for name, tensor in tensors.items()
     }
 
