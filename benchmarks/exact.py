@@ -114,10 +114,11 @@ def _peak(classes: int) -> dict[str, float]:
     planned = fastntk.plan(model, data, loss=LOSS, classes=4, form="convex")
     with peak_memory(torch.device("cpu")) as peak:
         started = time.perf_counter()
-        fastntk.prepare(model, data, initial, loss=LOSS, classes=4, form="convex")
+        memory = fastntk.prepare(model, data, initial, loss=LOSS, classes=4, form="convex")
         seconds = time.perf_counter() - started
+    requests = {f"request_of_{n}": memory.preview(memory.ids[:n]).seconds for n in (10, 100)}
     foreseen = {"planned_gib": planned.bytes / 2**30, "planned_seconds": planned.total_seconds}
-    return {"peak_gib": peak.bytes / 2**30, "seconds": seconds, **foreseen}
+    return {"peak_gib": peak.bytes / 2**30, "seconds": seconds, **requests, **foreseen}
 
 
 def main() -> None:
