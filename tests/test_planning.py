@@ -86,3 +86,15 @@ def test_a_plan_refuses_what_preparing_refuses():
         fastntk.plan(case.model(), case.data(), form="matrix-free", class_probes=2)
     with pytest.raises(fastntk.InputError, match="from 1 to the number of classes, 3"):
         fastntk.plan(case.model(), case.data(), class_probes=0)
+
+
+def test_a_curved_loss_leaves_the_head_its_structure_in_the_convex_forms_alone():
+    case = CASES["bn+head"]
+    plan = fastntk.plan(case.model(), case.data(), loss=fastntk.CrossEntropy(), form="convex")
+    w = plan.workload
+    assert (w.features, w.of_kept.outputs) == (5, w.kept - 1)
+    assert (w.written.rest, w.written.features) == (w.parameters, 0)
+    few, many = (work(1000, c, 9_600, 513, kept=4, contrasted=True, curved=True) for c in (10, 1000))
+    for form in ("convex", "convex-disk"):
+        assert FORMS[form].price(many).bytes < 1.3 * FORMS[form].price(few).bytes
+    assert FORMS["dual"].price(many).bytes > 1000 * FORMS["dual"].price(few).bytes

@@ -79,21 +79,21 @@ class Convex:
 
     @classmethod
     def price(cls, work: Workload) -> Price:
-        """The kernel, the inverse and, in passing, two more such matrices, float64; the n Jacobians twice; a batch.
+        """The kernel, the inverse and, in passing, four more such matrices, float64; the n Jacobians twice; a batch.
         Some ten inverses."""
         rows = work.samples * work.kept_rows
         stored = work.itemsize * (rows * work.rest + work.samples * work.features)
         operations = float(rows) ** 2 * work.rest + 10 * float(rows) ** 3
         refusal = "the convex form keeps the likeliest classes: leave class probes out." if work.probed else ""
         batch = work.batch(work.kept_rows)
-        size = 4 * 8 * rows**2 + 2 * stored + work.bytes_of(batch, work.kept_rows)
+        size = 6 * 8 * rows**2 + 2 * stored + work.bytes_of(batch, work.kept_rows)
         return Price(cls.name, size, operations, refusal, batch=batch)
 
     @classmethod
     def timing(cls, work: Workload, network: Linearised) -> Timing:
         """Of the Jacobians, the kernel and the solves."""
         rows = work.samples * work.kept_rows
-        found = direct(work, network, rows, work.rest, "kernel")
+        found = direct(work.of_kept, network, rows, work.rest, "kernel")
         return Timing({**found.seconds, "solve": 10 * found.seconds.get("solve", 0.0)}, found.operations)
 
     @classmethod

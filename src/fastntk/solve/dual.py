@@ -80,6 +80,7 @@ class Dual:
     def price(cls, work: Workload) -> Price:
         """The nC x nC kernel, its inverse and half of that in passing, all float64; the n Jacobians twice; a batch.
         ``(nC)^2 rest`` and ``(nC)^3`` operations."""
+        work = work.written
         stored = work.itemsize * (work.rows * work.rest + work.samples * work.features)
         operations = float(work.rows) ** 2 * work.rest + float(work.rows) ** 3
         size = int(2.5 * 8 * work.rows**2) + 2 * stored + work.batch_bytes
@@ -88,7 +89,7 @@ class Dual:
     @classmethod
     def timing(cls, work: Workload, network: Linearised) -> Timing:
         """Of the Jacobians, the kernel, the choice of the ridge and the solve."""
-        return direct(work, network, work.rows, work.rest, "kernel")
+        return direct(work.written, network, work.rows, work.written.rest, "kernel")
 
     @classmethod
     def prepare(cls, task: Task) -> Solved:

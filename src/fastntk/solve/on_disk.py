@@ -92,7 +92,7 @@ class OnDisk:
     @classmethod
     def timing(cls, work: Workload, network: Linearised) -> Timing:
         """Of the Jacobians, and of the reads that the solve takes, from one part."""
-        jacobians = prices.passes(work, network, 1, lambda few: network.rows(few), "Jacobians")
+        jacobians = prices.passes(work.of_kept, network, 1, network.rows, "Jacobians")
         few = network.rows(range(min(PART, work.samples)))
         rows, vector = _cheap(few, network.dtype), torch.ones(work.parameters, dtype=torch.float64)
 

@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -70,6 +70,16 @@ class Workload:
         return "class weights need the convex form: they change each sample's curvature." if self.weighted else ""
 
     @property
+    def written(self) -> "Workload":
+        """The same in one step, where rows are all of them and a curved loss leaves the head no structure."""
+        return replace(self, rest=self.parameters, features=0) if self.curved else self
+
+    @property
+    def of_kept(self) -> "Workload":
+        """The same with the rows of the convex forms for outputs."""
+        return replace(self, outputs=self.kept_rows)
+
+    @property
     def kept_rows(self) -> int:
         """Rows a sample of the convex form."""
         return (self.kept or self.outputs) - self.contrasted
@@ -99,7 +109,7 @@ class Workload:
         if numerics.probes:
             numerics.probes.check(network.classes)
         outputs = numerics.class_probes or network.classes
-        head = sum(layout.shapes[name].numel() for name in layout.head) if network.of_logits else 0
+        head = sum(layout.shapes[name].numel() for name in layout.head) if numerics.probes is None else 0
         rest = layout.size - head
         itemsize = network.dtype.itemsize
         return cls(
@@ -193,7 +203,7 @@ def direct(work: Workload, network: Linearised, side: int, inner: int, kind: str
         kind: what the phase of the products is called, ``sums`` or ``kernel``.
         head: how many more products the solve takes, for the head's blocks.
     """
-    jacobians = passes(work, network, 1, lambda few: list(network.stream(few)), "Jacobians")
+    jacobians = passes(work, network, 1, network.rows, "Jacobians")
     trial, count = min(side, _TRIAL), max(1, ROWS // work.outputs) * work.outputs
     if not trial:
         return jacobians

@@ -86,6 +86,7 @@ class Primal:
         """R, the inverse of its Schur complement and half of such a matrix in passing; the head's blocks twice; a block
         of rows; a batch. ``nC rest^2`` operations for the sums (half of all by symmetry, two each), ``C features
         rest^2`` for the Schur complement and ``rest^3`` for its inverse."""
+        work = work.written
         square = float(work.rest) ** 2
         cross = work.outputs * work.rest * work.features + work.rest * work.features
         block = (ROWS + work.batch_size * work.outputs) * work.rest
@@ -103,6 +104,7 @@ class Primal:
     @classmethod
     def timing(cls, work: Workload, network: Linearised) -> Timing:
         """Of the Jacobians, the sums, the choice of the ridge, and the solve with the head's blocks."""
+        work = work.written
         return direct(work, network, work.rest, work.rows, "sums", work.outputs * work.features)
 
     @classmethod
