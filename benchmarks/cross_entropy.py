@@ -205,6 +205,13 @@ class Answers:
         done = method.endswith("head") and certificate.verdict == "exact head needed"
         return "trusted" if done else certificate.verdict
 
+    def audited(self, method: str) -> float | None:
+        """The audit's ratio, which the verdict rests on."""
+        audit = self.memory.audit
+        if audit is None or not method.startswith(("step", "gain")):
+            return None
+        return (audit.with_gain if method.startswith("gain") else audit).ratio
+
 
 def cells(case: Case, others: bool) -> list[dict[str, object]]:
     """All rows of a fitted model."""
@@ -252,6 +259,7 @@ def compared(
             "prepare_over_retrain": answers.prepared / once,
             "request_over_retrain": None if taken is None else taken / once,
             "verdict": answers.verdict(method),
+            "audit_ratio": answers.audited(method),
         }
 
 

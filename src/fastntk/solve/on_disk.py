@@ -59,6 +59,7 @@ class OnDisk:
 
     name: ClassVar[str] = "convex-disk"
     on_disk: ClassVar[tuple[str, ...]] = ("rows.rest", "rows.features")
+    """Which of the ``tensors`` stay in the folder's file when it is opened."""
     rows: Rows
     loss: Loss
     displacement: Float[Tensor, " p"]
