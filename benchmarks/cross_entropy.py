@@ -27,7 +27,7 @@ from pathlib import Path
 from statistics import mean
 
 from exact import linear_model, peak_gib, solved_independently
-from fastntk.metrics import accuracy, logit_distance, probability_distance
+from fastntk.metrics import accuracy, label_probability, logit_distance, probability_distance
 from pretrained import cifar, fingerprint, mobilenet_v2, vit_s14
 from rich.console import Console
 from rich.table import Table
@@ -235,7 +235,7 @@ def compared(
     labels, test_labels, models = labels_of(forgotten), labels_of(test), case.retrained(request, ids)
     gone, unseen = ([logits(parameters, data) for parameters in models] for data in (forgotten, test))
     floors = {d: mean(d(a, b) for a, b in combinations(gone, 2)) for d in (probability_distance, logit_distance)}
-    sure = mean(float(each.softmax(1).gather(1, labels[:, None]).mean()) for each in gone)
+    sure = mean(label_probability(each, labels) for each in gone)
     for method, (parameters, taken) in answers.of(request, ids).items():
         ours = logits(parameters, forgotten)
         ratios = {d: mean(d(ours, each) for each in gone) / floor for d, floor in floors.items()}
@@ -250,7 +250,7 @@ def compared(
             "method": method,
             "forget": accuracy(ours, labels),
             "forget_retrained": mean(accuracy(each, labels) for each in gone),
-            "sure": float(ours.softmax(1).gather(1, labels[:, None]).mean()),
+            "sure": label_probability(ours, labels),
             "sure_retrained": sure,
             "test": accuracy(logits(parameters, test), test_labels),
             "test_retrained": mean(accuracy(each, test_labels) for each in unseen),

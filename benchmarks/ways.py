@@ -28,7 +28,7 @@ from statistics import mean
 
 import torch
 from cross_entropy import SETTINGS, Case, opened
-from fastntk.metrics import accuracy, probability_distance
+from fastntk.metrics import accuracy, label_probability, probability_distance
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -64,11 +64,6 @@ def at_ridge(memory: Memory, ridge: float) -> Memory:
     return Memory(replace(state, solution=solution, head_shortfall=short))
 
 
-def sure(logits: Tensor, labels: Tensor) -> float:
-    """The mean probability of the label."""
-    return float(logits.softmax(1).gather(1, labels[:, None]).mean())
-
-
 class Ways:
     """A request, and every way to answer it."""
 
@@ -94,8 +89,8 @@ class Ways:
             "way": name,
             "forget": accuracy(ours, self.labels),
             "forget_retrained": mean(accuracy(each, self.labels) for each in theirs),
-            "sure": sure(ours, self.labels),
-            "sure_retrained": mean(sure(each, self.labels) for each in theirs),
+            "sure": label_probability(ours, self.labels),
+            "sure_retrained": mean(label_probability(each, self.labels) for each in theirs),
             "test": accuracy(self.logits(parameters, self.test), test_labels),
             "ratio": mean(probability_distance(ours, each) for each in theirs) / floor,
         }
@@ -154,8 +149,8 @@ class Ways:
         """How much surer of their labels members left out one by one are than test images."""
         state = memory.state
         alone, fitted = left_out(state, state.positions), self.logits(memory.anchor, self.case.train)
-        known = sure(fitted + gain * (alone - fitted), labels_of(self.case.train))
-        return known - sure(self.logits(memory.anchor, self.test), labels_of(self.test))
+        known = label_probability(fitted + gain * (alone - fitted), labels_of(self.case.train))
+        return known - label_probability(self.logits(memory.anchor, self.test), labels_of(self.test))
 
     def gain_of_left_out(self, memory: Memory) -> float:
         return float(min(GAINS, key=lambda gain: abs(self.gap_of_left_out(memory, float(gain)))))

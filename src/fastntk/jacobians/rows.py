@@ -106,10 +106,15 @@ class Rows:
             {n: t.new_zeros(room, *t.shape[1:]) if n != "classes" else t for n, t in others.tensors().items()}
         )
         whole = Rows.from_tensors({n: t.clone() for n, t in (self + empty).tensors().items()})
-        for name, tensor in whole.tensors().items():
-            if name != "classes":
-                tensor[positions] = others.tensors()[name]
+        whole.put_(positions, others)
         return whole
+
+    def put_(self, samples: Any, others: "Rows") -> None:
+        """The rows of others in the places of some samples, in place, in the dtype and on the device of these."""
+        given = others.tensors()
+        for name, tensor in self.tensors().items():
+            if name != "classes":
+                tensor[samples] = given[name].to(tensor.device, tensor.dtype)
 
     def tensors(self) -> dict[str, Tensor]:
         """By name."""

@@ -161,9 +161,7 @@ def stored_rows(linearised: Linearised, count: int, dtype: torch.dtype, folder: 
             part = one[torch.zeros(len(positions), dtype=torch.long)]
         if distributed.active():
             distributed.share_(part.tensors().values(), owner)
-        for name, tensor in whole.tensors().items():
-            if name != "classes":
-                tensor[positions.start : positions.stop] = part.tensors()[name].to(tensor.device, tensor.dtype)
+        whole.put_(slice(positions.start, positions.stop), part)
     if folder:
         Checkpoint(folder, "").clear()
     return whole

@@ -84,10 +84,9 @@ class Convex:
         rows = work.samples * work.kept_rows
         stored = work.itemsize * (rows * work.rest + work.samples * work.features)
         operations = float(rows) ** 2 * work.rest + 10 * float(rows) ** 3
-        refusal = "the convex form keeps the likeliest classes: leave class probes out." if work.probed else ""
         batch = work.batch(work.kept_rows)
         size = 6 * 8 * rows**2 + 2 * stored + work.bytes_of(batch, work.kept_rows)
-        return Price(cls.name, size, operations, refusal, batch=batch)
+        return Price(cls.name, size, operations, work.unprobed, batch=batch)
 
     @classmethod
     def timing(cls, work: Workload, network: Linearised) -> Timing:

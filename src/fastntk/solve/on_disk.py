@@ -79,12 +79,14 @@ class OnDisk:
         batch = work.batch(work.kept_rows)
         memory = (sampled + 2 * PART * work.kept_rows) * row * work.itemsize + 4 * 8 * sampled**2
         memory += 12 * 8 * work.parameters + 8 * work.samples * (work.kept_rows**2 + 4 * work.kept_rows)
-        disk = work.samples * (work.kept_rows * work.rest * min(2, work.itemsize) + work.features * work.itemsize)
+        disk = work.samples * (
+            work.kept_rows * work.rest * (2 if work.itemsize == 4 else work.itemsize) + work.features * work.itemsize
+        )
         return Price(
             cls.name,
             int(memory) + work.bytes_of(batch, work.kept_rows),
             4.0 * _READS * work.samples * work.kept_rows * row,
-            "the convex forms keep the likeliest classes: leave class probes out." if work.probed else "",
+            work.unprobed,
             rank=1,
             batch=batch,
             disk=disk,
@@ -274,8 +276,6 @@ def _cheap(rows: Rows, dtype: torch.dtype) -> Rows:
 def _grown(rows: Rows, others: Rows, positions: Int[Tensor, " some"]) -> Rows:
     """With other samples at ``positions``, in files of its own; between them nothing."""
     whole = empty_rows(others, len(rows) + rows.room_for(positions), rows.jacobian.rest.dtype, None)
-    for name, tensor in whole.tensors().items():
-        if name != "classes":
-            tensor[: len(rows)] = rows.tensors()[name]
-            tensor[positions] = others.tensors()[name].to(tensor.dtype)
+    whole.put_(slice(len(rows)), rows)
+    whole.put_(positions, others)
     return whole

@@ -70,6 +70,11 @@ class Workload:
         return "class weights need the convex form: they change each sample's curvature." if self.weighted else ""
 
     @property
+    def unprobed(self) -> str:
+        """Why the convex forms cannot be taken, or nothing."""
+        return "the convex form keeps the likeliest classes: leave class probes out." if self.probed else ""
+
+    @property
     def written(self) -> "Workload":
         """The same in one step, where rows are all of them and a curved loss leaves the head no structure."""
         return replace(self, rest=self.parameters, features=0) if self.curved else self
