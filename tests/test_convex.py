@@ -15,6 +15,7 @@ from fastntk.jacobians.linearised import Linearised, likeliest
 from fastntk.jacobians.per_sample import PerSampleJacobian
 from fastntk.solve import newton
 from fastntk.solve.forms import FORMS
+from fastntk.solve.kernel import kernel
 from fastntk.solve.solution import Task
 from fastntk.tuning.loss import CrossEntropy, SquaredLoss, contrasts, kept_of
 from fastntk.tuning.parameters import snapshot, tuned
@@ -59,6 +60,23 @@ def test_it_is_the_optimum_of_the_linearised_network(name, loss):
     update = solution.update(kept, gone, -1)
     expected = optimum(dense[stay], logits[stay], labels[stay], u, RIDGE, loss)
     torch.testing.assert_close(solution.step + update.change, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", [*LOSSES, SquaredLoss()])
+def test_a_start_is_the_optimum_of_the_loss_s_second_order(loss):
+    case = CASES["bn+head"]
+    model, data = case.model(), case.data(12)
+    network = Linearised(PerSampleJacobian(model, snapshot(tuned(model))), data, loss)
+    u = 0.3 * torch.randn(network.layout.size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    rows = FORMS["convex"].adapted(network, 3).rows(range(12))
+    dense, point = rows.jacobian.dense(), rows.point
+    root, slope = loss.root_of(newton.SOFT * point.z, point.kept), loss.gradient_of(point.z, point.kept)
+    hessian = torch.einsum("nkp,nka,nla,nlq->pq", dense, root, root, dense) + RIDGE * torch.eye(len(u)).double()
+    expected = -torch.linalg.solve(hessian, torch.einsum("nkp,nk->p", dense, slope) + RIDGE * u)
+    everyone = torch.ones(12, dtype=torch.bool)
+    problem = newton.Problem.of(rows, loss, u, RIDGE, kernel(rows), everyone)
+    a = newton.Newton().start(problem, point.z)
+    torch.testing.assert_close(rows.step(a, u), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("loss", [*LOSSES, SquaredLoss()])

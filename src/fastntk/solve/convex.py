@@ -29,7 +29,7 @@ from fastntk.jacobians.rows import Point, Rows
 from fastntk.solve.collect import collect_rows, solved_once
 from fastntk.solve.kernel import kernel, kernel_between
 from fastntk.solve.linalg import add_product_, border_, factorised, invert_, mirror_, zero_
-from fastntk.solve.newton import Newton, Preconditioner, Problem, curvature
+from fastntk.solve.newton import Newton, Problem, bordered, curvature
 from fastntk.solve.prices import Price, Timing, Workload, direct
 from fastntk.solve.ridge import calibrate_convex
 from fastntk.solve.solution import Ownership, Solved, Task, Update
@@ -68,11 +68,10 @@ class Convex:
 
     @classmethod
     def of(cls, rows: Rows, loss: Loss, u: Tensor, ridge: float, matrix: Tensor, a: Tensor | None = None) -> "Convex":
-        """Solve for all samples of the rows, whose kernel is given, from a start."""
-        problem = Problem.of(
-            rows, loss, u, ridge, matrix, torch.ones(len(rows), dtype=torch.bool, device=matrix.device)
-        )
-        a, _ = Newton().minimise(problem, torch.zeros(len(matrix)).to(matrix) if a is None else a)
+        """Solve for all samples of the rows, whose kernel is given, from a start (None: from their own logits)."""
+        everyone = torch.ones(len(rows), dtype=torch.bool, device=matrix.device)
+        problem, newton = Problem.of(rows, loss, u, ridge, matrix, everyone), Newton()
+        a, _ = newton.minimise(problem, newton.start(problem, cast(Point, rows.point).z) if a is None else a)
         base = problem.root(problem.logits(a))
         inverse = invert_(curvature(problem.kernel, base, problem.ridge))
         return cls(rows, loss, u, ridge, matrix, inverse, base, a, torch.arange(len(rows)))
@@ -80,10 +79,10 @@ class Convex:
     @classmethod
     def price(cls, work: Workload) -> Price:
         """The kernel, the inverse and, in passing, four more such matrices, float64; the n Jacobians twice; a batch.
-        Some ten inverses."""
+        Some six inverses."""
         rows = work.samples * work.kept_rows
         stored = work.itemsize * (rows * work.rest + work.samples * work.features)
-        operations = float(rows) ** 2 * work.rest + 10 * float(rows) ** 3
+        operations = float(rows) ** 2 * work.rest + 6 * float(rows) ** 3
         batch = work.batch(work.kept_rows)
         size = 6 * 8 * rows**2 + 2 * stored + work.bytes_of(batch, work.kept_rows)
         return Price(cls.name, size, operations, work.unprobed, batch=batch)
@@ -93,7 +92,7 @@ class Convex:
         """Of the Jacobians, the kernel and the solves."""
         rows = work.samples * work.kept_rows
         found = direct(work.of_kept, network, rows, work.rest, "kernel")
-        return Timing({**found.seconds, "solve": 10 * found.seconds.get("solve", 0.0)}, found.operations)
+        return Timing({**found.seconds, "solve": 6 * found.seconds.get("solve", 0.0)}, found.operations)
 
     @classmethod
     def prepare(cls, task: Task) -> Solved:
@@ -103,11 +102,11 @@ class Convex:
         def solved() -> Solved:
             matrix = kernel(rows)
             with busy("choosing the ridge, solving"):
-                found, a = None, None
+                found = None
                 if task.ridge is None:
-                    found, a = calibrate_convex(rows, task.network.loss, task.displacement, matrix)
+                    found = calibrate_convex(rows, task.network.loss, task.displacement, matrix)
                 ridge = found.ridge if found else float(task.ridge or 0)
-                solution = cls.of(rows, task.network.loss, task.displacement, ridge, matrix, a)
+                solution = cls.of(rows, task.network.loss, task.displacement, ridge, matrix)
                 return Solved(solution, rows.residual.clone(), found)
 
         return solved_once(solved, cls.restore, rows.residual.clone())
@@ -176,7 +175,7 @@ class Convex:
             self.rows, self.loss, self.displacement, self.ridge, self.kernel, present.to(self.kernel.device)
         )
         places = torch.as_tensor(gone, dtype=torch.long, device=self.kernel.device)
-        known = None if len(places) > len(self.kernel) // 3 else Preconditioner(self.inverse, places)
+        known = None if len(places) > len(self.kernel) // 3 else bordered(self.inverse, places)
         a, reached = Newton(known).minimise(problem, self.coefficients)
         return a.index_fill(0, places, 0), reached
 

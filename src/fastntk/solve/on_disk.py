@@ -4,7 +4,7 @@ The problem is that of ``convex``; nothing of it grows with the square of the nu
 are kept in bfloat16 (8 bits of mantissa): what is solved is exact for the rows so rounded. A request reads the rows a
 few dozen times, and no image but of who leaves or joins. See ``reading`` for how it is solved.
 
-The ridge is found on the ``SAMPLED`` rows that precondition: the multiple of their kernel's mean diagonal that
+The ridge is found on some of the ``SAMPLED`` rows that precondition: the multiple of their kernel's mean diagonal that
 ``calibrate_convex`` takes, for the mean diagonal of all.
 """
 
@@ -27,16 +27,17 @@ from fastntk.solve import prices
 from fastntk.solve.collect import empty_rows, stored_rows
 from fastntk.solve.kernel import kernel
 from fastntk.solve.linalg import zero_
+from fastntk.solve.newton import SOFT
 from fastntk.solve.prices import Price, Timing, Workload
 from fastntk.solve.reading import TOLERANCE, Objective, Place, Sample, minimise
-from fastntk.solve.ridge import Calibration, calibrate_convex
+from fastntk.solve.ridge import Calibration, calibrate_convex, sampled
 from fastntk.solve.solution import Ownership, Solved, Task, Update
 from fastntk.tuning.loss import Loss, loss_numbers, loss_of
 
 log = logging.getLogger(__name__)
 
 SAMPLED = 2048
-"""Rows that precondition and that the ridge is found on, at most."""
+"""Rows that precondition, at most."""
 
 _READS = 200  # a guess at how often preparing reads the rows: 122 to 180 were counted
 
@@ -227,17 +228,16 @@ class OnDisk:
 def _solved(rows: Rows, task: Task) -> tuple[float, Calibration | None, Tensor, float, Tensor, Tensor]:
     """The ridge and how it was found, the step, its inexactness, and the sample, all on the CPU."""
     network, count, u = task.network, task.count, task.displacement
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
-    positions = order[: max(1, SAMPLED // rows.residual.shape[1])].sort().values
+    positions = sampled(rows, SAMPLED)
     few = replace(rows[positions], jacobian=rows.jacobian[positions].to(network.dtype, network.device))
     square, found, ridge = kernel(few), None, task.ridge
     if ridge is None:
-        found, _ = calibrate_convex(few, network.loss, u, square)
+        found = calibrate_convex(few, network.loss, u, square)
         found = replace(found, ridge=found.factor * _mean_diagonal(rows, network))
         ridge = found.ridge
     everyone, sample = torch.ones(count, dtype=torch.bool), Sample(positions, square)
     objective = Objective((rows,), network.loss, u, float(ridge), everyone, network.dtype)
-    place = minimise(objective, torch.zeros_like(u), sample)
+    place = minimise(objective, torch.zeros_like(u), sample, SOFT)
     return float(ridge), found, place.d.cpu(), place.inexactness, positions, square.cpu()
 
 

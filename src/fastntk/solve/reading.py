@@ -73,14 +73,14 @@ class Objective:
     present: Bool[Tensor, " samples"]
     dtype: torch.dtype
 
-    def at(self, d: Float[Tensor, " p"]) -> Place:
-        """Where d leads, by one read."""
+    def at(self, d: Float[Tensor, " p"], soft: float = 1.0) -> Place:
+        """Where d leads, by one read; the root is of the Hessian at ``soft`` times the logits."""
         value, gradient, roots = 0.0, self.ridge * (d + self.displacement), []
         for here, jacobian, z, kept in self._read():
             z = z + jacobian.matvec(d)
             value += float(self.loss.value_of(z, kept) @ here)
             gradient = gradient + jacobian.rmatvec(self.loss.gradient_of(z, kept) * here[:, None])
-            roots.append(self.loss.root_of(z, kept) * here[:, None, None])
+            roots.append(self.loss.root_of(soft * z, kept) * here[:, None, None])
         pull = self.ridge * (d + self.displacement)
         value += float(pull.square().sum()) / self.ridge / 2
         reached = float(gradient.norm() / pull.norm().clamp_min(1e-300))
@@ -138,9 +138,10 @@ class Sample:
         return at
 
 
-def minimise(objective: Objective, d: Float[Tensor, " p"], sample: Sample) -> Place:
-    """The optimum from a start, up to ``TOLERANCE`` and to ``SHARE`` of what the start had."""
-    place, precondition = objective.at(d), sample.preconditioner(objective)
+def minimise(objective: Objective, d: Float[Tensor, " p"], sample: Sample, soft: float = 1.0) -> Place:
+    """The optimum from a start, up to ``TOLERANCE`` and to ``SHARE`` of what the start had; the first step with the
+    Hessian at ``soft`` times the logits."""
+    place, precondition = objective.at(d, soft), sample.preconditioner(objective)
     enough = min(TOLERANCE, SHARE * place.inexactness)
     for _ in range(_NEWTON):
         if place.inexactness <= enough:
