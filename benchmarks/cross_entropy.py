@@ -14,7 +14,12 @@ preparing, of a request, and of one retraining, done for that in the same run. F
 --out, so a run that was cut off goes on; --fits makes the fits and nothing else, --again works out kept cells anew.
 
 one step: of Gauss-Newton over all classes; Golatkar's step from the same memory. fine-tuning, SalUn: two epochs at the
-fit's own rate. The gain is of an audit of another tenth, two retrained models. The last line is JSON.
+fit's own rate. The gain is of an audit of another tenth, two retrained models.
+
+bound: a class is to be forgotten up to 2 points more than retrained models have of it, its test accuracy within 2
+points of theirs, its ratio at most 1.10; a tenth's at most 1.15, and with a gain its accuracy within 4 points.
+"beyond chance" is what misses a bound by more than two standard deviations of the retrained models' own figures (of a
+ratio: each one's to the other three). The last line is JSON.
 """
 
 import argparse
@@ -24,7 +29,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 
 from exact import linear_model, peak_gib, solved_independently
 from fastntk.metrics import accuracy, label_probability, logit_distance, probability_distance
@@ -64,6 +69,7 @@ RECIPES = {
     ),
 }
 REQUESTS = {"class": "class", "tenth": "random 10%", "hundredth": "random 1%"}
+BOUNDS = {"class": 1.10, "tenth": 1.15}  # of the ratio in probabilities
 RETRAINED = 4
 
 
@@ -103,6 +109,7 @@ class Case:
     fit: Fit
     folder: Path
     key: str
+    asked: tuple[str, ...]
 
     def kept(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Parameters that were stored, or are made and stored."""
@@ -113,8 +120,8 @@ class Case:
 
     def requests(self) -> Iterator[tuple[str, list, Dataset]]:
         """Every request: its name, the ids, and the test images that it leaves."""
-        for request, drawing in REQUESTS.items():
-            yield request, *drawn(drawing, self.train, self.test, self.setting.head, gone=self.setting.head)
+        for request in self.asked:
+            yield request, *drawn(REQUESTS[request], self.train, self.test, self.setting.head, gone=self.setting.head)
 
     def retrained(self, request: str, ids: list) -> list[dict[str, Tensor]]:
         """The four models."""
@@ -149,7 +156,7 @@ def opened(setting: Setting, arguments: argparse.Namespace) -> Case:
     key = fingerprint(setting, preprocessing, select, recipe)
     folder = writable(arguments.out / "cross_entropy" / f"{setting}-{key}")
     fit = fitted(model, train, recipe, folder / "original.safetensors", key)
-    return Case(setting, model, train, test, fit, folder, key)
+    return Case(setting, model, train, test, fit, folder, key, tuple(arguments.requests.split(",")))
 
 
 def clocked(work: Callable[[], object]) -> float:
@@ -235,6 +242,9 @@ def compared(
     labels, test_labels, models = labels_of(forgotten), labels_of(test), case.retrained(request, ids)
     gone, unseen = ([logits(parameters, data) for parameters in models] for data in (forgotten, test))
     floors = {d: mean(d(a, b) for a, b in combinations(gone, 2)) for d in (probability_distance, logit_distance)}
+    own = [mean(probability_distance(a, b) for b in gone if b is not a) for a in gone]
+    known, seen = [accuracy(each, labels) for each in gone], [accuracy(each, test_labels) for each in unseen]
+    chance = {"ratio": stdev(own) / floors[probability_distance], "forget": stdev(known), "test": stdev(seen)}
     sure = mean(label_probability(each, labels) for each in gone)
     for method, (parameters, taken) in answers.of(request, ids).items():
         ours = logits(parameters, forgotten)
@@ -249,13 +259,14 @@ def compared(
             "request": request,
             "method": method,
             "forget": accuracy(ours, labels),
-            "forget_retrained": mean(accuracy(each, labels) for each in gone),
+            "forget_retrained": mean(known),
             "sure": label_probability(ours, labels),
             "sure_retrained": sure,
             "test": accuracy(logits(parameters, test), test_labels),
-            "test_retrained": mean(accuracy(each, test_labels) for each in unseen),
+            "test_retrained": mean(seen),
             "ratio_probabilities": ratios[probability_distance],
             "ratio_logits": ratios[logit_distance],
+            "chance": chance,
             "prepare_over_retrain": answers.prepared / once,
             "request_over_retrain": None if taken is None else taken / once,
             "verdict": answers.verdict(method),
@@ -263,16 +274,44 @@ def compared(
         }
 
 
+def bound(row: dict) -> str:
+    """Whether a row keeps its bounds, misses one, or misses one by more than chance; empty where there is none."""
+    if row["request"] not in BOUNDS:
+        return ""
+    chance, forget, test = row["chance"], row["forget"] - row["forget_retrained"], row["test"] - row["test_retrained"]
+    found = [(row["ratio_probabilities"] - BOUNDS[row["request"]], chance["ratio"])]
+    if row["request"] == "class":
+        found += [(forget - 2, chance["forget"]), (abs(test) - 2, chance["test"])]
+    elif row["method"].startswith("gain"):
+        found += [(abs(forget) - 4, chance["forget"])]
+    if any(over > 2 * sd + 1e-9 for over, sd in found):
+        return "beyond chance"
+    return "missed" if any(over > 1e-9 for over, _ in found) else "kept"
+
+
+def verdicts(rows: list[dict]) -> dict[str, object]:
+    """How often ours are trusted, and the trusted ones that miss their bound by more than chance."""
+    ours = [row for row in rows if row["verdict"] and row["request"] in BOUNDS and row["method"] != "step"]
+    trusted = [row for row in ours if row["verdict"] == "trusted"]
+    wrong = [row for row in trusted if bound(row) == "beyond chance"]
+    names = ("model", "loss", "classes", "per_class", "head", "request", "method")
+    return {
+        "answers": len(ours),
+        "trusted": len(trusted),
+        "wrong": [" ".join(str(row[name]) for name in names) for row in wrong],
+    }
+
+
 def table(rows: list[dict[str, object]]) -> Table:
     """For people."""
     names = ("model", "loss", "classes", "head", "request", "method")
     accuracies = ("forget", "forget_retrained", "test", "test_retrained")
     shares = ("ratio_probabilities", "ratio_logits", "prepare_over_retrain", "request_over_retrain")
-    found = Table(*names, *accuracies, *shares, "verdict")
+    found = Table(*names, *accuracies, *shares, "bound", "verdict")
     for row in rows:
         numbers = [f"{row[name]:.1f}" for name in accuracies]
         numbers += ["" if row[name] is None else f"{row[name]:.3f}" for name in shares]
-        found.add_row(*(str(row[name]) for name in names), *numbers, str(row["verdict"] or ""))
+        found.add_row(*(str(row[name]) for name in names), *numbers, bound(row), str(row["verdict"] or ""))
     return found
 
 
@@ -282,6 +321,8 @@ def main() -> None:
     parser.add_argument("--many", help="CIFAR-100 as .npz")
     parser.add_argument("--quick", action="store_true", help="MobileNetV2, one head, ours alone")
     parser.add_argument("--only", default="", help="settings whose name has this in it")
+    parser.add_argument("--requests", default=",".join(REQUESTS), help="these alone, with commas")
+    parser.add_argument("--ours", action="store_true", help="no other methods and no audit")
     parser.add_argument("--fits", action="store_true", help="make the fits, and nothing else")
     parser.add_argument("--again", action="store_true", help="work out kept cells anew")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="where fits and answers are kept")
@@ -293,19 +334,20 @@ def main() -> None:
         if setting.classes > 10 and not arguments.many:
             continue
         case = opened(setting, arguments)
-        kept = case.folder / ("quick.json" if arguments.quick else "cells.json")
+        ours = arguments.quick or arguments.ours
+        kept = case.folder / f"{'ours' if ours else 'cells'}-{arguments.requests.replace(',', '-')}.json"
         if arguments.fits:
             for request, ids, _ in case.requests():
                 case.retrained(request, ids)
         elif arguments.again or not kept.exists():
-            write_json(kept, {"cells": cells(case, not arguments.quick)})
+            write_json(kept, {"cells": cells(case, not ours)})
         if kept.exists():
             rows += read_json(kept)["cells"]
             Console(width=200).print(table(read_json(kept)["cells"]))
     if not arguments.fits:
         exact = {"linear_model": linear_model(), "independent_solve": solved_independently()}
         peak = {classes: peak_gib(classes) for classes in (10, 100, 1000)}
-        print(json.dumps({"cells": rows, "exact": exact, "peak_gib": peak}))
+        print(json.dumps({"cells": rows, "exact": exact, "peak_gib": peak, "verdicts": verdicts(rows)}))
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def opened(name: str, arguments: argparse.Namespace) -> tuple[nn.Module, Dataset
     model, preprocessing = make()
     train, test = cifar(arguments.data, preprocessing, arguments.per_class)
     fastntk.tune(model, *select)
-    recipe = Recipe(epochs=arguments.epochs)
+    recipe = Recipe(epochs=arguments.epochs, loss=fastntk.SquaredLoss())
     key = fingerprint(preprocessing, select, arguments.per_class, recipe)
     folder = writable(arguments.out / "fits" / f"{name}-{key}")
     fit = fitted(model, train, recipe, folder / "original.safetensors", key)
@@ -65,7 +65,7 @@ def opened(name: str, arguments: argparse.Namespace) -> tuple[nn.Module, Dataset
 def measured(name: str, arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Both scenarios of a family."""
     model, train, test, fit, folder, key = opened(name, arguments)
-    memory = fastntk.prepare(model, train, fit.initial)
+    memory = fastntk.prepare(model, train, fit.initial, loss=fit.recipe.loss)
     audit = fastntk.audit(memory, stored_retraining(model, fit, folder, key), held_out=test, seed=1)
     results = {}
     for scenario, forget, held_out in scenarios(train, test):

@@ -42,6 +42,8 @@ from fastntk.memory.memory import Memory
 from fastntk.tuning.parameters import snapshot, tuned
 from fastntk.tuning.selectors import tune
 
+LOSS = fastntk.SquaredLoss()
+
 CLASSES, SIDE = 10, 64
 
 
@@ -97,16 +99,16 @@ def main_figures(samples: int, epochs: int, count: int, folder: Path) -> dict[st
     """Everything but the growth with the number of samples."""
     model, train = problem(samples)
     start = copy.deepcopy(model.state_dict())
-    fitted = fastntk.fit(model, train, epochs=epochs)
+    fitted = fastntk.fit(model, train, epochs=epochs, loss=LOSS)
     started = time.perf_counter()
-    memory = fastntk.prepare(model, train, fitted.initial, form="primal")
+    memory = fastntk.prepare(model, train, fitted.initial, form="primal", loss=LOSS)
     prepared = time.perf_counter() - started
     ridge = memory.ridge
     figures = requests(memory, count, folder)
     keep = Subset(train, range(10, samples))
-    again = timed(lambda: fastntk.prepare(model, keep, fitted.initial, form="primal", ridge=ridge))
+    again = timed(lambda: fastntk.prepare(model, keep, fitted.initial, form="primal", ridge=ridge, loss=LOSS))
     model.load_state_dict(start)
-    retrained = timed(lambda: fastntk.fit(model, keep, epochs=epochs))
+    retrained = timed(lambda: fastntk.fit(model, keep, epochs=epochs, loss=LOSS))
     return {
         **figures,
         "over_retrain": retrained / figures["seconds_10"],
@@ -127,7 +129,7 @@ def growth(sizes: list[int], folder: Path) -> dict[str, float]:
         with torch.no_grad():
             for parameter in tuned(model).values():
                 parameter.add_(0.01 * torch.randn_like(parameter))
-        memories.append(fastntk.prepare(model, train, initial, form="primal"))
+        memories.append(fastntk.prepare(model, train, initial, form="primal", loss=LOSS))
         memories[-1].save(folder / str(samples))
     for memory in memories:
         memory.forget([0])

@@ -278,7 +278,7 @@ def posed(name: str, arguments: argparse.Namespace) -> tuple[Problem, Dataset]:
     """The linear problem of a family's fits, as families.py left them (or made now), and the test images."""
     model, train, test, fit, folder, key = opened(name, arguments)
     linearised = Linearised(PerSampleJacobian(model, snapshot(tuned(model))), train)
-    memory = fastntk.prepare(model, train, fit.initial)
+    memory = fastntk.prepare(model, train, fit.initial, loss=fit.recipe.loss)
     requests = {}
     for scenario, forget, held_out in scenarios(train, test):
         asked = fastntk.methods.Problem(memory, forget, fit.recipe)

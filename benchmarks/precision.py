@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from fastntk import prepare
+from fastntk import SquaredLoss, prepare
 from fastntk.inputs.libraries import torchvision
 from fastntk.jacobians.per_sample import PerSampleJacobian
 from fastntk.tuning.parameters import snapshot, tuned
@@ -53,7 +53,7 @@ def prepared(dtype: torch.dtype) -> tuple[nn.Module, dict[str, Tensor]]:
 def answer(train: TensorDataset, dtype: torch.dtype, ridge: float, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """The Gram matrix and the change of the parameters when ten samples go."""
     model, initial = prepared(dtype)
-    memory = prepare(model, train, initial, form="primal", ridge=ridge, **options)
+    memory = prepare(model, train, initial, form="primal", ridge=ridge, loss=SquaredLoss(), **options)
     state, gone = memory.state, torch.arange(10)
     update = state.solution.update(state.network, gone, -1, state.rows(gone))
     return state.solution.tensors()["sums.rest"].double(), update.change

@@ -56,9 +56,9 @@ def one_seed(arguments: argparse.Namespace, per_class: int, seed: int) -> dict[s
     key = fingerprint(preprocessing, per_class, seed)
     fits = writable(arguments.out / "fits" / f"mobilenet_v2-{key}")
     fastntk.tune(model, "bn", "head")
-    recipe = Recipe(seed=seed)
+    recipe = Recipe(seed=seed, loss=fastntk.SquaredLoss())
     fit = fitted(model, train, recipe, fits / "original.safetensors", key)
-    memory = fastntk.prepare(model, train, fit.initial)
+    memory = fastntk.prepare(model, train, fit.initial, loss=recipe.loss)
     scale = memory.calibration.ridge / memory.calibration.factor
     results = {}
     for name, forget, held_out in scenarios(train, test, seed):

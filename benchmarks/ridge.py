@@ -142,10 +142,10 @@ def judged(name: str, arguments: argparse.Namespace) -> tuple[dict[str, float], 
     else:
         train, test = cifar(arguments.data, preprocessing, 60, 30)
     fastntk.tune(model, *select)
-    recipe, key = Recipe(), fingerprint(preprocessing, len(train) // 10, 0)
+    recipe, key = Recipe(loss=fastntk.SquaredLoss()), fingerprint(preprocessing, len(train) // 10, 0)
     out = writable(arguments.out / "fits" / f"{name}-{key}")
     fit = fitted(model, train, recipe, out / "original.safetensors", key)
-    memory = fastntk.prepare(model, train, fit.initial, form="dual")
+    memory = fastntk.prepare(model, train, fit.initial, form="dual", loss=recipe.loss)
     scale, reports = memory.ridge / memory.calibration.factor, {}
     for request, forget, held_out in scenarios(train, test, forgotten_class=3 if name == "efficientnet_lite0" else 0):
         if request not in wanted:

@@ -33,13 +33,13 @@ from timing import in_own_process, peak_bytes
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from fastntk import plan, prepare
+from fastntk import SquaredLoss, plan, prepare
 from fastntk.inputs.libraries import torchvision
 from fastntk.solve import primal
 from fastntk.tuning.parameters import snapshot, tuned
 from fastntk.tuning.selectors import tune
 
-CLASSES = 10
+CLASSES, LOSS = 10, SquaredLoss()
 CASES = {"resnet18": (("bn",), 64), "vit_b_32": (("prompt:10", "head"), 224)}
 """What is tuned, and the side of the images."""
 
@@ -86,11 +86,11 @@ def one(case: str, samples: int) -> dict[str, float]:
         for parameter in tuned(model).values():
             parameter.add_(0.01 * torch.randn_like(parameter))
     before = psutil.Process().memory_info().rss
-    planned = plan(model, train, form="primal")
+    planned = plan(model, train, form="primal", loss=LOSS)
     passes: list[float] = []
     primal.collect_sums = _timed(primal.collect_sums, passes)
     started = time.perf_counter()
-    prepare(model, train, initial, form="primal")
+    prepare(model, train, initial, form="primal", loss=LOSS)
     seconds = time.perf_counter() - started
     peak = peak_bytes()
     return {
@@ -127,7 +127,9 @@ def main() -> None:
         estimates = row["time_estimate"], row["memory_estimate"]
         table.add_row(f"{row['samples']:,.0f}", *(f"{each:.2f}" for each in (*figures, *estimates)))
     Console(width=100).print(table)
-    expected = {samples: plan(*problem(arguments.case, samples), form="primal") for samples in arguments.planned}
+    expected = {
+        samples: plan(*problem(arguments.case, samples), form="primal", loss=LOSS) for samples in arguments.planned
+    }
     for planned in expected.values():
         Console(width=100).print(planned.text())
     first, last = rows[0], rows[-1]

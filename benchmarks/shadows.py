@@ -48,7 +48,7 @@ def of_seed(seed: int, unlearned: bool, arguments: argparse.Namespace) -> dict[s
     model, preprocessing = pretrained(seed)
     train = digits(preprocessing, 0, arguments.per_class)
     fastntk.tune(model, "bn", "head")
-    recipe = Recipe(epochs=arguments.epochs, seed=seed)
+    recipe = Recipe(epochs=arguments.epochs, seed=seed, loss=fastntk.SquaredLoss())
     key = fingerprint(preprocessing, arguments.per_class, recipe, unlearned)
     path = writable(arguments.out / "shadows") / f"{key}.safetensors"
     if path.exists():
@@ -60,7 +60,7 @@ def of_seed(seed: int, unlearned: bool, arguments: argparse.Namespace) -> dict[s
     answers = {"retrain": retrained(model, initial, Subset(train, staying.tolist()), recipe)[0]}
     if unlearned:
         fastntk.fit(model, train, recipe)
-        memory = fastntk.prepare(model, train, initial)
+        memory = fastntk.prepare(model, train, initial, loss=recipe.loss)
         problem = Problem(memory, forget, recipe)
         answers |= {name: method(problem).parameters for name, method in UNLEARNING.items()}
         answers["original"] = memory.anchor

@@ -51,7 +51,6 @@ from fastntk.tuning.outputs import logits_of, model_at
 from fastntk.tuning.rebuilding import rebuilt_start
 
 FACTORS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
-GAINS = torch.linspace(0.5, 2.5, 81)
 HEADS = (0.1, 10.0)
 
 
@@ -101,7 +100,7 @@ class Ways:
         step = memory.preview(self.ids).parameters
         yield self.row("original", memory.anchor)
         yield from self.with_head("step", memory, step)
-        gain = self.gain_of_left_out(memory)
+        gain = fastntk.left_out_gain(memory, self.test)
         yield from self.with_head(f"gain, left out: {gain:.2f}", memory, multiplied(memory.state, step, gain))
         if self.ridges:
             yield from self.of_ridges()
@@ -145,15 +144,11 @@ class Ways:
         headed = fastntk.finished(memory, parameters, exact_head=True, without=self.ids)
         yield self.row(f"{name}, head", headed)
 
-    def gap_of_left_out(self, memory: Memory, gain: float = 1.0) -> float:
+    def gap_of_left_out(self, memory: Memory) -> float:
         """How much surer of their labels members left out one by one are than test images."""
         state = memory.state
-        alone, fitted = left_out(state, state.positions), self.logits(memory.anchor, self.case.train)
-        known = label_probability(fitted + gain * (alone - fitted), labels_of(self.case.train))
+        known = label_probability(left_out(state, state.positions), labels_of(self.case.train))
         return known - label_probability(self.logits(memory.anchor, self.test), labels_of(self.test))
-
-    def gain_of_left_out(self, memory: Memory) -> float:
-        return float(min(GAINS, key=lambda gain: abs(self.gap_of_left_out(memory, float(gain)))))
 
     def again(self, step: dict[str, Tensor], asked: bool) -> dict[str, Tensor]:
         """Solved once more at the outputs that the step led to, with the Jacobians of before."""
@@ -197,6 +192,7 @@ def main() -> None:
     parser.add_argument("--starts", action="store_true", help="and memories prepared from less")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="where fits are kept")
     arguments = parser.parse_args()
+    arguments.requests = arguments.request
     settle()
     found: list[dict[str, object]] = []
     for setting in SETTINGS:

@@ -42,7 +42,7 @@ def fit(data: Dataset, seed: int) -> dict[str, nn.Parameter]:
 
 
 fit(train, seed=0)
-memory = fastntk.prepare(network, train, initial)
+memory = fastntk.prepare(network, train, initial, loss=fastntk.SquaredLoss())
 print(fastntk.audit(memory, fit))  # two trainings more, once: how near retraining do its answers come?
 answer = memory.forget(["person-3", "person-40"])
 print(answer.certificate.explanation)

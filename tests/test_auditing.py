@@ -81,10 +81,10 @@ def test_it_retrains_without_the_samples_and_changes_nothing():
 
 
 def test_a_recipe_fits_as_the_method_retrain_does():
-    case, recipe = CASES["bn+head"], Recipe(epochs=2, batch_size=5, seed=3)
+    case, recipe = CASES["bn+head"], Recipe(epochs=2, batch_size=5, seed=3, loss=fastntk.SquaredLoss())
     model, data = case.model(), case.data(20)
     done = fastntk.fit(model, data, recipe)
-    memory = fastntk.prepare(model, data, done.initial, ridge=0.6)
+    memory = fastntk.prepare(model, data, done.initial, ridge=0.6, loss=fastntk.SquaredLoss())
     problem = Problem(memory, IDS, recipe)
     stored = {number: Retrain(3 + number)(problem).parameters for number in (1, 2)}
     by_recipe = fastntk.audit(memory, recipe, ids=IDS)
@@ -188,7 +188,7 @@ def test_left_out_needs_a_stored_solution():
 
 def test_the_verdict_heeds_it():
     model = LINEAR.model()
-    memory = fastntk.prepare(model, LINEAR.data(), moved(model), ridge=0.5)
+    memory = fastntk.prepare(model, LINEAR.data(), moved(model), ridge=0.5, loss=fastntk.SquaredLoss())
     assert memory.preview(IDS).certificate.trusted
     assert "no audit" in memory.preview(IDS).certificate.explanation
     fastntk.audit(memory, near(memory), ids=IDS)

@@ -42,7 +42,7 @@ def config(tmp_path):
         arrays[f"x_{split}"] = generator.integers(0, 255, (count, 8, 8, 3), dtype=np.uint8)
     np.savez(tmp_path / "data.npz", **arrays)
     return {
-        "recipe": {"epochs": 2, "learning_rate": 1e-2},
+        "recipe": {"epochs": 2, "learning_rate": 1e-2, "batch_size": 4},
         "per_class": [10],
         "test_per_class": 5,
         "data": {"noise": {"source": str(tmp_path / "data.npz")}},
@@ -70,7 +70,7 @@ def test_a_cell_holds_what_a_comparison_measures(config, tmp_path):
     assert by_class.facts["audit"]["samples"] == 3
 
     model, train, test = grid._opened(read, setting, "cpu")
-    recipe = Recipe(epochs=2, learning_rate=1e-2)
+    recipe = Recipe(epochs=2, learning_rate=1e-2, batch_size=4)
     fit = fastntk.fit(model, train, recipe)
     memory = fastntk.prepare(model, train, fit.initial)
     audit = fastntk.audit(memory, recipe, held_out=test, seed=1)
@@ -115,7 +115,7 @@ def test_what_is_there_is_not_run_again(config, tmp_path, monkeypatch):
     assert all("more" in each.rows for each in grid.run(read_config(more), out).cells())
     assert len(done) == 5  # compared again, with the fits and the answers that are there
     monkeypatch.undo()
-    changed = written(tmp_path, {**config, "recipe": {"epochs": 1}})
+    changed = written(tmp_path, {**config, "recipe": {"epochs": 1, "batch_size": 4}})
     assert grid.run(read_config(changed), out).cells()[0].rows["original"] != first.rows["original"]
 
 

@@ -17,6 +17,7 @@ from fastntk.inputs.models import load_model
 from fastntk.tuning.selectors import tune
 
 MODEL = ["--model", "mobilenetv3_small_050", "--image-size", "32"]
+RATE = ["--learning-rate", 0.01]
 
 
 def fastntk(*arguments):
@@ -72,7 +73,7 @@ def data(tmp_path_factory):
 def run(data, tmp_path_factory):
     """A run that was fitted and prepared."""
     folder = tmp_path_factory.mktemp("runs") / "colours"
-    text = succeed("fit", folder, *MODEL, "--data", data, "--epochs", 4)
+    text = succeed("fit", folder, *MODEL, "--data", data, "--epochs", 4, "--batch-size", 8, *RATE)
     assert "Next: fastntk prepare" in text
     assert "Next: fastntk forget" in succeed("prepare", folder)
     return folder
@@ -214,7 +215,7 @@ def the_later_life(folder):
 
 
 def test_seed_repeats_a_fit(run, data, tmp_path):
-    succeed("fit", tmp_path / "again", *MODEL, "--data", data, "--epochs", 4)
+    succeed("fit", tmp_path / "again", *MODEL, "--data", data, "--epochs", 4, "--batch-size", 8, *RATE)
     left, right = (load_file(folder / "model.safetensors") for folder in (run, tmp_path / "again"))
     assert all((left[name] == right[name]).all() for name in left)
 

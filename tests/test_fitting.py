@@ -72,7 +72,7 @@ def test_a_pull_toward_zero_makes_ridge_regression_toward_the_shrunk_start():
     case = CASES["bn+head"]
     model, data = case.model(), case.data(20)
     initial = {n: 0.5 + t for n, t in snapshot(tuned(model)).items()}
-    memory = fastntk.prepare(model, data, initial, ridge=0.6, shrinkage=0.8)
+    memory = fastntk.prepare(model, data, initial, ridge=0.6, shrinkage=0.8, loss=fastntk.SquaredLoss())
     layout = memory.state.layout
     jacobian = oracles.jacobian(model, memory.anchor, layout, data.tensors[0])
     residual = SquaredLoss().residual(model(data.tensors[0]).detach(), data.tensors[1])

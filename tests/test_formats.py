@@ -19,7 +19,7 @@ from fastntk.common.formats import Document, Format, unchanged
 from fastntk.evidence.bench.results import Results
 from fastntk.memory.disk.packing import pack
 
-FORMS = ["primal", "dual", "matrix-free"]
+FORMS, CONVEX = ["primal", "dual", "matrix-free"], ["convex", "convex-disk"]
 OLD = Path(__file__).parent / "folders"
 """Memories that versions of before wrote: the case "bn+head", ridge 0.5, audited, 3 and 8 forgotten and purged, then 8
 remembered and 1 forgotten."""
@@ -54,7 +54,7 @@ def test_a_folder_of_before_formats_is_opened_and_goes_on(form, tmp_path):
     case = CASES["bn+head"]
     model = case.model()
     memory = fastntk.load(folder, model, case.data())
-    same = fastntk.prepare(model, case.data(), moved(model), form=form, ridge=0.5)
+    same = fastntk.prepare(model, case.data(), moved(model), form=form, ridge=0.5, loss=fastntk.SquaredLoss())
     same.forget([3, 8])
     same.remember([8])
     same.forget([1])
@@ -73,9 +73,12 @@ def test_a_folder_of_before_formats_is_opened_and_goes_on(form, tmp_path):
     fastntk.refresh(memory)
 
 
-@pytest.mark.parametrize("form", [*FORMS, "convex", "convex-disk"])
-def test_whatever_is_missing_is_an_input_error_that_names_it(form, tmp_path):
-    memory = prepared(form=form, ridge="auto")
+@pytest.mark.parametrize(
+    ("form", "loss"),
+    [(form, fastntk.SquaredLoss()) for form in FORMS] + [(form, fastntk.CrossEntropy()) for form in CONVEX],
+)
+def test_whatever_is_missing_is_an_input_error_that_names_it(form, loss, tmp_path):
+    memory = prepared(form=form, ridge="auto", loss=loss)
     tensors, record = pack(memory.state)
     memory.save(tmp_path / "whole")
     places = [(0, name) for name in tensors if name != "head_shortfall"] + [(1, name) for name in record]

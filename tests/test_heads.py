@@ -15,10 +15,10 @@ from fastntk.tuning.recipe import Recipe
 
 def problem(*select, form="auto", **options) -> Problem:
     case = CASES["bn+head"]
-    model, data, recipe = case.model(), case.data(20), Recipe(epochs=3, batch_size=5)
+    model, data, recipe = case.model(), case.data(20), Recipe(epochs=3, batch_size=5, loss=fastntk.SquaredLoss())
     fastntk.tune(model, *select)
     done = fastntk.fit(model, data, recipe)
-    memory = fastntk.prepare(model, data, done.initial, ridge=0.6, form=form, **options)
+    memory = fastntk.prepare(model, data, done.initial, ridge=0.6, form=form, loss=fastntk.SquaredLoss(), **options)
     return Problem(memory, [2, 9, 15], recipe)
 
 
@@ -90,7 +90,7 @@ def test_a_member_that_is_missing_is_noticed(tmp_path):
     images, labels = given.memory.state.members.source.tensors
     data = TensorDataset(images, labels)
     data.ids = list(range(20))
-    fastntk.prepare(given.model, data, given.initial, ridge=0.6).save(tmp_path / "memory")
+    fastntk.prepare(given.model, data, given.initial, ridge=0.6, loss=fastntk.SquaredLoss()).save(tmp_path / "memory")
     fewer = TensorDataset(images[:-1], labels[:-1])
     fewer.ids = data.ids[:-1]
     with pytest.raises(InputError, match="all 20 retained samples; the data source lacks 1"):

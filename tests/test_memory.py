@@ -25,10 +25,10 @@ def moved(model, seed=5, size=0.05):
     }
 
 
-def prepared(name="bn+head", form="auto", ridge=0.5, **options) -> Memory:
+def prepared(name="bn+head", form="auto", ridge=0.5, loss=fastntk.SquaredLoss(), **options) -> Memory:
     case = CASES[name]
     model = case.model()
-    return fastntk.prepare(model, case.data(), moved(model), ridge=ridge, form=form, **options)
+    return fastntk.prepare(model, case.data(), moved(model), ridge=ridge, form=form, loss=loss, **options)
 
 
 def close(left, right, tolerance=1e-9):
@@ -50,7 +50,7 @@ def test_a_model_linear_in_its_tuned_parameters_is_returned_as_retrained(form):
     with torch.no_grad():
         model.head.weight.copy_(fitted[:, :-1])
         model.head.bias.copy_(fitted[:, -1])
-    memory = fastntk.prepare(model, data, initial, ridge=ridge, form=form)
+    memory = fastntk.prepare(model, data, initial, ridge=ridge, form=form, loss=fastntk.SquaredLoss())
     for request, gone in (([3, 11], [3, 11]), ([0, 19, 5], [3, 11, 0, 19, 5])):
         answer = memory.forget(request)
         keep = [i for i in range(20) if i not in gone]
@@ -85,8 +85,8 @@ def test_order_of_the_samples_does_not_matter():
     case = CASES["bn+head"]
     model, data, order = case.model(), case.data(), torch.randperm(14)
     shuffled = TensorDataset(*(tensor[order] for tensor in data.tensors))
-    left = fastntk.prepare(model, data, moved(model), ridge=0.5)
-    right = fastntk.prepare(model, shuffled, moved(model), ridge=0.5)
+    left = fastntk.prepare(model, data, moved(model), ridge=0.5, loss=fastntk.SquaredLoss())
+    right = fastntk.prepare(model, shuffled, moved(model), ridge=0.5, loss=fastntk.SquaredLoss())
     right.forget([order.tolist().index(i) for i in (1, 8)])
     close(left.forget([1, 8]).parameters, right.parameters)
 
@@ -95,11 +95,10 @@ def test_order_of_the_samples_does_not_matter():
 def test_what_forgets_equals_what_never_saw(form):
     case = CASES["bn+head"]
     model, data, initial = case.model(), case.data(), moved(case.model())
-    memory = fastntk.prepare(model, data, initial, ridge=0.5, form=form)
+    memory = fastntk.prepare(model, data, initial, ridge=0.5, form=form, loss=fastntk.SquaredLoss())
     memory.forget([4, 13])
-    never = fastntk.prepare(
-        model, Subset(data, [i for i in range(14) if i not in (4, 13)]), initial, ridge=0.5, form=form
-    )
+    others = Subset(data, [i for i in range(14) if i not in (4, 13)])
+    never = fastntk.prepare(model, others, initial, ridge=0.5, form=form, loss=fastntk.SquaredLoss())
     torch.testing.assert_close(memory.state.solution.step, never.state.solution.step, rtol=1e-9, atol=1e-10)
 
 
@@ -130,7 +129,7 @@ def test_the_model_and_its_data_are_not_touched():
     state = copy.deepcopy(model.state_dict())
     flags = [(p.requires_grad, p.grad) for p in model.parameters()]
     images = data.tensors[0].clone()
-    fastntk.prepare(model, data, moved(model), ridge=0.5).forget([0, 3])
+    fastntk.prepare(model, data, moved(model), ridge=0.5, loss=fastntk.SquaredLoss()).forget([0, 3])
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
     assert [(p.requires_grad, p.grad) for p in model.parameters()] == flags
     assert not model.training
@@ -203,11 +202,11 @@ def test_new_samples_are_remembered_as_if_they_had_been_there(form):
     case = CASES["bn+head"]
     model, data = case.model(), case.data()
     part = TensorDataset(*(tensor[:10] for tensor in data.tensors))
-    memory = fastntk.prepare(model, part, moved(model), ridge=0.5, form=form)
+    memory = fastntk.prepare(model, part, moved(model), ridge=0.5, form=form, loss=fastntk.SquaredLoss())
     memory.state = memory.state.with_members(Members(data, memory.ids))
     memory.remember([10, 13])
     memory.remember([11, 12])
-    whole = fastntk.prepare(model, data, moved(model), ridge=0.5, form=form)
+    whole = fastntk.prepare(model, data, moved(model), ridge=0.5, form=form, loss=fastntk.SquaredLoss())
     torch.testing.assert_close(memory.state.solution.step, whole.state.solution.step, rtol=1e-9, atol=1e-10)
     with pytest.raises(fastntk.InputError, match="id 13 is in the memory already"):
         memory.remember([13])

@@ -58,9 +58,9 @@ METHODS = {
 
 def problem(form="auto", ridge=0.6, name="bn+head") -> Problem:
     case = CASES[name]
-    model, data, recipe = case.model(), case.data(20), Recipe(epochs=3, batch_size=5)
+    model, data, recipe = case.model(), case.data(20), Recipe(epochs=3, batch_size=5, loss=fastntk.SquaredLoss())
     done = fastntk.fit(model, data, recipe)
-    memory = fastntk.prepare(model, data, done.initial, ridge=ridge, form=form)
+    memory = fastntk.prepare(model, data, done.initial, ridge=ridge, form=form, loss=fastntk.SquaredLoss())
     return Problem(memory, [2, 9, 15], recipe)
 
 
@@ -128,7 +128,7 @@ def test_samples_may_have_names_of_their_own():
     given = problem()
     named = TensorDataset(*given.memory.state.members.source.tensors)
     named.ids = [f"sample {number}" for number in reversed(range(20))]
-    memory = fastntk.prepare(given.model, named, given.initial, ridge=0.6)
+    memory = fastntk.prepare(given.model, named, given.initial, ridge=0.6, loss=fastntk.SquaredLoss())
     answer = FastNTK()(replace(given, forget=[named.ids[place] for place in given.forget], memory=memory))
     for name, tensor in FastNTK()(given).parameters.items():
         torch.testing.assert_close(answer.parameters[name], tensor)

@@ -18,6 +18,7 @@ from fastntk.evidence.metrics import (
     kl_divergence,
     logit_distance,
     modified_entropy,
+    probability_distance,
     taken_for_members,
     tug_of_war,
 )
@@ -112,11 +113,15 @@ def _to_reference(of: Callable[[Tensor, Tensor], float], part: str = "forget") -
     return lambda subject: of(subject.reference.logits[part], subject.logits[part]) if subject.reference else None
 
 
-def _distance_ratio(subject: Subject) -> float | None:
-    distance = _to_reference(logit_distance)
-    floor = distance(subject.floor) if subject.floor else None
-    own = distance(subject)
-    return own / floor if floor and own is not None else None
+def _ratio(of: Callable[[Tensor, Tensor], float]) -> Callable[[Subject], float | None]:
+    """A distance to the reference over that of the floor."""
+    distance = _to_reference(of)
+
+    def measure(subject: Subject) -> float | None:
+        floor, own = distance(subject.floor) if subject.floor else None, distance(subject)
+        return own / floor if floor and own is not None else None
+
+    return measure
 
 
 def _beside_reference(
@@ -169,12 +174,20 @@ MEASURES: dict[str, Measure] = {
     ),
     "distance_ratio": Measure(
         "ratio",
-        _distance_ratio,
+        _ratio(logit_distance),
         "d forget over that of a second retrained model",
         "less",
         ("reference", "floor"),
         place="terminal",
         summarised=True,
+    ),
+    "probability_ratio": Measure(
+        "ratio p",
+        _ratio(probability_distance),
+        "the same with distances of probabilities, to be read where the loss is cross-entropy",
+        "less",
+        ("reference", "floor"),
+        place="terminal",
     ),
     "membership": Measure(
         "member %",

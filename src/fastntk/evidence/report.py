@@ -51,7 +51,8 @@ class Report:
         columns = shown("terminal")
         caption = (
             "%: accuracies; member: of the forgotten, taken for members by an attack; d: root mean square logit "
-            f"distance to {self.reference}; ratio: d forget over that of {FLOOR}"
+            f"distance to {self.reference}; ratio: d forget over that of {FLOOR}; ratio p: of probabilities, to be "
+            "read where the loss is cross-entropy"
         )
         table = Table(title=title, caption=caption, caption_justify="left", box=SIMPLE_HEAD, padding=0)
         table.add_column("model", no_wrap=True)

@@ -28,7 +28,7 @@ from fastntk.memory.prepare import check_initial, check_pull, linearised, prepar
 from fastntk.memory.request import draft, replayed
 from fastntk.memory.state import State
 from fastntk.solve.ridge import Calibration
-from fastntk.tuning.loss import Loss, SquaredLoss
+from fastntk.tuning.loss import CrossEntropy, Loss
 from fastntk.tuning.parameters import tuned
 
 _CHECKED = 8  # samples that are compared when a memory is opened
@@ -219,7 +219,7 @@ def prepare(
     ridge: float | str = "auto",
     form: str = "auto",
     classes: int | str = "auto",
-    loss: Loss = SquaredLoss(),
+    loss: Loss = CrossEntropy(),
     shrinkage: float = 1.0,
     witnesses: int = 24,
     seed: int = 0,

@@ -11,7 +11,7 @@ from fastntk.jacobians.numerics import Numerics
 from fastntk.memory.prepare import linearised, priced
 from fastntk.solve.forms import FORMS
 from fastntk.solve.prices import Price, Workload
-from fastntk.tuning.loss import Loss, SquaredLoss
+from fastntk.tuning.loss import CrossEntropy, Loss
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def plan(
     *,
     form: str = "auto",
     classes: int | str = "auto",
-    loss: Loss = SquaredLoss(),
+    loss: Loss = CrossEntropy(),
     numerics: Numerics = Numerics(),
     **changes: object,
 ) -> Plan:

@@ -109,7 +109,7 @@ class _Inputs:
         for _ in range(_NEWTON):
             z = self._at(w - here)
             slope = ridge * (w - center) - self.loss.residual(z, self.labels).T @ self.features
-            reached = float(slope.norm()) / (ridge * float((w - center).norm()))
+            reached = float(slope.norm() / (ridge * (w - center).norm()).clamp_min(1e-300))
             if reached <= _TOLERANCE:
                 break
             system = system or _System.of(self, z, ridge)

@@ -114,4 +114,4 @@ def _calibrated(rows: Rows, loss: Loss, u: Tensor, matrix: Tensor) -> Calibratio
     exponent = min(tried, key=lambda each: tried[each][0])
     found, _ = tried[exponent]
     start = float((wanted - loss.gradient_of(first.start, point.kept)).norm())
-    return Calibration(10**exponent * scale, 10**exponent, found / start)
+    return Calibration(10**exponent * scale, 10**exponent, found / start if start else 0.0)

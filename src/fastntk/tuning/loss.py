@@ -262,8 +262,8 @@ def loss_numbers(loss: Loss) -> dict[str, Tensor]:
 
 def loss_of(numbers: Mapping[str, Tensor]) -> Loss:
     """The reverse of ``loss_numbers``."""
-    smoothing, weights = float(numbers["smoothing"]), tuple(numbers["weights"].tolist())
-    return SquaredLoss(float(numbers["scale"])) if smoothing < 0 else CrossEntropy(smoothing, weights)
+    smoothing, scale, weights = (numbers[name] for name in ("smoothing", "scale", "weights"))
+    return SquaredLoss(float(scale)) if smoothing < 0 else CrossEntropy(float(smoothing), tuple(weights.tolist()))
 
 
 def loss_named(name: str) -> Loss:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fastntk.common.errors import InputError
 from fastntk.inputs.augmentations import check_augmentations
-from fastntk.tuning.loss import Loss, SquaredLoss
+from fastntk.tuning.loss import CrossEntropy, Loss
 
 _OPTIMIZERS = "adam", "adamw", "sgd"
 
@@ -42,7 +42,7 @@ class Recipe:
     batch_size: int = 32
     weight_decay: float = 1e-4
     seed: int = 0
-    loss: Loss = SquaredLoss()  # noqa: RUF009 (frozen)
+    loss: Loss = CrossEntropy()  # noqa: RUF009 (frozen)
     optimizer: str = "adam"
     decay_toward: str = "start"
     augment: Sequence[str] = ()

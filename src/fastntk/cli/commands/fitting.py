@@ -27,7 +27,7 @@ def fit(
     epochs: Annotated[int, typer.Option(help="Passes over the data.")] = 12,
     batch_size: Annotated[int, typer.Option(help="Images a step.")] = 32,
     learning_rate: Annotated[float, typer.Option(help="The first; it falls to 0 along a cosine.")] = 1e-3,
-    loss: options.LossName = "squared",
+    loss: options.LossName = "cross-entropy",
     label_smoothing: options.Smoothing = 0.0,
     optimizer: options.Optimizer = "adam",
     weight_decay: options.Decay = 1e-4,
