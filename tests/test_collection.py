@@ -26,7 +26,15 @@ def interrupted(tmp_path, monkeypatch):
         patch.setattr(collection, "_OVERHEAD", float("inf"))
         patch.setattr(collection.Checkpoint, "write", cut)
         with pytest.raises(KeyboardInterrupt):
-            fastntk.prepare(model, case.data(), moved(model), ridge=0.5, form="primal", checkpoint=tmp_path / "partial")
+            fastntk.prepare(
+                model,
+                case.data(),
+                moved(model),
+                ridge=0.5,
+                form="primal",
+                checkpoint=tmp_path / "partial",
+                loss=fastntk.SquaredLoss(),
+            )
     assert [path.name for path in (tmp_path / "partial").iterdir()] == ["sums-0.safetensors"]
     return model, case.data(), tmp_path / "partial"
 
@@ -37,10 +45,12 @@ def test_it_goes_on_from_the_last_shard(interrupted, monkeypatch):
     seen = []
     stream = collection.Linearised.stream
     monkeypatch.setattr(collection.Linearised, "stream", lambda self, ids, *rest: seen.extend(ids) or stream(self, ids))
-    memory = fastntk.prepare(model, data, moved(model), ridge=0.5, form="primal", checkpoint=partial)
+    memory = fastntk.prepare(
+        model, data, moved(model), ridge=0.5, form="primal", checkpoint=partial, loss=fastntk.SquaredLoss()
+    )
     assert seen == [0, *range(8, 14)]  # sample 0 is asked for its sizes
     assert not partial.exists()
-    whole = fastntk.prepare(model, data, moved(model), ridge=0.5, form="primal")
+    whole = fastntk.prepare(model, data, moved(model), ridge=0.5, form="primal", loss=fastntk.SquaredLoss())
     torch.testing.assert_close(
         memory.state.solution.sums.gram(), whole.state.solution.sums.gram(), rtol=1e-12, atol=1e-12
     )
@@ -51,8 +61,10 @@ def test_it_goes_on_from_the_last_shard(interrupted, monkeypatch):
 def test_partial_sums_of_another_preparation_are_not_taken(interrupted):
     model, data, partial = interrupted
     data.tensors[0][0] += 1
-    memory = fastntk.prepare(model, data, moved(model), ridge=0.5, form="primal", checkpoint=partial)
-    whole = fastntk.prepare(model, data, moved(model), ridge=0.5, form="primal")
+    memory = fastntk.prepare(
+        model, data, moved(model), ridge=0.5, form="primal", checkpoint=partial, loss=fastntk.SquaredLoss()
+    )
+    whole = fastntk.prepare(model, data, moved(model), ridge=0.5, form="primal", loss=fastntk.SquaredLoss())
     torch.testing.assert_close(
         memory.state.solution.sums.gram(), whole.state.solution.sums.gram(), rtol=1e-12, atol=1e-12
     )

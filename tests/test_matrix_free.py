@@ -50,7 +50,8 @@ def test_it_is_the_primal_form_to_its_residual(name, steps, monkeypatch):
     case = CASES[name]
     model = case.model()
     left, right = (
-        fastntk.prepare(model, case.data(), moved(model), ridge=0.5, form=form) for form in ("primal", "matrix-free")
+        fastntk.prepare(model, case.data(), moved(model), ridge=0.5, form=form, loss=fastntk.SquaredLoss())
+        for form in ("primal", "matrix-free")
     )
     for request in ([1, 12], [4]):
         answer = right.forget(request)
@@ -61,7 +62,9 @@ def test_it_is_the_primal_form_to_its_residual(name, steps, monkeypatch):
 def test_the_stated_residual_is_the_true_one():
     case = CASES["bn+head"]
     model = case.model()
-    memory = fastntk.prepare(model, case.data(), moved(model), ridge=0.5, form="matrix-free")
+    memory = fastntk.prepare(
+        model, case.data(), moved(model), ridge=0.5, form="matrix-free", loss=fastntk.SquaredLoss()
+    )
     rows = memory.state.rows(torch.arange(14))
     flat = rows.jacobian.dense().flatten(0, 1)
     rhs = flat.T @ rows.residual.flatten() - 0.5 * memory.state.displacement
@@ -73,10 +76,10 @@ def test_the_stated_residual_is_the_true_one():
 def test_it_finds_the_ridge_that_the_primal_form_finds(monkeypatch):
     case = CASES["bn+head"]
     model = case.model()
-    exact = fastntk.prepare(model, case.data(), moved(model), form="primal")
+    exact = fastntk.prepare(model, case.data(), moved(model), form="primal", loss=fastntk.SquaredLoss())
     trace = float(exact.state.solution.sums.trace)
     monkeypatch.setattr(Passes, "trace", trace)
-    found = fastntk.prepare(model, case.data(), moved(model), form="matrix-free")
+    found = fastntk.prepare(model, case.data(), moved(model), form="matrix-free", loss=fastntk.SquaredLoss())
     assert found.ridge == pytest.approx(exact.ridge, rel=1e-6)
 
 
@@ -90,7 +93,9 @@ def test_the_trace_is_estimated_without_bias():
 def test_saved_and_loaded_it_goes_on(tmp_path):
     case = CASES["bn+head"]
     model = case.model()
-    memory = fastntk.prepare(model, case.data(), moved(model), ridge=0.5, form="matrix-free")
+    memory = fastntk.prepare(
+        model, case.data(), moved(model), ridge=0.5, form="matrix-free", loss=fastntk.SquaredLoss()
+    )
     memory.forget([1])
     memory.save(tmp_path / "m")
     again = fastntk.load(tmp_path / "m", model, memory.state.members.source)

@@ -39,7 +39,10 @@ def test_as_many_probes_as_classes_are_exact(form):
     case = CASES["bn+head"]
     model = case.model()
     exact, probed = (
-        fastntk.prepare(model, case.data(), moved(model), ridge=0.5, form=form, class_probes=k) for k in (None, 3)
+        fastntk.prepare(
+            model, case.data(), moved(model), ridge=0.5, form=form, class_probes=k, loss=fastntk.SquaredLoss()
+        )
+        for k in (None, 3)
     )
     for request in ([3, 8], [5]):
         close(probed.forget(request).parameters, exact.forget(request).parameters)
@@ -49,11 +52,12 @@ def test_as_many_probes_as_classes_are_exact(form):
 def test_what_forgets_equals_what_never_saw(form):
     case = CASES["bn+head"]
     model, data = case.model(), case.data()
-    memory = fastntk.prepare(model, data, moved(model), ridge=0.5, form=form, class_probes=2)
-    memory.forget([12, 13])
-    never = fastntk.prepare(
-        model, torch.utils.data.Subset(data, range(12)), moved(model), ridge=0.5, form=form, class_probes=2
+    memory = fastntk.prepare(
+        model, data, moved(model), ridge=0.5, form=form, class_probes=2, loss=fastntk.SquaredLoss()
     )
+    memory.forget([12, 13])
+    few, given = torch.utils.data.Subset(data, range(12)), {"loss": fastntk.SquaredLoss(), "class_probes": 2}
+    never = fastntk.prepare(model, few, moved(model), ridge=0.5, form=form, **given)
     torch.testing.assert_close(memory.state.solution.step, never.state.solution.step, rtol=1e-9, atol=1e-10)
 
 

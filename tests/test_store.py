@@ -74,7 +74,7 @@ def test_a_purged_sample_leaves_no_trace(form, tmp_path):
     case, folder = CASES["bn+head"], tmp_path / "m"
     model, images = case.model(), case.data().tensors
     data, initial = Named(*images), moved(case.model())
-    memory = fastntk.prepare(model, data, initial, ridge=0.5, form=form)
+    memory = fastntk.prepare(model, data, initial, ridge=0.5, form=form, loss=fastntk.SquaredLoss())
     memory.save(folder)
     rows, before = memory.state.rows(torch.tensor([4])), base(folder)[0]
     trace = [rows.jacobian.rest[0, 0].numpy().tobytes()[:64], rows.residual[0].numpy().tobytes()]
@@ -86,7 +86,9 @@ def test_a_purged_sample_leaves_no_trace(form, tmp_path):
     assert b"anna-5" in found
     assert not any(part in found for part in trace)
     assert before["fingerprints"][4].any()
-    never = fastntk.prepare(model, Subset(data, [i for i in range(14) if i != 4]), initial, ridge=0.5, form=form)
+    never = fastntk.prepare(
+        model, Subset(data, [i for i in range(14) if i != 4]), initial, ridge=0.5, form=form, loss=fastntk.SquaredLoss()
+    )
     kept = torch.tensor([i for i in range(14) if i != 4])
     places = (kept[:, None] * 3 + torch.arange(3)).flatten()
     for name, expected in never.state.solution.tensors().items():
@@ -297,9 +299,8 @@ def test_refresh_is_preparing_without_the_forgotten_at_the_current_weights(form,
     model = CASES["bn+head"].model()
     model.load_state_dict(now, strict=False)
     keep = [i for i in range(14) if i not in (3, 5)]
-    fresh = fastntk.prepare(
-        model, Subset(memory.state.members.source, keep), moved(CASES["bn+head"].model()), ridge=0.5, form=form
-    )
+    others, initial = Subset(memory.state.members.source, keep), moved(CASES["bn+head"].model())
+    fresh = fastntk.prepare(model, others, initial, ridge=0.5, form=form, loss=fastntk.SquaredLoss())
     torch.testing.assert_close(memory.state.solution.step, fresh.state.solution.step, rtol=1e-8, atol=1e-9)
     assert [(each.kind, each.state) for each in memory.requests()] == [("forget", "purged"), ("refresh", "purged")]
     expected = fresh.forget([keep.index(7)]).parameters
@@ -310,7 +311,7 @@ def test_in_float32_too_a_joined_memory_is_as_exact_as_it_says(tmp_path):
     case = CASES["bn+head"]
     model, data = case.model().float(), case.data(40)
     data = TensorDataset(data.tensors[0].float(), data.tensors[1])
-    memory = fastntk.prepare(model, data, moved(model), form="dual", ridge=0.5)
+    memory = fastntk.prepare(model, data, moved(model), form="dual", ridge=0.5, loss=fastntk.SquaredLoss())
     for kind, ids in (("forget", [3, 8, 21]), ("remember", [8, 3])):
         stated = getattr(memory, kind)(ids).certificate.inexactness
         assert max(stated, memory.state.solution.inexactness()) < 1e-10

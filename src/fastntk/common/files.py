@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import sqlite3
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -34,22 +35,47 @@ def writable(folder: Path) -> Path:
 
 
 def write(path: Path, save: Callable[[Path], object]) -> None:
-    """Let ``save`` write a temporary file beside ``path``, sync it and switch: ``path`` is old or new, never half.
+    """Let ``save`` write a file in a folder beside ``path``, sync it and switch: ``path`` is old or new, never half.
+
+    Whatever else ``save`` writes there goes with the folder; what a process leaves that is killed meanwhile goes when
+    the same file is written again, or what is in the folder is looked through.
 
     Raises:
         InputError: the disk is full or the folder cannot be written; ``path`` is as it was.
     """
-    temporary = path.with_name(f".{path.name}.new")
+    aside = _aside(path)
     try:
-        save(temporary)
-        with temporary.open("rb+") as file:
+        discard(aside)
+        aside.mkdir()
+        save(aside / path.name)
+        with (aside / path.name).open("rb+") as file:
             os.fsync(file.fileno())
-        temporary.replace(path)
+        (aside / path.name).replace(path)
         sync(path.parent)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, sqlite3.Error) as error:
         raise InputError(f"{path} cannot be written ({error}); what was there is unchanged.") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)  # where not even that can be done, the next writing does it
+
+
+def _aside(path: Path) -> Path:
+    """Where ``write`` writes before it switches."""
+    return path.with_name(f".{path.name}.new")
+
+
+def discard(path: Path) -> None:
+    """Remove a file, a link, or a folder with all that is in it, if it is there.
+
+    Raises:
+        InputError: it cannot be removed.
+    """
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"{path} cannot be removed ({error.strerror}).") from error
 
 
 def sync(folder: Path) -> None:

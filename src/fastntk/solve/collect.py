@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastntk.common import distributed
-from fastntk.common.files import digest, mapped, read_tensors, writable, write_tensors
+from fastntk.common.files import digest, discard, mapped, read_tensors, writable, write_tensors
 from fastntk.jacobians.jacobian import Jacobian
 from fastntk.jacobians.linearised import Linearised
 from fastntk.jacobians.rows import PART, Rows
@@ -53,7 +53,7 @@ class Checkpoint:
         """The shards that earlier jobs completed, the same set for every process."""
         if distributed.rank() == 0:
             for path in writable(self.folder).glob(_HALF_WRITTEN):
-                path.unlink()
+                discard(path)
             for path in sorted(self.folder.glob("sums-*.safetensors")):
                 record = read_tensors(path, names=[])[1]
                 if record.get("key") == self.key:
@@ -91,7 +91,7 @@ class Checkpoint:
 def clear(folder: Path) -> None:
     """Remove the partial sums in a folder, and the folder if nothing else is in it."""
     for path in [*folder.glob("sums-*.safetensors"), *folder.glob(_HALF_WRITTEN)]:
-        path.unlink()
+        discard(path)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
 

@@ -6,10 +6,13 @@ base-N.safetensors     the memory as of the latest purge
 journal-N.safetensors  what request N changed since: the trace of its samples, until it is purged
 lock                   held while the folder is read or written
 
-A file is written whole and synced before a transaction of the ledger makes it part of the memory; whatever the ledger
-does not name is left over from a crash and removed when the folder is next opened.
+A file is written whole and synced before a transaction of the ledger makes it part of the memory; a base or a journal
+that the ledger does not name is left over from a crash and removed when the folder is next opened. Nothing else in the
+folder is ever touched.
 """
 
+import logging
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,12 +23,16 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from fastntk.common.errors import InputError
-from fastntk.common.files import file_digest, read_tensors, sync, writable, write_tensors
+from fastntk.common.files import discard, file_digest, read_tensors, sync, writable, write_tensors
 from fastntk.common.formats import Document, Format
 from fastntk.memory.audit import Audit
 from fastntk.memory.certificate import Certificate
 from fastntk.memory.disk.format import BASE, JOURNAL
 from fastntk.memory.disk.ledger import Ledger, Request
+
+log = logging.getLogger(__name__)
+
+_LEFT_OVER = re.compile(r"\.?(base|journal)-\d+\.safetensors(\.new)?|\.ledger\.sqlite(\.sha256)?\.new")
 
 WAIT = 60.0
 """Seconds that a process waits for another one to finish with the folder."""
@@ -58,18 +65,19 @@ class Folder:
             self._lock.release()
 
     def create(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any], audit: Audit | None) -> None:
-        """A new memory, with the audit that it has had, if any; what an earlier one left in the folder is removed.
+        """A new memory, with the audit that it has had, if any, in place of an unused one.
 
         Raises:
-            InputError: it cannot be written, or the memory in the folder has answered requests.
+            InputError: it cannot be written, the memory in the folder has answered requests, or there are other files
+                in it and no memory.
         """
         writable(self.folder)
         with self.locked():
             self.check_unused()
-            self.ledger.create(self._write(BASE, f"base-{self._next()}", tensors, record))
+            self._check_vacant()
+            self.ledger.announce()
+            self.ledger.create(self._write(BASE, f"base-{self._next()}", tensors, record), audit)
             self._opened()
-            if audit:
-                self.audited(audit)
 
     def read(self) -> tuple[Document, list[Document]]:
         """All of the memory, checked: the base, and the journals of the requests since, in order; each a record with
@@ -78,7 +86,7 @@ class Folder:
         Raises:
             InputError: there is none, or a file is missing, damaged or of another kind or format.
         """
-        if not self.ledger.path.is_file() and not any(self.folder.glob("base-*")):
+        if not self.ledger.path.is_file() and (self.ledger.announced() or not any(self.folder.glob("base-*"))):
             raise InputError(f"there is no memory in {self.folder}. Prepare one first.")
         self.check()
         self._opened()
@@ -97,6 +105,20 @@ class Folder:
                 "another folder."
             )
 
+    def _check_vacant(self) -> None:
+        """Raises ``InputError`` if there is no memory in the folder, but something else."""
+        if self.ledger.path.is_file() or self.ledger.announced():
+            return
+        others = sorted(path.name for path in self.folder.iterdir() if path.name != "lock")
+        bases = [name for name in others if name.startswith("base-")]
+        if bases:
+            raise InputError(
+                f"{self.folder} holds {bases[0]} without the ledger of its requests: a new memory would make samples "
+                "members again that were forgotten. Restore ledger.sqlite from a backup, or choose another folder."
+            )
+        if others:
+            raise InputError(f"{self.folder} holds other files ({others[0]}). Choose a folder that is empty or new.")
+
     def requests(self) -> list[Request]:
         """What the ledger says of every request; takes the lock.
 
@@ -113,6 +135,10 @@ class Folder:
         """Raises ``InputError`` that names the first file which is missing or damaged."""
         self.ledger.check()
         for name, expected in self.ledger.files().items():
+            if (self.folder / name).is_symlink():
+                raise InputError(
+                    f"{self.folder / name} is a link: a purge would leave what it points to. Put the file in its place."
+                )
             if not (self.folder / name).is_file():
                 raise InputError(f"{self.folder / name} is missing. Restore it from a backup, or prepare again.")
             if file_digest(self.folder / name) != expected:
@@ -129,9 +155,11 @@ class Folder:
         file = self._write(JOURNAL, f"journal-{self.ledger.count() + 1}", *journal)
         try:
             self.ledger.answer(certificate, file, time.perf_counter() - started)
-        except InputError:
-            (self.folder / file[0]).unlink()
-            raise
+        except InputError as error:
+            if file[0] not in self.ledger.files():
+                discard(self.folder / file[0])
+                raise
+            log.warning("the request is answered, but: %s", error)
         return time.perf_counter() - started
 
     def finish(self, certificate: Certificate) -> None:
@@ -166,7 +194,8 @@ class Folder:
 
     def _next(self) -> int:
         """A number that no base in the folder has."""
-        return 1 + max((int(path.stem.split("-")[1]) for path in self.folder.glob("base-*.safetensors")), default=0)
+        found = (re.fullmatch(r"base-(\d+)\.safetensors", path.name) for path in self.folder.iterdir())
+        return 1 + max((int(each[1]) for each in found if each), default=0)
 
     def _write(
         self, kind: Format, name: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]
@@ -179,9 +208,9 @@ class Folder:
     def _opened(self, started: float | None = None) -> None:
         """Remove what is not part of the memory any more, say so of the requests concerned, and note the version."""
         kept = self.ledger.files()
-        for path in [*self.folder.glob("*.safetensors"), *self.folder.glob(".*")]:
-            if path.name not in kept:
-                path.unlink()
+        for path in self.folder.iterdir():
+            if path.name not in kept and _LEFT_OVER.fullmatch(path.name):
+                discard(path)
         sync(self.folder)
         self.ledger.purged(None if started is None else time.perf_counter() - started)
         self.version = self.ledger.version()

@@ -6,6 +6,7 @@ transaction is under way that file says so, and after a crash SQLite rolls the t
 """
 
 import json
+import logging
 import sqlite3
 import uuid
 from collections.abc import Iterator, Mapping
@@ -15,11 +16,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from fastntk.common.errors import InputError
-from fastntk.common.files import file_digest, read_json, write_json
+from fastntk.common.files import file_digest, read_json, write, write_json
 from fastntk.common.formats import Document
 from fastntk.memory.audit import Audit
 from fastntk.memory.certificate import Certificate
 from fastntk.memory.disk.format import ENTRY, LEDGER
+
+log = logging.getLogger(__name__)
 
 _TABLES = (
     "CREATE TABLE about (format INTEGER NOT NULL, fastntk TEXT NOT NULL)",
@@ -72,14 +75,32 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         self.path, self._sum = path, path.with_name(f"{path.name}.sha256")
 
-    def create(self, base: tuple[str, str]) -> None:
-        """A ledger of no requests, in place of what was there; ``base`` is a file's name and SHA-256."""
-        self.path.unlink(missing_ok=True)
-        with self._writing() as database:
-            for table in _TABLES:
-                database.execute(table)
-            database.execute("INSERT INTO about VALUES (:format, :fastntk)", LEDGER.stamped({}))
-            database.execute("INSERT INTO files VALUES (?, ?)", base)
+    def announce(self) -> None:
+        """A memory is about to be made in the folder."""
+        write_json(self._sum, _PENDING)
+
+    def announced(self) -> bool:
+        """Whether something was begun here; where there is no ledger, a memory that was never completed."""
+        return self._sum.is_file() and read_json(self._sum) == _PENDING
+
+    def create(self, base: tuple[str, str], audit: Audit | None) -> None:
+        """A ledger of no request but an audit, if there was one, in place of what was there; ``base`` is a file's name
+        and SHA-256."""
+        if self.path.is_file():
+            with self._writing() as database:
+                for (table,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
+                    database.execute(f"DROP TABLE {table}")
+                _fill(database, base, audit)
+            return
+
+        def save(path: Path) -> None:
+            with _connected(path) as database:
+                database.execute("BEGIN IMMEDIATE")
+                _fill(database, base, audit)
+                database.execute("COMMIT")
+
+        write(self.path, save)
+        self._seal()
 
     def answer(self, certificate: Certificate, journal: tuple[str, str], seconds: float) -> None:
         """Enter a request whose journal, a file's name and SHA-256, is now part of the memory."""
@@ -91,7 +112,7 @@ class Ledger:
     def audited(self, audit: Audit) -> None:
         """Enter an audit; it changes nothing of the memory."""
         with self._writing() as database:
-            _enter(database, str(uuid.uuid4()), "audit", audit.to_dict(), audit.seconds, purged=True)
+            _enter_audit(database, audit)
 
     def audit(self) -> Audit | None:
         """The latest one since the memory was linearised."""
@@ -120,10 +141,12 @@ class Ledger:
     def purged(self, seconds: float | None) -> None:
         """The files that ``switch`` has left out are gone; so say the requests concerned."""
         concerned = "state = 'answered' AND file IS NULL"
-        if self._one(f"SELECT count(*) FROM requests WHERE {concerned}"):
+        with self._open() as database:
+            some = _one(database, f"SELECT count(*) FROM requests WHERE {concerned}")
+        if some:
             with self._writing() as database:
                 change = f"UPDATE requests SET state = 'purged', purged = ?, purge_seconds = ? WHERE {concerned}"
-                database.execute(change, (now(), seconds))
+                database.execute(change, (_now(), seconds))
 
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
@@ -141,21 +164,21 @@ class Ledger:
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
-        database = None
         try:
-            database = sqlite3.connect(self.path, isolation_level=None)
-            database.row_factory = sqlite3.Row
-            for pragma in ("secure_delete = ON", "journal_mode = DELETE", "synchronous = EXTRA"):
-                database.execute(f"PRAGMA {pragma}")
-            yield database
+            with _connected(self.path) as database:
+                yield database
         except sqlite3.Error as error:
-            raise InputError(f"the ledger {self.path} cannot be used ({error}).") from error
-        finally:
-            if database:
-                database.close()  # which rolls back what was not committed
+            raise InputError(
+                f"the ledger {self.path} cannot be used ({error}). Restore the folder from a backup, or remove it and "
+                "prepare again, if nothing has been forgotten in it."
+            ) from error
 
     def _seal(self) -> None:
-        write_json(self._sum, {"sha256": file_digest(self.path)})
+        """Write the sum of what has been committed. Where it cannot be, that is not undone: ``check`` makes it up."""
+        try:
+            write_json(self._sum, {"sha256": file_digest(self.path)})
+        except InputError as error:
+            log.warning("%s It will be made up for when the memory is next opened.", error)
 
     def check(self) -> None:
         """Raises ``InputError`` if the database is missing, not what was last written, or of an unknown format."""
@@ -179,10 +202,8 @@ class Ledger:
         """All of them, in order."""
         with self._open() as database:
             rows = [dict(row) for row in database.execute("SELECT * FROM requests ORDER BY number")]
-        return [Request(**{**row, "certificate": self._unpacked(row["certificate"])}) for row in rows]
-
-    def _unpacked(self, text: str) -> Document:
-        return ENTRY.read(json.loads(text), self.path)
+        certificates: list[Document] = [ENTRY.read(json.loads(row["certificate"]), self.path) for row in rows]
+        return [Request(**{**row, "certificate": each}) for row, each in zip(rows, certificates, strict=True)]
 
     def files(self) -> dict[str, str]:
         """The files that make up the memory, with their SHA-256."""
@@ -191,11 +212,13 @@ class Ledger:
 
     def count(self) -> int:
         """How many rows there are."""
-        return self._one("SELECT count(*) FROM requests")
+        with self._open() as database:
+            return _one(database, "SELECT count(*) FROM requests")
 
     def used(self) -> bool:
         """Whether a request has been answered, or the memory refreshed."""
-        return bool(self._one("SELECT count(*) FROM requests WHERE kind != 'audit'"))
+        with self._open() as database:
+            return bool(_one(database, "SELECT count(*) FROM requests WHERE kind != 'audit'"))
 
     def pending(self) -> list[str]:
         """The journals that are part of the memory, in order."""
@@ -207,9 +230,35 @@ class Ledger:
         """Changes with every request and every purge."""
         return self.count(), self.files()
 
-    def _one(self, query: str) -> int:
-        with self._open() as database:
-            return int(database.execute(query).fetchone()[0])
+
+@contextmanager
+def _connected(path: Path) -> Iterator[sqlite3.Connection]:
+    database = sqlite3.connect(path, isolation_level=None)
+    try:
+        database.row_factory = sqlite3.Row
+        for pragma in ("secure_delete = ON", "journal_mode = DELETE", "synchronous = EXTRA"):
+            database.execute(f"PRAGMA {pragma}")
+        yield database
+    finally:
+        database.close()  # which rolls back what was not committed
+
+
+def _one(database: sqlite3.Connection, query: str) -> int:
+    return int(database.execute(query).fetchone()[0])
+
+
+def _fill(database: sqlite3.Connection, base: tuple[str, str], audit: Audit | None) -> None:
+    """The tables, with the base and an audit, if any."""
+    for table in _TABLES:
+        database.execute(table)
+    database.execute("INSERT INTO about VALUES (:format, :fastntk)", LEDGER.stamped({}))
+    database.execute("INSERT INTO files VALUES (?, ?)", base)
+    if audit:
+        _enter_audit(database, audit)
+
+
+def _enter_audit(database: sqlite3.Connection, audit: Audit) -> None:
+    _enter(database, str(uuid.uuid4()), "audit", audit.to_dict(), audit.seconds, purged=True)
 
 
 def _enter(
@@ -222,7 +271,7 @@ def _enter(
     purged: bool = False,
 ) -> None:
     """Insert a row: answered now, or, where nothing is to be purged, purged now as well."""
-    time, state = now(), "purged" if purged else "answered"
+    time, state = _now(), "purged" if purged else "answered"
     row = None, request, kind, state, time, time if purged else None, seconds, None, file, _packed(certificate)
     database.execute(_INSERT, row)
 
@@ -231,6 +280,6 @@ def _packed(certificate: Mapping[str, object]) -> str:
     return json.dumps(ENTRY.stamped(certificate))
 
 
-def now() -> str:
+def _now() -> str:
     """The time as ISO 8601 in UTC."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
