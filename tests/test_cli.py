@@ -7,12 +7,15 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from safetensors.torch import load_file
 
 from fastntk.cli.main import main
+from fastntk.cli.settings import Settings
+from fastntk.common.files import write_json
 from fastntk.inputs.models import load_model
 from fastntk.tuning.selectors import tune
 
@@ -176,8 +179,8 @@ def test_the_whole_job(run, tmp_path):
 def test_training_images_are_not_taken_for_test_images(run, data, tmp_path):
     folder, arrays = copied(run, tmp_path), np.load(data)
     np.savez(tmp_path / "plain.npz", x=arrays["x_train"], y=arrays["y_train"], classes=arrays["classes"])
-    settings = json.loads((folder / "run.json").read_text())
-    (folder / "run.json").write_text(json.dumps({**settings, "data": str(tmp_path / "plain.npz")}))
+    settings = Settings.read(folder / "run.json")
+    write_json(folder / "run.json", replace(settings, data=str(tmp_path / "plain.npz")).written())
     succeed("forget", folder, "--ids", "3")
     refuse("has no test split.*--test", "evaluate", folder)
     assert "retrain" in succeed("evaluate", folder, "--test", data, "--no-retrain")
@@ -290,7 +293,8 @@ def test_bad_folders_and_files(run, data, tmp_path):
     initial = bytearray((run / "initial.safetensors").read_bytes())
     initial[-5] ^= 4
     (folder / "initial.safetensors").write_bytes(initial)
-    refuse(r"initial.safetensors is damaged", "verify", folder)
+    for command in ("verify", "prepare", "plan"):
+        refuse(r"initial.safetensors is damaged", command, folder)
     (folder / "run.json").write_text("{")
     refuse("run.json cannot be read as JSON", "forget", folder, "--ids", "1")
 

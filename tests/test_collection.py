@@ -35,7 +35,7 @@ def interrupted(tmp_path, monkeypatch):
                 checkpoint=tmp_path / "partial",
                 loss=fastntk.SquaredLoss(),
             )
-    assert [path.name for path in (tmp_path / "partial").iterdir()] == ["sums-0.safetensors"]
+    assert {path.name for path in (tmp_path / "partial").iterdir()} == {"lock", "sums-0.safetensors"}
     return model, case.data(), tmp_path / "partial"
 
 
@@ -76,3 +76,40 @@ def test_nothing_stays_after_clearing(interrupted):
     (partial / ".sums-8.safetensors.new").write_bytes(b"half")
     collection.clear(partial)
     assert not partial.exists()
+
+
+def test_two_jobs_never_share_partial_sums(interrupted):
+    model, data, partial = interrupted
+    other = collection.Checkpoint(partial, "another")
+    other.open()
+    with pytest.raises(fastntk.InputError, match="another process is preparing"):
+        fastntk.prepare(model, data, moved(model), form="primal", checkpoint=partial, loss=fastntk.SquaredLoss())
+    collection.clear(partial)
+    assert partial.exists()
+    other.close()
+    fastntk.prepare(model, data, moved(model), form="primal", checkpoint=partial, loss=fastntk.SquaredLoss())
+    assert not partial.exists()
+
+
+def test_damaged_partial_sums_are_made_again(interrupted):
+    model, data, partial = interrupted
+    [path] = partial.glob("sums-*")
+    whole = bytearray(path.read_bytes())
+    whole[-3] ^= 1
+    path.write_bytes(whole)
+    given = {"form": "primal", "ridge": 0.5, "loss": fastntk.SquaredLoss()}
+    memory = fastntk.prepare(model, data, moved(model), checkpoint=partial, **given)
+    close(memory.forget([3]).parameters, fastntk.prepare(model, data, moved(model), **given).forget([3]).parameters)
+
+
+def test_sums_over_other_samples_are_refused(interrupted, monkeypatch):
+    model, data, partial = interrupted
+    earlier = collection.Checkpoint.add_earlier_
+
+    def twice(self, sums, residuals):
+        earlier(self, sums, residuals)
+        earlier(self, sums, residuals)
+
+    monkeypatch.setattr(collection.Checkpoint, "add_earlier_", twice)
+    with pytest.raises(fastntk.InputError, match="over 22 samples, and there are 14"):
+        fastntk.prepare(model, data, moved(model), form="primal", checkpoint=partial, loss=fastntk.SquaredLoss())

@@ -5,20 +5,35 @@ initial.safetensors    the tuned parameters before fitting
 model.safetensors      the whole model as fitted
 partial/               sums of a preparation that was cut off, until it is complete
 memory/                the memory, see ``fastntk.memory.disk``; samples that were forgotten are gone from it
+lock                   held while the files of the fit are replaced, which is done in one step
+
+Whatever a command that was killed has left is gone on with, or undone, when the run is next opened.
 """
 
-import shutil
-from dataclasses import asdict, fields, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from fastntk.cli.settings import FORMAT, Given, Settings
+from fastntk.cli.settings import Given, Settings
 from fastntk.common import distributed
 from fastntk.common.errors import InputError
-from fastntk.common.files import file_digest, read_json, read_tensors, writable, write_json, write_tensors
+from fastntk.common.files import (
+    DECIDED,
+    complete,
+    digest,
+    file_digest,
+    read_tensors,
+    switching,
+    writable,
+    write_json,
+    write_tensors,
+)
 from fastntk.evidence.auditing import audit
 from fastntk.evidence.compare import compare, references
 from fastntk.evidence.methods import Method, Problem
@@ -36,11 +51,15 @@ from fastntk.memory.memory import Memory, load, prepare
 from fastntk.memory.plan import Plan, plan
 from fastntk.solve.collect import clear
 from fastntk.tuning.fitting import Fit, fit
+from fastntk.tuning.parameters import snapshot, tuned
 from fastntk.tuning.rebuilding import rebuilt_start
 from fastntk.tuning.recipe import Recipe
 from fastntk.tuning.selectors import tune
 
-_TENSORS = ("initial.safetensors", "model.safetensors")
+WAIT = 60.0
+"""Seconds that a process waits for another one to finish with the run."""
+
+_RUN, _TENSORS = "run.json", ("initial.safetensors", "model.safetensors")
 
 
 class Run:
@@ -55,20 +74,32 @@ class Run:
         Raises:
             InputError: the folder holds no run, or one of an unknown format.
         """
-        path = self.folder / "run.json"
-        if not path.is_file():
+        if (self.folder / DECIDED).is_dir():
+            with self._locked():
+                pass
+        if not (self.folder / _RUN).is_file():
             raise InputError(
                 f"{self.folder} holds no run. Make one with: fastntk fit {self.folder} --model ... --data ..."
             )
-        document = FORMAT.read(read_json(path), path)
-        return Settings(**{each.name: document[each.name] for each in fields(Settings)})
+        return Settings.read(self.folder / _RUN)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """No other process replaces the run's files meanwhile."""
+        try:
+            with FileLock(self.folder / "lock", timeout=WAIT):
+                complete(self.folder)
+                yield
+        except Timeout as error:
+            raise InputError(f"{self.folder} is in use by another process. Try again later.") from error
 
     def fit(self, given: Given, recipe: Recipe, validation: str | None = None) -> Fit:
         """Fit a model, or take one that was fitted, and write the run; ``validation`` names data to measure the
         accuracy on after every epoch.
 
         Raises:
-            InputError: the folder cannot be written, or holds a run whose memory has answered requests.
+            InputError: the folder cannot be written, or holds a run whose memory has answered requests, at last
+                while this was fitted.
         """
         writable(self.folder)
         Folder(self.folder / "memory").check_unused()
@@ -84,21 +115,23 @@ class Run:
             done = fit(module, in_memory(images), recipe, validation=held_out)
         if distributed.rank():
             return done
-        shutil.rmtree(self.folder / "memory", ignore_errors=True)
-        clear(self.folder / "partial")
-        for name, tensors in zip(_TENSORS, (done.initial, module.state_dict()), strict=True):
-            write_tensors(self.folder / name, tensors)
-        self._seal(Settings.of(given, images, recipe))
+        tensors = dict(zip(_TENSORS, (done.initial, module.state_dict()), strict=True))
+        with self._locked(), Folder(self.folder / "memory").unused():
+            self._replace(Settings.of(given, images, recipe), tensors, gone=("memory", "partial"))
         return done
 
-    def _seal(self, settings: Settings) -> None:
-        """Write ``run.json`` for the tensors that are there now."""
-        files = {name: file_digest(self.folder / name) for name in _TENSORS}
-        write_json(self.folder / "run.json", FORMAT.stamped(asdict(replace(settings, files=files))))
+    def _replace(self, settings: Settings, tensors: Mapping[str, Mapping[str, Tensor]], gone: Sequence[str]) -> None:
+        """Other tensors, with a ``run.json`` that says so, in one step; the lock must be held."""
+        with switching(self.folder, gone) as staged:
+            for name, each in tensors.items():
+                write_tensors(staged / name, each)
+            sums = {**settings.files, **{name: file_digest(staged / name) for name in tensors}}
+            write_json(staged / _RUN, replace(settings, files=sums).written())
 
     def _opened(self) -> tuple[Settings, nn.Module, Images]:
         """Settings, the fitted model and its training data, of which no image is read."""
         settings = self.settings()
+        self._check(settings)
         model, preprocessing = load_model(settings.model, len(settings.classes), size=settings.size or None)
         tune(model, *settings.select)
         load_weights(model, read_tensors(self.folder / "model.safetensors")[0], with_head=True)
@@ -107,15 +140,41 @@ class Run:
             raise InputError(f"{settings.data} now has other classes than when the run was made: {images.classes}.")
         return settings, model.to(self.device), images
 
+    def _check(self, settings: Settings) -> None:
+        """Raises ``InputError`` that names the first file which is missing or damaged."""
+        for name, expected in settings.files.items():
+            if file_digest(self.folder / name) != expected:
+                raise InputError(f"{self.folder / name} is damaged. Restore it from a backup, or fit again.")
+
     def memory(self) -> tuple[Memory, Images]:
         """The memory, over the training data; only the images that are asked for are read."""
-        _, model, images = self._opened()
-        return load(self.folder / "memory", model, images), images
+        settings, model, images = self._opened()
+        return self._loaded(settings, model, images), images
 
     def _with_all_images(self) -> tuple[Settings, Memory, Images]:
         """Settings, the memory over the training data, all of it read, and the data."""
         settings, model, images = self._opened()
-        return settings, load(self.folder / "memory", model, in_memory(images)), images
+        return settings, self._loaded(settings, model, in_memory(images)), images
+
+    def _loaded(self, settings: Settings, model: nn.Module, images: Dataset) -> Memory:
+        """The memory; the run's model is its anchor, which a refresh that was cut off has not made it yet.
+
+        Raises:
+            InputError: they do not belong together.
+        """
+        fitted = snapshot(tuned(model))
+        memory = load(self.folder / "memory", model, images)
+        if digest(fitted) != digest(memory.anchor):
+            if not any(each.kind == "refresh" for each in memory.requests()):
+                raise InputError(f"the memory in {self.folder} was prepared for another fit. Prepare again.")
+            self._anchored(settings, memory)
+        return memory
+
+    def _anchored(self, settings: Settings, memory: Memory) -> None:
+        """The memory's anchor becomes the run's model."""
+        with self._locked():
+            model = {**memory.model.state_dict(), **memory.anchor}
+            self._replace(settings, {_TENSORS[1]: model}, gone=())
 
     def prepare(self, ridge: float | str, form: str, classes: int | str, seed: int, numerics: Numerics) -> Memory:
         """Prepare the memory and write it; arguments as of ``fastntk.prepare``.
@@ -142,7 +201,10 @@ class Run:
             numerics=numerics,
         )
         if distributed.rank() == 0:
-            memory.save(self.folder / "memory")
+            with self._locked():
+                if self.settings() != settings:
+                    raise InputError(f"{self.folder} was fitted anew meanwhile. Prepare again.")
+                memory.save(self.folder / "memory")
             clear(self.folder / "partial")  # of an earlier attempt in another form
         return memory
 
@@ -156,8 +218,7 @@ class Run:
         """Re-anchor the memory at the current weights, which become the run's model; the seconds, and the memory."""
         settings, memory, _ = self._with_all_images()
         seconds = memory.refresh(self.folder / "partial")
-        write_tensors(self.folder / "model.safetensors", {**memory.model.state_dict(), **memory.parameters})
-        self._seal(settings)
+        self._anchored(settings, memory)
         return seconds, memory
 
     def audit(self, fraction: float, class_name: str | None, test: str | None, seed: int) -> Audit:
@@ -173,9 +234,6 @@ class Run:
         Raises:
             InputError: one is missing or damaged, or they do not belong together.
         """
-        for name, expected in self.settings().files.items():
-            if file_digest(self.folder / name) != expected:
-                raise InputError(f"{self.folder / name} is damaged. Restore it from a backup.")
         return self.memory()[0]
 
     def export(self, out: Path, exact_head: bool = False, gain: bool = False) -> None:

@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from fastntk.common.errors import InputError
-from fastntk.common.formats import Format, unchanged
+from fastntk.common.files import read_json
+from fastntk.common.formats import Format, sealed, unchanged, unsealed
 from fastntk.inputs.images import Images, Preprocessing
 from fastntk.inputs.sources import load_data
 from fastntk.tuning.loss import loss_from
@@ -31,8 +33,8 @@ def _run_2(document: dict[str, Any]) -> dict[str, Any]:
     return {**document, "recipe": {**recipe, **added}}
 
 
-FORMAT = Format("run", (unchanged, _run_1, _run_2))
-"""Of ``run.json``."""
+FORMAT = Format("run", (unchanged, _run_1, _run_2, unchanged))
+"""Of ``run.json``; from version 4 on it is sealed."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,23 @@ class Settings:
         return cls(
             *names, images.classes, list(given.select), images.preprocessing.size, asdict(recipe), given.id_column
         )
+
+    @classmethod
+    def read(cls, path: Path) -> "Settings":
+        """Of a ``run.json``.
+
+        Raises:
+            InputError: it is damaged, or of an unknown format.
+        """
+        document = read_json(path)
+        if document.get("format") == FORMAT.version and "sha256" not in document:
+            raise InputError(f"{path} is damaged: its sum is missing. Restore it from a backup, or fit again.")
+        found = FORMAT.read(unsealed(document, path), path)
+        return cls(**{each.name: found[each.name] for each in fields(cls)})
+
+    def written(self) -> dict[str, Any]:
+        """As ``read`` reads it."""
+        return sealed(FORMAT.stamped(asdict(self)))
 
     def fitting(self) -> Recipe:
         """How the model was fitted.

@@ -7,7 +7,8 @@ import os
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastntk.common.errors import InputError
+
+DECIDED = ".now"
+"""Where a ``switching`` that was decided has what is left of it to do."""
+
+_STAGED, _GONE = ".next", "gone.json"
 
 
 def writable(folder: Path) -> Path:
@@ -56,6 +62,54 @@ def write(path: Path, save: Callable[[Path], object]) -> None:
         raise InputError(f"{path} cannot be written ({error}); what was there is unchanged.") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)  # where not even that can be done, the next writing does it
+
+
+@contextmanager
+def switching(folder: Path, gone: Sequence[str] = ()) -> Iterator[Path]:
+    """Replace several files of a folder, and remove what is ``gone``, in one step, when the block ends.
+
+    The block writes them into the folder that it is given, ``.next``, whose new name ``.now`` decides: from then on
+    ``complete`` goes on with what is left to do, whoever was cut off. Where the block fails nothing has changed.
+
+    Raises:
+        InputError: they cannot be written; the folder is as it was.
+    """
+    complete(folder)
+    staged = folder / _STAGED
+    discard(staged)
+    try:
+        staged.mkdir()
+        yield staged
+        write_json(staged / _GONE, {"gone": list(gone)})
+        staged.rename(folder / DECIDED)
+        sync(folder)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written ({error}); what was there is unchanged.") from error
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    complete(folder)
+
+
+def complete(folder: Path) -> bool:
+    """Do what is left of a ``switch`` that was cut off after it was decided, and whether there was one.
+
+    Raises:
+        InputError: it cannot be done yet; what was decided stays so.
+    """
+    decided = folder / DECIDED
+    if not decided.is_dir():
+        return False
+    for name in read_json(decided / _GONE)["gone"] if (decided / _GONE).is_file() else ():
+        discard(folder / name)
+    try:
+        for path in decided.iterdir():
+            if path.name != _GONE:
+                path.replace(folder / path.name)
+        sync(folder)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written ({error}). Make it writable; its new files are kept.") from error
+    discard(decided)
+    return True
 
 
 def _aside(path: Path) -> Path:

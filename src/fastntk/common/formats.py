@@ -1,5 +1,7 @@
 """Documents on disk have a format version: older ones are upgraded when they are read, what cannot be read is named."""
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -11,7 +13,7 @@ from fastntk.common.errors import InputError
 Upgrade = Callable[[dict[str, Any]], dict[str, Any]]
 """From a document of one version to the next one's."""
 
-_STAMP = ("format", "fastntk")
+_STAMP, _SEAL = ("format", "fastntk"), "sha256"
 
 
 class Document(dict[str, Any]):
@@ -74,6 +76,27 @@ class Format:
         for upgrade in self.upgrades[number:]:
             content = upgrade(content)
         return Document(content, where)
+
+
+def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The document with the SHA-256 of all that is in it."""
+    return {**document, _SEAL: _sum(document)}
+
+
+def unsealed(document: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The reverse; what was never sealed is as it is.
+
+    Raises:
+        InputError: it is not what was sealed.
+    """
+    content = {key: value for key, value in document.items() if key != _SEAL}
+    if document.get(_SEAL, _sum(content)) != _sum(content):
+        raise InputError(f"{path} is damaged: it is not what was written. Restore it from a backup, or make it anew.")
+    return content
+
+
+def _sum(document: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 def unchanged(document: dict[str, Any]) -> dict[str, Any]:

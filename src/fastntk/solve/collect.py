@@ -8,14 +8,17 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from jaxtyping import Float
 from torch import Tensor
 
 from fastntk.common import distributed
+from fastntk.common.errors import InputError
 from fastntk.common.files import digest, discard, mapped, read_tensors, writable, write_tensors
 from fastntk.jacobians.jacobian import Jacobian
 from fastntk.jacobians.linearised import Linearised
@@ -31,6 +34,7 @@ Restore = Callable[[Mapping[str, Tensor], float], Solution]
 SHARD = 512
 """Samples a shard."""
 
+_LOCK = "lock"
 _HALF_WRITTEN = ".sums-*"  # what fastntk.common.files writes first, where a process was killed meanwhile
 _OVERHEAD = 0.1  # the share of the time that writing partial sums may take
 
@@ -38,6 +42,7 @@ _OVERHEAD = 0.1  # the share of the time that writing partial sums may take
 @dataclass
 class Checkpoint:
     """Partial sums on disk: every file holds the sums over the shards that it names, and no shard is in two files.
+    From ``open`` to ``clear`` no other job uses the folder.
 
     Args:
         folder: shared by all processes; made if need be, removed by ``clear``.
@@ -48,21 +53,40 @@ class Checkpoint:
     key: str
     _earlier: list[tuple[Path, list[int]]] = field(default_factory=list)
     _due: float = 0.0
+    _lock: FileLock | None = None
 
     def open(self) -> set[int]:
-        """The shards that earlier jobs completed, the same set for every process."""
+        """The shards that earlier jobs completed, the same set for every process.
+
+        Raises:
+            InputError: another job is preparing in the folder.
+        """
+        if not distributed.shared(self._taken() if distributed.rank() == 0 else None):
+            raise InputError(f"another process is preparing with {self.folder}. Wait for it, or stop it.")
         if distributed.rank() == 0:
-            for path in writable(self.folder).glob(_HALF_WRITTEN):
+            for path in self.folder.glob(_HALF_WRITTEN):
                 discard(path)
             for path in sorted(self.folder.glob("sums-*.safetensors")):
-                record = read_tensors(path, names=[])[1]
-                if record.get("key") == self.key:
-                    self._earlier.append((path, record["shards"]))
-                else:
+                tensors, record = read_tensors(path)
+                if record.get("key") != self.key:
                     log.info("partial sums of another preparation are removed: %s", path)
-                    path.unlink()
+                    discard(path)
+                elif record.get("digest") != _digest(tensors):
+                    log.warning("partial sums are damaged, and removed: %s", path)
+                    discard(path)
+                else:
+                    self._earlier.append((path, record["shards"]))
         self._earlier = distributed.shared(self._earlier)
         return {shard for _, shards in self._earlier for shard in shards}
+
+    def _taken(self) -> bool:
+        """Whether the folder is this job's."""
+        self._lock = FileLock(writable(self.folder) / _LOCK, timeout=0)
+        try:
+            self._lock.acquire()
+        except Timeout:
+            return False
+        return True
 
     def write(self, sums: Sums, residuals: Tensor, shards: Sequence[int]) -> None:
         """Write this process's sums, over the shards it has completed, unless the last time was too recent."""
@@ -70,7 +94,8 @@ class Checkpoint:
             return
         started = time.monotonic()
         tensors = {"residuals": residuals, **{f.name: getattr(sums, f.name) for f in fields(Sums)}}
-        write_tensors(self.folder / f"sums-{shards[0]}.safetensors", tensors, {"key": self.key, "shards": list(shards)})
+        record = {"key": self.key, "shards": list(shards), "digest": _digest(tensors)}
+        write_tensors(self.folder / f"sums-{shards[0]}.safetensors", tensors, record)
         done = time.monotonic()
         self._due = done + (done - started) / _OVERHEAD
 
@@ -85,12 +110,28 @@ class Checkpoint:
         """Remove the partial sums: the pass is complete, or they are not wanted."""
         distributed.wait()
         if distributed.rank() == 0:
-            clear(self.folder)
+            _emptied(self.folder)
+            self.close()
+
+    def close(self) -> None:
+        """Let other jobs use the folder; what was completed stays."""
+        if self._lock:
+            self._lock.release()
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    return digest(dict(sorted(tensors.items())))
 
 
 def clear(folder: Path) -> None:
-    """Remove the partial sums in a folder, and the folder if nothing else is in it."""
-    for path in [*folder.glob("sums-*.safetensors"), *folder.glob(_HALF_WRITTEN)]:
+    """Remove the partial sums in a folder, and the folder if nothing else is in it, unless a job is using them."""
+    if folder.is_dir():
+        with suppress(Timeout), FileLock(folder / _LOCK, timeout=0):
+            _emptied(folder)
+
+
+def _emptied(folder: Path) -> None:
+    for path in [*folder.glob("sums-*.safetensors"), *folder.glob(_HALF_WRITTEN), folder / _LOCK]:
         discard(path)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
@@ -120,6 +161,11 @@ def collect_sums(
     if checkpoint:
         checkpoint.add_earlier_(sums, residuals)
     distributed.sum_([*(getattr(sums, f.name) for f in fields(Sums)), residuals])
+    if int(sums.samples) != count:
+        raise InputError(
+            f"the partial sums are over {int(sums.samples)} samples, and there are {count}. Remove "
+            f"{checkpoint.folder if checkpoint else 'them'} and prepare again."
+        )
     return sums.complete_(), residuals
 
 

@@ -9,6 +9,7 @@ Adding samples is the same with the other sign.
 """
 
 from collections.abc import Mapping
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar, cast
 
@@ -113,17 +114,18 @@ class Primal:
         network, everyone = task.network, torch.arange(task.count)
         place = task.checkpoint
         partial = Checkpoint(place, key(network, task.count)) if place else None
-        sums, residuals = collect_sums(network, task.count, partial)
+        with closing(partial) if partial else nullcontext():
+            sums, residuals = collect_sums(network, task.count, partial)
 
-        def solved() -> Solved:
-            with busy("choosing the ridge, solving"):
-                found = calibrate(sums, task.displacement) if task.ridge is None else None
-                ridge = found.ridge if found else cast(float, task.ridge)
-                return Solved(cls.of(sums, task.displacement, ridge, everyone), residuals, found)
+            def solved() -> Solved:
+                with busy("choosing the ridge, solving"):
+                    found = calibrate(sums, task.displacement) if task.ridge is None else None
+                    ridge = found.ridge if found else cast(float, task.ridge)
+                    return Solved(cls.of(sums, task.displacement, ridge, everyone), residuals, found)
 
-        done = solved_once(solved, cls.restore, residuals)
-        if partial:
-            partial.clear()
+            done = solved_once(solved, cls.restore, residuals)
+            if partial:
+                partial.clear()
         return done
 
     @classmethod

@@ -97,6 +97,20 @@ class Folder:
         tensors, record = read_tensors(self.folder / name)
         return kind.read({**record, "tensors": tensors}, self.folder / name)
 
+    @contextmanager
+    def unused(self) -> Iterator[None]:
+        """The memory in the folder, if there is one, answers no request meanwhile, and has not answered one.
+
+        Raises:
+            InputError: it has.
+        """
+        if not self.folder.is_dir():
+            yield
+            return
+        with self.locked():
+            self.check_unused()
+            yield
+
     def check_unused(self) -> None:
         """Raises ``InputError`` if the memory in the folder, if any, has answered requests."""
         if self.ledger.path.is_file() and self.ledger.used():

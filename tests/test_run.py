@@ -1,0 +1,205 @@
+"""A run's folder: several files replaced in one step, whoever is cut off; what does not belong together is named."""
+
+import contextlib
+import json
+import os
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from test_folder import Killed, failing
+
+import fastntk
+from fastntk.cli import run as runs
+from fastntk.cli.run import Run
+from fastntk.cli.settings import Given, Settings
+from fastntk.common import files
+from fastntk.common.files import file_digest, read_tensors, switching, write_json
+from fastntk.jacobians.numerics import Numerics
+from fastntk.tuning.recipe import Recipe
+
+MODEL = """
+from torch import nn
+from fastntk import Preprocessing
+
+def small(classes):
+    layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(4, classes)), Preprocessing(8, (0.5,) * 3, (0.5,) * 3)
+"""
+RECIPE = Recipe(epochs=2, batch_size=4, learning_rate=1e-2)
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """What runs are made of."""
+    place = tmp_path_factory.mktemp("given")
+    (place / "own.py").write_text(MODEL)
+    x = np.random.default_rng(0).integers(0, 255, (20, 8, 8, 3), dtype=np.uint8)
+    np.savez(place / "data.npz", x_train=x, y_train=np.arange(20) % 2, x_test=x[:4], y_test=np.arange(4) % 2)
+    return Given(f"{place}/own.py:small", f"{place}/data.npz", None, ("bn", "head"), None)
+
+
+def prepared(run):
+    return run.prepare("auto", "auto", "auto", 0, Numerics())
+
+
+@pytest.fixture
+def run(given, tmp_path):
+    made = Run(tmp_path / "run")
+    made.fit(given, RECIPE)
+    prepared(made)
+    return made
+
+
+def state(folder):
+    """What a run is, by what is in its files; None for what is not there."""
+    names = ("run.json", "initial.safetensors", "model.safetensors")
+    return {name: file_digest(folder / name) if (folder / name).exists() else None for name in names}
+
+
+def leftovers(folder):
+    return [path.name for path in folder.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("call", range(1, 12))
+def test_several_files_are_replaced_in_one_step(call, tmp_path, monkeypatch):
+    """Killed at every sync and every change of a name: all of the old, or all of the new."""
+    for name in ("one", "two", "three"):
+        (tmp_path / name).write_text("old")
+
+    def replaced():
+        with switching(tmp_path, gone=("three",)) as staged:
+            for name in ("one", "two"):
+                files.write(staged / name, lambda path: path.write_text("new"))
+
+    child = os.fork()
+    if not child:
+        counted = [0]
+
+        def dying(real):
+            def called(*arguments, **options):
+                counted[0] += 1
+                if counted[0] == call:
+                    os._exit(9)
+                return real(*arguments, **options)
+
+            return called
+
+        for name in ("fsync", "rename", "replace", "unlink", "mkdir"):
+            setattr(os, name, dying(getattr(os, name)))
+        replaced()
+        os._exit(0)
+    os.waitpid(child, 0)
+    files.complete(tmp_path)
+    found = [(tmp_path / name).read_text() for name in ("one", "two")]
+    assert found == (["old"] * 2 if (tmp_path / "three").exists() else ["new"] * 2)
+    replaced()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+
+
+@pytest.mark.parametrize("call", range(1, 14, 2))
+def test_a_fit_that_is_cut_off_is_the_old_one_or_the_new_one(run, given, call, tmp_path, monkeypatch):
+    before = state(run.folder)
+    shutil.copytree(run.folder, tmp_path / "other")
+    Run(tmp_path / "other").fit(given, replace(RECIPE, seed=5))
+    after = state(tmp_path / "other")
+    failing(monkeypatch, files.os, "fsync", call, Killed())
+    with contextlib.suppress(Killed):
+        run.fit(given, replace(RECIPE, seed=5))
+    monkeypatch.undo()
+    run.settings()  # which goes on with what was decided
+    assert state(run.folder) in (before, after)
+    assert (run.folder / "memory").exists() == (state(run.folder) == before)
+    prepared(run)
+    assert not leftovers(run.folder)
+
+
+def test_a_memory_that_answers_while_its_run_is_fitted_anew_stays(run, given, monkeypatch):
+    real = runs.fit
+
+    def answering(*arguments, **options):
+        Run(run.folder).memory()[0].forget([3])
+        return real(*arguments, **options)
+
+    before = state(run.folder)
+    monkeypatch.setattr(runs, "fit", answering)
+    with pytest.raises(fastntk.InputError, match="has answered requests"):
+        run.fit(given, replace(RECIPE, seed=5))
+    assert state(run.folder) == before
+    assert 3 not in run.memory()[0].ids
+
+
+def test_a_run_that_is_fitted_anew_while_it_is_prepared_is_not_given_that_memory(run, given, monkeypatch):
+    real = runs.prepare
+
+    def fitting(*arguments, **options):
+        Run(run.folder).fit(given, replace(RECIPE, seed=5))
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(runs, "prepare", fitting)
+    with pytest.raises(fastntk.InputError, match="was fitted anew meanwhile"):
+        prepared(run)
+    assert not (run.folder / "memory").exists()
+
+
+@pytest.mark.parametrize("call", range(1, 26, 3))
+def test_a_refresh_that_is_cut_off_is_completed(run, call, monkeypatch):
+    """The memory's anchor and the run's model are the same at the latest when the run is next opened."""
+    memory, _ = run.memory()
+    memory.forget([3, 4])
+    memory.purge()
+    failing(monkeypatch, files.os, "fsync", call, Killed())
+    with contextlib.suppress(Killed):
+        run.refresh()
+    monkeypatch.undo()
+    again, _ = run.memory()
+    model = read_tensors(run.folder / "model.safetensors")[0]
+    assert all((model[name] == tensor).all() for name, tensor in again.anchor.items())
+    run.verify()
+    run.refresh()
+    assert not leftovers(run.folder)
+
+
+def test_another_fit_s_memory_is_refused(run, given, tmp_path):
+    Run(tmp_path / "other").fit(given, replace(RECIPE, epochs=3))
+    shutil.copytree(run.folder / "memory", tmp_path / "other" / "memory")
+    with pytest.raises(fastntk.InputError, match="prepared for another fit"):
+        Run(tmp_path / "other").memory()
+
+
+def test_every_flipped_bit_of_run_json_is_noticed(run):
+    path = run.folder / "run.json"
+    whole = path.read_bytes()
+    settings = Settings.read(path)
+    generator = np.random.default_rng(0)
+    for place in generator.integers(0, len(whole), 300):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << int(generator.integers(8))
+        path.write_bytes(damaged)
+        try:
+            same = Settings.read(path)
+        except fastntk.InputError:
+            continue
+        assert same == settings, bytes(damaged[place - 9 : place + 9])  # white space
+
+
+@pytest.mark.parametrize("name", ["initial.safetensors", "model.safetensors"])
+def test_what_is_damaged_is_named_by_every_command(run, name):
+    path = run.folder / name
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    calls = (run.memory, run.refresh, run.verify, lambda: prepared(run), lambda: run.plan("auto", "auto", Numerics()))
+    for call in (*calls, lambda: run.export(run.folder / "out.safetensors"), lambda: run.evaluate(None, False)):
+        with pytest.raises(fastntk.InputError, match=f"{name} is damaged"):
+            call()
+
+
+def test_run_json_of_an_older_fastntk_has_no_sum(run):
+    path = run.folder / "run.json"
+    document = json.loads(path.read_text())
+    del document["sha256"]
+    write_json(path, {**document, "format": 3})
+    assert run.memory()[0].ids
+    write_json(path, document)
+    with pytest.raises(fastntk.InputError, match="its sum is missing"):
+        run.memory()
