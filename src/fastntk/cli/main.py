@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import typer
 from rich.logging import RichHandler
+from rich.text import Text
 
 from fastntk.cli.commands import evidence, fitting, memory
 from fastntk.common.errors import InputError, PeerLost
@@ -34,6 +35,7 @@ for command in (
     evidence.audit,
     memory.forget,
     memory.remember,
+    memory.purge,
     memory.ledger,
     memory.verify,
     memory.refresh,
@@ -58,8 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise InputError("only fit and prepare run in several processes. Start this command without a launcher.")
         app(given)
     except (InputError, PeerLost) as error:
-        console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        console.print(Text("error: ", style="red").append(str(error), style="default"), highlight=False, soft_wrap=True)
         sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
-        console.print("interrupted; files are as they were before the command.")
+        console.print("interrupted. What a command had completed stays; the same command goes on from there.")
         sys.exit(130)

@@ -143,6 +143,16 @@ def numerics(sums: str, precision: str, class_probes: int | None, workers: int) 
     return Numerics(precision=precision, dtype=dtype, workers=workers, class_probes=class_probes)
 
 
+def check_out(path: Path | None) -> None:
+    """Raises ``InputError`` if a file that is to be written later cannot be."""
+    from fastntk.common.files import writable
+
+    if path and path.is_dir():
+        raise InputError(f"{path} is a folder. Name a file.")
+    if path:
+        writable(path.parent)
+
+
 def text_of(path: Path) -> str:
     """A text file.
 

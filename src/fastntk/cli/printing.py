@@ -19,8 +19,9 @@ def show(document: Mapping[str, object], as_json: bool, *texts: object) -> None:
     if as_json:
         print(json.dumps(document))
     else:
+        console = Console(markup=False, emoji=False)  # names of users' files may have brackets in them
         for text in texts:
-            Console().print(text, soft_wrap=isinstance(text, str))  # a terminal wraps, a file should not
+            console.print(text, soft_wrap=isinstance(text, str))  # a terminal wraps, a file should not
 
 
 def table_of(requests: "Sequence[Request]") -> Table:
@@ -53,13 +54,15 @@ def show_fit(run: Path, fit: "Fit", as_json: bool) -> None:
     show({**document, "assumed": fit.assumed}, as_json, *tables, f"{told}\nNext: fastntk prepare {run}")
 
 
-def show_answer(run: Path, answer: "Answer", purge_seconds: float | None, as_json: bool) -> None:
-    """An answer and its certificate; ``purge_seconds`` is None if nothing was purged."""
+def show_answer(
+    run: Path, answer: "Answer", purge_seconds: float | None, as_json: bool, unpurged: str = "answered, not purged"
+) -> None:
+    """An answer and its certificate; ``purge_seconds`` is None if nothing was purged, which is said as ``unpurged``."""
     certificate = answer.certificate
     document = {"run": str(run), "seconds": answer.seconds, "purge_seconds": purge_seconds, **certificate.to_dict()}
     text = (
         f"{certificate.kind}: {certificate.samples} samples in {answer.seconds:.2f} s; {certificate.retained:,} others "
         f"stay.\n{certificate.explanation}"
     )
-    purged = "nothing was purged" if purge_seconds is None else f"purged in {purge_seconds:.2f} s"
+    purged = unpurged if purge_seconds is None else f"purged in {purge_seconds:.2f} s"
     show(document, as_json, f"{text}\nThe memory's folder: {purged}.")

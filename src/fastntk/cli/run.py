@@ -214,6 +214,12 @@ class Run:
         loss = settings.fitting().loss
         return plan(model, images, form=form, classes=classes, loss=loss, numerics=numerics)
 
+    def purge(self, memory: Memory) -> float:
+        """Remove every trace of who has left: from the memory, and partial sums over them; the seconds."""
+        seconds = memory.purge()
+        clear(self.folder / "partial")
+        return seconds
+
     def refresh(self) -> tuple[float, Memory]:
         """Re-anchor the memory at the current weights, which become the run's model; the seconds, and the memory."""
         settings, memory, _ = self._with_all_images()

@@ -11,8 +11,8 @@ from fastntk.common.launch import first
 
 T = TypeVar("T")
 
-console = Console(stderr=True)
-"""Where progress and messages go; results go to standard output."""
+console = Console(stderr=True, markup=False, emoji=False)
+"""Where progress and messages go; results go to standard output. What is printed is data: brackets are brackets."""
 
 
 def _watched() -> bool:

@@ -1,11 +1,9 @@
 """How near retraining it comes: the demo, an audit, an evaluation, a grid."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from fastntk.cli import options
 from fastntk.cli.printing import show
@@ -26,12 +24,9 @@ def demo(
     from fastntk.evidence.report import document
 
     reports, notes = demonstration.run(out, device, seed)
-    if as_json:
-        print(json.dumps(document(reports)))
-        return
-    for name, report in reports.items():
-        Console().print(report.table(f"forget: {name}"), notes[name], "", sep="\n")
-    Console().print(f"Wrote {out / 'report.json'} and {out / 'report.html'}; open the latter in a browser.")
+    told = [part for name, report in reports.items() for part in (report.table(f"forget: {name}"), notes[name], "")]
+    wrote = f"Wrote {out / 'report.json'} and {out / 'report.html'}; open the latter in a browser."
+    show(document(reports), as_json, *told, wrote)
 
 
 def audit(
@@ -71,10 +66,8 @@ def evaluate(
 
     report = Run(run, device).evaluate(test, retrain, seed)
     write_report(run, "What was forgotten, and how well", {"forgotten": report}, {})
-    if as_json:
-        print(json.dumps(document({"forgotten": report})))
-        return
-    Console().print(report.table(), f"Wrote {run / 'report.json'} and {run / 'report.html'}.", sep="\n")
+    wrote = f"Wrote {run / 'report.json'} and {run / 'report.html'}."
+    show(document({"forgotten": report}), as_json, report.table(), wrote)
 
 
 def bench(

@@ -1,13 +1,18 @@
 """Preparing a memory, requests to it, and its folder."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fastntk.cli import options
 from fastntk.cli.printing import show, show_answer, table_of
 from fastntk.common.errors import InputError
+
+if TYPE_CHECKING:
+    from fastntk.cli.run import Run
+    from fastntk.memory.certificate import Answer
+    from fastntk.memory.memory import Memory
 
 
 def prepare(
@@ -56,6 +61,7 @@ def plan(
     data_root: options.Root = None,
     select: options.Select = None,
     image_size: options.Size = None,
+    loss: Annotated[str | None, typer.Option(help="In place of a run's: squared or cross-entropy.")] = None,
     form: options.Form = "auto",
     classes: options.Classes = "auto",
     sums: options.Sums = "float64",
@@ -74,16 +80,15 @@ def plan(
     from fastntk.memory import plan as planning
 
     numerics = options.numerics(sums, precision, class_probes, workers)
-    described = any(each is not None for each in (model, data, data_root, select, image_size))
+    described = any(each is not None for each in (model, data, data_root, select, image_size, loss))
     if (run and described) or (not run and (model is None or data is None)):
         raise InputError("say what to plan for: either a run folder, or --model and --data with what goes with them.")
     if run:
         planned = Run(run, device).plan(form, options.classes(classes), numerics)
     else:
         given = Given(str(model), str(data), data_root, select or options.SELECTED, image_size)
-        planned = planning.plan(
-            *given.open(parse_device(device)), form=form, classes=options.classes(classes), numerics=numerics
-        )
+        asked = {"form": form, "classes": options.classes(classes), "loss": options.loss(loss or "cross-entropy", 0.0)}
+        planned = planning.plan(*given.open(parse_device(device)), **asked, numerics=numerics)
     show(planned.to_dict(), as_json, planned.text())
 
 
@@ -106,12 +111,14 @@ def forget(
         raise InputError("say what to forget by exactly one of --ids, --ids-file and --class-name.")
     if dry_run and (full or certificate or defer_purge):
         raise InputError("--dry-run only shows the verdict: --full, --certificate and --defer-purge do not go with it.")
-    memory, images = Run(run, device).memory()
+    options.check_out(certificate)
+    opened = Run(run, device)
+    memory, images = opened.memory()
     wanted = _wanted(ids, ids_file, images) if class_name is None else of_class(images, class_name, memory)
     if dry_run:
-        show_answer(run, memory.preview(wanted), None, as_json)
+        show_answer(run, memory.preview(wanted), None, as_json, "nothing was changed")
     else:
-        _answered(run, memory, memory.forget(wanted, full=full), certificate, defer_purge, as_json)
+        _answered(opened, memory, memory.forget(wanted, full=full), certificate, defer_purge, as_json)
 
 
 def remember(
@@ -129,9 +136,23 @@ def remember(
 
     if (ids is None) == (ids_file is None):
         raise InputError("say what to remember by exactly one of --ids and --ids-file.")
-    memory, images = Run(run, device).memory()
+    options.check_out(certificate)
+    opened = Run(run, device)
+    memory, images = opened.memory()
     answer = memory.remember(_wanted(ids, ids_file, images), full=full)
-    _answered(run, memory, answer, certificate, defer_purge, as_json)
+    _answered(opened, memory, answer, certificate, defer_purge, as_json)
+
+
+def purge(run: options.Folder, device: options.Device = "cpu", as_json: options.Json = False) -> None:
+    """Remove the trace of every request that is answered and not yet purged."""
+    from fastntk.cli.run import Run
+
+    opened = Run(run, device)
+    memory, _ = opened.memory()
+    pending = sum(each.state == "answered" for each in memory.requests())
+    seconds = opened.purge(memory)
+    text = f"Purged {pending} requests in {seconds:.2f} s." if pending else "There was nothing to purge."
+    show({"run": str(run), "purged": pending, "seconds": seconds}, as_json, text)
 
 
 def ledger(run: options.Folder, as_json: options.Json = False) -> None:
@@ -200,11 +221,17 @@ def _wanted(ids: str | None, ids_file: Path | None, images: Any) -> list[Any]:
 
 
 def _answered(
-    run: Path, memory: Any, answer: Any, certificate_file: Path | None, defer_purge: bool, as_json: bool
+    opened: "Run", memory: "Memory", answer: "Answer", file: Path | None, defer_purge: bool, as_json: bool
 ) -> None:
-    """Write the certificate of a request, then purge: its salt is kept even if that fails."""
+    """Write the certificate of a request, then purge: its salt is kept, and the answer shown, even if that fails."""
     from fastntk.common.files import write_json
 
-    if certificate_file:
-        write_json(certificate_file, answer.certificate.to_dict())
-    show_answer(run, answer, None if defer_purge else memory.purge(), as_json)
+    seconds = None
+    try:
+        if file:
+            write_json(file, answer.certificate.to_dict())
+        seconds = None if defer_purge else opened.purge(memory)
+    except InputError as error:
+        raise InputError(f"{error} The request is answered, and not purged: fastntk purge {opened.folder}") from error
+    finally:
+        show_answer(opened.folder, answer, seconds, as_json)

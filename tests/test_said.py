@@ -1,0 +1,63 @@
+"""What was done is what the command line says, whatever fails."""
+
+import json
+
+import pytest
+from test_cli import refuse, succeed
+from test_run import given, run  # noqa: F401 (fixtures)
+
+import fastntk
+from fastntk.cli.commands import memory as commands
+from fastntk.memory.memory import Memory
+
+
+def states(folder):
+    return [each["state"] for each in json.loads(succeed("ledger", folder, "--json"))["requests"]]
+
+
+def test_a_purge_that_fails_is_no_failed_request(run, monkeypatch):  # noqa: F811
+    def failing(self):
+        raise fastntk.InputError("the disk is full.")
+
+    monkeypatch.setattr(Memory, "purge", failing)
+    refuse(r"the disk is full. The request is answered, and not purged: fastntk purge .*run", "forget", run.folder,
+           "--ids", "3")  # fmt: skip
+    monkeypatch.undo()
+    assert states(run.folder) == ["answered"]
+    assert "Purged 1 requests" in succeed("purge", run.folder)
+    assert states(run.folder) == ["purged"]
+    assert "nothing to purge" in succeed("purge", run.folder)
+
+
+def test_an_answer_is_shown_when_its_purge_is_interrupted(run, monkeypatch, capsys):  # noqa: F811
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Memory, "purge", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        commands.forget(run.folder, ids="3")
+    out = capsys.readouterr().out
+    assert "forget: 1 samples" in out
+    assert "answered, not purged" in out
+
+
+@pytest.mark.parametrize("where", ["", "file/certificate.json"])
+def test_a_certificate_that_cannot_be_written_is_refused_before_the_request(where, run, tmp_path):  # noqa: F811
+    (tmp_path / "file").write_text("")
+    refuse("is a folder|cannot be written", "forget", run.folder, "--ids", "3", "--certificate", tmp_path / where)
+    assert states(run.folder) == []
+
+
+def test_partial_sums_go_with_a_purge(run):  # noqa: F811
+    (run.folder / "partial").mkdir()
+    (run.folder / "partial" / "sums-0.safetensors").write_bytes(b"of everybody")
+    succeed("forget", run.folder, "--ids", "3")
+    assert not (run.folder / "partial").exists()
+
+
+def test_brackets_are_brackets(run, tmp_path):  # noqa: F811
+    for name in ("[red]", "[/]", "[bold", ":smile:"):
+        refuse(rf"is not in the memory|{name.replace('[', '.').replace(']', '.')}", "forget", run.folder, "--ids", name)
+        place = run.folder.rename(run.folder.with_name(name.replace("/", "|")))
+        assert str(place.name) in succeed("forget", place, "--ids", "3", "--dry-run") + succeed("export", place)
+        place.rename(run.folder)
