@@ -128,7 +128,7 @@ def test_bad_sources(tmp_path):
         load_data(str(tmp_path / "none.npz"), PLAIN)
     with pytest.raises(fastntk.InputError, match="neither a folder"):
         load_data("CIFAR11", PLAIN)
-    with pytest.raises(fastntk.InputError, match="not a folder of class folders"):
+    with pytest.raises(fastntk.InputError, match="has no class folders in it"):
         load_data(str(tmp_path), PLAIN)
 
 
@@ -171,3 +171,33 @@ def test_ids_from_a_column_name_each_sample_once(tmp_path):
         load_data(str(tmp_path / "d.npz"), PLAIN, id_column="when")
     with pytest.raises(fastntk.InputError, match="has no columns"):
         load_data(str(folder(tmp_path / "f")), PLAIN, id_column="who")
+
+
+def photos(folder, *names, count=3):
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            Image.fromarray(np.full((9, 9, 3), i, dtype=np.uint8)).save(folder / name / f"{i}.png")
+    return folder
+
+
+def test_folders_that_are_no_classes(tmp_path):
+    """What begins with a dot, and splits."""
+    preprocessing = fastntk.Preprocessing(8, (0.5,) * 3, (0.5,) * 3)
+    data = photos(tmp_path / "plain", "anna", "bert", ".ipynb_checkpoints")
+    assert load_data(str(data), preprocessing).classes == ["anna", "bert"]
+    photos(tmp_path / "both" / "train", "anna", "bert")
+    photos(tmp_path / "both" / "val", "anna", "bert", count=1)
+    train, test = (load_data(str(tmp_path / "both"), preprocessing, split=split) for split in ("train", "test"))
+    assert (train.classes, len(train), len(test)) == (["anna", "bert"], 6, 2)
+    assert train.ids[0] == "train/anna/0.png"
+    assert str(train) == "6 images in 2 classes: anna 3, bert 3"
+
+
+def test_data_under_the_classes_of_a_model(tmp_path):
+    preprocessing = fastntk.Preprocessing(8, (0.5,) * 3, (0.5,) * 3)
+    found = load_data(str(photos(tmp_path / "a", "anna", "carl")), preprocessing).under(["anna", "bert", "carl"])
+    assert found.labels.tolist() == [0, 0, 0, 2, 2, 2]
+    assert "1 classes have none" in str(found)
+    with pytest.raises(fastntk.InputError, match="does not know: carl"):
+        found.under(["anna", "bert"])

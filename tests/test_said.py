@@ -1,13 +1,17 @@
 """What was done is what the command line says, whatever fails."""
 
 import json
+import shutil
+from dataclasses import replace
 
 import pytest
 from test_cli import refuse, succeed
-from test_run import given, run  # noqa: F401 (fixtures)
+from test_data import photos
+from test_run import RECIPE, given, prepared, run  # noqa: F401 (fixtures)
 
 import fastntk
 from fastntk.cli.commands import memory as commands
+from fastntk.cli.run import Run
 from fastntk.memory.memory import Memory
 
 
@@ -61,3 +65,19 @@ def test_brackets_are_brackets(run, tmp_path):  # noqa: F811
         place = run.folder.rename(run.folder.with_name(name.replace("/", "|")))
         assert str(place.name) in succeed("forget", place, "--ids", "3", "--dry-run") + succeed("export", place)
         place.rename(run.folder)
+
+
+def test_a_class_that_was_forgotten_may_be_deleted_from_the_disk(given, tmp_path):  # noqa: F811
+    data = photos(tmp_path / "photos", "anna", "bert", "carl", count=8)
+    run = Run(tmp_path / "run")  # noqa: F811
+    run.fit(replace(given, data=str(data)), RECIPE)
+    prepared(run)
+    succeed("forget", run.folder, "--class-name", "bert")
+    for emptied in (True, False):
+        shutil.rmtree(data / "bert")
+        if emptied:
+            (data / "bert").mkdir()
+        for command in (["export"], ["forget", "--ids", "anna/0.png", "--dry-run"], ["verify"], ["refresh"]):
+            succeed(command[0], run.folder, *command[1:])
+    photos(data, "dora")
+    refuse("does not know: dora", "export", run.folder)

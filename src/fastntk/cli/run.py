@@ -10,6 +10,7 @@ lock                   held while the files of the fit are replaced, which is do
 Whatever a command that was killed has left is gone on with, or undone, when the run is next opened.
 """
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -55,6 +56,8 @@ from fastntk.tuning.parameters import snapshot, tuned
 from fastntk.tuning.rebuilding import rebuilt_start
 from fastntk.tuning.recipe import Recipe
 from fastntk.tuning.selectors import tune
+
+log = logging.getLogger(__name__)
 
 WAIT = 60.0
 """Seconds that a process waits for another one to finish with the run."""
@@ -104,9 +107,11 @@ class Run:
         writable(self.folder)
         Folder(self.folder / "memory").check_unused()
         module, images = given.open(self.device, recipe.seed)
+        log.info("%s", images)
         held_out = None
         if validation:
-            held_out = in_memory(load_data(validation, images.preprocessing, split="test", root=given.root))
+            found = load_data(validation, images.preprocessing, split="test", root=given.root)
+            held_out = in_memory(found.under(images.classes))
         if given.fitted:
             load_weights(module, read_weights(Path(given.fitted)), with_head=True)
             begun = rebuilt_start(module, given.pretrained, head=given.head_start)
@@ -135,10 +140,7 @@ class Run:
         model, preprocessing = load_model(settings.model, len(settings.classes), size=settings.size or None)
         tune(model, *settings.select)
         load_weights(model, read_tensors(self.folder / "model.safetensors")[0], with_head=True)
-        images = settings.images(preprocessing)
-        if images.classes != settings.classes:
-            raise InputError(f"{settings.data} now has other classes than when the run was made: {images.classes}.")
-        return settings, model.to(self.device), images
+        return settings, model.to(self.device), settings.images(preprocessing)
 
     def _check(self, settings: Settings) -> None:
         """Raises ``InputError`` that names the first file which is missing or damaged."""

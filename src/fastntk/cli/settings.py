@@ -124,5 +124,10 @@ class Settings:
             raise InputError(f"run.json does not describe a recipe ({error}). Restore it from a backup.") from error
 
     def images(self, preprocessing: Preprocessing, source: str | None = None, split: str = "train") -> Images:
-        """The training data, or another source read in the same way."""
-        return load_data(source or self.data, preprocessing, split=split, root=self.root, id_column=self.id_column)
+        """The training data, or another source read in the same way, in the run's classes.
+
+        Raises:
+            InputError: it has other classes.
+        """
+        found = load_data(source or self.data, preprocessing, split=split, root=self.root, id_column=self.id_column)
+        return found.under(self.classes)

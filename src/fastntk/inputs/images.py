@@ -22,6 +22,9 @@ class Preprocessing:
     std: tuple[float, float, float]
 
 
+_TOLD = 20  # classes that are named
+
+
 class Images(Dataset):
     """``(image, label)`` pairs as the model wants them.
 
@@ -53,6 +56,29 @@ class Images(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self._tensor(self.source[index]), int(self.labels[index])
+
+    def __str__(self) -> str:
+        """How many there are of each class."""
+        counts = torch.bincount(self.labels, minlength=len(self.classes)).tolist()
+        told = [f"{name} {count:,}" for name, count in zip(self.classes, counts, strict=True)]
+        more = [f"and {len(told) - _TOLD} more"] if len(told) > _TOLD else []
+        empty = f"; {counts.count(0)} classes have none" if 0 in counts else ""
+        return f"{len(self):,} images in {len(told)} classes: {', '.join([*told[:_TOLD], *more])}{empty}"
+
+    def under(self, classes: Sequence[str]) -> "Images":
+        """The same with the classes that a model knows, of which some may have no image left.
+
+        Raises:
+            InputError: there are classes that the model does not know.
+        """
+        unknown = sorted(set(self.classes) - set(classes))
+        if unknown:
+            raise InputError(
+                f"the data have classes that the model does not know: {', '.join(unknown)}. Its classes are: "
+                f"{', '.join(classes)}."
+            )
+        places = torch.tensor([classes.index(name) for name in self.classes], dtype=torch.long)
+        return Images(self.source, places[self.labels].tolist(), list(classes), self.preprocessing, self.ids)
 
     def part(self, first: int, last: int) -> "Images":
         """Images ``first`` to ``last`` of each class, in the order in which they all are.

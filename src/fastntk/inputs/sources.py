@@ -44,13 +44,14 @@ def load_data(
     """Read labelled images.
 
     Args:
-        source: a folder of class folders (torchvision ImageFolder), whose samples' ids are their paths in it; an
+        source: a folder of class folders (torchvision ImageFolder; those that begin with a dot are left out), whose
+            samples' ids are their paths in it, or a folder that has train, val and test with such folders in each; an
             ``.npz`` with arrays ``x`` (uint8, ``[N, H, W]`` or ``[N, H, W, 3]``) and ``y`` (integers), or ``x_train``,
             ``y_train``, ``x_test``, ``y_test``, optionally ``classes`` (names); a folder that ``save_to_disk`` of
             Hugging Face datasets wrote, with one column of images and one of class labels; or the name of a torchvision
             dataset, found under ``root`` (never downloaded).
         preprocessing: as the model wants it.
-        split: ``"train"`` or ``"test"``, where the source has both.
+        split: ``"train"`` or ``"test"``, where the source has both (a folder: test, or else val).
         root: the folder of a torchvision dataset.
         id_column: the column (of an ``.npz``, the array) that names each sample for good; by default its index does.
 
@@ -66,7 +67,7 @@ def load_data(
     if id_column is not None:
         raise InputError(f"{source} has no columns: ids can be taken from an .npz or a Hugging Face dataset.")
     if path.is_dir():
-        return _from_folder(path, preprocessing)
+        return _from_folder(path, preprocessing, split)
     if hasattr(torchvision().datasets, source):
         return _from_torchvision(source, preprocessing, split, root)
     raise InputError(f"{source!r} is neither a folder, an .npz file nor a torchvision dataset name such as 'CIFAR10'.")
@@ -118,14 +119,35 @@ class _Column:
         return self.dataset[index][self.key]
 
 
-def _from_folder(path: Path, preprocessing: Preprocessing) -> Images:
-    try:
-        folder = torchvision().datasets.ImageFolder(str(path))
-    except FileNotFoundError as error:
-        raise InputError(f"{path} is not a folder of class folders with images in each ({error}).") from error
-    names = [name for name, _ in folder.samples]
+_SPLITS = {"train": ("train",), "test": ("test", "val", "valid", "validation")}
+
+
+def _from_folder(path: Path, preprocessing: Preprocessing, split: str) -> Images:
+    folder = _of_split(path, split)
+    classes = _folders(folder)
+    if not classes:
+        raise InputError(f"{folder} has no class folders in it. Give a folder with one folder of images a class.")
+    places = {name: place for place, name in enumerate(classes)}
+    samples = torchvision().datasets.folder.make_dataset(
+        str(folder), places, torchvision().datasets.folder.IMG_EXTENSIONS, allow_empty=True
+    )
+    if not samples:
+        raise InputError(f"{folder} has no images in its class folders ({', '.join(classes)}).")
+    names, labels = zip(*samples, strict=True)
     ids = [Path(name).relative_to(path).as_posix() for name in names]
-    return Images(_Folder(names), folder.targets, folder.classes, preprocessing, ids)
+    return Images(_Folder(list(names)), list(labels), classes, preprocessing, ids)
+
+
+def _folders(path: Path) -> list[str]:
+    return sorted(each.name for each in path.iterdir() if each.is_dir() and not each.name.startswith("."))
+
+
+def _of_split(path: Path, split: str) -> Path:
+    """A folder's own, or that of a split if splits are all that is in it."""
+    found, known = _folders(path), [name for names in _SPLITS.values() for name in names]
+    if "train" not in found or not set(found) <= set(known):
+        return path
+    return next((path / name for name in _SPLITS[split] if name in found), path / "train")
 
 
 def _from_npz(path: Path, preprocessing: Preprocessing, split: str, id_column: str | None) -> Images:
