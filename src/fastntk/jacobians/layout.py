@@ -1,6 +1,6 @@
 """Where each tuned parameter lies in one flat vector of all."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,16 @@ class Layout:
     slow: tuple[str, ...]
     head: tuple[str, ...]
     shapes: Mapping[str, torch.Size]
+
+    def slower(self, names: Collection[str]) -> "Layout":
+        """With some parameters left to ``torch.func``; of a head all, if any is."""
+        left = {*names, *(self.head if set(self.head) & set(names) else ())}
+        return Layout(
+            fast=tuple(name for name in self.fast if name not in left),
+            slow=tuple(name for name in self.shapes if name in self.slow or name in left),
+            head=tuple(name for name in self.head if name not in left),
+            shapes=self.shapes,
+        )
 
     @property
     def size(self) -> int:

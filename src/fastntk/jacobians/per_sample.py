@@ -5,6 +5,7 @@ One forward and C ordinary backward passes then give all of ``J``. A parameter t
 is noticed by a trial run and differentiated by ``torch.func`` instead, slower and as exact.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -19,6 +20,12 @@ from fastntk.jacobians.jacobian import Jacobian
 from fastntk.jacobians.layout import Layout
 from fastntk.jacobians.rules.calls import PerSample
 from fastntk.tuning.loss import contrasts
+
+log = logging.getLogger(__name__)
+
+_LIMIT = (
+    1e-3  # of a derivative, which a rule may be off autograd's: rounding of float32 networks stays below a tenth of it
+)
 
 
 class PerSampleJacobian:
@@ -42,10 +49,50 @@ class PerSampleJacobian:
 
     def layout(self, x: Tensor) -> Layout:
         """How ``theta`` is laid out, found by a trial run on one image (as a batch of two, so that a leading axis of
-        length 1 is not taken for the batch)."""
+        length 1 is not taken for the batch). Whoever's derivative by the rules is not autograd's is left to
+        ``torch.func``.
+
+        Raises:
+            InputError: that is not autograd's either.
+        """
         if self.known is None:
-            self.known = self._trial(torch.cat([x[:1], x[:1]]))
+            pair = torch.cat([x[:1], x[:1]])
+            found = self._trial(pair)
+            wrong = self._wrong(found, pair)
+            if wrong:
+                log.info("no rule covers how %s are used: they are left to torch.func", ", ".join(sorted(wrong)))
+                found = found.slower(wrong)
+                wrong = self._wrong(found, pair)
+            if wrong:
+                raise InputError(
+                    f"the derivative with respect to {min(wrong)!r} is not what autograd says. Tune other parameters, "
+                    "or write the model's forward pass without operations in place."
+                )
+            self.known = found
         return self.known
+
+    def _wrong(self, layout: Layout, x: Tensor) -> set[str]:
+        """The parameters whose derivative of a random combination of each image's logits is more than ``_LIMIT`` of its
+        size off autograd's: two passes."""
+        trial = {name: tensor.clone().requires_grad_() for name, tensor in self.parameters.items()}
+        with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+            logits = self._forward(x, trial, nullcontext())
+            drawn = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits)
+            grads = torch.autograd.grad((logits * drawn).sum(), list(trial.values()), allow_unused=True)
+        expected = {n: torch.zeros_like(t) if g is None else g for (n, t), g in zip(trial.items(), grads, strict=True)}
+        with torch.autocast(x.device.type, enabled=False):
+            same = PerSampleJacobian(self.model, self.parameters, layout)
+            rows = same.with_logits(x, lambda _: drawn[:, :, None].to(self.dtype))[0].rest.sum((0, 1))
+        found, whole = (
+            layout.unflatten(rows, expected),
+            float(torch.cat([g.flatten() for g in grads if g is not None]).norm()),
+        )
+        limit = max(_LIMIT, 30 * torch.finfo(self.dtype).eps)
+        return {
+            name
+            for name, each in expected.items()
+            if not float((found[name] - each).norm()) <= limit * (float(each.norm()) + 1e-3 * whole)
+        }
 
     def _trial(self, x: Tensor) -> Layout:
         trial = {name: tensor.clone().requires_grad_() for name, tensor in self.parameters.items()}
@@ -55,8 +102,8 @@ class PerSampleJacobian:
             grads = torch.autograd.grad(logits.sum(), list(trial.values()), allow_unused=True, materialize_grads=False)
         # The rules detach: a gradient that reaches the parameter itself came through a use that no rule covers.
         slow = {name for name, grad in zip(trial, grads, strict=True) if grad is not None or name not in mode.copies}
-        last = [names for out, inputs, names in mode.linear_calls if out is logits and inputs.ndim == 2]
-        calls = [name for _, _, names in mode.linear_calls for name in names]
+        last = [c.names for c in mode.linear_calls if c.out is logits and c.input.ndim == 2 and c.unchanged]
+        calls = [name for call in mode.linear_calls for name in call.names]
         head = last[0] if last and all(calls.count(name) == 1 and name not in slow for name in last[0]) else ()
         fast = tuple(name for name in trial if name not in slow and name not in head)
         return Layout(
@@ -171,6 +218,6 @@ class PerSampleJacobian:
         """The head's input, with a 1 appended for its bias: one column a tuned parameter and class."""
         if not head:
             return logits.new_empty(len(logits), 0)
-        inputs = next(x for _, x, names in mode.linear_calls if names == head).detach()
+        inputs = next(call.input for call in mode.linear_calls if call.names == head).detach()
         ones = inputs.new_ones(len(inputs), 1)
         return torch.cat([inputs if self.parameters[name].ndim == 2 else ones for name in head], 1)

@@ -8,7 +8,7 @@ first tuned parameter is not differentiated.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,35 @@ from fastntk.jacobians.rules.functions import BatchNorm, Convolution, GroupNorm,
 
 def _data(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach()
+
+
+def _versions(*tensors: Tensor) -> tuple[int, ...]:
+    """They change with every operation in place."""
+    return tuple(tensor._version for tensor in tensors)
+
+
+class LinearCall(NamedTuple):
+    """A call of a linear layer with tuned parameters."""
+
+    out: Tensor
+    input: Tensor
+    names: tuple[str, ...]
+    versions: tuple[int, ...]
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether nobody has written to its input or output since."""
+        return _versions(self.out, self.input) == self.versions
+
+
+class _Convolved(NamedTuple):
+    """What a tensor is the convolution of, as long as nobody has written to either."""
+
+    arguments: tuple[Tensor, Tensor, tuple]
+    versions: tuple[int, ...]
+
+    def holds(self, out: Tensor) -> bool:
+        return _versions(out, self.arguments[0]) == self.versions
 
 
 class PerSample(TorchFunctionMode):
@@ -38,7 +67,7 @@ class PerSample(TorchFunctionMode):
         self.batch = batch
         self.head = head
         self.copies: dict[str, Tensor] = {}
-        self.linear_calls: list[tuple[Tensor, Tensor, tuple[str, ...]]] = []
+        self.linear_calls: list[LinearCall] = []
 
     def _name(self, tensor: Any) -> str | None:
         return self.names.get(id(tensor))
@@ -82,7 +111,8 @@ class PerSample(TorchFunctionMode):
         if not self._fits(input, weight, bias):
             return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
         copies = self._copy(weight), self._copy(bias)
-        origin = getattr(input, "_convolved", (None, None, None))
+        noted = getattr(input, "_convolved", None)
+        origin = noted.arguments if noted and noted.holds(input) else (None, None, None)
         input = input if origin[0] is None else input.detach()
         return BatchNorm.apply(input, _data(weight), _data(bias), running_mean, running_var, eps, *copies, *origin)
 
@@ -107,7 +137,7 @@ class PerSample(TorchFunctionMode):
             out = F.linear(input, weight.detach(), _data(bias))
         else:
             out = Linear.apply(input, _data(weight), _data(bias), self._copy(weight), self._copy(bias))
-        self.linear_calls.append((out, input, names))
+        self.linear_calls.append(LinearCall(out, input, names, _versions(out, input)))
         return out
 
     def _conv2d(self, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
@@ -121,7 +151,7 @@ class PerSample(TorchFunctionMode):
             return Convolution.apply(input, _data(weight), _data(bias), geometry, self._copy(weight), self._copy(bias))
         out = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
         if known and input.requires_grad:
-            out._convolved = input, weight.detach(), geometry  # type: ignore[attr-defined]
+            out._convolved = _Convolved((input, weight.detach(), geometry), _versions(out, input))  # type: ignore[attr-defined]
         return out
 
     def _elementwise(self, operation, left, right, **options):
