@@ -81,3 +81,9 @@ def test_a_class_that_was_forgotten_may_be_deleted_from_the_disk(given, tmp_path
             succeed(command[0], run.folder, *command[1:])
     photos(data, "dora")
     refuse("does not know: dora", "export", run.folder)
+
+
+def test_forgetting_with_a_refresh_re_anchors(run):  # noqa: F811
+    assert json.loads(succeed("forget", run.folder, "--ids", "3", "--refresh", "--json"))["samples"] == 1
+    assert states(run.folder) == ["re-anchored", "purged"]
+    refuse("leave out --defer-purge", "forget", run.folder, "--ids", "4", "--refresh", "--defer-purge")

@@ -302,7 +302,7 @@ def test_refresh_is_preparing_without_the_forgotten_at_the_current_weights(form,
     others, initial = Subset(memory.state.members.source, keep), moved(CASES["bn+head"].model())
     fresh = fastntk.prepare(model, others, initial, ridge=0.5, form=form, loss=fastntk.SquaredLoss())
     torch.testing.assert_close(memory.state.solution.step, fresh.state.solution.step, rtol=1e-8, atol=1e-9)
-    assert [(each.kind, each.state) for each in memory.requests()] == [("forget", "purged"), ("refresh", "purged")]
+    assert [(each.kind, each.state) for each in memory.requests()] == [("forget", "re-anchored"), ("refresh", "purged")]
     expected = fresh.forget([keep.index(7)]).parameters
     close(reopened(memory, folder).forget([7]).parameters, expected, 1e-8)
 

@@ -64,5 +64,5 @@ def show_answer(
         f"{certificate.kind}: {certificate.samples} samples in {answer.seconds:.2f} s; {certificate.retained:,} others "
         f"stay.\n{certificate.explanation}"
     )
-    purged = unpurged if purge_seconds is None else f"purged in {purge_seconds:.2f} s"
+    purged = unpurged if purge_seconds is None else f"purged in {purge_seconds:.2f} s (see docs/limits.md)"
     show(document, as_json, f"{text}\nThe memory's folder: {purged}.")

@@ -99,6 +99,9 @@ def forget(
     class_name: Annotated[str | None, typer.Option(help="All samples of one class.")] = None,
     dry_run: Annotated[bool, typer.Option(help="Show the verdict, change nothing.")] = False,
     defer_purge: options.Defer = False,
+    refresh: Annotated[
+        bool, typer.Option(help="Re-anchor afterwards, so that the folder tells nothing of them: a pass over the rest.")
+    ] = False,
     full: options.Full = False,
     certificate: options.CertificateFile = None,
     device: options.Device = "cpu",
@@ -109,8 +112,12 @@ def forget(
 
     if sum(given is not None for given in (ids, ids_file, class_name)) != 1:
         raise InputError("say what to forget by exactly one of --ids, --ids-file and --class-name.")
-    if dry_run and (full or certificate or defer_purge):
-        raise InputError("--dry-run only shows the verdict: --full, --certificate and --defer-purge do not go with it.")
+    if dry_run and (full or certificate or defer_purge or refresh):
+        raise InputError(
+            "--dry-run only shows the verdict: --full, --certificate, --defer-purge and --refresh do not go with it."
+        )
+    if refresh and defer_purge:
+        raise InputError("--refresh purges: leave out --defer-purge.")
     options.check_out(certificate)
     opened = Run(run, device)
     memory, images = opened.memory()
@@ -119,6 +126,8 @@ def forget(
         show_answer(run, memory.preview(wanted), None, as_json, "nothing was changed")
     else:
         _answered(opened, memory, memory.forget(wanted, full=full), certificate, defer_purge, as_json)
+        if refresh:
+            _refreshed(opened, None if as_json else False)
 
 
 def remember(
@@ -156,7 +165,7 @@ def purge(run: options.Folder, device: options.Device = "cpu", as_json: options.
 
 
 def ledger(run: options.Folder, as_json: options.Json = False) -> None:
-    """Every request with its state: answered (its trace is still in the folder) or purged."""
+    """Every request with its state: answered (its trace is still in the folder), purged, or re-anchored (refreshed)."""
     from fastntk.memory.disk.folder import Folder
 
     requests = Folder(run / "memory").requests()
@@ -191,8 +200,15 @@ def refresh(run: options.Folder, device: options.Device = "cpu", as_json: option
     """Linearise anew where the weights are now, by one pass over the samples that are left."""
     from fastntk.cli.run import Run
 
-    seconds, memory = Run(run, device).refresh()
-    document = {"run": str(run), "seconds": seconds, "ridge": memory.ridge, "samples": len(memory.ids)}
+    _refreshed(Run(run, device), as_json)
+
+
+def _refreshed(opened: "Run", as_json: bool | None) -> None:
+    """Refresh and say so; None says nothing, where JSON has been printed already."""
+    seconds, memory = opened.refresh()
+    if as_json is None:
+        return
+    document = {"run": str(opened.folder), "seconds": seconds, "ridge": memory.ridge, "samples": len(memory.ids)}
     show(document, as_json, f"Refreshed on {len(memory.ids):,} samples in {seconds:.1f} s; ridge {memory.ridge:.4g}.")
 
 

@@ -1,8 +1,9 @@
 """The ledger of a memory's folder: which files are the memory, and every request with its state.
 
-A request is first ``answered`` (its weights are durable, its samples' trace is still in the folder) and then ``purged``
-(the trace is gone). The ledger names no sample. It is a SQLite database beside a small file with its SHA-256; while a
-transaction is under way that file says so, and after a crash SQLite rolls the transaction back.
+A request is first ``answered`` (its weights are durable, its samples' trace is still in the folder), then ``purged``
+(the trace is gone, but for what the answer itself and the anchor tell together: docs/limits.md), and ``re-anchored`` by
+a refresh (that is gone too). The ledger names no sample. It is a SQLite database beside a small file with its SHA-256;
+while a transaction is under way that file says so, and after a crash SQLite rolls the transaction back.
 """
 
 import json
@@ -44,7 +45,7 @@ class Request:
         number: from 1, in the order of the answers.
         request: its id, random.
         kind: ``forget``, ``remember``, ``refresh`` or ``audit``.
-        state: ``answered`` or ``purged``.
+        state: ``answered``, ``purged`` or ``re-anchored``.
         answered: when, as ISO 8601 in UTC.
         purged: when the samples' trace was gone from the folder, or None.
         seconds: until the new weights were durable.
@@ -139,14 +140,17 @@ class Ledger:
                 _enter(database, str(uuid.uuid4()), "refresh", refresh, seconds)
 
     def purged(self, seconds: float | None) -> None:
-        """The files that ``switch`` has left out are gone; so say the requests concerned."""
+        """What ``switch`` has left out is gone: so say the requests concerned, and those before a refresh."""
         concerned = "state = 'answered' AND file IS NULL"
+        last = "(SELECT max(number) FROM requests WHERE kind = 'refresh')"
+        before = f"state = 'purged' AND kind IN ('forget', 'remember') AND number < {last}"
         with self._open() as database:
-            some = _one(database, f"SELECT count(*) FROM requests WHERE {concerned}")
+            some = _one(database, f"SELECT count(*) FROM requests WHERE ({concerned}) OR ({before})")
         if some:
             with self._writing() as database:
                 change = f"UPDATE requests SET state = 'purged', purged = ?, purge_seconds = ? WHERE {concerned}"
                 database.execute(change, (_now(), seconds))
+                database.execute(f"UPDATE requests SET state = 're-anchored' WHERE {before}")
 
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
