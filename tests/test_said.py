@@ -87,3 +87,30 @@ def test_forgetting_with_a_refresh_re_anchors(run):  # noqa: F811
     assert json.loads(succeed("forget", run.folder, "--ids", "3", "--refresh", "--json"))["samples"] == 1
     assert states(run.folder) == ["re-anchored", "purged"]
     refuse("leave out --defer-purge", "forget", run.folder, "--ids", "4", "--refresh", "--defer-purge")
+
+
+@pytest.mark.parametrize(
+    ("message", "arguments"),
+    [
+        ("finite", ["--learning-rate", "inf"]),
+        ("finite", ["--learning-rate", "nan"]),
+        ("finite", ["--weight-decay", "nan"]),
+        ("Input should be", ["--seed", "-1"]),
+        ("Input should be", ["--seed", "99999999999999999999999"]),
+        ("Input should be", ["--image-size", "0"]),
+        ("cannot take images of 1 x 1", ["--image-size", "1"]),
+        ("cannot take images of 9000000 x 9000000", ["--image-size", "9000000"]),
+        ("is not there", ["--device", "meta"]),
+        ("selector is empty", ["--select", ""]),
+    ],
+)
+def test_numbers_out_of_range(message, arguments, given, tmp_path):  # noqa: F811
+    start = ["--model", given.model, "--data", given.data, "--epochs", 1]
+    refuse(message, "fit", tmp_path / "new", *start, *arguments)
+    assert not (tmp_path / "new" / "run.json").exists()
+
+
+def test_a_fit_writes_over_nobody_s_files(given, tmp_path):  # noqa: F811
+    (tmp_path / "model.safetensors").write_text("precious")
+    refuse("holds no run, but model.safetensors", "fit", tmp_path, "--model", given.model, "--data", given.data)
+    assert (tmp_path / "model.safetensors").read_text() == "precious"

@@ -28,12 +28,15 @@ Select = Annotated[
     ),
 ]
 Weights = Annotated[str | None, typer.Option(help="A local state dict (.safetensors, .pt), or 'pretrained'.")]
-Size = Annotated[int | None, typer.Option(help="Side of the input in pixels; the model's own by default.")]
+Size = Annotated[int | None, typer.Option(min=1, help="Side of the input in pixels; the model's own by default.")]
 IdColumn = Annotated[
     str | None, typer.Option(help="The column (array of an .npz) that names the samples; their index by default.")
 ]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")]
-Seed = Annotated[int, typer.Option(help="Of the head's first values and the order of the samples.")]
+SEED = {"min": 0, "max": 2**63 - 1}
+"""What torch takes for one."""
+
+Seed = Annotated[int, typer.Option(**SEED, help="Of the head's first values and the order of the samples.")]
 LossName = Annotated[str, typer.Option("--loss", help="squared or cross-entropy.")]
 Smoothing = Annotated[float, typer.Option("--label-smoothing", help="Of cross-entropy, from 0 to below 1.")]
 Fitted = Annotated[
@@ -64,7 +67,7 @@ Precision = Annotated[str, typer.Option(help="Of the network: full, tf32 (NVIDIA
 Probes = Annotated[
     int | None, typer.Option(help="Random combinations of the logits in place of all classes; answers become rough.")
 ]
-Workers = Annotated[int, typer.Option(help="Processes that read images ahead.")]
+Workers = Annotated[int, typer.Option(min=0, max=32, help="Processes that read images ahead.")]
 Ids = Annotated[
     str | None,
     typer.Option(help="Places in the training set, as 3,17; paths in a folder of images; or what --id-column holds."),

@@ -105,6 +105,7 @@ class Run:
                 while this was fitted.
         """
         writable(self.folder)
+        self._check_vacant()
         Folder(self.folder / "memory").check_unused()
         module, images = given.open(self.device, recipe.seed)
         log.info("%s", images)
@@ -124,6 +125,12 @@ class Run:
         with self._locked(), Folder(self.folder / "memory").unused():
             self._replace(Settings.of(given, images, recipe), tensors, gone=("memory", "partial"))
         return done
+
+    def _check_vacant(self) -> None:
+        """Raises ``InputError`` if somebody else's files would be written over."""
+        others = [name for name in _TENSORS if (self.folder / name).exists()]
+        if others and not (self.folder / _RUN).exists() and not (self.folder / DECIDED).is_dir():
+            raise InputError(f"{self.folder} holds no run, but {others[0]}. Choose a folder that is empty or new.")
 
     def _replace(self, settings: Settings, tensors: Mapping[str, Mapping[str, Tensor]], gone: Sequence[str]) -> None:
         """Other tensors, with a ``run.json`` that says so, in one step; the lock must be held."""
@@ -292,8 +299,8 @@ def parse_device(name: str) -> torch.device:
     """
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"device {name!r} is not there ({str(error).splitlines()[0]}). Use 'cpu'.") from error
     return device
 

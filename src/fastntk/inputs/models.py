@@ -40,7 +40,20 @@ def load_model(
     if weights is not None and not pretrained:
         load_weights(model, read_weights(Path(weights)))
     reset_head(model, seed)
+    if size is not None:
+        _check_size(model.eval(), size)
     return model.eval().to(memory_format=torch.channels_last), preprocessing  # type: ignore[call-overload]
+
+
+def _check_size(model: nn.Module, size: int) -> None:
+    """Raises ``InputError`` if the model cannot take an image of that side."""
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, 3, size, size))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise InputError(
+            f"the model cannot take images of {size} x {size} ({str(error).splitlines()[0]}). Choose another size."
+        ) from error
 
 
 def reset_head(model: nn.Module, seed: int) -> None:

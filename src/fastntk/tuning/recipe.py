@@ -49,10 +49,11 @@ class Recipe:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "augment", tuple(self.augment))
-        if self.epochs < 1 or self.batch_size < 1 or self.learning_rate <= 0 or self.weight_decay < 0:
+        rates = 0 < self.learning_rate < math.inf and 0 <= self.weight_decay < math.inf
+        if self.epochs < 1 or self.batch_size < 1 or not rates:
             raise InputError(
-                "epochs and batch_size must be at least 1, learning_rate positive and weight_decay not negative; "
-                f"got {self}."
+                "epochs and batch_size must be at least 1, learning_rate positive and weight_decay not negative, both "
+                f"of them finite; got {self}."
             )
         if self.optimizer not in _OPTIMIZERS:
             raise InputError(f"the optimizer is one of {', '.join(_OPTIMIZERS)}, not {self.optimizer!r}.")

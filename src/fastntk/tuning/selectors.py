@@ -178,6 +178,8 @@ def select(model: nn.Module, *selectors: str | Iterable[str]) -> list[str]:
     adding = [each for each in selectors if isinstance(each, str) and (named := _parsed(each)) and named[0].adds]
     with _whole_or_not_at_all(model):
         for selector in [*adding, *selectors]:
+            if isinstance(selector, str) and not selector.strip():
+                raise InputError("a selector is empty. Leave it out, or say 'all'.")
             chosen.update(_matching(model, selector) if isinstance(selector, str) else _listed(model, selector))
         if not chosen:
             offer = ", ".join(tunables(model))

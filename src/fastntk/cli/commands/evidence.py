@@ -35,7 +35,7 @@ def audit(
     class_name: Annotated[str | None, typer.Option(help="In place of drawn samples: all of one class.")] = None,
     test: Annotated[str | None, typer.Option(help="Held-out data, to compare samples left out with.")] = None,
     device: options.Device = "cpu",
-    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    seed: Annotated[int, typer.Option(**options.SEED, help="Of the draw.")] = 0,
     as_json: options.Json = False,
 ) -> None:
     """Try a request that nobody made: retrain twice without its samples, and compare the memory's answer with that.
@@ -55,7 +55,7 @@ def evaluate(
     retrain: Annotated[bool, typer.Option(help="Retrain twice without the forgotten samples, to compare with.")] = True,
     device: options.Device = "cpu",
     seed: Annotated[
-        int | None, typer.Option(help="Of the second retrained model; the run's own + 1 by default.")
+        int | None, typer.Option(**options.SEED, help="Of the second retrained model; the run's own + 1 by default.")
     ] = None,
     as_json: options.Json = False,
 ) -> None:

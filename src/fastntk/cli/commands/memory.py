@@ -27,7 +27,9 @@ def prepare(
     class_probes: options.Probes = None,
     workers: options.Workers = 0,
     device: options.Device = "cpu",
-    seed: Annotated[int, typer.Option(help="Of the draw of retained samples that check every request.")] = 0,
+    seed: Annotated[
+        int, typer.Option(**options.SEED, help="Of the draw of retained samples that check every request.")
+    ] = 0,
     as_json: options.Json = False,
 ) -> None:
     """One pass over the training data; from then on forgetting needs only the forgotten samples.
