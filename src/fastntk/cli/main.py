@@ -60,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise InputError("only fit and prepare run in several processes. Start this command without a launcher.")
         app(given)
     except (InputError, PeerLost) as error:
-        console.print(Text("error: ", style="red").append(str(error), style="default"), highlight=False, soft_wrap=True)
+        told = str(error).encode(errors="backslashreplace").decode()  # names of files may be no UTF-8
+        console.print(Text("error: ", style="red").append(told, style="default"), highlight=False, soft_wrap=True)
         sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
         console.print("interrupted. What a command had completed stays; the same command goes on from there.")

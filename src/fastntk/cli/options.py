@@ -72,7 +72,7 @@ Ids = Annotated[
     str | None,
     typer.Option(help="Places in the training set, as 3,17; paths in a folder of images; or what --id-column holds."),
 ]
-IdsFile = Annotated[Path | None, typer.Option(help="A text file of such ids.")]
+IdsFile = Annotated[Path | None, typer.Option(help="A text file of such ids, one a line.")]
 Defer = Annotated[bool, typer.Option("--defer-purge", help="Leave the rewriting of the memory to a later command.")]
 Full = Annotated[bool, typer.Option("--full", help="Solve anew from the sums, to compare.")]
 CertificateFile = Annotated[
@@ -163,6 +163,6 @@ def text_of(path: Path) -> str:
         InputError: it cannot be read.
     """
     try:
-        return path.read_text()
+        return path.read_text(encoding="utf-8-sig", errors="surrogateescape")  # names of files may be no UTF-8
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read as text ({error}).") from error

@@ -11,6 +11,7 @@ Whatever a command that was killed has left is gone on with, or undone, when the
 """
 
 import logging
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -333,13 +334,31 @@ def of_class(images: Images, class_name: str, memory: Memory) -> list[Id]:
     return ids
 
 
-def read_ids(text: str, images: Images) -> list[Id]:
-    """The ids that a text names: separated by commas or lines, or, if they are numbers, by spaces too.
+def read_ids(text: str, images: Images, lines: bool = False) -> list[Id]:
+    """The ids that a text names, one a line; where a line is none, by commas between (or spaces, if all are numbers),
+    but not of a file, of which every line is one (``lines``).
 
-    What is no id of ``images`` stays as it is, for the memory to refuse.
+    What is no id of ``images`` stays as it is, for the memory to refuse. Letters may be composed or not.
+
+    Raises:
+        InputError: it names none.
     """
-    known = {str(each): each for each in images.ids}
-    words = [word.strip() for word in text.replace(",", "\n").splitlines()]
-    if all(part.isdecimal() for word in words for part in word.split()):
-        words = [part for word in words for part in word.split()]
-    return [known.get(word, int(word) if word.isdecimal() else word) for word in words if word]
+    known = {_composed(str(each)): each for each in images.ids} | {str(each): each for each in images.ids}
+    found: list[str] = []
+    for line in text.replace("\r\n", "\n").split("\n"):
+        if line in known or _composed(line.strip()) in known or lines:
+            found.append(line if line in known else line.strip())
+            continue
+        words = [word.strip() for word in line.split(",")]
+        numbers = all(part.isdecimal() for word in words for part in word.split())
+        found += [part for word in words for part in word.split()] if numbers else words
+    ids = [
+        known.get(each, known.get(_composed(each), int(each) if each.isdecimal() else each)) for each in found if each
+    ]
+    if not ids:
+        raise InputError("the request names no sample.")
+    return ids
+
+
+def _composed(text: str) -> str:
+    return unicodedata.normalize("NFC", text)

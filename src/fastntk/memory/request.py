@@ -160,4 +160,7 @@ def _certificate(
 
 def hashed(ids: Iterable[Id | None], salt: str) -> list[str]:
     """HMAC-SHA-256 of each id under ``salt`` (hexadecimal)."""
-    return [hmac.new(bytes.fromhex(salt), str(each).encode(), hashlib.sha256).hexdigest() for each in ids]
+    return [
+        hmac.new(bytes.fromhex(salt), str(each).encode(errors="surrogateescape"), hashlib.sha256).hexdigest()
+        for each in ids
+    ]

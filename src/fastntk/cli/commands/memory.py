@@ -235,7 +235,8 @@ def export(
 def _wanted(ids: str | None, ids_file: Path | None, images: Any) -> list[Any]:
     from fastntk.cli.run import read_ids
 
-    return read_ids((ids or "") if ids_file is None else options.text_of(ids_file), images)
+    text = (ids or "") if ids_file is None else options.text_of(ids_file)
+    return read_ids(text, images, lines=ids_file is not None)
 
 
 def _answered(

@@ -1,0 +1,45 @@
+"""Every sample that can be in a memory can be named, and no name is taken for another."""
+
+import pytest
+
+import fastntk
+from fastntk.cli.options import text_of
+from fastntk.cli.run import read_ids
+from fastntk.inputs.images import Images
+
+
+def images(*ids):
+    return Images(None, [0] * len(ids), ["a"], fastntk.Preprocessing(8, (0.5,) * 3, (0.5,) * 3), ids)
+
+
+@pytest.mark.parametrize(
+    ("ids", "text", "expected"),
+    [
+        ((1, 2, 3, 4), "1,2", [1, 2]),
+        ((1, 2, 3, 4), "1 2\n3,4", [1, 2, 3, 4]),
+        (("3 4", 3, 4), "3 4", ["3 4"]),
+        (("a,b", "a", "b"), "a,b", ["a,b"]),
+        (("a,b", "a", "b"), "b,a", ["b", "a"]),
+        (("[red]", "x y"), "[red]\nx y", ["[red]", "x y"]),
+        ((" led", "led"), " led", [" led"]),
+        (("zoe\u0301", "b"), "zo\u00e9", ["zoe\u0301"]),
+        (("zo\u00e9", "b"), "zoe\u0301", ["zo\u00e9"]),
+        (("a\u2028b", "c"), "a\u2028b\nc", ["a\u2028b", "c"]),
+        ((1, 2), "5, x", [5, "x"]),
+    ],
+)
+def test_what_a_text_names(ids, text, expected):
+    assert read_ids(text, images(*ids)) == expected
+
+
+@pytest.mark.parametrize("text", ["", " ", ",", "\n\n"])
+def test_nothing_is_no_request(text):
+    with pytest.raises(fastntk.InputError, match="names no sample"):
+        read_ids(text, images(1, 2))
+
+
+@pytest.mark.parametrize("name", ["a,b.png", "\u00fcber 3 4.png", b"caf\xe9.png".decode(errors="surrogateescape")])
+def test_a_file_has_an_id_on_each_line(name, tmp_path):
+    path = tmp_path / "ids.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + name.encode(errors="surrogateescape") + b"\r\n7\r\n")
+    assert read_ids(text_of(path), images(name, 7, "a"), lines=True) == [name, 7]
