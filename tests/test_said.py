@@ -114,3 +114,12 @@ def test_a_fit_writes_over_nobody_s_files(given, tmp_path):  # noqa: F811
     (tmp_path / "model.safetensors").write_text("precious")
     refuse("holds no run, but model.safetensors", "fit", tmp_path, "--model", given.model, "--data", given.data)
     assert (tmp_path / "model.safetensors").read_text() == "precious"
+
+
+@pytest.mark.parametrize("fraction", ["0", "1", "-0.1", "nan", "inf"])
+def test_a_fraction_is_between_0_and_1(fraction, run):  # noqa: F811
+    refuse("must be between 0 and 1", "audit", run.folder, "--fraction", fraction)
+
+
+def test_a_device_that_is_none_is_refused_by_the_demo_too(tmp_path):
+    refuse("is not there", "demo", "--device", "tpu", "--out", tmp_path / "d")

@@ -87,6 +87,8 @@ def audit(
 
 def _drawn(memory: Memory, fraction: float, seed: int) -> list[Id]:
     """The ids of a share of the members, at random."""
+    if not 0 < fraction < 1:
+        raise InputError(f"the fraction of the samples must be between 0 and 1, not {fraction}.")
     ids = memory.ids
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
     return [ids[place] for place in order[: round(fraction * len(ids))].tolist()]

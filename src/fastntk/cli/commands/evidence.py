@@ -21,9 +21,10 @@ def demo(
     Needs no data and no download: install the package with its `demo` extra. About 4 minutes on 2 cores.
     """
     from fastntk.cli import demo as demonstration
+    from fastntk.cli.run import parse_device
     from fastntk.evidence.report import document
 
-    reports, notes = demonstration.run(out, device, seed)
+    reports, notes = demonstration.run(out, parse_device(device), seed)
     told = [part for name, report in reports.items() for part in (report.table(f"forget: {name}"), notes[name], "")]
     wrote = f"Wrote {out / 'report.json'} and {out / 'report.html'}; open the latter in a browser."
     show(document(reports), as_json, *told, wrote)
