@@ -10,6 +10,7 @@ from torch.utils.data import TensorDataset
 
 import fastntk
 from fastntk.evidence import metrics
+from fastntk.evidence.drawings import draw
 from fastntk.evidence.measures import MEASURES, PARTS, Subject, shown
 from fastntk.evidence.pages import write_report
 from fastntk.evidence.report import document
@@ -173,3 +174,12 @@ def test_every_measure_says_what_it_needs_and_how_it_is_read():
         assert measure.text(value) == ("–" if value is None else f"{value:.{measure.decimals}f}")
     assert set(report.rows["fastntk"]) == set(MEASURES)
     assert list(shown("terminal")) == [n for n, m in MEASURES.items() if m.place == "terminal"]
+
+
+def test_no_drawing_has_a_forgotten_image_s_own_margin():
+    _, _, report = reported()
+    own = {round(float(value), 6) for name in report.rows for value in report.margins(name)}
+    for axes in draw(report).axes:
+        drawn = {round(float(x), 6) for line in axes.lines for x in line.get_xdata()}
+        assert not drawn & own
+        assert all(len(line.get_xdata()) <= 2 for line in axes.lines)
