@@ -3,8 +3,8 @@
 import pytest
 
 import fastntk
+from fastntk.cli.asked import read_ids
 from fastntk.cli.options import text_of
-from fastntk.cli.run import read_ids
 from fastntk.inputs.images import Images
 
 

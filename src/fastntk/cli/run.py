@@ -11,7 +11,6 @@ Whatever a command that was killed has left is gone on with, or undone, when the
 """
 
 import logging
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,6 +21,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from fastntk.cli.asked import of_class
 from fastntk.cli.settings import Given, Settings
 from fastntk.common import distributed
 from fastntk.common.errors import InputError
@@ -48,7 +48,6 @@ from fastntk.jacobians.numerics import Numerics
 from fastntk.memory.audit import Audit
 from fastntk.memory.disk.folder import Folder
 from fastntk.memory.finish import finished
-from fastntk.memory.members import Id
 from fastntk.memory.memory import Memory, load, prepare
 from fastntk.memory.plan import Plan, plan
 from fastntk.solve.collect import clear
@@ -316,49 +315,3 @@ def _held_out(settings: Settings, images: Images, test: str | None) -> Dataset:
     if test is None and torch.equal(held_out.labels, images.labels) and torch.equal(held_out[0][0], images[0][0]):
         raise InputError(f"{settings.data} has no test split. Give images that the model was not fitted to: --test.")
     return in_memory(held_out)
-
-
-def of_class(images: Images, class_name: str, memory: Memory) -> list[Id]:
-    """The ids of a class's samples that are in the memory.
-
-    Raises:
-        InputError: there is no such class, or none of its samples is left.
-    """
-    if class_name not in images.classes:
-        raise InputError(f"there is no class {class_name!r}. The classes are: {', '.join(images.classes)}.")
-    members = (images.labels == images.classes.index(class_name)).nonzero()[:, 0].tolist()
-    known = set(memory.ids)
-    ids = [images.ids[index] for index in members if images.ids[index] in known]
-    if not ids:
-        raise InputError(f"no sample of class {class_name!r} is in the memory: it was forgotten already.")
-    return ids
-
-
-def read_ids(text: str, images: Images, lines: bool = False) -> list[Id]:
-    """The ids that a text names, one a line; where a line is none, by commas between (or spaces, if all are numbers),
-    but not of a file, of which every line is one (``lines``).
-
-    What is no id of ``images`` stays as it is, for the memory to refuse. Letters may be composed or not.
-
-    Raises:
-        InputError: it names none.
-    """
-    known = {_composed(str(each)): each for each in images.ids} | {str(each): each for each in images.ids}
-    found: list[str] = []
-    for line in text.replace("\r\n", "\n").split("\n"):
-        if line in known or _composed(line.strip()) in known or lines:
-            found.append(line if line in known else line.strip())
-            continue
-        words = [word.strip() for word in line.split(",")]
-        numbers = all(part.isdecimal() for word in words for part in word.split())
-        found += [part for word in words for part in word.split()] if numbers else words
-    ids = [
-        known.get(each, known.get(_composed(each), int(each) if each.isdecimal() else each)) for each in found if each
-    ]
-    if not ids:
-        raise InputError("the request names no sample.")
-    return ids
-
-
-def _composed(text: str) -> str:
-    return unicodedata.normalize("NFC", text)

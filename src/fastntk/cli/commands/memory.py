@@ -110,7 +110,8 @@ def forget(
     as_json: options.Json = False,
 ) -> None:
     """Forget samples, then purge their trace from the memory. A few others are read to check the answer."""
-    from fastntk.cli.run import Run, of_class
+    from fastntk.cli.asked import of_class
+    from fastntk.cli.run import Run
 
     if sum(given is not None for given in (ids, ids_file, class_name)) != 1:
         raise InputError("say what to forget by exactly one of --ids, --ids-file and --class-name.")
@@ -233,7 +234,7 @@ def export(
 
 
 def _wanted(ids: str | None, ids_file: Path | None, images: Any) -> list[Any]:
-    from fastntk.cli.run import read_ids
+    from fastntk.cli.asked import read_ids
 
     text = (ids or "") if ids_file is None else options.text_of(ids_file)
     return read_ids(text, images, lines=ids_file is not None)
