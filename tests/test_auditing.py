@@ -300,7 +300,7 @@ def test_an_audited_memory_can_be_prepared_anew(tmp_path):
     ("message", "options"),
     [
         ("audit's request is empty", {"fraction": 0.01}),
-        ("would forget every sample", {"fraction": 1.0}),
+        ("must be between 0 and 1", {"fraction": 1.0}),
         ("id 99 is not in the memory", {"ids": [99]}),
     ],
 )
