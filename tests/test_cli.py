@@ -156,7 +156,7 @@ def test_the_whole_job(run, tmp_path):
     (tmp_path / "ids.txt").write_text("0\n5 6\n")
     text = succeed("forget", folder, "--ids-file", tmp_path / "ids.txt", "--defer-purge")
     assert "forget: 3 samples" in text
-    assert "nothing was purged" in text
+    assert "answered, not purged" in text
     refuse("id 17 is not in the memory", "forget", folder, "--ids", "17")
     states = [each["state"] for each in json.loads(succeed("ledger", folder, "--json"))["requests"]]
     assert states == ["purged", "answered"]
