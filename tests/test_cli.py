@@ -153,7 +153,7 @@ def test_the_whole_job(run, tmp_path):
         "classifier.weight",
         "classifier.bias",
     }
-    (tmp_path / "ids.txt").write_text("0\n5 6\n")
+    (tmp_path / "ids.txt").write_text("0\n5\n6\n")
     text = succeed("forget", folder, "--ids-file", tmp_path / "ids.txt", "--defer-purge")
     assert "forget: 3 samples" in text
     assert "answered, not purged" in text
