@@ -79,7 +79,7 @@ class Run:
         """
         if (self.folder / DECIDED).is_dir():
             with self._locked():
-                pass
+                pass  # whoever takes the lock completes what was decided
         if not (self.folder / _RUN).is_file():
             raise InputError(
                 f"{self.folder} holds no run. Make one with: fastntk fit {self.folder} --model ... --data ..."

@@ -102,9 +102,8 @@ class Settings:
             InputError: it is damaged, or of an unknown format.
         """
         document = read_json(path)
-        if document.get("format") == FORMAT.version and "sha256" not in document:
-            raise InputError(f"{path} is damaged: its sum is missing. Restore it from a backup, or fit again.")
-        found = FORMAT.read(unsealed(document, path), path)
+        needed = document.get("format") == FORMAT.version
+        found = FORMAT.read(unsealed(document, path, needed), path)
         return cls(**{each.name: found[each.name] for each in fields(cls)})
 
     def written(self) -> dict[str, Any]:

@@ -43,8 +43,8 @@ def writable(folder: Path) -> Path:
 def write(path: Path, save: Callable[[Path], object]) -> None:
     """Let ``save`` write a file in a folder beside ``path``, sync it and switch: ``path`` is old or new, never half.
 
-    Whatever else ``save`` writes there goes with the folder; what a process leaves that is killed meanwhile goes when
-    the same file is written again, or what is in the folder is looked through.
+    Whatever else ``save`` writes there goes with the folder; what a killed process leaves of it goes when the same file
+    is written again.
 
     Raises:
         InputError: the disk is full or the folder cannot be written; ``path`` is as it was.
@@ -90,15 +90,15 @@ def switching(folder: Path, gone: Sequence[str] = ()) -> Iterator[Path]:
     complete(folder)
 
 
-def complete(folder: Path) -> bool:
-    """Do what is left of a ``switch`` that was cut off after it was decided, and whether there was one.
+def complete(folder: Path) -> None:
+    """Do what is left of a ``switching`` that was cut off after it was decided, if there was one.
 
     Raises:
         InputError: it cannot be done yet; what was decided stays so.
     """
     decided = folder / DECIDED
     if not decided.is_dir():
-        return False
+        return
     for name in read_json(decided / _GONE)["gone"] if (decided / _GONE).is_file() else ():
         discard(folder / name)
     try:
@@ -109,7 +109,6 @@ def complete(folder: Path) -> bool:
     except OSError as error:
         raise InputError(f"{folder} cannot be written ({error}). Make it writable; its new files are kept.") from error
     discard(decided)
-    return True
 
 
 def _aside(path: Path) -> Path:

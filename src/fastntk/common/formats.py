@@ -83,12 +83,14 @@ def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
     return {**document, _SEAL: _sum(document)}
 
 
-def unsealed(document: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The reverse; what was never sealed is as it is.
+def unsealed(document: Mapping[str, Any], path: Path, needed: bool) -> dict[str, Any]:
+    """The reverse; what was never sealed is as it is, unless a seal is ``needed``.
 
     Raises:
-        InputError: it is not what was sealed.
+        InputError: it is not what was sealed, or has no seal.
     """
+    if needed and _SEAL not in document:
+        raise InputError(f"{path} is damaged: its sum is missing. Restore it from a backup, or make it anew.")
     content = {key: value for key, value in document.items() if key != _SEAL}
     if document.get(_SEAL, _sum(content)) != _sum(content):
         raise InputError(f"{path} is damaged: it is not what was written. Restore it from a backup, or make it anew.")

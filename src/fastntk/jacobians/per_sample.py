@@ -23,9 +23,8 @@ from fastntk.tuning.loss import contrasts
 
 log = logging.getLogger(__name__)
 
-_LIMIT = (
-    1e-3  # of a derivative, which a rule may be off autograd's: rounding of float32 networks stays below a tenth of it
-)
+# How far a rule may be off autograd, as a share of the derivative: rounding of float32 networks stays below a tenth.
+_LIMIT = 1e-3
 
 
 class PerSampleJacobian:
@@ -83,10 +82,8 @@ class PerSampleJacobian:
         with torch.autocast(x.device.type, enabled=False):
             same = PerSampleJacobian(self.model, self.parameters, layout)
             rows = same.with_logits(x, lambda _: drawn[:, :, None].to(self.dtype))[0].rest.sum((0, 1))
-        found, whole = (
-            layout.unflatten(rows, expected),
-            float(torch.cat([g.flatten() for g in grads if g is not None]).norm()),
-        )
+        found = layout.unflatten(rows, expected)
+        whole = float(torch.cat([each.flatten() for each in expected.values()]).norm())
         limit = max(_LIMIT, 30 * torch.finfo(self.dtype).eps)
         return {
             name

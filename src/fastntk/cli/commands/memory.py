@@ -129,8 +129,10 @@ def forget(
         show_answer(run, memory.preview(wanted), None, as_json, "nothing was changed")
     else:
         _answered(opened, memory, memory.forget(wanted, full=full), certificate, defer_purge, as_json)
-        if refresh:
-            _refreshed(opened, None if as_json else False)
+        if refresh and as_json:  # one object has been printed
+            opened.refresh()
+        elif refresh:
+            _refreshed(opened, as_json)
 
 
 def remember(
@@ -206,11 +208,8 @@ def refresh(run: options.Folder, device: options.Device = "cpu", as_json: option
     _refreshed(Run(run, device), as_json)
 
 
-def _refreshed(opened: "Run", as_json: bool | None) -> None:
-    """Refresh and say so; None says nothing, where JSON has been printed already."""
+def _refreshed(opened: "Run", as_json: bool) -> None:
     seconds, memory = opened.refresh()
-    if as_json is None:
-        return
     document = {"run": str(opened.folder), "seconds": seconds, "ridge": memory.ridge, "samples": len(memory.ids)}
     show(document, as_json, f"Refreshed on {len(memory.ids):,} samples in {seconds:.1f} s; ridge {memory.ridge:.4g}.")
 
