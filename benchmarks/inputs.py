@@ -25,7 +25,7 @@ from fastntk.inputs.images import in_memory
 from fastntk.inputs.models import load_model
 from fastntk.inputs.packaged import mnist, pretrained
 from fastntk.inputs.sources import load_data
-from fastntk.inputs.structure import head_name
+from fastntk.inputs.heads import head_parameters
 from fastntk.tuning.outputs import logits_of
 
 FOLDER = Path("runs/inputs")
@@ -40,8 +40,8 @@ def linked(name: str, source: Path) -> None:
 
 def kept(name: str, model: nn.Module) -> None:
     """The weights of a backbone: every seed has a head of its own."""
-    head = f"{head_name(model)}."
-    backbone = {n: tensor.contiguous() for n, tensor in model.state_dict().items() if not n.startswith(head)}
+    head = head_parameters(model)
+    backbone = {n: tensor.contiguous() for n, tensor in model.state_dict().items() if n not in head}
     save_file(backbone, FOLDER / f"{name}.safetensors")
 
 

@@ -15,7 +15,8 @@ from torch.utils.data import TensorDataset
 import fastntk
 from fastntk.inputs.libraries import timm, torchvision, transformers
 from fastntk.inputs.makers import Logits
-from fastntk.inputs.structure import blocks, head_name
+from fastntk.inputs.heads import head_modules
+from fastntk.inputs.structure import blocks
 from fastntk.jacobians.per_sample import PerSampleJacobian
 from fastntk.tuning.lora import lora_targets
 from fastntk.tuning.parameters import snapshot
@@ -270,7 +271,7 @@ def test_other_prompts_or_adapters_than_there_are():
 def test_an_adapted_head_is_still_the_head():
     model = made("timm")
     fastntk.tune(model, "lora:2:head|qkv", "head")
-    assert head_name(model) == "head.base_layer"
+    assert head_modules(model) == ["head.base_layer"]
     x = images("timm")
     jacobian = PerSampleJacobian(model, snapshot(fastntk.tune(model, "lora:2:head|qkv", "head")))
     expected = oracles.jacobian(model, jacobian.parameters, jacobian.layout(x), x)

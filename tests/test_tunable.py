@@ -3,7 +3,6 @@ from cases import Attention, Convolutional, fused
 from torch import nn
 
 import fastntk
-from fastntk.inputs.structure import head_name
 from fastntk.tuning.selectors import select, tunables
 
 
@@ -42,7 +41,6 @@ def test_tune_freezes_the_rest_and_returns_the_parameters_themselves():
 def test_offer_names_what_exists():
     assert tunables(Convolutional())["head"] == 15
     assert "ln" not in tunables(Convolutional())
-    assert head_name(nn.Linear(2, 2)) == ""
     assert select(nn.Linear(2, 2), "head") == ["weight", "bias"]
 
 
@@ -59,5 +57,5 @@ def test_offer_names_what_exists():
 def test_selecting_nothing_is_refused(selectors, message):
     with pytest.raises(fastntk.InputError, match=message):
         fastntk.tune(Convolutional(), *selectors)
-    with pytest.raises(fastntk.InputError, match="no linear layer"):
-        fastntk.tune(nn.Conv2d(3, 3, 1), "head")
+    with pytest.raises(fastntk.InputError, match="no matrix of parameters"):
+        fastntk.tune(nn.Sequential(nn.BatchNorm2d(3), nn.Flatten()), "head")

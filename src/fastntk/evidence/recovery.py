@@ -15,7 +15,7 @@ from fastntk.evidence.methods import Problem
 from fastntk.evidence.methods.descent import descend
 from fastntk.evidence.metrics import accuracy
 from fastntk.inputs.batches import batches, labels_of
-from fastntk.inputs.structure import head_name
+from fastntk.inputs.heads import head_modules
 from fastntk.tuning.outputs import logits_of, model_at
 
 STEPS = 30
@@ -85,9 +85,9 @@ def head_recovery(problem: Problem, parameters: Mapping[str, Tensor]) -> float |
 def head_inputs(
     problem: Problem, parameters: Mapping[str, Tensor], samples: Dataset
 ) -> Float[Tensor, "samples features"]:
-    """What the model's head is given for ``samples``."""
+    """What the model's head is given for ``samples``; of two heads the first."""
     found: list[Tensor] = []
-    head = problem.model.get_submodule(head_name(problem.model))
+    head = problem.model.get_submodule(head_modules(problem.model)[0])
     hook = head.register_forward_pre_hook(lambda _, given: found.append(given[0].detach().cpu()))
     try:
         _logits(problem, parameters, samples)

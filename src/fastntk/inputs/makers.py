@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastntk.common.errors import InputError
+from fastntk.inputs.heads import head_modules, head_parameters
 from fastntk.inputs.images import Preprocessing
 from fastntk.inputs.libraries import timm, torchvision, transformers
-from fastntk.inputs.structure import head_name
 
 LIBRARIES = ("timm", "torchvision", "transformers")
 
@@ -83,10 +83,11 @@ def _from_torchvision(name: str, classes: int, size: int | None, pretrained: boo
     models = torchvision().models
     recipe = models.get_model_weights(name)["DEFAULT"].transforms()
     options: dict[str, Any] = {"image_size": size} if size and name.startswith("vit_") else {}
-    model = models.get_model(name, weights="DEFAULT" if pretrained else None, **options)
-    head = model.get_submodule(head_name(model))
-    parent, _, child = head_name(model).rpartition(".")
-    setattr(model.get_submodule(parent), child, nn.Linear(head.in_features, classes))
+    model = drawn = models.get_model(name, num_classes=classes, **options)
+    if pretrained:
+        model = models.get_model(name, weights="DEFAULT", **options)
+        for head in head_modules(drawn):
+            model.set_submodule(head, drawn.get_submodule(head))
     return model, Preprocessing(size or recipe.crop_size[0], tuple(recipe.mean), tuple(recipe.std))
 
 
@@ -118,7 +119,7 @@ def _from_transformers(name: str, classes: int, size: int | None, pretrained: bo
         for key in ("missing_keys", "mismatched_keys")
         for each in found[key]
     }
-    lacking = {each for each in lacking if not f"model.{each}".startswith(f"{head_name(wrapped)}.")}
+    lacking -= {name.removeprefix("model.") for name in head_parameters(wrapped)}
     if lacking:
         raise InputError(
             f"the weights in {name} do not fit the model: {sorted(lacking)[0]!r} is missing or of another shape "

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from fastntk.common.errors import InputError
+from fastntk.inputs.heads import reset_head
 from fastntk.inputs.images import Preprocessing
 from fastntk.inputs.makers import maker
-from fastntk.inputs.structure import head_name
 from fastntk.inputs.weights import load_weights, read_weights
 
 
@@ -54,14 +54,3 @@ def _check_size(model: nn.Module, size: int) -> None:
         raise InputError(
             f"the model cannot take images of {size} x {size} ({str(error).splitlines()[0]}). Choose another size."
         ) from error
-
-
-def reset_head(model: nn.Module, seed: int) -> None:
-    """Draw the head anew, in place: weights N(0, 0.01^2), bias 0."""
-    head = model.get_submodule(head_name(model))
-    assert isinstance(head, nn.Linear)  # head_name finds no other
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * 0.01)
-        if head.bias is not None:
-            head.bias.zero_()

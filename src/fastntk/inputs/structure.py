@@ -5,20 +5,6 @@ from torch import nn
 from fastntk.common.errors import InputError
 
 
-def head_name(model: nn.Module) -> str:
-    """The name of the classification head: the last ``nn.Linear`` that the model registers, adapters apart.
-
-    Raises:
-        InputError: the model has no linear layer.
-    """
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and ".lora_" not in name]
-    if not linear:
-        raise InputError(
-            "the model has no linear layer that could be its head. Tune other parameters, for example 'bn'."
-        )
-    return linear[-1]
-
-
 _CONTAINERS = (nn.Sequential, nn.ModuleList)
 
 

@@ -1,7 +1,7 @@
 """Weights from local files: read without running code, fitted to a model, renamed by order."""
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastntk.common.errors import InputError
-from fastntk.inputs.structure import head_name
+from fastntk.inputs.heads import head_parameters
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -40,14 +40,16 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, with_head: bo
     Raises:
         InputError: another tensor is missing, too many or of another shape.
     """
-    head = None if with_head else head_name(model)
+    heads = [] if with_head else head_parameters(model)
     wanted = model.state_dict()
     usable = {
         name: tensor
         for name, tensor in state.items()
-        if not _in_head(name, head) or (name in wanted and wanted[name].shape == tensor.shape)
+        if not _in_head(name, heads) or (name in wanted and wanted[name].shape == tensor.shape)
     }
-    missing = [n for n in wanted if n not in usable and not _in_head(n, head) and not n.endswith("num_batches_tracked")]
+    missing = [
+        n for n in wanted if n not in usable and not _in_head(n, heads) and not n.endswith("num_batches_tracked")
+    ]
     surplus = [name for name in usable if name not in wanted]
     for problem, names in (("lack", missing), ("have an unknown", surplus)):
         if names:
@@ -64,8 +66,10 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, with_head: bo
     model.load_state_dict(usable, strict=False)
 
 
-def _in_head(name: str, head: str | None) -> bool:
-    return head is not None and name.startswith(f"{head}.")
+def _in_head(name: str, heads: Sequence[str]) -> bool:
+    """Whether it is of the head, or beside it in the same layer."""
+    owner = name.rpartition(".")[0]
+    return name in heads or (owner != "" and owner in {each.rpartition(".")[0] for each in heads})
 
 
 def rename_by_order(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -77,11 +81,11 @@ def rename_by_order(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, 
     Raises:
         InputError: a pair disagrees, or ``state`` is too short.
     """
-    head = head_name(model)
+    heads = head_parameters(model)
     wanted = {
         name: tensor
         for name, tensor in model.state_dict().items()
-        if not _in_head(name, head) and not name.endswith("num_batches_tracked")
+        if not _in_head(name, heads) and not name.endswith("num_batches_tracked")
     }
     given = [(name, tensor) for name, tensor in state.items() if not name.endswith("num_batches_tracked")]
     if len(given) < len(wanted):

@@ -1,6 +1,6 @@
 """The tuned parameters before fitting, for a model that was fitted before anybody thought of keeping them."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fastntk.common.errors import InputError
+from fastntk.inputs.heads import head_parameters
 from fastntk.inputs.models import load_model
-from fastntk.inputs.structure import head_name
 from fastntk.inputs.weights import read_weights
 from fastntk.tuning.parameters import tuned
 from fastntk.tuning.prompts import NAME
@@ -48,7 +48,7 @@ def rebuilt_start(model: nn.Module, weights: Mapping[str, Tensor] | Path | str, 
     """
     if head not in HEADS:
         raise InputError(f"the head's start is {' or '.join(HEADS)}, not {head!r}.")
-    known, own = _read(weights), f"{head_name(model)}."
+    known, own = _read(weights), head_parameters(model)
     initial: dict[str, Tensor] = {}
     assumed: dict[str, None] = {}
     for name, parameter in tuned(model).items():
@@ -58,9 +58,11 @@ def rebuilt_start(model: nn.Module, weights: Mapping[str, Tensor] | Path | str, 
     return RebuiltStart(initial, list(assumed))
 
 
-def _start_of(name: str, now: Tensor, known: Mapping[str, Tensor], own: str, head: str) -> tuple[Tensor, str]:
+def _start_of(
+    name: str, now: Tensor, known: Mapping[str, Tensor], own: Collection[str], head: str
+) -> tuple[Tensor, str]:
     """A parameter's start, and what that rests on."""
-    if name.startswith(own):
+    if name in own:
         if head == "fitted":
             return now, "the head is taken to have started where it is: nothing pulls at it"
         return torch.zeros_like(now), "the head is taken to have started from zero"

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from fastntk.common.errors import InputError
-from fastntk.inputs.structure import blocks, head_name, transformer_blocks
+from fastntk.inputs.heads import head_parameters
+from fastntk.inputs.structure import blocks, transformer_blocks
 from fastntk.tuning.lora import adapters, add_lora, lora_targets, remove_lora
 from fastntk.tuning.parameters import tuned
 from fastntk.tuning.prompts import add_prompts, prompts_of, remove_prompts
@@ -53,8 +54,7 @@ def _of_modules(kinds: tuple[type[nn.Module], ...]) -> Callable[[nn.Module, str]
 
 
 def _of_head(model: nn.Module, _: str) -> list[str]:
-    head = head_name(model)
-    return _parameters(model, lambda name: name.rpartition(".")[0] == head)
+    return head_parameters(model)
 
 
 def _of_last(model: nn.Module, argument: str) -> list[str]:
