@@ -21,11 +21,11 @@ from torch import nn
 from fastntk.common.files import writable
 from fastntk.common.machine import settle
 from fastntk.inputs.batches import batches, labels_of
+from fastntk.inputs.heads import head_parameters
 from fastntk.inputs.images import in_memory
 from fastntk.inputs.models import load_model
 from fastntk.inputs.packaged import mnist, pretrained
 from fastntk.inputs.sources import load_data
-from fastntk.inputs.heads import head_parameters
 from fastntk.tuning.outputs import logits_of
 
 FOLDER = Path("runs/inputs")

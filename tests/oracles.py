@@ -2,8 +2,9 @@
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jacrev
+from torch.func import jacrev
 
+from fastntk.inputs.called import called
 from fastntk.jacobians.layout import Layout
 
 
@@ -17,7 +18,7 @@ def jacobian(model: nn.Module, parameters: dict[str, Tensor], layout: Layout, im
     """``[n, C, p]``, one sample at a time, by reverse-mode torch.func."""
 
     def logits(free: dict[str, Tensor], image: Tensor) -> Tensor:
-        return functional_call(model, free, (image[None],))[0]
+        return called(model, free, image[None])[0]
 
     return torch.stack([flat_parameters(layout, jacrev(logits)(parameters, image)) for image in images])
 
@@ -34,7 +35,7 @@ def finite_differences(
             for sign in (1, -1):
                 moved = vector.clone()
                 moved[i] += sign * size
-                ends.append(functional_call(model, layout.unflatten(moved, parameters), (images,)))
+                ends.append(called(model, layout.unflatten(moved, parameters), images))
             columns.append((ends[0] - ends[1]) / (2 * size))
     return torch.stack(columns, -1)
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import fastntk
+from fastntk.inputs.heads import head_modules
 from fastntk.inputs.libraries import timm, torchvision, transformers
 from fastntk.inputs.makers import Logits
-from fastntk.inputs.heads import head_modules
 from fastntk.inputs.structure import blocks
 from fastntk.jacobians.per_sample import PerSampleJacobian
 from fastntk.tuning.lora import lora_targets

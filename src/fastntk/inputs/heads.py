@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from fastntk.common.errors import InputError
+from fastntk.inputs.called import called
 
 _SIDES = 32, 64, 224, 28, 16, 8, 4, 96, 128, 160, 192, 256, 299, 384
 """Of the images that are tried where the model says nothing of its own."""
@@ -18,9 +18,9 @@ _SIDES = 32, 64, 224, 28, 16, 8, 4, 96, 128, 160, 192, 256, 299, 384
 def head_parameters(model: nn.Module) -> list[str]:
     """The names of the head's parameters, adapters apart, in the model's order.
 
-    From the logits backward, every way to the images is followed up to the first matrix (or kernel) of parameters: that,
-    what it is computed from (a weight norm's length and direction), and the shift that is added to it are the head. It
-    may be several layers (a distilled transformer averages two) and need not be an ``nn.Linear``.
+    From the logits backward, every way to the images is followed up to the first matrix (or kernel) of parameters:
+    that, what it is computed from (a weight norm's length and direction), and the shift that is added to it are the
+    head. It may be several layers (a distilled transformer averages two) and need not be an ``nn.Linear``.
 
     Raises:
         InputError: no image size that was tried goes through the model, or no parameters but vectors are met.
@@ -60,8 +60,10 @@ def _logits(model: nn.Module, parameters: dict[str, Tensor]) -> tuple[Tensor, Te
         for shape in _shapes(model):
             image = torch.zeros(1, *shape, dtype=like.dtype, device=like.device, requires_grad=True)
             try:
-                out = functional_call(model, parameters, (image.clone(),))
-            except Exception as error:  # noqa: BLE001 (whatever a model says of a size that is not its own)
+                out = called(model, parameters, image.clone())
+            except InputError:
+                raise
+            except Exception as error:
                 reason = reason or (str(error).strip() or type(error).__name__).splitlines()[0]
                 continue
             if isinstance(out, Tensor) and out.grad_fn is not None:
@@ -78,7 +80,7 @@ def _shapes(model: nn.Module) -> Iterable[tuple[int, ...]]:
     for, then the usual ones."""
     first = next((each for each in model.modules() if isinstance(each, nn.Linear | nn.Conv2d)), None)
     channels = first.in_channels if isinstance(first, nn.Conv2d) and first.in_channels in (1, 3) else 3
-    shapes = [(channels, *side) for side in _stated(model)]
+    shapes: list[tuple[int, ...]] = [(channels, *side) for side in _stated(model)]
     if isinstance(first, nn.Linear):
         for count in (3, 1):
             side = math.isqrt(first.in_features // count)
@@ -111,7 +113,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 def _last_matrices(logits: Tensor, image: Tensor) -> Iterator[Tensor]:
     """The parameters at the end of every way back from the logits."""
-    waiting, seen = [logits.grad_fn], set()
+    waiting: list[Any] = [logits.grad_fn]
+    seen: set[Any] = set()
     on_the_way = _on_the_way(logits.grad_fn, image)
     if logits.grad_fn not in on_the_way and sum(leaf.ndim > 1 for leaf in _leaves(logits.grad_fn)) > 1:
         raise InputError("the model cuts its gradients above the last layer: name its parameters in place of 'head'.")

@@ -4,7 +4,6 @@ from torch import nn
 
 from fastntk.common.errors import InputError
 
-
 _CONTAINERS = (nn.Sequential, nn.ModuleList)
 
 

@@ -8,11 +8,11 @@ from typing import cast
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.func import functional_call
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from fastntk.common.progress import track
 from fastntk.inputs.batches import batches, checked
+from fastntk.inputs.called import called
 from fastntk.jacobians.combinations import ClassProbes
 from fastntk.jacobians.jacobian import Jacobian
 from fastntk.jacobians.layout import Layout
@@ -98,7 +98,7 @@ class Linearised:
 
     def logits(self, images: Tensor, parameters: dict[str, Tensor] | None = None) -> Float[Tensor, "batch classes"]:
         """``f(x; theta*)``, or at other ``parameters``."""
-        return functional_call(self.jacobian.model, parameters or self.jacobian.parameters, (images,))
+        return called(self.jacobian.model, parameters or self.jacobian.parameters, images)
 
     def stream(self, positions: Sequence[int], description: str = "Jacobians") -> Iterator[tuple[Jacobian, Tensor]]:
         """The Jacobians and residuals of the samples, batch by batch; see ``jacobians``."""

@@ -13,9 +13,11 @@ from dataclasses import replace
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.func import functional_call, jacrev, vmap
+from torch.func import jacrev, vmap
+from torch.utils.checkpoint import CheckpointError
 
 from fastntk.common.errors import InputError
+from fastntk.inputs.called import called
 from fastntk.jacobians.jacobian import Jacobian
 from fastntk.jacobians.layout import Layout
 from fastntk.jacobians.rules.calls import PerSample
@@ -25,6 +27,15 @@ log = logging.getLogger(__name__)
 
 # How far a rule may be off autograd, as a share of the derivative: rounding of float32 networks stays below a tenth.
 _LIMIT = 1e-3
+
+# What a logit may change from pass to pass, as a share of the largest; ten times that beside another image, where other
+# kernels may be at work.
+_CHANGED = 1e-5
+
+_CHECKPOINTED = (
+    "the model recomputes activations (gradient checkpointing), which per-sample Jacobians cannot go through. Turn it "
+    "off: model.set_grad_checkpointing(False) in timm, model.gradient_checkpointing_disable() in transformers."
+)
 
 
 class PerSampleJacobian:
@@ -37,8 +48,8 @@ class PerSampleJacobian:
         layout: of an earlier one at the same model and selection; found by a trial run otherwise.
 
     Raises:
-        InputError: on the first batch, when a batch norm or dropout layer is in training mode, or the output is not
-            ``[batch, C]``.
+        InputError: on the first batch, when the logits of an image are random or depend on the others of its batch,
+            when activations are checkpointed, or the output is not ``[batch, C]``.
     """
 
     def __init__(self, model: nn.Module, parameters: Mapping[str, Tensor], layout: Layout | None = None) -> None:
@@ -52,36 +63,62 @@ class PerSampleJacobian:
         ``torch.func``.
 
         Raises:
-            InputError: that is not autograd's either.
+            InputError: that is not autograd's either, or there are no per-sample Jacobians.
         """
         if self.known is None:
-            pair = torch.cat([x[:1], x[:1]])
-            found = self._trial(pair)
-            wrong = self._wrong(found, pair)
-            if wrong:
-                log.info("no rule covers how %s are used: they are left to torch.func", ", ".join(sorted(wrong)))
-                found = found.slower(wrong)
-                wrong = self._wrong(found, pair)
-            if wrong:
-                raise InputError(
-                    f"the derivative with respect to {min(wrong)!r} is not what autograd says. Tune other parameters, "
-                    "or write the model's forward pass without operations in place."
-                )
-            self.known = found
+            try:
+                self.known = self._found(x[:1])
+            except CheckpointError as error:
+                raise InputError(_CHECKPOINTED) from error
         return self.known
 
+    def _found(self, x: Tensor) -> Layout:
+        """The layout, from one image."""
+        pair = torch.cat([x, x])
+        found = self._trial(pair)
+        self._check_independent(x)
+        wrong = self._wrong(found, pair)
+        if wrong:
+            log.info("no rule covers how %s are used: they are left to torch.func", ", ".join(sorted(wrong)))
+            found = found.slower(wrong)
+            wrong = self._wrong(found, pair)
+        if wrong:
+            raise InputError(
+                f"the derivative with respect to {min(wrong)!r} is not what autograd says. Tune other parameters, or "
+                "write the model's forward pass without operations in place."
+            )
+        return found
+
+    def _check_independent(self, x: Tensor) -> None:
+        """Raises ``InputError`` unless an image has the same logits again, and beside another image."""
+        with torch.no_grad():
+            copies, again = (self._forward(x.expand(8, *x.shape[1:]), self.parameters, nullcontext()) for _ in range(2))
+            beside = self._forward(torch.cat([x, x.flip(-1) + 1]), self.parameters, nullcontext())[:1]
+        once, all_of_it = copies[:1], torch.cat([copies, again])
+        limit = _CHANGED * (float(once.abs().max()) + 1e-6)
+        if not float((all_of_it - once).abs().max()) <= limit:
+            raise InputError(
+                "the logits are random: one image has other logits the second time. Call model.eval() first, and see "
+                "that no layer (stochastic depth, attention dropout) draws at random even then."
+            )
+        if not float((beside - once).abs().max()) <= 10 * limit:
+            raise InputError(
+                "the logits of an image depend on the others of its batch, so per-sample Jacobians do not exist. Use "
+                "layers that do not couple them: batch norm with running statistics, in eval mode."
+            )
+
     def _wrong(self, layout: Layout, x: Tensor) -> set[str]:
-        """The parameters whose derivative of a random combination of each image's logits is more than ``_LIMIT`` of its
-        size off autograd's: two passes."""
+        """The parameters whose derivative of a random combination of the first image's logits is more than ``_LIMIT``
+        of its size off autograd's: two passes."""
         trial = {name: tensor.clone().requires_grad_() for name, tensor in self.parameters.items()}
         with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
             logits = self._forward(x, trial, nullcontext())
             drawn = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits)
-            grads = torch.autograd.grad((logits * drawn).sum(), list(trial.values()), allow_unused=True)
+            grads = torch.autograd.grad((logits * drawn)[0].sum(), list(trial.values()), allow_unused=True)
         expected = {n: torch.zeros_like(t) if g is None else g for (n, t), g in zip(trial.items(), grads, strict=True)}
         with torch.autocast(x.device.type, enabled=False):
             same = PerSampleJacobian(self.model, self.parameters, layout)
-            rows = same.with_logits(x, lambda _: drawn[:, :, None].to(self.dtype))[0].rest.sum((0, 1))
+            rows = same.with_logits(x, lambda _: drawn[:, :, None].to(self.dtype))[0].rest[0, 0]
         found = layout.unflatten(rows, expected)
         whole = float(torch.cat([each.flatten() for each in expected.values()]).norm())
         limit = max(_LIMIT, 30 * torch.finfo(self.dtype).eps)
@@ -96,6 +133,7 @@ class PerSampleJacobian:
         mode = PerSample(trial, len(x))
         with torch.enable_grad():
             logits = self._forward(x, trial, mode)
+            _check_kept(logits)
             grads = torch.autograd.grad(logits.sum(), list(trial.values()), allow_unused=True, materialize_grads=False)
         # The rules detach: a gradient that reaches the parameter itself came through a use that no rule covers.
         slow = {name for name, grad in zip(trial, grads, strict=True) if grad is not None or name not in mode.copies}
@@ -112,7 +150,7 @@ class PerSampleJacobian:
 
     def _forward(self, x: Tensor, parameters: Mapping[str, Tensor], mode: AbstractContextManager) -> Tensor:
         with mode:
-            logits = functional_call(self.model, dict(parameters), (x,))
+            logits = called(self.model, parameters, x)
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x):
             raise InputError("the model must return logits of shape [batch, classes]. Wrap it in a module that does.")
         return logits
@@ -132,14 +170,13 @@ class PerSampleJacobian:
         """The Jacobian of some logits of each image of a batch ``x``, whose classes ``keep`` finds from the logits, or
         of their contrasts, and the logits: one backward pass a row."""
         layout = self.layout(x)
-        mapped = {name: self.parameters[name] for name in (*layout.fast, *layout.head)}
-        mode = PerSample(mapped, len(x), layout.head)
+        mode = self._mode(x, layout)
         with torch.enable_grad():
-            logits = self._forward(x, self.parameters, mode)
+            logits = self._forward(x, {**self.parameters, **mode.tuned}, mode)
             kept = keep(logits.detach().to(self.dtype))
             outputs = logits.gather(1, kept)
             outputs = outputs @ contrasts(kept.shape[1]).to(outputs) if contrasted else outputs
-            rest = self._backward(outputs, [mode.copies[name] for name in layout.fast])
+            rest = self._backward(outputs, layout.fast, mode)
         features = self._features(logits, layout.head, mode).to(self.dtype)
         found = Jacobian(rest, features, kept, logits.shape[1])
         if layout.slow:
@@ -156,13 +193,12 @@ class PerSampleJacobian:
         ``rest``.
         """
         layout = self.layout(x)
-        mapped = {name: self.parameters[name] for name in (*layout.fast, *layout.head)}
-        mode = PerSample(mapped, len(x), layout.head)
+        mode = self._mode(x, layout)
         with torch.enable_grad():
-            logits = self._forward(x, self.parameters, mode)
+            logits = self._forward(x, {**self.parameters, **mode.tuned}, mode)
             probes = combined(logits.detach().to(self.dtype))
             outputs = logits if probes is None else torch.einsum("nck,nc->nk", probes.to(logits), logits)
-            rest = self._backward(outputs, [mode.copies[name] for name in layout.fast])
+            rest = self._backward(outputs, layout.fast, mode)
         if layout.slow:
             rest = torch.cat([rest, self._functional(x, layout.slow, probes)], 2)
         features = self._features(logits, layout.head, mode).to(self.dtype)
@@ -189,13 +225,30 @@ class PerSampleJacobian:
         """The parameters', which the Jacobian has as well whatever the network computes in."""
         return next(iter(self.parameters.values())).dtype
 
-    def _backward(self, outputs: Tensor, copies: list[Tensor]) -> Tensor:
-        """One backward pass an output."""
+    def _mode(self, x: Tensor, layout: Layout) -> PerSample:
+        """What gives the parameters that rules cover one copy a sample of the batch ``x``."""
+        names = (*layout.fast, *layout.head)
+        return PerSample({name: self.parameters[name].detach().requires_grad_() for name in names}, len(x), layout.head)
+
+    def _backward(self, outputs: Tensor, names: tuple[str, ...], mode: PerSample) -> Tensor:
+        """One backward pass an output.
+
+        Raises:
+            InputError: a gradient reaches a parameter itself, which was used by its copies alone in the trial run.
+        """
+        copies = [mode.copies[name] for name in names]
         batch, count = outputs.shape
         result = outputs.new_empty(batch, count, sum(copy[0].numel() for copy in copies), dtype=self.dtype)
+        wanted = [*copies, *(mode.tuned[name] for name in names)]
         for k in range(count if copies else 0):
-            grads = torch.autograd.grad(outputs[:, k].sum(), copies, retain_graph=k + 1 < count)
-            torch.cat([grad.flatten(1) for grad in grads], 1, out=result[:, k])
+            grads = torch.autograd.grad(outputs[:, k].sum(), wanted, retain_graph=k + 1 < count, allow_unused=True)
+            odd = [name for name, grad in zip(names, grads[len(copies) :], strict=True) if grad is not None]
+            if odd:
+                raise InputError(
+                    f"parameter {odd[0]!r} is used along another axis than the batch in some batches only."
+                )
+            parts = [copy.new_zeros(copy.shape) if g is None else g for g, copy in zip(grads, copies, strict=False)]
+            torch.cat([part.reshape(batch, -1) for part in parts], 1, out=result[:, k])
         return result.detach()
 
     def _functional(self, x: Tensor, names: tuple[str, ...], probes: Tensor | None) -> Tensor:
@@ -203,13 +256,13 @@ class PerSampleJacobian:
         fixed = {name: tensor for name, tensor in self.parameters.items() if name not in names}
 
         def outputs(parameters: dict[str, Tensor], sample: Tensor, probe: Tensor | None) -> Tensor:
-            logits = functional_call(self.model, {**fixed, **parameters}, (sample[None],))[0]
+            logits = called(self.model, {**fixed, **parameters}, sample[None])[0]
             return logits if probe is None else logits @ probe.to(logits)
 
         free = {name: self.parameters[name] for name in names}
         with torch.autocast(x.device.type, enabled=False):  # whose casts torch.func does not differentiate
             jacobians = vmap(jacrev(outputs), (None, 0, None if probes is None else 0))(free, x, probes)
-        return torch.cat([jacobians[name].flatten(2).detach() for name in names], 2)
+        return torch.cat([each.reshape(*each.shape[:2], -1).detach() for each in map(jacobians.get, names)], 2)
 
     def _features(self, logits: Tensor, head: tuple[str, ...], mode: PerSample) -> Tensor:
         """The head's input, with a 1 appended for its bias: one column a tuned parameter and class."""
@@ -218,3 +271,16 @@ class PerSampleJacobian:
         inputs = next(call.input for call in mode.linear_calls if call.names == head).detach()
         ones = inputs.new_ones(len(inputs), 1)
         return torch.cat([inputs if self.parameters[name].ndim == 2 else ones for name in head], 1)
+
+
+def _check_kept(logits: Tensor) -> None:
+    """Raises ``InputError`` if what led to the logits was not kept, for a backward pass of its own to compute anew."""
+    waiting, seen = [logits.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "CheckpointFunctionBackward":
+            raise InputError(_CHECKPOINTED)
+        seen.add(node)
+        waiting += [each for each, _ in node.next_functions]

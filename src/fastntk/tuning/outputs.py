@@ -5,17 +5,17 @@ from collections.abc import Callable, Mapping
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils.data import Dataset
 
 from fastntk.inputs.batches import batches
+from fastntk.inputs.called import called
 
 Model = nn.Module | Callable[[Tensor], Tensor]
 
 
 def model_at(model: nn.Module, parameters: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
     """``model`` as a function of images, with some of its parameters replaced; the model itself is not changed."""
-    return lambda images: functional_call(model, dict(parameters), (images,))
+    return lambda images: called(model, parameters, images)
 
 
 def logits_of(model: Model, samples: Dataset, device: torch.device | str, batch_size: int = 64) -> Float[Tensor, "n c"]:

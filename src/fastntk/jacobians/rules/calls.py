@@ -63,6 +63,7 @@ class PerSample(TorchFunctionMode):
 
     def __init__(self, tuned: Mapping[str, Tensor], batch: int, head: tuple[str, ...] | None = None) -> None:
         super().__init__()
+        self.tuned = tuned
         self.names = {id(tensor): name for name, tensor in tuned.items()}
         self.batch = batch
         self.head = head
@@ -94,20 +95,18 @@ class PerSample(TorchFunctionMode):
 
         A module that regroups samples is noticed in the trial run, and its parameters are left to ``torch.func``.
         """
-        names = [name for name in map(self._name, parameters) if name]
-        fits = x is not None and x.ndim > 1 and x.shape[0] == self.batch
-        if names and not fits and self.head is not None:
-            raise InputError(f"parameter {names[0]!r} is used along another axis than the batch in some batches only.")
-        return bool(names) and fits
+        return x is not None and x.ndim > 1 and x.shape[0] == self.batch and any(map(self._name, parameters))
 
     def _batch_norm(
         self, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
     ):
-        if training:
+        if training and running_mean is not None:
             raise InputError(
                 "a batch norm layer is in training mode: it couples the samples of a batch, so per-sample Jacobians do "
                 "not exist. Call model.eval() first."
             )
+        if training:  # of a batch, or of weights that are standardised
+            return F.batch_norm(input, None, None, weight, bias, True, momentum, eps)
         if not self._fits(input, weight, bias):
             return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
         copies = self._copy(weight), self._copy(bias)
@@ -175,6 +174,12 @@ class PerSample(TorchFunctionMode):
             return out
         return self._copies(tensor).reshape(out.shape)
 
+    def _prelu(self, input, weight):
+        if not self._fits(input, weight):
+            return F.prelu(input, weight)
+        slopes = self._copies(weight).reshape(self.batch, -1, *[1] * (input.ndim - 2))
+        return torch.where(input > 0, input, slopes * input)
+
     def _attention(self, query, key, value, *args, **kwargs):
         """Contiguous tokens make each projection one large product; a module with ``batch_first`` transposes them."""
         dense = {id(tokens): tokens.contiguous() for tokens in (query, key, value)}
@@ -185,6 +190,10 @@ class PerSample(TorchFunctionMode):
             raise InputError("a dropout layer is in training mode: the logits are random. Call model.eval() first.")
         return x
 
+    def _scaled_attention(self, query, key, value, attn_mask=None, dropout_p=0.0, *args, **kwargs):
+        self._dropout(query, dropout_p)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, 0.0, *args, **kwargs)
+
 
 _RULES: dict[Any, Callable[..., Any]] = {
     F.batch_norm: PerSample._batch_norm,
@@ -192,9 +201,11 @@ _RULES: dict[Any, Callable[..., Any]] = {
     F.layer_norm: PerSample._layer_norm,
     F.linear: PerSample._linear,
     F.conv2d: PerSample._conv2d,
+    F.prelu: PerSample._prelu,
     Tensor.expand: PerSample._expand,
     F.multi_head_attention_forward: PerSample._attention,
-    F.dropout: PerSample._dropout,
+    **dict.fromkeys((F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout), PerSample._dropout),
+    F.scaled_dot_product_attention: PerSample._scaled_attention,
 }
 
 

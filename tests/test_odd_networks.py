@@ -1,0 +1,158 @@
+"""Networks that the rules could get wrong: differentiated rightly, or refused with the reason."""
+
+import oracles
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import fastntk
+from fastntk.inputs.called import called
+from fastntk.inputs.libraries import peft, timm
+from fastntk.jacobians.per_sample import PerSampleJacobian
+from fastntk.tuning.parameters import snapshot
+
+CLASSES = 3
+
+
+def plain(*more: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 8, 3), *more, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, CLASSES))
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.scale = nn.Linear(192, CLASSES), nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x):
+        return self.scale * self.fc(x.flatten(1))
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x):
+        weight = F.batch_norm(self.weight.reshape(1, self.out_channels, -1), None, None, training=True)
+        return F.conv2d(x, weight.reshape_as(self.weight), self.bias)
+
+
+class TwoNames(nn.Module):
+    """One module under two names, and one parameter in two modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 8))
+        self.norm, self.last = self.body[2], nn.Linear(8, CLASSES)
+        self.head, self.tied = self.last, nn.Linear(8, 8)
+        self.tied.weight = self.body[4].weight
+
+    def forward(self, x):
+        return self.head(self.tied(self.norm(self.body(x))))
+
+
+class Together(nn.Module):
+    """Every sample is set against the mean of its batch."""
+
+    def forward(self, x):
+        return x - x.mean(0)
+
+
+class Noisy(nn.Module):
+    """Random, also in eval mode."""
+
+    def forward(self, x):
+        return x * (1 + 0.1 * torch.rand(len(x), 1, 1, 1))
+
+
+class Attending(nn.Module):
+    """With dropout of attention, whatever mode it is in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_module("0", nn.Linear(8, CLASSES))
+
+    def forward(self, x):
+        tokens = x.flatten(1, 2)
+        return self.get_submodule("0")(F.scaled_dot_product_attention(tokens, tokens, tokens, dropout_p=0.1).mean(1))
+
+
+def adapted() -> nn.Module:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.Tanh(), nn.Linear(16, CLASSES))
+    net = peft().inject_adapter_in_model(peft().LoraConfig(r=2, target_modules=["1"], use_dora=True), net)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return net
+
+
+@pytest.mark.parametrize(
+    ("make", "select"),
+    [
+        (Scaled, "all"),
+        (lambda: plain(nn.PReLU()), "all"),
+        (lambda: plain(nn.PReLU(8)), "all"),
+        (lambda: nn.Sequential(Standardised(3, 8, 3), *plain()[1:]), "all"),
+        (TwoNames, "all"),
+        (adapted, r"lora_|^3\."),
+    ],
+    ids=["scalar", "PReLU", "PReLU a channel", "standardised weights", "two names", "DoRA"],
+)
+@pytest.mark.parametrize("batch", [1, CLASSES, 4])
+def test_is_what_torch_func_says(make, select, batch):
+    torch.manual_seed(0)
+    model = make().double().eval()
+    free = fastntk.tune(model, select)
+    jacobian, x = PerSampleJacobian(model, snapshot(free)), torch.randn(batch, 3, 8, 8).double()
+    expected = oracles.jacobian(model, jacobian.parameters, jacobian.layout(x), x)
+    torch.testing.assert_close(jacobian(x).dense(), expected, rtol=1e-9, atol=1e-11)
+    assert all(model.get_parameter(name) is parameter for name, parameter in free.items())
+
+
+def test_a_module_under_two_names_stays_tuned_and_forgets():
+    torch.manual_seed(0)
+    model, data = TwoNames(), TensorDataset(torch.randn(24, 3, 8, 8), torch.arange(24) % CLASSES)
+    fastntk.tune(model, "ln", r"^body\.4", "head")
+    initial = fastntk.fit(model, data, epochs=2).initial
+    fitted = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    memory = fastntk.prepare(model, data, initial, form="dual")
+    answer = memory.forget([1, 2])
+    assert all(torch.equal(parameter, fitted[name]) for name, parameter in model.named_parameters())
+    assert {name for name, each in model.named_parameters() if each.requires_grad} == set(answer.parameters)
+    ours = called(model, answer.parameters, data.tensors[0])
+    model.load_state_dict(answer.parameters, strict=False)
+    torch.testing.assert_close(model(data.tensors[0]), ours)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: plain(nn.BatchNorm2d(8, track_running_stats=False)), "depend on the others of its batch"),
+        (lambda: plain(Together()), "depend on the others of its batch"),
+        (lambda: plain(Noisy()), "are random"),
+        (lambda: plain(nn.Dropout2d(0.5).train()), "are random"),
+        (Attending, "are random"),
+        (lambda: plain(timm().layers.DropPath(0.5).train()), "are random"),
+        (lambda: nn.DataParallel(plain()), "model.module"),
+    ],
+)
+def test_what_has_no_per_sample_jacobian_is_refused(make, says):
+    torch.manual_seed(0)
+    model = make()
+    fastntk.tune(model, r"\d\.(weight|bias)")
+    with pytest.raises(fastntk.InputError, match=says):
+        PerSampleJacobian(model, snapshot(fastntk.tune(model, r"\d\.(weight|bias)")))(torch.randn(4, 3, 8, 8))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_is_refused(reentrant):
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Sequential(nn.Flatten(), nn.Linear(192, 8)), nn.Linear(8, CLASSES)
+
+        def forward(self, x):
+            return self.head(torch.utils.checkpoint.checkpoint(self.body, x * 1.0, use_reentrant=reentrant))
+
+    model = Checkpointed().eval()
+    jacobian = PerSampleJacobian(model, snapshot(fastntk.tune(model, "all")))
+    with pytest.raises(fastntk.InputError, match="checkpointing"):
+        jacobian(torch.randn(4, 3, 8, 8, requires_grad=True))
