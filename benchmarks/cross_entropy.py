@@ -47,9 +47,10 @@ from fastntk.evidence.methods import FineTune, Golatkar, Problem, RandomLabel, R
 from fastntk.evidence.methods.retrain import retrained
 from fastntk.evidence.requests import drawn
 from fastntk.inputs.batches import labels_of
+from fastntk.inputs.ids import ids_of
 from fastntk.inputs.images import Preprocessing
 from fastntk.inputs.packaged import pretrained
-from fastntk.memory.members import Members, ids_of
+from fastntk.memory.members import Members
 from fastntk.tuning.fitting import Fit
 from fastntk.tuning.outputs import logits_of, model_at
 from fastntk.tuning.recipe import Recipe

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 from fastntk.evidence.bench.stored import Stored
 from fastntk.evidence.compare import references
 from fastntk.evidence.requests import drawn
-from fastntk.memory.members import Id
+from fastntk.inputs.ids import Id
 
 
 def scenarios(

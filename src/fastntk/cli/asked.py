@@ -3,8 +3,8 @@
 import unicodedata
 
 from fastntk.common.errors import InputError
+from fastntk.inputs.ids import Id
 from fastntk.inputs.images import Images
-from fastntk.memory.members import Id
 from fastntk.memory.memory import Memory
 
 

@@ -20,11 +20,11 @@ from fastntk.evidence.gain import found, solved
 from fastntk.evidence.methods.retrain import retrained
 from fastntk.evidence.metrics import accuracy, label_probability, logit_distance
 from fastntk.inputs.batches import labels_of
+from fastntk.inputs.ids import Id
 from fastntk.jacobians.products import tangent
 from fastntk.memory.audit import Audit
 from fastntk.memory.certificate import Answer
 from fastntk.memory.finish import multiplied
-from fastntk.memory.members import Id
 from fastntk.memory.memory import Memory
 from fastntk.memory.state import State
 from fastntk.tuning.loss import predictions

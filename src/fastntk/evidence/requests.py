@@ -5,7 +5,7 @@ from torch.utils.data import Dataset, Subset
 
 from fastntk.common.errors import InputError
 from fastntk.inputs.batches import labels_of
-from fastntk.memory.members import Id, ids_of
+from fastntk.inputs.ids import Id, ids_of
 
 
 def drawn(request: str, train: Dataset, test: Dataset, seed: int = 0, gone: int = 0) -> tuple[list[Id], Dataset]:

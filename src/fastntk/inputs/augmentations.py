@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fastntk.common.errors import InputError
-from fastntk.inputs.batches import labels_offered
+from fastntk.inputs.batches import Labelled, labels_offered
+from fastntk.inputs.ids import ids_of
 from fastntk.inputs.libraries import torchvision
 
 _Shape = tuple[int, int]
@@ -61,7 +62,7 @@ def augmented(
     return torch.stack(made).contiguous(memory_format=torch.channels_last)
 
 
-class Views(Dataset):
+class Views(Labelled):
     """A dataset with some fixed augmentations of every sample beside the sample itself, for ``prepare`` after a fit to
     random ones: view v of the sample with the id i has the id ``"i/v"``.
 
@@ -82,8 +83,7 @@ class Views(Dataset):
         if count < 1:
             raise InputError(f"there must be at least 1 view a sample, not {count}.")
         self.source, self.names, self.count, self.seed = source, names, count, seed
-        named = getattr(source, "ids", range(len(source)))  # type: ignore[arg-type]
-        self.ids = [f"{each}/{view}" for each in named for view in range(count)]
+        self.ids = [f"{each}/{view}" for each in ids_of(source) for view in range(count)]
 
     def __len__(self) -> int:
         return len(self.ids)

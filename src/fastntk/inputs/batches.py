@@ -1,9 +1,11 @@
 """Batches of any map-style dataset of ``(image, label)``."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
@@ -19,32 +21,54 @@ from torch.utils.data import (
 from fastntk.common.errors import InputError
 
 
+class Labelled(Dataset):
+    """A dataset whose ``labels``, a tensor or None, are what its items have, known without making the items."""
+
+
+def item(dataset: Dataset, index: int) -> tuple[Tensor, Tensor]:
+    """An image and its label: a class, or a vector of shares.
+
+    Raises:
+        InputError: it is something else.
+    """
+    images, labels = _collated([dataset[index]])
+    return images[0], labels[0]
+
+
 def labels_of(dataset: Dataset) -> Int[Tensor, " samples"]:
     """The classes of all samples, without decoding images where the dataset offers them."""
     known, count = labels_offered(dataset), len(dataset)  # type: ignore[arg-type]
     if known is not None:
         return known
-    return torch.cat([hard(torch.as_tensor(dataset[i][1])[None]) for i in range(count)])
+    return torch.cat([hard(item(dataset, i)[1][None]) for i in range(count)])
 
 
 def hard(labels: Tensor) -> Int[Tensor, " samples"]:
-    """The class of every sample; of soft labels ``[samples, classes]`` the likeliest."""
-    return labels.argmax(1) if labels.ndim == 2 else labels.long()
+    """The class of every sample; of soft labels ``[samples, classes]`` the likeliest.
+
+    Raises:
+        InputError: the labels are neither whole numbers, one a sample, nor vectors of shares.
+    """
+    if labels.ndim == 1 and not labels.is_floating_point() and not labels.is_complex():
+        return labels.long()
+    if labels.ndim == 2 and labels.is_floating_point() and labels.shape[1] > 1:
+        return labels.argmax(1)
+    raise InputError(
+        f"a label must be a whole number or a vector with a share for each class, not {labels.dtype} of shape "
+        f"{list(labels.shape[1:])}. Have the dataset give the number of the class: int(label)."
+    )
 
 
 def labels_offered(dataset: Dataset) -> Int[Tensor, " samples"] | None:
-    """All labels, if the dataset is known to offer them without decoding images: as ``labels``, a tensor of whole
-    numbers. What a dataset of the user's makes of its ``targets`` may be something else.
+    """All labels, if the dataset is known to offer them without decoding images. The ``targets`` or ``labels`` of a
+    dataset of the user's may be other than what its items have (torchvision's with a ``target_transform``).
     """
-    if isinstance(dataset, TensorDataset):
+    if isinstance(dataset, TensorDataset) and type(dataset).__getitem__ is TensorDataset.__getitem__:
         return hard(dataset.tensors[1])
     if isinstance(dataset, Subset):
         whole = labels_offered(dataset.dataset)
         return None if whole is None else whole[list(dataset.indices)]
-    known = getattr(dataset, "labels", None)
-    if not isinstance(known, Tensor) or known.ndim != 1 or known.is_floating_point():
-        return None
-    return known.long()
+    return dataset.labels if isinstance(dataset, Labelled) else None  # type: ignore[attr-defined]
 
 
 class _Share(Sampler[list[int]]):
@@ -75,7 +99,50 @@ def batches(
     """
     order = SequentialSampler(dataset) if shuffle is None else RandomSampler(dataset, generator=shuffle)  # type: ignore[arg-type]
     sampler = _Share(BatchSampler(order, batch_size, drop_last=False), *share)
-    return DataLoader(dataset, batch_sampler=sampler, generator=shuffle, num_workers=workers)
+    return DataLoader(dataset, batch_sampler=sampler, generator=shuffle, num_workers=workers, collate_fn=_collated)
+
+
+def _collated(items: Sequence[Any]) -> tuple[Float[Tensor, "batch ..."], Tensor]:
+    """Items as a batch.
+
+    Raises:
+        InputError: one is not an image and a label.
+    """
+    for each in items:
+        if not isinstance(each, tuple | list) or len(each) != 2:
+            raise InputError(f"an item of the data must be an image and a label, not {_kind(each)}.")
+    images = [torch.as_tensor(image) if isinstance(image, np.ndarray) else image for image, _ in items]
+    for image in images:
+        if not isinstance(image, Tensor) or not image.is_floating_point():
+            raise InputError(
+                f"an image must be a tensor of floats, as the model wants it, not {_kind(image)}. Transform it: to "
+                "a tensor, then normalised."
+            )
+        if image.shape != images[0].shape:
+            raise InputError(
+                f"the images have different shapes: {list(images[0].shape)} and {list(image.shape)}. Resize them."
+            )
+    labels = [_label(label) for _, label in items]
+    if len({each.shape for each in labels}) > 1:
+        raise InputError("some labels are classes and others vectors of shares. Have the dataset give one kind.")
+    stacked = torch.stack(labels)
+    hard(stacked)
+    return torch.stack(images), stacked
+
+
+def _label(label: Any) -> Tensor:
+    try:
+        return torch.as_tensor(label)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"a label must be a whole number or a vector with a share for each class, not {_kind(label)}. Have the "
+            "dataset give the number of the class."
+        ) from error
+
+
+def _kind(value: Any) -> str:
+    """What a value is, for people."""
+    return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 def checked(images: Tensor) -> Tensor:

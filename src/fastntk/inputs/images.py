@@ -10,6 +10,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from fastntk.common.errors import InputError
 from fastntk.common.progress import track
+from fastntk.inputs.batches import Labelled
 from fastntk.inputs.libraries import torchvision
 
 
@@ -25,7 +26,7 @@ class Preprocessing:
 _TOLD = 20  # classes that are named
 
 
-class Images(Dataset):
+class Images(Labelled):
     """``(image, label)`` pairs as the model wants them.
 
     Args:
@@ -124,9 +125,10 @@ def in_memory(data: Images, limit: int = 2_000_000_000) -> Dataset:
     return _Read(images.contiguous(memory_format=torch.channels_last), data.labels, data.ids)
 
 
-class _Read(TensorDataset):
+class _Read(TensorDataset, Labelled):
     """Images in memory, with their ids."""
 
     def __init__(self, images: Tensor, labels: Tensor, ids: Sequence[int | str]) -> None:
         super().__init__(images, labels)
+        self.labels = labels
         self.ids = ids

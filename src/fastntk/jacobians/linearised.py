@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from fastntk.common.progress import track
-from fastntk.inputs.batches import batches, checked
+from fastntk.inputs.batches import batches, checked, item
 from fastntk.inputs.called import called
 from fastntk.jacobians.combinations import ClassProbes
 from fastntk.jacobians.jacobian import Jacobian
@@ -81,7 +81,7 @@ class Linearised:
     @property
     def one(self) -> Tensor:
         """A batch of one image that can be read: of a memory's members, not all can."""
-        return checked(torch.as_tensor(self.train[self._first][0]))[None].to(self.device)
+        return checked(item(self.train, self._first)[0][None]).to(self.device)
 
     @property
     def _first(self) -> int:

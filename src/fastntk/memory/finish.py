@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastntk.common.errors import InputError
-from fastntk.memory.members import Id
+from fastntk.inputs.ids import Id
 from fastntk.memory.memory import Memory
 from fastntk.memory.state import State
 from fastntk.solve.head import new_head

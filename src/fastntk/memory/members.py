@@ -1,6 +1,6 @@
 """Who is in a memory: the samples' ids, and the position that each has had in it since it was first seen."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,13 +9,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fastntk.common.errors import InputError
-from fastntk.inputs.batches import labels_offered
-
-Id = int | str
-"""What names a sample: its index, or what the data source's ``ids`` has for it, such as a path."""
+from fastntk.inputs.batches import Labelled, labels_offered
+from fastntk.inputs.ids import Id, ids_of, once
 
 
-class Members(Dataset):
+class Members(Labelled):
     """A data source addressed by the positions of a memory, which stay when samples leave either of them.
 
     Ids come in and go out here; everything beneath a memory speaks of positions. It does not change: ``without`` and
@@ -84,7 +82,7 @@ class Members(Dataset):
         Raises:
             InputError: an id twice, not a member, or not in the source; or nobody would remain.
         """
-        wanted = _once(ids)
+        wanted = once(ids)
         place = {each: position for position, each in enumerate(self.by_position) if each is not None}
         for each in wanted:
             if each not in place:
@@ -104,7 +102,7 @@ class Members(Dataset):
         Raises:
             InputError: an id twice, a member already, or not in the source.
         """
-        wanted, here = _once(ids), set(self.by_position)
+        wanted, here = once(ids), set(self.by_position)
         for each in wanted:
             if each in here:
                 raise InputError(f"id {each!r} is in the memory already. Leave it out of the request.")
@@ -133,17 +131,3 @@ class Members(Dataset):
     def missing(self, positions: Int[Tensor, " some"]) -> int:
         """How many of them the source no longer has."""
         return len(positions) - len(self.available(positions))
-
-
-def ids_of(source: Dataset) -> Sequence[Id]:
-    """What names each sample of a source: its ``ids``, or their indices."""
-    return getattr(source, "ids", range(len(source)))  # type: ignore[arg-type]
-
-
-def _once(ids: Iterable[Id]) -> list[Id]:
-    wanted, seen = list(ids), set[Id]()
-    for each in wanted:
-        if each in seen:
-            raise InputError(f"id {each!r} stands twice in the request. Name each sample once.")
-        seen.add(each)
-    return wanted

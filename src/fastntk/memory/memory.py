@@ -17,13 +17,13 @@ from torch.utils.data import Dataset
 from fastntk.common.errors import InputError
 from fastntk.common.files import digest
 from fastntk.common.machine import settle
+from fastntk.inputs.ids import Id
 from fastntk.jacobians.numerics import Numerics
 from fastntk.memory.audit import Audit
 from fastntk.memory.certificate import Answer
 from fastntk.memory.disk.folder import Folder
 from fastntk.memory.disk.ledger import Request
 from fastntk.memory.disk.packing import on_device, pack, unpack
-from fastntk.memory.members import Id
 from fastntk.memory.prepare import check_initial, check_pull, linearised, prepared, refreshed
 from fastntk.memory.request import draft, replayed
 from fastntk.memory.state import State

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from fastntk.common.errors import InputError
 from fastntk.common.files import digest
+from fastntk.inputs.ids import Id
 from fastntk.jacobians.rows import Rows
 from fastntk.memory.agreement import observed
 from fastntk.memory.certificate import Answer, Certificate
-from fastntk.memory.members import Id
 from fastntk.memory.state import State
 from fastntk.solve.solution import Update
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from fastntk.common import distributed
 from fastntk.common.errors import InputError
 from fastntk.common.files import digest, discard, mapped, read_tensors, writable, write_tensors
+from fastntk.inputs.batches import item
 from fastntk.jacobians.jacobian import Jacobian
 from fastntk.jacobians.linearised import Linearised
 from fastntk.jacobians.rows import PART, Rows
@@ -228,11 +229,11 @@ def empty_rows(like: Rows, count: int, dtype: torch.dtype, folder: Path | None) 
 
 def key(linearised: Linearised, count: int) -> str:
     """A digest of what the sums depend on: weights, tuned parameters, data, loss and numerics."""
-    image, label = linearised.train[0]
+    image, label = item(linearised.train, 0)
     state = hashlib.sha256(digest(linearised.jacobian.model.state_dict()).encode())
-    state.update(digest({"image": torch.as_tensor(image), **linearised.jacobian.parameters}).encode())
+    state.update(digest({"image": image, **linearised.jacobian.parameters}).encode())
     settings = (linearised.loss, replace(linearised.numerics, workers=0), SHARD)
-    state.update(repr((count, torch.as_tensor(label).tolist(), *settings)).encode())
+    state.update(repr((count, label.tolist(), *settings)).encode())
     return state.hexdigest()
 
 

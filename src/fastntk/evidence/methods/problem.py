@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
 from fastntk.common.machine import elapsed, peak_memory
-from fastntk.memory.members import Id, Members
+from fastntk.inputs.ids import Id
+from fastntk.memory.members import Members
 from fastntk.memory.memory import Memory
 from fastntk.memory.state import State
 from fastntk.tuning.recipe import Recipe

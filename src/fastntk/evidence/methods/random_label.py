@@ -9,11 +9,11 @@ from torch.utils.data import Dataset
 
 from fastntk.evidence.methods.descent import descend, shuffled
 from fastntk.evidence.methods.problem import Problem, Unlearned
-from fastntk.inputs.batches import labels_of
+from fastntk.inputs.batches import Labelled, labels_of
 from fastntk.jacobians.products import pull
 
 
-class Relabelled(Dataset):
+class Relabelled(Labelled):
     """A dataset with other labels."""
 
     def __init__(self, source: Dataset, labels: Tensor) -> None:
