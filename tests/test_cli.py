@@ -76,7 +76,7 @@ def data(tmp_path_factory):
 def run(data, tmp_path_factory):
     """A run that was fitted and prepared."""
     folder = tmp_path_factory.mktemp("runs") / "colours"
-    text = succeed("fit", folder, *MODEL, "--data", data, "--epochs", 4, "--batch-size", 8, *RATE)
+    text = succeed("fit", folder, *MODEL, "--data", data, "--epochs", 4, "--batch-size", 4, *RATE)
     assert "Next: fastntk prepare" in text
     assert "Next: fastntk forget" in succeed("prepare", folder)
     return folder
@@ -218,7 +218,7 @@ def the_later_life(folder):
 
 
 def test_seed_repeats_a_fit(run, data, tmp_path):
-    succeed("fit", tmp_path / "again", *MODEL, "--data", data, "--epochs", 4, "--batch-size", 8, *RATE)
+    succeed("fit", tmp_path / "again", *MODEL, "--data", data, "--epochs", 4, "--batch-size", 4, *RATE)
     left, right = (load_file(folder / "model.safetensors") for folder in (run, tmp_path / "again"))
     assert all((left[name] == right[name]).all() for name in left)
 

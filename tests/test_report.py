@@ -1,6 +1,6 @@
 import json
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -168,10 +168,12 @@ def test_every_measure_says_what_it_needs_and_how_it_is_read():
         assert measure.meaning
         assert measure.better in ("more", "less", "near")
         assert measure.place in ("terminal", "pages", "nowhere")
-        assert set(measure.needs) <= {each.name for each in fields(Subject)}
+        assert set(measure.needs) <= {*(each.name for each in fields(Subject)), "forgotten"}
         value = measure(bare)
-        assert (value is None) == (bool(measure.needs) or name == "seconds"), name
+        assert (value is None) == (bool(set(measure.needs) - {"forgotten"}) or name == "seconds"), name
         assert measure.text(value) == ("–" if value is None else f"{value:.{measure.decimals}f}")
+        nobody = replace(bare, labels={**bare.labels, "forget": bare.labels["forget"][:0]})
+        assert measure(nobody) is None or name in ("retain_accuracy", "test_accuracy", "peak_megabytes"), name
     assert set(report.rows["fastntk"]) == set(MEASURES)
     assert list(shown("terminal")) == [n for n, m in MEASURES.items() if m.place == "terminal"]
 

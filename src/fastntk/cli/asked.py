@@ -1,11 +1,16 @@
 """Which samples a request on the command line asks for."""
 
+import logging
 import unicodedata
+from pathlib import Path
 
+from fastntk.cli.options import text_of
 from fastntk.common.errors import InputError
 from fastntk.inputs.ids import Id
 from fastntk.inputs.images import Images
 from fastntk.memory.memory import Memory
+
+log = logging.getLogger(__name__)
 
 
 def of_class(images: Images, class_name: str, memory: Memory) -> list[Id]:
@@ -22,6 +27,15 @@ def of_class(images: Images, class_name: str, memory: Memory) -> list[Id]:
     if not ids:
         raise InputError(f"no sample of class {class_name!r} is in the memory: it was forgotten already.")
     return ids
+
+
+def wanted(ids: str | None, file: Path | None, images: Images) -> list[Id]:
+    """The ids that a user gave as a text, or in a file.
+
+    Raises:
+        InputError: they name no sample, or the file cannot be read.
+    """
+    return read_ids(ids or "", images) if file is None else read_ids(text_of(file), images, lines=True)
 
 
 def read_ids(text: str, images: Images, lines: bool = False) -> list[Id]:
@@ -48,6 +62,67 @@ def read_ids(text: str, images: Images, lines: bool = False) -> list[Id]:
     if not ids:
         raise InputError("the request names no sample.")
     return ids
+
+
+def forgotten(images: Images, memory: Memory, named: list[Id] | None = None) -> list[Id]:
+    """The ids of the samples that were forgotten and are in the data still: those that are named, or what of the data
+    is not in the memory, apart from what was never in it: where that stands among the data, no member has left.
+
+    Raises:
+        InputError: nothing was forgotten, a named sample is a member or not in the data, or it cannot be told who was
+            forgotten and who was never a member.
+    """
+    requests = memory.requests()
+    gone = sum(each.certificate["samples"] for each in requests if each.kind == "forget")  # type: ignore[misc]
+    if not gone:
+        raise InputError("nothing has been forgotten in this run yet. Use: fastntk forget RUN --ids ...")
+    members, known = set(memory.ids), set(images.ids)
+    for each in named or ():
+        if each in members or each not in known:
+            where = "in the memory" if each in members else "not in the data"
+            raise InputError(f"sample {each!r} is {where}: only what was forgotten, and is in the data, can be shown.")
+    if named is not None:
+        return named
+    moved = {each.kind for each in requests} & {"refresh", "remember"}
+    strangers = [] if moved else _strangers(images, memory)
+    found = [each for each in images.ids if each not in members and each not in strangers]
+    if len(found) > gone:
+        raise InputError(
+            f"{len(found)} images of the data are not in the memory, but {gone} were forgotten: some were never in it. "
+            "Say which were forgotten: --ids or --ids-file."
+        )
+    log.info(
+        "shown as forgotten: %d images of the data that are not in the memory, of %d that were forgotten; %d others "
+        "were never in it",
+        *(len(found), gone, len(strangers)),
+    )
+    return found
+
+
+def _strangers(images: Images, memory: Memory) -> set[Id]:
+    """Who was never in the memory: between the members before and after, nobody has left.
+
+    Raises:
+        InputError: fewer have left there than there are images.
+    """
+    place = {each: position for position, each in enumerate(memory.state.members.by_position)}
+    found: set[Id] = set()
+    before, waiting = -1, list[Id]()
+    for each in [*images.ids, None]:
+        if each is not None and each not in place:
+            waiting.append(each)
+            continue
+        here = len(memory.state.members.by_position) if each is None else place[each]
+        left = here - before - 1
+        if 0 < left < len(waiting):
+            raise InputError(
+                f"{len(waiting)} images of the data are where {left} were forgotten: some were never in the memory. "
+                "Say which were forgotten: --ids or --ids-file."
+            )
+        if left <= 0:
+            found.update(waiting)
+        before, waiting = here, []
+    return found
 
 
 def _composed(text: str) -> str:

@@ -11,7 +11,7 @@ Whatever a command that was killed has left is gone on with, or undone, when the
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from fastntk.cli.asked import of_class
+from fastntk.cli.asked import forgotten, of_class
 from fastntk.cli.settings import Given, Settings
 from fastntk.common import distributed
 from fastntk.common.errors import InputError
@@ -40,10 +40,12 @@ from fastntk.evidence.auditing import audit
 from fastntk.evidence.compare import compare, references
 from fastntk.evidence.methods import Method, Problem
 from fastntk.evidence.report import Report
+from fastntk.inputs.called import state_at
+from fastntk.inputs.ids import Id
 from fastntk.inputs.images import Images, in_memory
 from fastntk.inputs.models import load_model
 from fastntk.inputs.sources import load_data
-from fastntk.inputs.weights import load_weights, read_weights
+from fastntk.inputs.weights import check_state_file, load_weights, read_weights, write_state
 from fastntk.jacobians.numerics import Numerics
 from fastntk.memory.audit import Audit
 from fastntk.memory.disk.folder import Folder
@@ -182,7 +184,7 @@ class Run:
     def _anchored(self, settings: Settings, memory: Memory) -> None:
         """The memory's anchor becomes the run's model."""
         with self._locked():
-            model = {**memory.model.state_dict(), **memory.anchor}
+            model = state_at(memory.model, memory.anchor)
             self._replace(settings, {_TENSORS[1]: model}, gone=())
 
     def prepare(self, ridge: float | str, form: str, classes: int | str, seed: int, numerics: Numerics) -> Memory:
@@ -258,22 +260,23 @@ class Run:
             InputError: the memory has no audit or exact head, its gain is below 1 and no head follows, or the data lack
                 one of its members.
         """
+        check_state_file(out)
         memory, _ = self.memory()
         if gain and not exact_head and memory.audit and memory.audit.gain < 1:
             raise InputError(
                 f"the audit's gain is {memory.audit.gain:.2f}, and one below 1 draws the answer back towards what was "
                 "forgotten. Export with --exact-head too, or without --gain."
             )
-        parameters = finished(memory, gain=gain, exact_head=exact_head)
-        write_tensors(out, {**memory.model.state_dict(), **parameters})
+        write_state(out, state_at(memory.model, finished(memory, gain=gain, exact_head=exact_head)))
 
-    def evaluate(self, test: str | None, retrain: bool, seed: int | None = None) -> Report:
-        """The fitted and the unlearned model beside two that are retrained without what was forgotten."""
+    def evaluate(
+        self, test: str | None, retrain: bool, seed: int | None = None, ids: Callable[[Images], list[Id]] | None = None
+    ) -> Report:
+        """The fitted and the unlearned model beside two that are retrained without what was forgotten, which ``ids``
+        may name among the images."""
         settings, memory, images = self._with_all_images()
-        held_out, known = _held_out(settings, images, test), set(memory.ids)
-        forget = [each for each in images.ids if each not in known]
-        if not forget:
-            raise InputError("nothing has been forgotten in this run yet. Use: fastntk forget RUN --ids ...")
+        forget = forgotten(images, memory, ids(images) if ids else None)
+        held_out = _held_out(settings, images, test)
         problem = Problem(memory, forget, settings.fitting())
         other = problem.recipe.seed + 1 if seed is None else seed
         methods: dict[str, Method] = references(other) if retrain else {}

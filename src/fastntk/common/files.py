@@ -54,6 +54,7 @@ def write(path: Path, save: Callable[[Path], object]) -> None:
         discard(aside)
         aside.mkdir()
         save(aside / path.name)
+        (aside / path.name).chmod(aside.stat().st_mode & 0o666)  # as the umask says: safetensors does not ask it
         with (aside / path.name).open("rb+") as file:
             os.fsync(file.fileno())
         (aside / path.name).replace(path)
@@ -169,8 +170,14 @@ def mapped(shape: Sequence[int], dtype: torch.dtype, folder: Path | None = None)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, object] | None = None) -> None:
-    """Tensors by name as safetensors, with a record that JSON can hold in the header."""
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    """Tensors by name as safetensors, with a record that JSON can hold in the header. Of tensors that share memory
+    each is written."""
+    plain: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        dense = tensor.detach().cpu().contiguous()
+        plain[name] = dense.clone() if dense.untyped_storage().data_ptr() in seen else dense
+        seen.add(dense.untyped_storage().data_ptr())
     write(path, lambda file: save_file(plain, file, {"fastntk": json.dumps(record or {})}))
 
 

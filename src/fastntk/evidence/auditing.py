@@ -34,6 +34,7 @@ from fastntk.tuning.recipe import Recipe
 
 _LEFT_OUT = 1000  # members at most
 _TOGETHER = 64  # of them at a time
+_ROUNDING = 1e-6  # of the predictions: two models that differ by less differ by the order of additions alone
 
 Retraining = Callable[[Dataset, int], Mapping[str, Tensor]]
 """A user's own training from the parameters before fitting: the data and a seed to the tuned parameters."""
@@ -110,8 +111,11 @@ def _compared(
 
     one, other, ours = (logits(parameters) for parameters in (*models, answer.parameters))
     floor = distance(one, other)
-    if not floor:
-        raise InputError("the two retrained models are equal: retraining must depend on the seed that it is given.")
+    if floor <= _ROUNDING * distance(one, torch.zeros_like(one)):
+        raise InputError(
+            "the two retrained models are equal, up to rounding: there is no floor to compare with. Retraining must "
+            "depend on the seed that it is given, as it does where batches are smaller than the data."
+        )
     right = ours.argmax(1) == labels
     differ = sum(int((right != (each.argmax(1) == labels)).sum()) for each in (one, other)) / 2
     gain = found(state, answer.parameters, forget, (one, other))

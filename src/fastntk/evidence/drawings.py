@@ -50,7 +50,8 @@ def _draw_accuracies(report: Report, axes: Axes) -> None:
 def _draw_margins(report: Report, axes: Axes) -> None:
     """The label's logit less the largest other, over the forgotten images: from the 5th to the 95th percentile, the
     middle half, and the median; of fewer than ``_LEAST`` the mean. No image's own is in the drawing."""
-    shown = [name for name in ("original", "fastntk", "retrain", "retrain_other_seed") if name in report.rows]
+    names = ("original", "fastntk", "retrain", "retrain_other_seed") if len(report.labels["forget"]) else ()
+    shown = [name for name in names if name in report.rows]
     for place, name in enumerate(shown):
         margins, colour = report.margins(name).double(), COLOURS.get(name)
         middle = float(margins.mean())

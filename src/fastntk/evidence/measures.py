@@ -55,6 +55,11 @@ class Subject:
     parameters: Mapping[str, Tensor] | None = None
     audit: Audit | None = None
 
+    @property
+    def forgotten(self) -> Int[Tensor, " samples"] | None:
+        """The labels of the samples that go, or None if there is none to be looked at."""
+        return self.labels["forget"] if len(self.labels["forget"]) else None
+
 
 @dataclass(frozen=True)
 class Measure:
@@ -148,14 +153,17 @@ def _doubt(subject: Subject) -> float | None:
 
 
 _ACCURACIES = tuple(f"{part}_accuracy" for part in PARTS)
-_COMPARED, _ASKED = ("reference",), ("problem", "parameters")
+_COMPARED, _FORGOTTEN = ("reference",), ("forgotten",)
+_ON_FORGOTTEN = *_COMPARED, *_FORGOTTEN
+_WITH_FLOOR, _ASKED = (*_ON_FORGOTTEN, "floor"), ("problem", "parameters", "forgotten")
 
 MEASURES: dict[str, Measure] = {
     "retain_accuracy": Measure(
         "retain %", _accuracy_on("retain"), "accuracy on the retained images", "near", decimals=1, place="terminal"
     ),
     "forget_accuracy": Measure(
-        "forget %", _accuracy_on("forget"), "accuracy on the forgotten images", "near", decimals=1, place="terminal"
+        "forget %", _accuracy_on("forget"), "accuracy on the forgotten images", "near", _FORGOTTEN, decimals=1,
+        place="terminal",
     ),
     "test_accuracy": Measure(
         "test %", _accuracy_on("test"), "accuracy on the test images", "near", decimals=1, place="terminal"
@@ -165,7 +173,7 @@ MEASURES: dict[str, Measure] = {
         _to_reference(logit_distance),
         "root mean square logit distance to the retrained model on the forgotten images",
         "less",
-        _COMPARED,
+        _ON_FORGOTTEN,
         place="terminal",
     ),
     "test_distance": Measure(
@@ -177,7 +185,7 @@ MEASURES: dict[str, Measure] = {
         _ratio(logit_distance),
         "d forget over that of a second retrained model",
         "less",
-        ("reference", "floor"),
+        _WITH_FLOOR,
         place="terminal",
         summarised=True,
     ),
@@ -186,7 +194,7 @@ MEASURES: dict[str, Measure] = {
         _ratio(probability_distance),
         "the same with distances of probabilities, to be read where the loss is cross-entropy",
         "less",
-        ("reference", "floor"),
+        _WITH_FLOOR,
         place="terminal",
     ),
     "membership": Measure(
@@ -194,6 +202,7 @@ MEASURES: dict[str, Measure] = {
         _membership,
         "the share of the forgotten images that a membership attack takes for training images",
         "near",
+        _FORGOTTEN,
         decimals=1,
         place="terminal",
     ),
@@ -202,19 +211,20 @@ MEASURES: dict[str, Measure] = {
         _beside_reference(average_gap, *_ACCURACIES, "membership"),
         "the mean difference of the accuracies and of member to the retrained model's, in points",
         "less",
-        _COMPARED,
+        _ON_FORGOTTEN,
         summarised=True,
     ),
     "tug_of_war": Measure(
         "ToW", _beside_reference(tug_of_war, *_ACCURACIES), "the tug of war of the accuracies, 1 at best", "more",
-        _COMPARED,
+        _ON_FORGOTTEN,
     ),
     "forget_kl": Measure(
         "KL", _to_reference(kl_divergence), "divergence of predictions on the forgotten images, in nats", "less",
-        _COMPARED,
+        _ON_FORGOTTEN,
     ),
     "forget_agreement": Measure(
-        "agree %", _to_reference(agreement), "the share of forgotten images put into the same class", "more", _COMPARED,
+        "agree %", _to_reference(agreement), "the share of forgotten images put into the same class", "more",
+        _ON_FORGOTTEN,
         decimals=1,
     ),
     "relearn_steps": Measure(
@@ -247,7 +257,7 @@ MEASURES: dict[str, Measure] = {
         _doubt,
         "points within which a retrained model's accuracy on the forgotten images should lie, by the audit",
         "less",
-        ("audit",),
+        ("audit", "forgotten"),
         decimals=1,
         place="nowhere",
     ),

@@ -88,6 +88,8 @@ def evaluate(
     Raises:
         InputError: there is no model, or a set is empty.
     """
+    if not len(forget):  # type: ignore[arg-type]
+        raise InputError("the forget set is empty: there is nothing to measure on it.")
     sets = {"retain": retain, "forget": forget, "test": test}
     subjects = {
         name: replace(subject, seconds=(seconds or {}).get(name))
@@ -99,15 +101,15 @@ def evaluate(
 def subjects_of(
     models: Mapping[str, Model], sets: Mapping[str, Dataset], device: torch.device | str
 ) -> dict[str, Subject]:
-    """What is measured of the models: their logits on the sets.
+    """What is measured of the models: their logits on the sets. Of the forgotten there may be none to look at.
 
     Raises:
-        InputError: there is no model, or a set is empty.
+        InputError: there is no model, or another set is empty.
     """
     if not models:
         raise InputError("there is no model to evaluate.")
-    for name, part in sets.items():
-        if not len(part):  # type: ignore[arg-type]
+    for name in ("retain", "test"):
+        if not len(sets[name]):  # type: ignore[arg-type]
             raise InputError(f"the {name} set is empty: there is nothing to measure on it.")
     labels = {name: labels_of(part) for name, part in sets.items()}
     return {

@@ -40,7 +40,7 @@ def labels_of(dataset: Dataset) -> Int[Tensor, " samples"]:
     known, count = labels_offered(dataset), len(dataset)  # type: ignore[arg-type]
     if known is not None:
         return known
-    return torch.cat([hard(item(dataset, i)[1][None]) for i in range(count)])
+    return torch.cat([torch.empty(0, dtype=torch.long), *(hard(item(dataset, i)[1][None]) for i in range(count))])
 
 
 def hard(labels: Tensor) -> Int[Tensor, " samples"]:

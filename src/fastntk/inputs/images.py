@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
@@ -30,7 +31,7 @@ class Images(Labelled):
     """``(image, label)`` pairs as the model wants them.
 
     Args:
-        source: indexable; each item an image (PIL, or uint8 array ``[H, W]`` or ``[H, W, 3]``).
+        source: indexable; each item an image (PIL of 8 or 16 bits, or uint8 array ``[H, W]`` or ``[H, W, 3]``).
         labels: the class of each item.
         classes: the names of the classes.
         preprocessing: the model's.
@@ -99,12 +100,34 @@ class Images(Labelled):
 
     def _tensor(self, image: Any) -> Tensor:
         transforms = torchvision().transforms.functional
-        pixels = transforms.to_tensor(image.convert("RGB") if hasattr(image, "convert") else image)
-        pixels = pixels.expand(3, -1, -1) if len(pixels) == 1 else pixels
+        pixels = transforms.to_tensor(rgb(image))
         size, wanted = self.preprocessing.size, pixels.shape[-2:] != (self.preprocessing.size,) * 2
         if wanted:
             pixels = transforms.center_crop(transforms.resize(pixels, [size], antialias=True), [size])
         return transforms.normalize(pixels, self.preprocessing.mean, self.preprocessing.std)
+
+
+def rgb(image: Any) -> Any:
+    """A PIL image of three channels of 8 bits, from one of any mode or from an array of 8 bits.
+
+    Raises:
+        InputError: it is something else, or its values have no known range.
+    """
+    from PIL import Image
+
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
+            raise InputError(
+                f"an array is an image if it is uint8 [H, W] or [H, W, 3], not {image.dtype} {list(image.shape)}."
+            )
+        image = Image.fromarray(image)
+    if not isinstance(image, Image.Image):
+        raise InputError(f"an image must be one of PIL's or an array, not a {type(image).__name__}.")
+    if image.mode.startswith("I;16"):  # which convert cuts off at 255
+        image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise InputError(f"values of mode {image.mode!r} have no known range. Save the images with 8 or 16 bits.")
+    return image.convert("RGB")
 
 
 class _Chosen:

@@ -1,7 +1,10 @@
 """Who makes the model of a name: timm, torchvision, transformers, or a file of the user's."""
 
 import importlib.util
-from collections.abc import Callable
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +19,20 @@ LIBRARIES = ("timm", "torchvision", "transformers")
 
 
 class Logits(nn.Module):
-    """A transformers classifier as a function from images to logits."""
+    """A transformers classifier as a function from images to logits.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        model: the classifier.
+        bgr: whether it takes its channels the other way round.
+    """
+
+    def __init__(self, model: nn.Module, bgr: bool = False) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.bgr = model, bgr
 
     def forward(self, images: Tensor) -> Tensor:
         """``[batch, 3, side, side]`` to ``[batch, C]``."""
-        return self.model(pixel_values=images).logits
+        return self.model(pixel_values=images.flip(1) if self.bgr else images).logits
 
 
 Make = Callable[[int, int | None, bool], tuple[nn.Module, Preprocessing]]
@@ -101,19 +109,20 @@ def _from_transformers(name: str, classes: int, size: int | None, pretrained: bo
         if size and hasattr(config, "image_size"):
             config.image_size = size
         processor = _processor(name if stored else None, config)
+        preprocessing, bgr = _preprocessing(processor, config, size), getattr(processor, "do_flip_channel_order", False)
         if not stored:
-            return Logits(auto.AutoModelForImageClassification.from_config(config)), _preprocessing(
-                processor, config, size
-            )
+            return Logits(auto.AutoModelForImageClassification.from_config(config), bgr), preprocessing
         model, found = auto.AutoModelForImageClassification.from_pretrained(
             name, config=config, ignore_mismatched_sizes=True, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"transformers has no image classifier {name!r} ({str(error).splitlines()[0]}). Give a folder that "
             "save_pretrained wrote, model and image processor, or one of its types, as 'transformers/vit'."
         ) from error
-    wrapped = Logits(model)
+    wrapped = Logits(model, bgr)
     lacking = {
         each[0] if isinstance(each, tuple) else each
         for key in ("missing_keys", "mismatched_keys")
@@ -125,7 +134,7 @@ def _from_transformers(name: str, classes: int, size: int | None, pretrained: bo
             f"the weights in {name} do not fit the model: {sorted(lacking)[0]!r} is missing or of another shape "
             f"({len(lacking)} such). If a side of {size} pixels was asked for, leave it out."
         )
-    return wrapped, _preprocessing(processor, config, size)
+    return wrapped, preprocessing
 
 
 def _processor(name: str | None, config: Any) -> Any:
@@ -137,9 +146,24 @@ def _processor(name: str | None, config: Any) -> Any:
 
 
 def _preprocessing(processor: Any, config: Any, size: int | None) -> Preprocessing:
-    own = getattr(config, "image_size", None) or processor.size.get("height") or processor.size.get("shortest_edge")
-    plain = not getattr(processor, "do_normalize", True)
-    mean, std = ((0.0,) * 3, (1.0,) * 3) if plain else (tuple(processor.image_mean), tuple(processor.image_std))
+    """As the processor does it.
+
+    Raises:
+        InputError: it does what ``Preprocessing`` cannot say.
+    """
+    normal, bgr = getattr(processor, "do_normalize", True), getattr(processor, "do_flip_channel_order", False)
+    scale = getattr(processor, "rescale_factor", 1 / 255) if getattr(processor, "do_rescale", True) else 1.0
+    if abs(255 * scale - 1) > 1e-6 or getattr(processor, "rescale_offset", False) or (normal and bgr):
+        raise InputError(
+            f"{type(processor).__name__} scales or flips pixels in a way that is not done here. Wrap the model in a "
+            "function of your own: FILE.py:FUNCTION."
+        )
+    own = getattr(config, "image_size", None)
+    own = own[0] if isinstance(own, tuple | list) else own
+    own = own or processor.size.get("height") or processor.size.get("shortest_edge")
+    mean, std = (tuple(processor.image_mean), tuple(processor.image_std)) if normal else ((0.0,) * 3, (1.0,) * 3)
+    if normal and getattr(processor, "include_top", False):  # EfficientNet's: divided by std once more
+        std = tuple(each**2 for each in std)
     return Preprocessing(int(size or own), mean, std)
 
 
@@ -147,16 +171,40 @@ def _from_file(path: Path, function: str, classes: int, size: int | None) -> tup
     """What a user's own function makes."""
     if not path.is_file():
         raise InputError(f"there is no file {path} with a model in it.")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"fastntk_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise InputError(f"{path} cannot be imported.")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with _running(path):
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
     make = getattr(module, function, None)
-    if make is None:
+    if not callable(make):
         raise InputError(f"{path} has no function {function!r}.")
-    made = make(classes)
-    if not (isinstance(made, tuple) and isinstance(made[0], nn.Module) and isinstance(made[1], Preprocessing)):
+    with _running(path):
+        made = make(classes)
+    model, own = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not (isinstance(model, nn.Module) and isinstance(own, Preprocessing)):
         raise InputError(f"{function} of {path} must return a module and its fastntk.Preprocessing.")
-    model, own = made
     return model, Preprocessing(size or own.size, own.mean, own.std)
+
+
+@contextmanager
+def _running(path: Path) -> Iterator[None]:
+    """The user's file, which may import from beside it.
+
+    Raises:
+        InputError: it fails; the message names its last line that was reached.
+    """
+    beside = str(path.resolve().parent)
+    sys.path.insert(0, beside)
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        if isinstance(error, InputError):
+            raise
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        place = f", line {lines[-1]}" if lines else ""
+        raise InputError(f"{path}{place} fails ({type(error).__name__}: {error}).") from error
+    finally:
+        sys.path.remove(beside)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from fastntk.common.errors import InputError
+from fastntk.inputs.called import check_logits
 from fastntk.inputs.heads import reset_head
 from fastntk.inputs.images import Preprocessing
 from fastntk.inputs.makers import maker
@@ -36,21 +37,33 @@ def load_model(
     pretrained = weights == "pretrained"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model, preprocessing = maker(name)(classes, size, pretrained)
+        model, preprocessing = _made(name, classes, size, pretrained)
     if weights is not None and not pretrained:
         load_weights(model, read_weights(Path(weights)))
     reset_head(model, seed)
-    if size is not None:
-        _check_size(model.eval(), size)
+    _check_output(model.eval(), preprocessing.size, classes)
     return model.eval().to(memory_format=torch.channels_last), preprocessing  # type: ignore[call-overload]
 
 
-def _check_size(model: nn.Module, size: int) -> None:
-    """Raises ``InputError`` if the model cannot take an image of that side."""
+def _made(name: str, classes: int, size: int | None, pretrained: bool) -> tuple[nn.Module, Preprocessing]:
+    make = maker(name)
+    if not pretrained:
+        return make(classes, size, False)
+    try:
+        return make(classes, size, True)
+    except (OSError, RuntimeError) as error:
+        raise InputError(
+            f"the pretrained weights of {name} cannot be had ({str(error).splitlines()[0]}). The library downloads "
+            "them, if it has any: without a network, copy a file of them here and give its path."
+        ) from error
+
+
+def _check_output(model: nn.Module, size: int, classes: int) -> None:
+    """Raises ``InputError`` if the model cannot take an image of that side, or does not give its logits."""
     try:
         with torch.no_grad():
-            model(torch.zeros(1, 3, size, size))
-    except (RuntimeError, ValueError, AssertionError) as error:
-        raise InputError(
-            f"the model cannot take images of {size} x {size} ({str(error).splitlines()[0]}). Choose another size."
-        ) from error
+            logits = model(torch.zeros(1, 3, size, size))
+    except Exception as error:  # whatever a model says of a size that is not its own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"the model cannot take images of {size} x {size} ({reason}). Choose another size.") from error
+    check_logits(logits, 1, classes)

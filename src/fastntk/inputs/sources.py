@@ -3,7 +3,8 @@
 import inspect
 import zipfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,18 @@ import numpy as np
 import torch
 
 from fastntk.common.errors import InputError
-from fastntk.inputs.images import Images, Preprocessing
+from fastntk.inputs.images import Images, Preprocessing, rgb
 from fastntk.inputs.libraries import datasets, torchvision
+
+
+@contextmanager
+def _decoding(what: str) -> Iterator[None]:
+    """Whatever goes wrong inside is said of ``what``: decoders raise all kinds of exceptions."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise InputError(f"{what} does not decode as an image ({reason}). Replace or remove it.") from error
 
 
 class _Folder:
@@ -24,13 +35,8 @@ class _Folder:
     def __getitem__(self, index: int) -> Any:
         from PIL import Image
 
-        try:
-            with Image.open(self.paths[index]) as image:
-                return image.convert("RGB")
-        except (OSError, SyntaxError) as error:
-            raise InputError(
-                f"{self.paths[index]} does not decode as an image ({error}). Replace or remove it."
-            ) from error
+        with _decoding(self.paths[index]), Image.open(self.paths[index]) as image:
+            return rgb(image)
 
 
 def load_data(
@@ -93,12 +99,16 @@ def _from_hugging_face(path: Path, preprocessing: Preprocessing, split: str, id_
             raise InputError(f"{path} has no split {split!r}; it holds {', '.join(stored)}.")
         stored = stored[split]
     image, label = (_column(stored, kind, path) for kind in (library.Image, library.ClassLabel))
+    stored = stored.with_format(None).cast_column(image, library.Image(decode=True))
     ids = None
     if id_column is not None:
         if id_column not in stored.features:
             raise InputError(f"{path} has no column {id_column!r}; it holds {', '.join(stored.features)}.")
         ids = _named(stored[id_column][:], path)
-    return Images(_Column(stored, image), stored[label][:], stored.features[label].names, preprocessing, ids)
+    labels = stored[label][:]
+    if None in labels:
+        raise InputError(f"row {labels.index(None)} of {path} has no label. Remove it.")
+    return Images(_Column(stored, image, path), labels, stored.features[label].names, preprocessing, ids)
 
 
 def _column(stored: Any, kind: type, path: Path) -> str:
@@ -112,11 +122,12 @@ def _column(stored: Any, kind: type, path: Path) -> str:
 class _Column:
     """One entry of every item of a dataset, read when asked for."""
 
-    def __init__(self, dataset: Any, key: str | int) -> None:
-        self.dataset, self.key = dataset, key
+    def __init__(self, dataset: Any, key: str | int, name: Path | str) -> None:
+        self.dataset, self.key, self.name = dataset, key, name
 
     def __getitem__(self, index: int) -> Any:
-        return self.dataset[index][self.key]
+        with _decoding(f"row {index} of {self.name}"):
+            return rgb(self.dataset[index][self.key])
 
 
 _SPLITS = {"train": ("train",), "test": ("test", "val", "valid", "validation")}
@@ -134,6 +145,9 @@ def _from_folder(path: Path, preprocessing: Preprocessing, split: str) -> Images
     if not samples:
         raise InputError(f"{folder} has no images in its class folders ({', '.join(classes)}).")
     names, labels = zip(*samples, strict=True)
+    odd = [name for name in names if not Path(name).is_file()]
+    if odd:
+        raise InputError(f"{odd[0]} is no file that can be read (a broken link, or a pipe). Remove it.")
     ids = [Path(name).relative_to(path).as_posix() for name in names]
     return Images(_Folder(list(names)), list(labels), classes, preprocessing, ids)
 
@@ -196,4 +210,4 @@ def _from_torchvision(name: str, preprocessing: Preprocessing, split: str, root:
         raise InputError(f"torchvision's {name} has no list of labels. Export it to a folder of class folders.")
     labels = torch.as_tensor(labels).tolist()
     classes = getattr(dataset, "classes", None) or [str(c) for c in range(max(labels) + 1)]
-    return Images(_Column(dataset, 0), labels, list(classes), preprocessing)
+    return Images(_Column(dataset, 0, name), labels, list(classes), preprocessing)

@@ -1,8 +1,9 @@
-"""Weights from local files: read without running code, fitted to a model, renamed by order."""
+"""Weights in local files: read without running code, fitted to a model, renamed by order, written."""
 
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastntk.common.errors import InputError
+from fastntk.common.files import write, write_tensors
 from fastntk.inputs.heads import head_parameters
 
 
@@ -23,17 +25,58 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise InputError(f"there is no weights file {path}.")
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except PermissionError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}).") from error
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+        if "Unsupported global" in str(error) or "Unsupported class" in str(error):
+            raise InputError(
+                f"{path} holds more than tensors, which cannot be read without running its code. Save "
+                "model.state_dict() alone: torch.save(model.state_dict(), FILE)."
+            ) from error
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{path} cannot be read as weights ({reason}). It may be truncated: copy it again.") from error
-    state = state.get("state_dict", state) if isinstance(state, dict) else state
-    if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+    found = [each for each in (state, *_inner(state)) if _is_state(each)]
+    if not found:
         raise InputError(f"{path} is not a state dict: a mapping of names to tensors. Save model.state_dict().")
-    return dict(state)
+    return dict(found[0])
+
+
+def _inner(state: Any) -> list[Any]:
+    """What a training checkpoint has under the names that are usual for the model."""
+    return [state[key] for key in _USUAL if key in state] if isinstance(state, Mapping) else []
+
+
+def _is_state(state: Any) -> bool:
+    return isinstance(state, Mapping) and bool(state) and all(isinstance(each, Tensor) for each in state.values())
+
+
+def check_state_file(path: Path) -> None:
+    """Raises ``InputError`` for a name that no state dict is written under."""
+    if path.suffix not in _WRITERS:
+        raise InputError(f"{path} must end in {' or '.join(_WRITERS)}.")
+
+
+def write_state(path: Path, state: Mapping[str, Tensor]) -> None:
+    """A state dict, in the format that the name of the file says."""
+    check_state_file(path)
+    _WRITERS[path.suffix](path, {name: tensor.detach().cpu() for name, tensor in state.items()})
+
+
+def _pickled(path: Path, state: dict[str, Tensor]) -> None:
+    write(path, lambda file: torch.save(state, file))
+
+
+_WRITERS: dict[str, Callable[[Path, dict[str, Tensor]], None]] = {
+    ".safetensors": write_tensors,
+    ".pt": _pickled,
+    ".pth": _pickled,
+}
+_USUAL = "state_dict", "model_state_dict", "model", "module", "net"
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, with_head: bool = False) -> None:
-    """Copy a state dict into ``model``, in place.
+    """Copy a state dict into ``model``, in place. A prefix that all its names have (``module.`` of DataParallel,
+    ``_orig_mod.`` of torch.compile) and the model's have not is left out.
 
     Unless ``with_head``, the head may be missing or of another shape and then stays as it is.
 
@@ -42,6 +85,8 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, with_head: bo
     """
     heads = [] if with_head else head_parameters(model)
     wanted = model.state_dict()
+    while not set(state) & set(wanted) and len({name.partition(".")[0] for name in state}) == 1 and "." in min(state):
+        state = {name.partition(".")[2]: tensor for name, tensor in state.items()}
     usable = {
         name: tensor
         for name, tensor in state.items()

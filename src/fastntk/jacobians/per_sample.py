@@ -17,7 +17,7 @@ from torch.func import jacrev, vmap
 from torch.utils.checkpoint import CheckpointError
 
 from fastntk.common.errors import InputError
-from fastntk.inputs.called import called
+from fastntk.inputs.called import called, check_logits
 from fastntk.jacobians.jacobian import Jacobian
 from fastntk.jacobians.layout import Layout
 from fastntk.jacobians.rules.calls import PerSample
@@ -151,8 +151,7 @@ class PerSampleJacobian:
     def _forward(self, x: Tensor, parameters: Mapping[str, Tensor], mode: AbstractContextManager) -> Tensor:
         with mode:
             logits = called(self.model, parameters, x)
-        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x):
-            raise InputError("the model must return logits of shape [batch, classes]. Wrap it in a module that does.")
+        check_logits(logits, len(x))
         return logits
 
     def classes(self, x: Tensor) -> int:

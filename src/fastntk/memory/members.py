@@ -51,7 +51,7 @@ class Members(Labelled):
         known, index = labels_offered(self.source), self._index
         if known is None:
             return None
-        places = torch.tensor([index.get(each, -1) for each in self.by_position])
+        places = torch.tensor([index.get(each, -1) for each in self.by_position], dtype=torch.long)
         return torch.where(places < 0, -1, known[places])
 
     @property

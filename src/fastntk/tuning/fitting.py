@@ -14,6 +14,7 @@ from fastntk.common.machine import elapsed, settle
 from fastntk.common.progress import track
 from fastntk.inputs.augmentations import augmented
 from fastntk.inputs.batches import batches, checked, hard, labels_of
+from fastntk.inputs.called import check_logits
 from fastntk.tuning.outputs import logits_of
 from fastntk.tuning.parameters import snapshot, tuned
 from fastntk.tuning.recipe import MOMENTUM, Recipe
@@ -124,6 +125,7 @@ class _Epochs:
             seeds = [self._seed(epoch, first + place) for place in mine or range(1)]
             x, y = augmented(checked(images), self.recipe.augment, seeds).to(self.device), labels.to(self.device)
             logits = self.network(x)
+            check_logits(logits, len(x))
             loss = self.recipe.loss(logits, y) * (len(mine) / whole)
             if not torch.isfinite(loss):
                 raise InputError("the loss is no longer finite. Lower the learning rate.")

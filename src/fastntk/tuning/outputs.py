@@ -19,9 +19,10 @@ def model_at(model: nn.Module, parameters: Mapping[str, Tensor]) -> Callable[[Te
 
 
 def logits_of(model: Model, samples: Dataset, device: torch.device | str, batch_size: int = 64) -> Float[Tensor, "n c"]:
-    """The logits of all samples, on ``device``, where the model is."""
+    """The logits of all samples, on ``device``, where the model is; of no sample ``[0, 0]``."""
     with torch.no_grad():
-        return torch.cat([model(images.to(device)) for images, _ in batches(samples, batch_size)])
+        found = [model(images.to(device)) for images, _ in batches(samples, batch_size)]
+    return torch.cat(found) if found else torch.empty(0, 0, device=device)
 
 
 def margins(logits: Float[Tensor, "samples classes"], labels: Int[Tensor, " samples"]) -> Float[Tensor, " samples"]:

@@ -54,18 +54,25 @@ def evaluate(
     run: options.Folder,
     test: Annotated[str | None, typer.Option(help="Held-out data; by default the test split of the run's own.")] = None,
     retrain: Annotated[bool, typer.Option(help="Retrain twice without the forgotten samples, to compare with.")] = True,
+    ids: options.Ids = None,
+    ids_file: options.IdsFile = None,
     device: options.Device = "cpu",
     seed: Annotated[
         int | None, typer.Option(**options.SEED, help="Of the second retrained model; the run's own + 1 by default.")
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Show the unlearned model beside the original and two models retrained without the forgotten samples."""
+    """Show the unlearned model beside the original and two models retrained without the forgotten samples.
+
+    Which these were need not be said where the memory can tell them from images that were never in it.
+    """
+    from fastntk.cli import asked
     from fastntk.cli.run import Run
     from fastntk.evidence.pages import write_report
     from fastntk.evidence.report import document
 
-    report = Run(run, device).evaluate(test, retrain, seed)
+    named = None if ids is None and ids_file is None else lambda images: asked.wanted(ids, ids_file, images)
+    report = Run(run, device).evaluate(test, retrain, seed, named)
     write_report(run, "What was forgotten, and how well", {"forgotten": report}, {})
     wrote = f"Wrote {run / 'report.json'} and {run / 'report.html'}."
     show(document({"forgotten": report}), as_json, report.table(), wrote)

@@ -1,7 +1,7 @@
 """Preparing a memory, requests to it, and its folder."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -110,7 +110,7 @@ def forget(
     as_json: options.Json = False,
 ) -> None:
     """Forget samples, then purge their trace from the memory. A few others are read to check the answer."""
-    from fastntk.cli.asked import of_class
+    from fastntk.cli.asked import of_class, wanted
     from fastntk.cli.run import Run
 
     if sum(given is not None for given in (ids, ids_file, class_name)) != 1:
@@ -124,11 +124,11 @@ def forget(
     options.check_out(certificate)
     opened = Run(run, device)
     memory, images = opened.memory()
-    wanted = _wanted(ids, ids_file, images) if class_name is None else of_class(images, class_name, memory)
+    chosen = wanted(ids, ids_file, images) if class_name is None else of_class(images, class_name, memory)
     if dry_run:
-        show_answer(run, memory.preview(wanted), None, as_json, "nothing was changed")
+        show_answer(run, memory.preview(chosen), None, as_json, "nothing was changed")
     else:
-        _answered(opened, memory, memory.forget(wanted, full=full), certificate, defer_purge, as_json)
+        _answered(opened, memory, memory.forget(chosen, full=full), certificate, defer_purge, as_json)
         if refresh and as_json:  # one object has been printed
             opened.refresh()
         elif refresh:
@@ -146,6 +146,7 @@ def remember(
     as_json: options.Json = False,
 ) -> None:
     """Add samples that are in the data and not in the memory: new ones, or some that were forgotten."""
+    from fastntk.cli.asked import wanted
     from fastntk.cli.run import Run
 
     if (ids is None) == (ids_file is None):
@@ -153,7 +154,7 @@ def remember(
     options.check_out(certificate)
     opened = Run(run, device)
     memory, images = opened.memory()
-    answer = memory.remember(_wanted(ids, ids_file, images), full=full)
+    answer = memory.remember(wanted(ids, ids_file, images), full=full)
     _answered(opened, memory, answer, certificate, defer_purge, as_json)
 
 
@@ -230,13 +231,6 @@ def export(
     path = out or run / "unlearned.safetensors"
     Run(run, device).export(path, exact_head, gain)
     show({"run": str(run), "out": str(path)}, as_json, f"Wrote {path}.")
-
-
-def _wanted(ids: str | None, ids_file: Path | None, images: Any) -> list[Any]:
-    from fastntk.cli.asked import read_ids
-
-    text = (ids or "") if ids_file is None else options.text_of(ids_file)
-    return read_ids(text, images, lines=ids_file is not None)
 
 
 def _answered(

@@ -12,6 +12,7 @@ folder is ever touched.
 """
 
 import logging
+import os
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -48,11 +49,14 @@ class Folder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """No other process reads or writes the folder meanwhile.
+        """No other process reads or writes the folder meanwhile. Where this one may not write, it reads without a lock.
 
         Raises:
             InputError: another one kept it for over a minute.
         """
+        if self.readonly:
+            yield
+            return
         try:
             self._lock.acquire()
         except (Timeout, OSError) as error:
@@ -63,6 +67,11 @@ class Folder:
             yield
         finally:
             self._lock.release()
+
+    @property
+    def readonly(self) -> bool:
+        """Whether this process may read the folder and not write it: somebody else's, or a snapshot."""
+        return self.folder.is_dir() and not os.access(self.folder, os.W_OK)
 
     def create(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any], audit: Audit | None) -> None:
         """A new memory, with the audit that it has had, if any, in place of an unused one.
@@ -221,6 +230,9 @@ class Folder:
 
     def _opened(self, started: float | None = None) -> None:
         """Remove what is not part of the memory any more, say so of the requests concerned, and note the version."""
+        if self.readonly:
+            self.version = self.ledger.version()
+            return
         kept = self.ledger.files()
         for path in self.folder.iterdir():
             if path.name not in kept and _LEFT_OVER.fullmatch(path.name):
