@@ -133,13 +133,24 @@ def discard(path: Path) -> None:
 
 
 def sync(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    if os.name == "posix":  # elsewhere a folder cannot be opened
+    """Make the names in a folder durable.
+
+    Raises:
+        InputError: the disk does not take them; they are as they should be, and may not outlast a crash.
+    """
+    if os.name != "posix":  # a folder cannot be opened
+        return
+    try:
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:
             os.close(handle)
+    except OSError as error:
+        raise InputError(
+            f"what was written in {folder} may not outlast a crash: the disk does not sync it ({error.strerror}). Mend "
+            "the disk, and repeat the command."
+        ) from error
 
 
 def room(folder: Path | None = None) -> int:

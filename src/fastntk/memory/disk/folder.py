@@ -132,7 +132,8 @@ class Folder:
         """Raises ``InputError`` if there is no memory in the folder, but something else."""
         if self.ledger.path.is_file() or self.ledger.announced():
             return
-        others = sorted(path.name for path in self.folder.iterdir() if path.name != "lock")
+        names = sorted(path.name for path in self.folder.iterdir() if path.name != "lock")
+        others = [name for name in names if name.startswith("base-") or not _LEFT_OVER.fullmatch(name)]
         bases = [name for name in others if name.startswith("base-")]
         if bases:
             raise InputError(
