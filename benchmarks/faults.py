@@ -2,10 +2,11 @@
 
     python benchmarks/faults.py [--only TEXT] [--every K]
 
-Every creation, write, sync, change of a name, removal and statement of SQLite under the run's folder (``tests/faults.py``)
-fails once, is the last before a kill, and is the last before a crash that loses what was not synced. Afterwards the run
-must open as it was before the command or as it is after it, the command must be repeatable, and nothing be left over that
-is not there without a fault. The last line is JSON: how many operations and faults, and of the faults how many
+Every creation, write, sync, change of a name, removal and statement of SQLite under the run's folder
+(``tests/faults.py``) fails once, is the last before a kill, and is the last before a crash that loses what was not
+synced. Afterwards the run must open as it was before the command or as it is after it, the command must be repeatable,
+and nothing be left over that is not there without a fault. The last line is JSON: how many operations and faults, and
+of the faults how many
 
 lost          left a run that does not open
 between       left one that is neither as before nor as after
@@ -26,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from trials import TRIALS, Place, tried  # noqa: E402
+from trials import TRIALS, Place, tried
 
 SUMS = "lost", "between", "unrepeatable", "leftovers", "tracebacks"
 

@@ -1,8 +1,8 @@
-"""Faults of a disk and of a process, at every operation on a folder: it fails, it is the last before a kill, or the last
-before a crash that loses whatever had not been synced.
+"""Faults of a disk and of a process, at every operation on a folder: it fails, it is the last before a kill, or the
+last before a crash that loses whatever had not been synced.
 
-An operation is the creation of a file or folder, a write, a sync, a change of a name, a removal, a change of rights, and
-a statement of SQLite that writes. They are interposed on in a fork of this process, in which the command line runs.
+An operation is the creation of a file or folder, a write, a sync, a change of a name, a removal, a change of rights,
+and a statement of SQLite that writes. They are interposed on in a fork of this process, in which the command line runs.
 """
 
 import errno

@@ -1,4 +1,4 @@
-"""What the commands leave of a run after a fault: all of what was before, or all of what is after; and a repeat works."""
+"""What the commands leave of a run after a fault: all of what was before, or all of what is after; and how they repeat."""
 
 import re
 import shutil
@@ -10,7 +10,7 @@ from typing import Any
 import faults
 import numpy as np
 
-import fastntk.cli.asked  # noqa: F401 (before a fork, or every one of them imports it)
+import fastntk.cli.asked
 import fastntk.evidence.pages  # noqa: F401
 from fastntk.cli.run import Run
 from fastntk.common.errors import InputError

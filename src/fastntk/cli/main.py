@@ -45,6 +45,8 @@ for command in (
 ):
     app.command()(command)
 
+_INTERRUPTED = 130  # with which typer ends by itself as well
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: a caller's mistake is one line on standard error and exit status 2.
@@ -63,6 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         told = str(error).encode(errors="backslashreplace").decode()  # names of files may be no UTF-8
         console.print(Text("error: ", style="red").append(told, style="default"), highlight=False, soft_wrap=True)
         sys.exit(2 if isinstance(error, InputError) else 1)
-    except KeyboardInterrupt:
-        console.print("interrupted. What a command had completed stays; the same command goes on from there.")
-        sys.exit(130)
+    except (KeyboardInterrupt, SystemExit) as end:
+        if isinstance(end, SystemExit) and end.code != _INTERRUPTED:
+            raise
+        console.print(
+            "interrupted. What the command had completed stays, and the same command goes on from there. Which requests "
+            "are answered, and which purged, says: fastntk ledger RUN."
+        )
+        sys.exit(_INTERRUPTED)

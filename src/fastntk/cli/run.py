@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -30,6 +30,7 @@ from fastntk.common.files import (
     complete,
     digest,
     file_digest,
+    held,
     read_tensors,
     switching,
     writable,
@@ -91,12 +92,9 @@ class Run:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """No other process replaces the run's files meanwhile."""
-        try:
-            with FileLock(self.folder / "lock", timeout=WAIT):
-                complete(self.folder)
-                yield
-        except Timeout as error:
-            raise InputError(f"{self.folder} is in use by another process. Try again later.") from error
+        with held(FileLock(self.folder / "lock", timeout=WAIT), self.folder):
+            complete(self.folder)
+            yield
 
     def fit(self, given: Given, recipe: Recipe, validation: str | None = None) -> Fit:
         """Fit a model, or take one that was fitted, and write the run; ``validation`` names data to measure the

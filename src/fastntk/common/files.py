@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import BaseFileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -110,6 +111,25 @@ def complete(folder: Path) -> None:
     except OSError as error:
         raise InputError(f"{folder} cannot be written ({error}). Make it writable; its new files are kept.") from error
     discard(decided)
+
+
+@contextmanager
+def held(lock: BaseFileLock, what: Path) -> Iterator[None]:
+    """A lock, taken; ``what`` is the folder that it is of.
+
+    Raises:
+        InputError: another process has it for longer than the lock waits, or it cannot be taken.
+    """
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise InputError(f"{what} is in use by another process. Try again later.") from error
+    except OSError as error:
+        raise InputError(f"{what} cannot be locked ({error.strerror}). Make it writable.") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _aside(path: Path) -> Path:

@@ -20,11 +20,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from torch import Tensor
 
 from fastntk.common.errors import InputError
-from fastntk.common.files import discard, file_digest, read_tensors, sync, writable, write_tensors
+from fastntk.common.files import discard, file_digest, held, read_tensors, sync, writable, write_tensors
 from fastntk.common.formats import Document, Format
 from fastntk.memory.audit import Audit
 from fastntk.memory.certificate import Certificate
@@ -52,21 +52,13 @@ class Folder:
         """No other process reads or writes the folder meanwhile. Where this one may not write, it reads without a lock.
 
         Raises:
-            InputError: another one kept it for over a minute.
+            InputError: another one kept it for over a minute, or there is no lock to be had.
         """
         if self.readonly:
             yield
             return
-        try:
-            self._lock.acquire()
-        except (Timeout, OSError) as error:
-            raise InputError(
-                f"the memory {self.folder} is in use by another process, or its lock cannot be taken. Try again later."
-            ) from error
-        try:
+        with held(self._lock, self.folder):
             yield
-        finally:
-            self._lock.release()
 
     @property
     def readonly(self) -> bool:
