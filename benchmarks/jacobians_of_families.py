@@ -1,20 +1,16 @@
 """Per-sample Jacobians of the families of networks that there are, against torch.func: exact, refused or wrong.
 
-    python benchmarks/jacobians_of_families.py [--only TEXT]
+python benchmarks/jacobians_of_families.py [--only TEXT]
 """
 
 import argparse
 import ast
-import json
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
@@ -53,7 +49,9 @@ def families() -> Iterator[tuple[str, int, Callable[[], nn.Module]]]:
     for library, lines, make in (*libraries, ("transformers", TRANSFORMERS, of_transformers)):
         for line in lines.replace("\n", ";").split(";"):
             if words := line.split():
-                options = {key: ast.literal_eval(value) for key, _, value in (word.partition("=") for word in words[2:])}
+                options = {
+                    key: ast.literal_eval(value) for key, _, value in (word.partition("=") for word in words[2:])
+                }
                 yield f"{library}/{words[0]}", int(words[1]), lambda m=make, n=words[0], o=options: m(n, **o)
 
 
@@ -133,9 +131,20 @@ def compared(model: nn.Module, names: list[str], images: Tensor) -> dict[str, An
     single = {name: (wrong[name] / size[name]) ** 0.5 for name in names if size[name] > 1e-14 * whole}
     worst = max(single, key=lambda name: single[name])
     count = lambda part: sum(parameters[name].numel() for name in part)
-    return {"p": count(names), "fast": count(layout.fast), "slow": count(layout.slow), "head": count(layout.head),
-        "error": (sum(wrong.values()) / whole) ** 0.5, "single": single[worst], "worst": worst, "ours": ours, "theirs": theirs, "zero": [n for n in names if size[n]==0],
-        "slow_names": layout.slow, "norm": whole**.5}
+    return {
+        "p": count(names),
+        "fast": count(layout.fast),
+        "slow": count(layout.slow),
+        "head": count(layout.head),
+        "error": (sum(wrong.values()) / whole) ** 0.5,
+        "single": single[worst],
+        "worst": worst,
+        "ours": ours,
+        "theirs": theirs,
+        "zero": [n for n in names if size[n] == 0],
+        "slow_names": layout.slow,
+        "norm": whole**0.5,
+    }
 
 
 def main() -> None:
@@ -151,7 +160,8 @@ def main() -> None:
         try:
             model, images = prepared(make, side)
         except Exception as e:
-            print(name, side, "CANNOT MAKE", repr(e)[:300], flush=True); continue
+            print(name, side, "CANNOT MAKE", repr(e)[:300], flush=True)
+            continue
         made = time.perf_counter() - t
         total = sum(p.numel() for p in model.parameters())
         ks = {type(m).__name__ for m in model.modules() if any(True for _ in m.parameters(recurse=False))}
@@ -159,18 +169,33 @@ def main() -> None:
         mods = dict(model.named_modules())
         lacking = ks - {type(mods[n.rpartition(".")[0]]).__name__ for n in chosen}
         missing = [k for k in ("norm", "bias", "head") if k not in tunables(model)]
-        print(f"{name} {side} {total/1e6:.2f}M made {made:.1f}s {'LACKS '+str(missing) if missing else ''} {'UNCOVERED '+str(lacking) if lacking else ''}", flush=True)
+        print(
+            f"{name} {side} {total / 1e6:.2f}M made {made:.1f}s {'LACKS ' + str(missing) if missing else ''} {'UNCOVERED ' + str(lacking) if lacking else ''}",
+            flush=True,
+        )
         for what, names in (("light", light(model)), ("kinds", chosen)):
             t = time.perf_counter()
             try:
                 r = compared(model, names, images)
-                bad = "  <<<<<<<" if r["single"] > 1e-7 or r["error"]>1e-7 else ""
-                print(f"    {what} p={r['p']} n={len(names)} {r['fast']}/{r['slow']}/{r['head']} err {r['error']:.1e} single {r['single']:.1e} {r['worst']} ours {r['ours']:.1f} theirs {r['theirs']:.1f} zero {len(r['zero'])} {r['zero'][:4]} |J| {r['norm']:.1e} slow: {len(r['slow_names'])} {r['slow_names'][:5]} {bad}", flush=True)
+                bad = "  <<<<<<<" if r["single"] > 1e-7 or r["error"] > 1e-7 else ""
+                print(
+                    f"    {what} p={r['p']} n={len(names)} {r['fast']}/{r['slow']}/{r['head']} err {r['error']:.1e} single {r['single']:.1e} {r['worst']} ours {r['ours']:.1f} theirs {r['theirs']:.1f} zero {len(r['zero'])} {r['zero'][:4]} |J| {r['norm']:.1e} slow: {len(r['slow_names'])} {r['slow_names'][:5]} {bad}",
+                    flush=True,
+                )
             except fastntk.InputError as e:
                 print("   ", what, "REFUSED", e, flush=True)
             except Exception as e:
                 import traceback
-                print("   ", what, "CRASH", repr(e)[:400], "|", " / ".join(traceback.format_exc().splitlines()[-7:-1])[:900], flush=True)
+
+                print(
+                    "   ",
+                    what,
+                    "CRASH",
+                    repr(e)[:400],
+                    "|",
+                    " / ".join(traceback.format_exc().splitlines()[-7:-1])[:900],
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the commands leave of a run after a fault: all of what was before, or all of what is after; and how they repeat."""
+"""What the commands leave of a run after a fault: all of what was before, or of what is after; and how they repeat."""
 
 import re
 import shutil

@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if isinstance(end, SystemExit) and end.code != _INTERRUPTED:
             raise
         console.print(
-            "interrupted. What the command had completed stays, and the same command goes on from there. Which requests "
-            "are answered, and which purged, says: fastntk ledger RUN."
+            "interrupted. What the command had completed stays, and the same command goes on from there. Which "
+            "requests are answered, and which purged, says: fastntk ledger RUN."
         )
         sys.exit(_INTERRUPTED)
