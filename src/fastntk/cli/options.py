@@ -147,13 +147,18 @@ def numerics(sums: str, precision: str, class_probes: int | None, workers: int) 
 
 
 def check_out(path: Path | None) -> None:
-    """Raises ``InputError`` if a file that is to be written later cannot be."""
-    from fastntk.common.files import writable
+    """Make ready for a file that is to be written later; what a killed command left of it goes.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    from fastntk.common.files import aside, discard, writable
 
     if path and path.is_dir():
         raise InputError(f"{path} is a folder. Name a file.")
     if path:
         writable(path.parent)
+        discard(aside(path))
 
 
 def text_of(path: Path) -> str:

@@ -50,20 +50,20 @@ def write(path: Path, save: Callable[[Path], object]) -> None:
     Raises:
         InputError: the disk is full or the folder cannot be written; ``path`` is as it was.
     """
-    aside = _aside(path)
+    beside = aside(path)
     try:
-        discard(aside)
-        aside.mkdir()
-        save(aside / path.name)
-        (aside / path.name).chmod(aside.stat().st_mode & 0o666)  # as the umask says: safetensors does not ask it
-        with (aside / path.name).open("rb+") as file:
+        discard(beside)
+        beside.mkdir()
+        save(beside / path.name)
+        (beside / path.name).chmod(beside.stat().st_mode & 0o666)  # as the umask says: safetensors does not ask it
+        with (beside / path.name).open("rb+") as file:
             os.fsync(file.fileno())
-        (aside / path.name).replace(path)
+        (beside / path.name).replace(path)
         sync(path.parent)
     except (OSError, SafetensorError, sqlite3.Error) as error:
         raise InputError(f"{path} cannot be written ({error}); what was there is unchanged.") from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)  # where not even that can be done, the next writing does it
+        shutil.rmtree(beside, ignore_errors=True)  # where not even that can be done, the next writing does it
 
 
 @contextmanager
@@ -132,7 +132,7 @@ def held(lock: BaseFileLock, what: Path) -> Iterator[None]:
         lock.release()
 
 
-def _aside(path: Path) -> Path:
+def aside(path: Path) -> Path:
     """Where ``write`` writes before it switches."""
     return path.with_name(f".{path.name}.new")
 
