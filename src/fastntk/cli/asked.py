@@ -57,7 +57,9 @@ def read_ids(text: str, images: Images, lines: bool = False) -> list[Id]:
         numbers = all(part.isdecimal() for word in words for part in word.split())
         found += [part for word in words for part in word.split()] if numbers else words
     ids = [
-        known.get(each, known.get(_composed(each), int(each) if each.isdecimal() else each)) for each in found if each
+        known.get(each, known.get(_composed(each), int(each) if each.isdecimal() and len(each) < 19 else each))
+        for each in found
+        if each
     ]
     if not ids:
         raise InputError("the request names no sample.")

@@ -65,6 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         told = str(error).encode(errors="backslashreplace").decode()  # names of files may be no UTF-8
         console.print(Text("error: ", style="red").append(told, style="default"), highlight=False, soft_wrap=True)
         sys.exit(2 if isinstance(error, InputError) else 1)
+    except OSError as error:
+        console.print(Text("error: ", style="red").append(_of_system(error), style="default"), highlight=False)
+        sys.exit(2)
     except (KeyboardInterrupt, SystemExit) as end:
         if isinstance(end, SystemExit) and end.code != _INTERRUPTED:
             raise
@@ -73,3 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "requests are answered, and which purged, says: fastntk ledger RUN."
         )
         sys.exit(_INTERRUPTED)
+
+
+def _of_system(error: OSError) -> str:
+    """What the system says of a file, in a line."""
+    name = "" if error.filename is None else str(error.filename).encode(errors="backslashreplace").decode() + ": "
+    return f"{name}{error.strerror or error}. Name another file or folder, or make it readable and writable."

@@ -33,8 +33,8 @@ IdColumn = Annotated[
     str | None, typer.Option(help="The column (array of an .npz) that names the samples; their index by default.")
 ]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")]
-SEED = {"min": 0, "max": 2**63 - 1}
-"""What torch takes for one."""
+SEED = {"min": 0, "max": 2**32 - 1}
+"""What every library takes for one."""
 
 Seed = Annotated[int, typer.Option(**SEED, help="Of the head's first values and the order of the samples.")]
 LossName = Annotated[str, typer.Option("--loss", help="squared or cross-entropy.")]
@@ -95,7 +95,7 @@ def number(text: str) -> float:
 
 def classes(text: str) -> int | str:
     """What ``--classes`` says."""
-    return int(text) if text.isdecimal() else text
+    return int(text) if text.isdecimal() and len(text) < 10 else text
 
 
 def loss(name: str, smoothing: float) -> Any:

@@ -97,7 +97,9 @@ def batches(
     With ``workers`` that many processes read images ahead while others are worked on. With a ``share`` of (rank, size)
     every size-th sample of each batch; one sample where that is none.
     """
-    order = SequentialSampler(dataset) if shuffle is None else RandomSampler(dataset, generator=shuffle)  # type: ignore[arg-type]
+    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        raise InputError(f"the data must be a map-style dataset, with a length and items, not {_kind(dataset)}.")
+    order = SequentialSampler(dataset) if shuffle is None else RandomSampler(dataset, generator=shuffle)
     sampler = _Share(BatchSampler(order, batch_size, drop_last=False), *share)
     return DataLoader(dataset, batch_sampler=sampler, generator=shuffle, num_workers=workers, collate_fn=_collated)
 

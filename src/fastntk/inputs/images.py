@@ -23,6 +23,10 @@ class Preprocessing:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
+    def __post_init__(self) -> None:
+        if len(self.mean) != 3 or len(self.std) != 3 or not all(each > 0 for each in self.std):
+            raise InputError(f"mean and std are of three channels, and std above 0, not {self.mean} and {self.std}.")
+
 
 _TOLD = 20  # classes that are named
 

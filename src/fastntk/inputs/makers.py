@@ -203,7 +203,8 @@ def _running(path: Path) -> Iterator[None]:
     except (Exception, SystemExit) as error:
         if isinstance(error, InputError):
             raise
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == path.resolve()]
         place = f", line {lines[-1]}" if lines else ""
         raise InputError(f"{path}{place} fails ({type(error).__name__}: {error}).") from error
     finally:

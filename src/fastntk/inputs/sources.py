@@ -81,7 +81,11 @@ def load_data(
 
 def _named(column: Sequence[Any], source: Path) -> list[int | str]:
     """Ids from a column: whole numbers or text, each of them once."""
-    ids = [int(each) if isinstance(each, int | np.integer) else str(each) for each in column]
+    odd = [each for each in column if not isinstance(each, int | np.integer | str | bytes)]
+    if odd:
+        raise InputError(f"{source}: an id is a whole number or text, not {odd[0]!r}. Choose another column.")
+    texts = (each.decode(errors="surrogateescape") if isinstance(each, bytes) else each for each in column)
+    ids: list[int | str] = [each if isinstance(each, str) else int(each) for each in texts]
     if len(set(ids)) < len(ids):
         twice = next(each for each, count in Counter(ids).items() if count > 1)
         raise InputError(f"{source}: the id {twice!r} occurs more than once. Choose a column whose values are unique.")
@@ -169,29 +173,38 @@ def _from_npz(path: Path, preprocessing: Preprocessing, split: str, id_column: s
         raise InputError(f"there is no file {path}.")
     try:
         with np.load(path, allow_pickle=False) as archive:
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise ValueError("it holds one array alone")
             keys = ["x", "y", *([id_column] if id_column else [])]
             keys = keys if "x" in archive else [f"{key}_{split}" for key in keys]
             absent = [key for key in keys if key not in archive]
             if absent:
                 raise InputError(f"{path} has no array {absent[0]!r}; it holds {', '.join(archive.files)}.")
             x, y, *column = (archive[key] for key in keys)
-            names = [str(name) for name in archive["classes"]] if "classes" in archive else None
+            names = _class_names(archive["classes"], path) if "classes" in archive else None
     except (zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(
             f"{path} cannot be read as an .npz file ({error}). It may be truncated: copy it again."
         ) from error
-    if x.dtype != np.uint8 or x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[3] != 3):
+    if x.dtype != np.uint8 or not x.size or x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[3] != 3):
         raise InputError(f"{path}: images must be uint8 [N, H, W] or [N, H, W, 3], not {x.dtype} {list(x.shape)}.")
     if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer) or len(x) != len(y) or not len(y):
         raise InputError(
             f"{path}: needs one integer label an image, not {y.dtype} {list(y.shape)} for {len(x)} images."
         )
+    if column and column[0].shape != y.shape:
+        raise InputError(f"{path}: needs one id an image, not {list(column[0].shape)} ids for {len(y)} images.")
     ids = _named(column[0].tolist(), path) if column else None
-    if ids is not None and len(ids) != len(y):
-        raise InputError(f"{path}: {len(ids)} ids for {len(y)} images.")
     return Images(x, y.tolist(), names or [str(c) for c in range(int(y.max()) + 1)], preprocessing, ids)
+
+
+def _class_names(given: np.ndarray, path: Path) -> list[str]:
+    names = [str(name) for name in given.tolist()] if given.ndim == 1 else []
+    if not names or len(set(names)) < len(names):
+        raise InputError(f"{path}: classes must be a list of names, each its own, one a class.")
+    return names
 
 
 def _from_torchvision(name: str, preprocessing: Preprocessing, split: str, root: Path | str | None) -> Images:

@@ -103,6 +103,10 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, with_head: bo
                 "Give weights of this very architecture."
             )
     for name, tensor in usable.items():
+        if not torch.isfinite(tensor).all():
+            raise InputError(
+                f"the weights have NaN or infinite values in tensor {name!r}. Give those of another epoch."
+            )
         if tensor.shape != wanted[name].shape:
             raise InputError(
                 f"the weights do not fit the model: tensor {name!r} has shape {list(tensor.shape)}, the model needs "

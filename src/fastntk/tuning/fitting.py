@@ -106,6 +106,8 @@ class _Epochs:
     ) -> None:
         self.recipe, self.parameters, self.initial, self.device = recipe, parameters, initial, device
         self.count = len(train)  # type: ignore[arg-type]
+        if not self.count:
+            raise InputError("there are no samples to fit to.")
         generator = torch.Generator().manual_seed(recipe.seed)
         self.loader = batches(train, recipe.batch_size, generator, share=(distributed.rank(), distributed.size()))
         self.network = distributed.averaging(model)

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fastntk.common.errors import InputError
+from fastntk.common.typed import check_types
 from fastntk.inputs.augmentations import check_augmentations
 from fastntk.tuning.loss import CrossEntropy, Loss
 
@@ -49,6 +50,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "augment", tuple(self.augment))
+        check_types(self)
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"the seed must be from 0 to 2^63 - 1, not {self.seed}.")
         rates = 0 < self.learning_rate < math.inf and 0 <= self.weight_decay < math.inf
         if self.epochs < 1 or self.batch_size < 1 or not rates:
             raise InputError(

@@ -89,7 +89,7 @@ def _of_lora(model: nn.Module, argument: str) -> list[str]:
 
 
 def _whole(text: str, selector: str) -> int:
-    if not text.isdecimal():
+    if not text.isdecimal() or len(text) > 9:
         raise InputError(f"selector {selector!r} takes whole numbers after its colon, not {text!r}.")
     return int(text)
 

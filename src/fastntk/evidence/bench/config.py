@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 import yaml
 
 from fastntk.common.errors import InputError
+from fastntk.common.typed import check_types
 from fastntk.evidence import methods
 from fastntk.evidence.compare import COMPARED_WITH
 from fastntk.evidence.methods import Method
@@ -120,7 +121,7 @@ def read_config(path: Path, methods: Path | None = None) -> Config:
 def _yaml(path: Path) -> Any:
     try:
         return yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         raise InputError(f"{path} cannot be read as YAML ({error}).") from error
 
 
@@ -136,6 +137,12 @@ def _config(document: Any) -> Config:
                 shape = "a list" if kind is list else "a table of names and entries"
                 raise InputError(f"{name} must be {shape}, with something in it.")
     lists = {name: tuple(given[name]) for name in ("requests", "per_class", "seeds")}
+    for name, least in (("per_class", 1), ("seeds", 0)):
+        for each in lists[name]:
+            if not isinstance(each, int) or isinstance(each, bool) or each < least:
+                raise InputError(f"{name} has {each!r} in it, which is no whole number from {least} on.")
+    if not isinstance(given["test_per_class"], int) or given["test_per_class"] < 1:
+        raise InputError(f"test_per_class must be a whole number above 0, not {given['test_per_class']!r}.")
     for request in lists["requests"]:
         share(request)
     _recipe(given["recipe"])
@@ -169,9 +176,11 @@ def _method(entry: Any, name: str) -> Method:
 def _made(kind: type[T], entry: Mapping[str, Any], where: str) -> T:
     """A dataclass from an entry with its fields."""
     try:
-        return kind(**_checked(entry, where, {field.name for field in fields(kind)}))  # type: ignore[arg-type]
-    except TypeError as error:
-        raise InputError(f"{where}: {error}.") from error
+        made = kind(**_checked(entry, where, {field.name for field in fields(kind)}))  # type: ignore[arg-type]
+        check_types(made)
+    except (TypeError, InputError) as error:
+        raise InputError(f"{where}: {str(error).rstrip('.')}.") from error
+    return made
 
 
 def _checked(entry: Any, where: str, known: set[str]) -> dict[str, Any]:

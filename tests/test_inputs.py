@@ -1,0 +1,353 @@
+"""Bad and odd inputs, by kind, to every command and through Python, each with what it gets.
+
+That is a refusal, in one message that names cause or remedy, after which nothing on the disk has changed; or the right
+result. A row of ``TRIED`` has how something is given (a command line that a value ends, or a method of ``World`` after
+a dot), the values that are given so, and the pattern of the refusal, a compiled one of what is said, or the result.
+"""
+
+import argparse
+import copy
+import os
+import re
+import shutil
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import jaxtyping
+import numpy as np
+import pytest
+import test_cli
+import torch
+import yaml
+from PIL import Image, PngImagePlugin
+from test_run import MODEL
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import fastntk
+from fastntk.evidence.bench.config import read_config
+from fastntk.inputs.images import Images
+from fastntk.inputs.libraries import datasets
+from fastntk.inputs.sources import load_data
+
+NAN, DIGITS, LONG, BASE = float("nan"), "9" * 5000, "a" * 300, "memory/base-1.safetensors"
+PIXELS = np.random.default_rng(0).integers(0, 255, (20, 8, 8, 3), dtype=np.uint8)
+X, Y = torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 2
+A, PAIRS, RAW = X[0], [(each, i % 2) for i, each in enumerate(X)], fastntk.Preprocessing(8, (0.0,) * 3, (1.0,) * 3)
+wrong = partial(pytest.param, marks=pytest.mark.xfail(strict=True))  # does not get yet what it should
+says, TEXT, cut = re.compile, PngImagePlugin.PngInfo(), partial(os.truncate, length=9)
+BIG, NOTHING = np.uint64([0, 0, 0, 2**63]), {"image": [], "label": [], "ids": []}
+STATE = nn.ModuleDict({"0": nn.Conv2d(3, 4, 3), "1": nn.BatchNorm2d(4), "5": nn.Linear(4, 2)}).state_dict()
+TEXT.add_text("a", " " * 2**21, zip=True)
+FIT = "fit @new --epochs 1 --model @own.py:small --data @data.npz"
+RED = "fit @[red] --epochs 1 --model @[bold].py:small --data @[data]"
+OWN = """from __future__ import annotations
+import dataclasses; from torch import nn; from fastntk import Preprocessing
+h, p = (0.5,) * 3, Preprocessing(8, (0.5,) * 3, (0.5,) * 3)
+def net(n): return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, n))
+"""
+
+
+def put(path, content):
+    """A link, bytes, what is made by calling something with the path, or a checkpoint."""
+    if isinstance(content, Path):
+        path.symlink_to(content)
+    elif isinstance(content, bytes | str):
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    else:
+        (content if callable(content) else partial(torch.save, content))(path)
+    return path
+
+
+@dataclass(frozen=True)
+class World:
+    """``here`` are run, which was prepared, after, which has forgotten 3 and 5, [red], whose names rich would take for
+    markup, a memory, and what they were made of; ``new`` is a folder of each test's own."""
+
+    here: Path
+    new: Path
+    memory: fastntk.Memory
+
+    def command(self, line, value):
+        """``@`` begins a path: of here, of new, or of copy, a copy of run, of which a pair changes a file."""
+        if "@copy" in line:
+            shutil.copytree(self.here / "run", self.new / "copy")
+        if isinstance(value, tuple):
+            put(self.new / "copy" / value[0], value[1])
+        words = line.split() + ([value] if isinstance(value, str) else [])
+        roots = {"@new": self.new, "@cop": self.new}
+        done = test_cli.fastntk(*(w if w[:1] != "@" else roots.get(w[:4], self.here) / w[1:] for w in words))
+        if not done.returncode:
+            return done.stdout
+        assert (done.returncode, done.stdout) == (2, "")
+        assert len(re.findall("^error: |^╭─ Error", done.stderr, re.MULTILINE)) == 1, done.stderr
+        raise fastntk.InputError(" ".join(done.stderr.replace("│", " ").split()))
+
+    def call(self, function):
+        return function(self)
+
+    def fit(self, changes):
+        """With other data, or several changes."""
+        changes = changes if isinstance(changes, dict) else {"train": changes}
+        given = {"model": copy.deepcopy(self.memory.model), "train": PAIRS, "epochs": 1, "batch_size": 4, **changes}
+        return len(fastntk.fit(**given).losses)
+
+    def item(self, value):
+        return self.fit([*PAIRS[:7], value, *PAIRS[8:]])
+
+    def prepare(self, changes):
+        given = {"model": self.memory.model, "train": PAIRS, "initial": self.memory.initial, **changes}
+        return fastntk.prepare(**given).ids[0]
+
+    def ids(self, value):
+        data = TensorDataset(X, Y)
+        data.ids = value
+        return self.prepare({"train": data})
+
+    def forget(self, value):
+        return self.memory.preview(value).certificate.samples
+
+    def image(self, given):
+        """A name, and what is there before another image of its class: how many are found, and the first pixel."""
+        for each in ("a", "b"):
+            (self.new / "data" / each).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(self.new / "data" / each / "z.png")
+        put(self.new / "data" / "a" / given[0], given[1])
+        data = load_data(str(self.new / "data"), RAW)
+        return len(data), [round(float(each), 1) for each in data[0][0][:, 0, 0]]
+
+    def npz(self, content):
+        """Bytes, or arrays beside those of four images."""
+        if isinstance(content, dict):
+            arrays = {"x": PIXELS[:4], "y": [0, 1, 0, 1], **content}
+            content = partial(np.savez, **{name: array for name, array in arrays.items() if array is not None})
+        return self.read(put(self.new / "d.npz", content), "ids" if "ids" in str(content) else None)
+
+    def read(self, path, column):
+        """Labels, as a run finds them again, and ids."""
+        data = load_data(str(path), RAW, id_column=column)
+        again = data.under(data.classes)
+        return [again[i][1] for i in range(len(again))], list(again.ids)
+
+    def stored(self, given):
+        """Three rows of a Hugging Face dataset, but for columns or files that are given."""
+        library, path = datasets(), self.new / "d"
+        row = {"bytes": put(self.new / "a.png", Image.new("RGB", (8, 8)).save).read_bytes(), "path": None}
+        kinds = {"image": library.Image(decode="raw" not in given), "label": library.ClassLabel(names=["a", "b"])}
+        rows = {"image": [row] * 3, "label": [0, 1, 0], "ids": ["u", "v", "w"]}
+        rows |= {name: [row if each is ... else each for each in given[name]] for name in rows if name in given}
+        whole = library.Dataset.from_dict(rows, library.Features({**kinds, "ids": library.Value("string")}))
+        whole.save_to_disk(str(path))
+        for name in given.keys() - {"raw", "column", *rows}:
+            put(path / name, given[name])
+        return self.read(path, given.get("column", "ids"))
+
+    def weights(self, content):
+        """Whether a model has them."""
+        own, path = f"{self.here}/own.py:small", put(self.new / "w.pt", content)
+        return torch.equal(fastntk.load_model(own, 2, weights=path)[0][0].weight, STATE["0.weight"])
+
+    def own(self, body):
+        """A user's own file, by its path from where one is; what ends no line is returned by its function."""
+        put(self.new / "beside.py", OWN)
+        put(self.new / "mine.py", OWN + (body if body.endswith("\n") else f"def f(n): return {body}\n"))
+        model, preprocessing = fastntk.load_model("../mine.py:f", 3)
+        return model(Images(PIXELS[:1, :, 1:], [0], ["a"], preprocessing)[0][0][None]).shape[1]
+
+    def grid(self, given):
+        """A configuration of bench: a text, or entries in place of others."""
+        whole = {"recipe": {}, "per_class": [6], "data": {"d": {"source": "d.npz"}}, "requests": ["class"]}
+        whole |= {"models": {"m": {"model": "resnet18", "select": ["bn"]}}, "methods": {"a": {"method": "FastNTK"}}}
+        content = yaml.safe_dump({**whole, **given}) if isinstance(given, dict) else given
+        return len(read_config(put(self.new / "c.yaml", content)).methods)
+
+    def listed(self):
+        """What must stay as it is, and when it was written."""
+        paths = [each for folder in (self.here, self.new / "new") for each in folder.rglob("*") if each.name != "lock"]
+        return {each: each.is_dir() or (each.lstat().st_mtime_ns, each.lstat().st_size) for each in paths}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    here = tmp_path_factory.mktemp("here")
+    np.savez(here / "data.npz", x_train=PIXELS, y_train=np.arange(20) % 2, x_test=PIXELS[:4], y_test=[0, 1, 0, 1])
+    for name in ("[b]", "[i]"):
+        (here / "[data]" / name).mkdir(parents=True)
+        put(here / "[data]" / name / "[u]1.png", Image.fromarray(PIXELS[0]).save)
+    put(here / "[bold].py", MODEL)
+    model, _ = fastntk.load_model(f"{put(here / 'own.py', MODEL)}:small", 2)
+    fastntk.tune(model, "bn", "head")
+    data = TensorDataset(X, Y)
+    initial = fastntk.fit(model, data, epochs=2, batch_size=4, learning_rate=1e-2).initial
+    fastntk.prepare(model, data, initial).save(here / "memory")
+    world = World(here, here, fastntk.prepare(model, data, initial))
+    for line in (FIT.replace("@new", "@run --batch-size 4"), "prepare @run", RED, "prepare @[red]"):
+        world.command(line, None)
+    shutil.copytree(here / "run", here / "after")
+    world.command("forget @after --ids", "3,5")
+    return world
+
+
+TRIED = {
+"numbers": [
+    (FIT, ["--epochs=0", "--batch-size=-3", "--learning-rate=0", "--learning-rate=nan", "--learning-rate=1e400",
+     "--weight-decay=-1", "--weight-decay=inf"], "at least 1, learning_rate positive and weight_decay not negative"),
+    (FIT, ["--epochs=nan", "--epochs=1e99", "--seed=-1", f"--seed={2**63}", "--image-size=0"], "Invalid value for '--"),
+    (FIT, [*map(wrong, [f"--batch-size={10**19}", "--learning-rate=1e30", "--weight-decay=1e300"])], "size|rate|decay"),
+    (f"{FIT} --augment flip", [f"--seed={2**63 - 1}"], "seed"),
+    (FIT, ["--label-smoothing=1", "--label-smoothing=nan", "--image-size=1"], "at least 0 and below 1|another size"),
+    (f"{FIT} --select", ["prompt:0", "last:99", f"last:{DIGITS}"], "plain vision|many blocks|whole numbers"),
+    ("prepare @run --ridge", ["0", "-1", "nan", "inf", "1e999", "x", "", wrong("1e-300")], "ridge must be .*number"),
+    ("prepare @run --classes", ["1", "-2", "99", "nan", "", DIGITS], "must be 'auto', 'all' or from 2 to 2"),
+    ("prepare @run", ["--workers=-1", "--workers=x", "--seed=-1", "--class-probes=x"], "Invalid value for '--"),
+    ("audit @run --fraction", ["0", "1", "nan", "inf", "1e-9", "0.99"], "must be between 0 and 1|larger|every sample"),
+    ("tunables torchvision/resnet18 --classes", ["1", "-3", wrong("9" * 14)], "classes"),
+    ("tunables torchvision/vit_b_32 --image-size", [wrong("33")], "cannot take images of 33 x 33")],
+"names": [
+    ("", ["", "nothing", "Fit", "--nothing"], "No such command|No such option"),
+    (f"{FIT} --device", ["", "cuda:99", "tpu", "meta"], "is not there .* Use 'cpu'"),
+    (f"{FIT} --select", ["", " ", "nothing", "ln", "(["], "is empty. Leave it out|It offers: bn|neither a name nor"),
+    (FIT, ["--loss=x", "--loss=", "--optimizer=Adam", "--augment=x", "--mixup=1"], "one of squared|adamw|flip|be off"),
+    (FIT, ["--id-column=none", "--id-column=y", wrong("--id-column=x")], "no array 'none_train'|Choose a column"),
+    (f"{FIT} --model", ["resnet999", "", "timm/no", "a/b", "no.py", "no.py:f"], "(no|a) model|unknown library|no file"),
+    (f"{FIT} --data-root @. --data", ["nowhere", "CIFAR10", "FakeData", wrong("mnist")], "neither a|cannot open"),
+    (FIT, [*map(wrong, ["--data=", "--validation=", "--fitted=", "--head-start=x"])], "--(data|validation|fitted)"),
+    ("prepare @run", ["--form=x", "--form=", "--sums=float16", "--precision="], "form must be|float32|one of full"),
+    ("audit @copy", ["--class-name=9", "--test=no", wrong("--test=")], "The classes are: 0, 1|neither a folder|--test"),
+    ("models --json", ["zzzz"], says(r'"models": \[\]')),
+    ("demo --out @new", ["--device=tpu", "--seed=x"], "Use 'cpu'|Invalid value for '--seed'")],
+"files": [
+    *((each, ["@no", "@data.npz", "", LONG], "no run. M|too long") for each in ("refresh", "export", "purge")),
+    ("ledger", ["@no", "@data.npz", "", LONG], "there is no ledger|too long"),
+    ("prepare", ["@data.npz", "", wrong("@absent")], "cannot be written|holds no run. Make one"),
+    ("fit --model @own.py:small --data @data.npz", ["@data.npz", LONG, "@after"], "Choose another|answered requests"),
+    ("fit --model @own.py:small --data @none.npz", [wrong("@new/run")], "there is no file"),
+    (f"{FIT} --data", ["@run", "@own.py", "@no.npz", LONG], "class folders|neither a folder|no file|too long"),
+    (f"{FIT} --weights", ["x", "@run", "", "@data.npz", LONG], "no weights file|cannot be read as|too long"),
+    ("forget @run --ids-file", ["none", "@run", "", LONG], "cannot be read as text"),
+    ("forget @run --ids 1 --certificate", ["@run", "", "@data.npz/c.json"], "Name a file|cannot be written"),
+    ("export @run --out", ["@run", "@x.txt", "/proc/x.pt", wrong("@own.py/x.pt")], "must end in|x.pt cannot be w"),
+    ("bench", ["@run", "none.yaml", "@data.npz", LONG, "--summary=none"], "cannot be read as YAML|no results in none"),
+    ("verify @copy", [("run.json", cut), ("run.json", "[]"), ("run.json", "[" * 99999)], "JSON"),
+    ("plan @copy", [("run.json", '{"format": 9}'), ("run.json", os.unlink)], "which knows formats|holds no run"),
+    ("export @copy", [("memory", shutil.rmtree), ("initial.safetensors", cut)], "Prepare one first|is damaged"),
+    ("audit @copy", [(BASE, os.unlink), (BASE, cut), ("memory/ledger.sqlite", cut)], "Restore it from|is damaged"),
+    (FIT.replace("@new", "@copy"), [wrong(("memory/ledger.sqlite", os.unlink))], "without the ledger")],
+"ids": [
+    ("forget @run --ids", ["", ",", "99", "x", "3.5", "²", "1;2", "1-3", DIGITS], "no sample|not in the mem"),
+    ("forget @run --ids", ["0,0", "1,01", ",".join(map(str, range(20)))], "stands twice|would forget every sample"),
+    ("forget @run --dry-run --ids", [" 1 , 2 ", "1,,2,", "1 2", "\n1\n2\n", "01,٢"], says("forget: 2 samples")),
+    ("remember @after --ids", ["1", "99", "3,3"], "in the memory already|has no sample|stands twice"),
+    ("evaluate @after --ids", ["1", "99", ""], "is (in the memory|not in the data): only what was|names no"),
+    (".forget", ["17", 5, None, b"12", torch.tensor(1)], r"ids must be a list, not .* Put it into one"),
+    (".forget", [[1.5], [None], [[1]], np.array([1.0]), wrong([True])], "an id is a whole number or text, not"),
+    (".forget", [["1"], [1, 1], np.arange(12) > 8, range(12)], "is not in the memory|stands twice|forget every sample"),
+    (".forget", [[np.int64(3)], [torch.tensor(3)], torch.tensor([3]), {3}, iter([3])], 1),
+    (".ids", [["a"] * 12, [1, 2], [0.5] * 12, "abcdefghijkl"], "stands twice|has 2 ids for|an id is|must be a list"),
+    (".ids", [np.arange(5, 17), torch.arange(5, 17), [5, "5", *range(6, 16)]], 5)],
+"images": [
+    (".image", [("a.ppm", b"P6\n99999 99999\n255\n"), ("a.png", b""), ("a.png", "text"),
+     ("a.png", partial(Image.new("L", (8, 8)).save, pnginfo=TEXT))], "does not decode as an image .*Replace or remove"),
+    (".image", [("a.png", os.mkfifo), ("a.png", Path("no")), ("a.tif", Image.new("F", (8, 8)).save)], "no file|8 or"),
+    (".image", [("a.png", Image.fromarray(np.full((8, 8), 0x8040, np.uint16)).save),
+     wrong(("a.pgm", b"P5\n8 8\n65535\n" + b"\x80\x40" * 64))], (3, [0.5] * 3)),
+    (".image", [("a.png", Image.new("P", (1, 9), "red").save), ("a.PNG", Image.new("RGBA", (9, 1), "red").save),
+     ("a.jpg", Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save)], (3, [1.0, 0.0, 0.0])),
+    (".image", [("a.png", os.mkdir), ("a.txt", b""), wrong(("loop", Path(".")))], (2, [0.0] * 3))],
+"data sets": [
+    (".npz", [{"x": PIXELS / 255}, {"x": PIXELS.transpose(0, 3, 1, 2)}, {"x": PIXELS[:4, :0]}], "must be uint8"),
+    (".npz", [{"y": [0, 1]}, {"y": [0.0] * 4}, {"y": [*"abab"]}, {"y": None}], "one integer label|no array 'y'"),
+    (".npz", [{"y": [0, -1, 0, 1]}, {"classes": ["a"]}, wrong({"y": BIG, "classes": ["a"]})], "is outside the"),
+    (".npz", [{"classes": each} for each in (["a", "a"], "ab", [["a", "b"], ["c", "d"]])], "class"),
+    (".npz", [{"ids": [1]}, {"ids": [1] * 4}, {"ids": 3}, {"ids": PIXELS[:4, 0, 0]}], " ids? "),
+    (".npz", [{"ids": [*"abcd"]}, {"ids": [b"a", b"b", b"c", b"d"]}], ([0, 1, 0, 1], [*"abcd"])),
+    (".npz", [b"", "text", {"x": np.array([None])},
+     wrong(lambda path: np.save(path.open("wb"), Y))], "an .npz"),
+    (".stored", [{"image": [..., None, ...]}, {"image": [{"bytes": b"", "path": "no"}] * 3}], "row . of .* not decode"),
+    (".stored", [{"label": [0, None, 1]}, {"label": [0, -1, 1]}], "row 1 of .* has no label. Rem|-1 is outside"),
+    (".stored", [{"ids": [*"uuv"]}, {"ids": ["u", None, "v"]}, {"column": "image"}], "than once|an id"),
+    (".stored", [{"dataset_info.json": "{"}, wrong({"state.json": "{}"}), wrong(NOTHING)], "Hugging Face|no (rows|im)"),
+    (".stored", [{"raw": True}], ([0, 1, 0], ["u", "v", "w"]))],
+"items": [
+    (".item", [None, {"image": A, "label": 1}, (A,), (A, 1, 2), "ab", A], "must be an image and a label, not a"),
+    (".item", [(A.byte(), 1), (None, 1), (A[:1], 1), (A * NAN, 1)], "a tensor of floats|different shapes|NaN or inf"),
+    (".item", [(A, each) for each in ("cat", None, 1.0, {}, 2**70)], "label must be a whole number .* Have the data"),
+    (".item", [(A, -1), (A, 2), (A, torch.tensor([1])), (A, torch.eye(2)[0])], "outside the model's|give one kind"),
+    (".item", [[A, 1], (A.numpy(), np.uint8(1)), (A, torch.tensor(1)), (A, True), wrong((A.double(), 1))], 1),
+    (".fit", [[], DataLoader(PAIRS), "data.npz", TensorDataset(X)], "sample|map-style|and a label"),
+    (".fit", [wrong(TensorDataset(each, Y)) for each in (X[:, :1], X[..., :2, :2], X.half())], "cannot take"),
+    (".fit", [wrong(TensorDataset(X, X[:, 0, 0, :2] * NAN)), TensorDataset(X, X[:, 0, 0])], "2 shares a sample"),
+    (".fit", [wrong({"validation": each}) for each in ([], [(A, 7)])], "validation|outside the model's classes")],
+"weights": [
+    (".weights", [STATE, {f"module.{k}": v for k, v in STATE.items()}, {"state_dict": STATE, "epoch": 3}], True),
+    (".weights", [{"model": STATE, "args": argparse.Namespace()}, [1], 3, {}, {"a": STATE}], "Save model.state_dict"),
+    (".weights", [b"PK\x03\x04", b"", Path("/proc/self/mem"), wrong("junk"), wrong("hello")], "be read as weights"),
+    (".weights", [os.mkfifo, os.mkdir, Path("no"), {"0.weight": A}, wrong({**STATE, 3: A})], "no weights f|do not fit"),
+    (".weights", [{k: v * NAN for k, v in STATE.items()}], "NaN|finite")],
+"own models": [
+    (".own", ["def f(:\n", "import nowhere\n", "def f(n):\n    return net(n).nope\n"], r"mine.py.* line"),
+    (".own", ["net(n)", "None", "(p, net(n))", "(net(n), p, 3)", "f = 3\n"], "return a module and its|no function"),
+    (".own", ["(net(n + 1), p)",
+     wrong("(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LSTM(3, n)), p)")], "return logits"),
+    (".own", [f"(net(n), Preprocessing(8, h, {each}))" for each in ("(0.5, 0, 0.5)", "(0.5, 0.5)")], "std"),
+    (".own", [wrong("(net(n).half(), p)"),
+     wrong("(nn.Sequential(nn.Flatten(), nn.LazyLinear(n)), p)")], "dtype|Lazy"),
+    (".own", ["(net(n), p)", "from beside import net, p\ndef f(n): return net(n), p\n",
+     "@dataclasses.dataclass\nclass C:\n    width: int = 4\ndef f(n): return net(n), p\n"], 3)],
+"configurations": [
+    (".grid", ["a: [", "!!python/object:os.system {}", b"\xff", "[" * 9999, ""], "as YAML|must be a table"),
+    (".grid", [{"requests": ["x"]}, wrong({"requests": [3]}), wrong({"recipe": {"loss": ["x"]}})], "'class' or|one of"),
+    (".grid", [{"seeds": ["x"]}, {"per_class": [-1]}, {"test_per_class": "x"}, {"recipe": {"epochs": 1.5}},
+     {"recipe": {"learning_rate": "1e-3"}}], "seeds|per_class|epochs|learning_rate"),
+    (".grid", [{"models": {"m": {"model": "x", "select": each}}} for each in ("all", [3])], "select"),
+    (".grid", [{"methods": {"a": {"method": "FineTune", "epochs": "x"}}}], "epochs")],
+"markup": [
+    ("tunables", ["[red]", "[/b]"], r"model '\[red\]'|unknown library '\['"),
+    ("verify", ["[red]", "@[/b]"], r"\[(red|/b)\] holds no run. Make one with: fastntk fit"),
+    ("forget @[red]", ["--class-name=[x]", "--ids=[/b]"], r"The classes are: \[b\], \[i\]|id '\[/b\]' is not in the"),
+    (RED.replace("@[red]", "@new/[i]"), ["--json", "--epochs=2"], says(r'("run": |prepare )\S+/\[i\]'))],
+"python": [
+    (".fit", [{"epochs": 0}, {"epochs": 1.5}, {"seed": 2**70}, {"loss": "squared"}], "epochs|seed|loss"),
+    (".prepare", [{"initial": {}}, {"ridge": 0}, {"form": "x"}, {"shrinkage": 2}, {"train": []}], "differ|must|least"),
+    (".prepare", [wrong({"loss": nn.CrossEntropyLoss()}), wrong({"seed": 2**70})], "loss|seed"),
+    (".call", [lambda w: w.memory.purge(), lambda w: w.memory.save(w.here),
+     lambda w: fastntk.finished(w.memory, gain=0),
+     lambda w: fastntk.audit(w.memory, lambda *_: {})], "Save it first|Choose a folder|gain must be|return all"),
+    (".call", [*map(wrong, [lambda w: fastntk.SquaredLoss(NAN), lambda w: fastntk.left_out_gain(w.memory, [(A, 9)]),
+     lambda w: fastntk.add_lora(w.memory.model, 2, "([")])], "scale|outside the model's classes|regular expression"),
+    (".call", [lambda w: fastntk.load(w.here / "memory", w.memory.model, TensorDataset(X + 1, Y)),
+     wrong(lambda w: fastntk.load(w.here / "memory", fastntk.load_model(f"{w.here}/own.py:small", 3)[0], PAIRS)),
+     wrong(lambda w: fastntk.load(w.here / "no", w.memory.model, PAIRS))], "another|there is no memory")],
+}  # fmt: skip
+
+
+def cases():
+    for kind, (how, values, expected) in ((kind, row) for kind, rows in TRIED.items() for row in rows):
+        for each in values:
+            [value], marks = (each.values, each.marks) if isinstance(each, type(wrong(0))) else ([each], ())
+            name = re.sub(" at 0x.*", "", str(value))[:40]
+            yield pytest.param(how, value, expected, marks=marks, id=f"{kind}, {how}, {name!r}")
+
+
+@pytest.mark.parametrize(("how", "value", "expected"), cases())
+def test_what_is_tried(how, value, expected, made, tmp_path, monkeypatch):
+    (tmp_path / "new").mkdir()
+    monkeypatch.chdir(tmp_path / "new")
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as it is for a user
+    world = replace(made, new=tmp_path)
+    tried = partial(getattr(world, how[1:]) if how[:1] == "." else partial(world.command, how), value)
+    before = world.listed()
+    if isinstance(expected, str):
+        with pytest.raises(fastntk.InputError, match=f"(?s){expected}"):
+            tried()
+        assert world.listed() == before
+    else:
+        assert expected.search(tried()) if isinstance(expected, re.Pattern) else tried() == expected
+
+
+def test_every_command_and_every_kind_is_tried():
+    counts = {kind: sum(len(values) for _, values, _ in rows) for kind, rows in TRIED.items()}
+    assert sum(counts.values()) >= 170, counts
+    commands = {how.partition(" ")[0] for rows in TRIED.values() for how, _, _ in rows if how[:1] != "."}
+    assert commands >= {*test_cli.COMMANDS, "purge"}
