@@ -29,11 +29,11 @@ def called(model: nn.Module, parameters: Mapping[str, Tensor], images: Tensor) -
 
 def state_at(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The model's state dict with some of its parameters replaced, under all names that they have."""
-    replaced = {name: parameters[first] for name, first in aliases(model).items() if first in parameters}
+    replaced = {name: parameters[first] for name, first in _aliases(model).items() if first in parameters}
     return {**model.state_dict(), **replaced}
 
 
-def aliases(model: nn.Module) -> dict[str, str]:
+def _aliases(model: nn.Module) -> dict[str, str]:
     """Every name of every parameter, with the one that ``named_parameters`` gives."""
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     return {name: first[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}

@@ -11,7 +11,6 @@ from torch.utils.data import Dataset
 from fastntk.common.errors import InputError
 from fastntk.common.files import digest
 from fastntk.common.formats import Document
-from fastntk.inputs.called import aliases
 from fastntk.jacobians.layout import Layout
 from fastntk.jacobians.linearised import Linearised
 from fastntk.jacobians.numerics import Numerics
@@ -111,5 +110,6 @@ def _plain(value: Any) -> Any:
 
 def _frozen(model: nn.Module, tuned: Mapping[str, Tensor]) -> str:
     """A digest of everything in the model's state that is not tuned."""
-    first = aliases(model)
-    return digest({n: tensor for n, tensor in model.state_dict().items() if first.get(n, n) not in tuned})
+    free = {id(model.get_parameter(name)) for name in tuned}
+    own = {name for name, each in model.named_parameters(remove_duplicate=False) if id(each) in free}  # under all names
+    return digest({name: tensor for name, tensor in model.state_dict().items() if name not in own})
