@@ -60,6 +60,8 @@ def _id(value: Any) -> Id:
     if isinstance(value, str):
         return str(value)
     try:
+        if isinstance(value, bool | np.bool_):
+            raise TypeError("neither")
         return operator.index(value)
     except TypeError as error:
         raise InputError(f"an id is a whole number or text, not {value!r}, a {type(value).__name__}.") from error

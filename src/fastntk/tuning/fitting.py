@@ -88,6 +88,8 @@ def fit(
         if validation is not None:
             right_ones = logits_of(model, validation, device).argmax(1).cpu() == held_out
             validated.append(100 * float(right_ones.double().mean()))
+    if not all(torch.isfinite(parameter).all() for parameter in parameters.values()):
+        raise InputError("the parameters are no longer finite. Lower the learning rate.")
     left = recipe.shrinkage(epochs.count)
     return Fit(initial, losses, recipe, elapsed(started, device), accuracies, validated, left)
 

@@ -113,11 +113,17 @@ class Folder:
             yield
 
     def check_unused(self) -> None:
-        """Raises ``InputError`` if the memory in the folder, if any, has answered requests."""
+        """Raises ``InputError`` if the memory in the folder, if any, has answered requests, or its ledger is lost."""
         if self.ledger.path.is_file() and self.ledger.used():
             raise InputError(
                 f"the memory in {self.folder} has answered requests, which a new one would undo. Refresh it, or choose "
                 "another folder."
+            )
+        bases = sorted(path.name for path in self.folder.glob("base-*")) if self.folder.is_dir() else []
+        if bases and not self.ledger.path.is_file() and not self.ledger.announced():
+            raise InputError(
+                f"{self.folder} holds {bases[0]} without the ledger of its requests: a new memory would make samples "
+                "members again that were forgotten. Restore ledger.sqlite from a backup, or choose another folder."
             )
 
     def _check_vacant(self) -> None:
@@ -125,13 +131,7 @@ class Folder:
         if self.ledger.path.is_file() or self.ledger.announced():
             return
         names = sorted(path.name for path in self.folder.iterdir() if path.name != "lock")
-        others = [name for name in names if name.startswith("base-") or not _LEFT_OVER.fullmatch(name)]
-        bases = [name for name in others if name.startswith("base-")]
-        if bases:
-            raise InputError(
-                f"{self.folder} holds {bases[0]} without the ledger of its requests: a new memory would make samples "
-                "members again that were forgotten. Restore ledger.sqlite from a backup, or choose another folder."
-            )
+        others = [name for name in names if not _LEFT_OVER.fullmatch(name)]
         if others:
             raise InputError(f"{self.folder} holds other files ({others[0]}). Choose a folder that is empty or new.")
 
