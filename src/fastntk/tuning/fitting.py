@@ -88,8 +88,6 @@ def fit(
         if validation is not None:
             right_ones = logits_of(model, validation, device).argmax(1).cpu() == held_out
             validated.append(100 * float(right_ones.double().mean()))
-    if not all(torch.isfinite(parameter).all() for parameter in parameters.values()):
-        raise InputError("the parameters are no longer finite. Lower the learning rate.")
     left = recipe.shrinkage(epochs.count)
     return Fit(initial, losses, recipe, elapsed(started, device), accuracies, validated, left)
 
@@ -141,6 +139,8 @@ class _Epochs:
             right = (logits.argmax(1) == hard(y)).sum() if mine else torch.zeros((), device=self.device)
             total += torch.stack([loss.detach() * whole, right.to(loss)])
         distributed.sum_([total])
+        if not all(torch.isfinite(parameter).all() for parameter in self.parameters.values()):
+            raise InputError("the parameters are no longer finite. Lower the learning rate.")
         return float(total[0]) / self.count, 100 * float(total[1]) / self.count
 
     def _seed(self, epoch: int, place: int) -> int:
