@@ -14,9 +14,12 @@ import pytest
 from safetensors.torch import load_file
 
 from fastntk.cli.main import main
+from fastntk.cli.run import Run
 from fastntk.cli.settings import Settings
 from fastntk.common.files import write_json
+from fastntk.evidence.auditing import left_out_gain
 from fastntk.inputs.models import load_model
+from fastntk.inputs.sources import load_data
 from fastntk.tuning.selectors import tune
 
 MODEL = ["--model", "mobilenetv3_small_050", "--image-size", "32"]
@@ -194,6 +197,10 @@ def the_later_life(folder):
     assert "unseen ones" in text
     assert re.search(r"the step times \d\.\d\d is", text)
     succeed("export", folder, "--gain", "--exact-head", "--out", folder / "gain.safetensors")
+    refuse("two gains", "export", folder, "--gain", "--left-out-gain", data)
+    written = json.loads(succeed("export", folder, "--left-out-gain", data, "--exact-head", "--json"))
+    memory, images = Run(folder).memory()
+    assert written["gain"] == left_out_gain(memory, load_data(data, images.preprocessing, split="test"))
     rows = json.loads(succeed("evaluate", folder, "--no-retrain", "--json"))["scenarios"]["forgotten"]["rows"]
     assert list(rows)[1:] == ["fastntk", "fastntk_gain", "fastntk_exact_head", "fastntk_gain_exact_head"]
     assert re.search(r"The memory (passed|FAILED): audited on \d drawn samples", text)

@@ -35,12 +35,10 @@ NAN, DIGITS, LONG, BASE = float("nan"), "9" * 5000, "a" * 300, "memory/base-1.sa
 PIXELS = np.random.default_rng(0).integers(0, 255, (20, 8, 8, 3), dtype=np.uint8)
 X, Y = torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 2
 A, PAIRS, RAW = X[0], [(each, i % 2) for i, each in enumerate(X)], fastntk.Preprocessing(8, (0.0,) * 3, (1.0,) * 3)
-wrong = partial(pytest.param, marks=pytest.mark.xfail(strict=True))  # does not get yet what it should
 says, TEXT, cut = re.compile, PngImagePlugin.PngInfo(), partial(os.truncate, length=9)
-BIG, NOTHING = np.uint64([0, 0, 0, 2**63]), {"image": [], "label": [], "ids": []}
-NEGATIVE = {"a": {"method": "FineTune", "epochs": -1}}
-STATE = nn.ModuleDict({"0": nn.Conv2d(3, 4, 3), "1": nn.BatchNorm2d(4), "5": nn.Linear(4, 2)}).state_dict()
 TEXT.add_text("a", " " * 2**21, zip=True)
+BIG, NOTHING = np.uint64([0, 0, 0, 2**63]), {"image": [], "label": [], "ids": []}
+STATE = nn.ModuleDict({"0": nn.Conv2d(3, 4, 3), "1": nn.BatchNorm2d(4), "5": nn.Linear(4, 2)}).state_dict()
 FIT = "fit @new --epochs 1 --model @own.py:small --data @data.npz"
 RED = "fit @[red] --epochs 1 --model @[bold].py:small --data @[data]"
 OWN = """from __future__ import annotations
@@ -192,18 +190,17 @@ def made(tmp_path_factory):
 TRIED = {
 "numbers": [
     (FIT, ["--epochs=0", "--batch-size=-3", "--learning-rate=0", "--learning-rate=nan", "--learning-rate=1e400",
-     "--weight-decay=-1", "--weight-decay=inf"], "at least 1, learning_rate positive and weight_decay not negative"),
+     "--weight-decay=-1", f"--batch-size={10**19}", "--learning-rate=1e30"], "at least 1, learning_rate positive"),
     (FIT, ["--epochs=nan", "--epochs=1e99", "--seed=-1", f"--seed={2**63}", "--image-size=0"], "Invalid value for '--"),
-    (FIT, [*map(wrong, [f"--batch-size={10**19}", "--learning-rate=1e30", "--weight-decay=1e300"])], "size|rate|decay"),
     (f"{FIT} --augment flip", [f"--seed={2**63 - 1}"], "seed"),
     (FIT, ["--label-smoothing=1", "--label-smoothing=nan", "--image-size=1"], "at least 0 and below 1|another size"),
     (f"{FIT} --select", ["prompt:0", "last:99", f"last:{DIGITS}"], "plain vision|many blocks|whole numbers"),
-    ("prepare @run --ridge", ["0", "-1", "nan", "inf", "1e999", "x", "", wrong("1e-300")], "ridge must be .*number"),
+    ("prepare @run --ridge", ["0", "-1", "nan", "inf", "1e999", "x", "", "1e-300"], "ridge must be .*number"),
     ("prepare @run --classes", ["1", "-2", "99", "nan", "", DIGITS], "must be 'auto', 'all' or from 2 to 2"),
     ("prepare @run", ["--workers=-1", "--workers=x", "--seed=-1", "--class-probes=x"], "Invalid value for '--"),
     ("audit @run --fraction", ["0", "1", "nan", "inf", "1e-9", "0.99"], "must be between 0 and 1|larger|every sample"),
-    ("tunables torchvision/resnet18 --classes", ["1", "-3", wrong("9" * 14)], "classes"),
-    ("tunables torchvision/vit_b_32 --image-size", [wrong("33")], "cannot take images of 33 x 33")],
+    ("tunables torchvision/resnet18 --classes", ["1", "-3", "9" * 14], "classes"),
+    ("tunables torchvision/vit_b_32 --image-size", ["33"], "takes images of 33 x 33")],
 "names": [
     ("", ["", "nothing", "Fit", "--nothing"], "No such command|No such option"),
     (f"{FIT} --device", ["", "cuda:99", "tpu", "meta"], "is not there .* Use 'cpu'"),
@@ -211,23 +208,23 @@ TRIED = {
     (FIT, ["--loss=x", "--loss=", "--optimizer=Adam", "--augment=x", "--mixup=1"], "one of squared|adamw|flip|be off"),
     (FIT, ["--id-column=none", "--id-column=y", "--id-column=x"], "no array 'none_train'|Choose a column|needs one id"),
     (f"{FIT} --model", ["resnet999", "", "timm/no", "a/b", "no.py", "no.py:f"], "(no|a) model|unknown library|no file"),
-    (f"{FIT} --data-root @. --data", ["nowhere", "CIFAR10", "FakeData", wrong("mnist")], "neither a|cannot open"),
-    (FIT, [*map(wrong, ["--data=", "--validation=", "--fitted=", "--head-start=x"])], "--(data|validation|fitted)"),
+    (f"{FIT} --data-root @. --data", ["nowhere", "CIFAR10", "FakeData", "mnist"], "neither a|cannot open"),
+    (FIT, ["--data=", "--validation=", "--fitted=", "--head-start=x"], "--(data|validation|fitted)"),
     ("prepare @run", ["--form=x", "--form=", "--sums=float16", "--precision="], "form must be|float32|one of full"),
-    ("audit @copy", ["--class-name=9", "--test=no", wrong("--test=")], "The classes are: 0, 1|neither a folder|--test"),
+    ("audit @copy", ["--class-name=9", "--test=no", "--test="], "The classes are: 0, 1|neither a folder|--test"),
     ("models --json", ["zzzz"], says(r'"models": \[\]')),
     ("demo --out @new", ["--device=tpu", "--seed=x"], "Use 'cpu'|Invalid value for '--seed'")],
 "files": [
-    *((each, ["@no", "@data.npz", "", LONG], "no run. M|too long") for each in ("refresh", "export", "purge")),
-    ("ledger", ["@no", "@data.npz", "", LONG], "there is no ledger|too long"),
-    ("prepare", ["@data.npz", "", wrong("@absent")], "cannot be written|holds no run. Make one"),
+    *((each, ["@no", "@data.npz", "", LONG], "no run. M|too long|is empty") for each in ("refresh", "export", "purge")),
+    ("ledger", ["@no", "@data.npz", "", LONG], "there is no ledger|too long|is empty"),
+    ("prepare", ["@data.npz", "", "@absent"], "cannot be written|holds no run. Make one|is empty"),
     ("fit --model @own.py:small --data @data.npz", ["@data.npz", LONG, "@after"], "Choose another|answered requests"),
-    ("fit --model @own.py:small --data @none.npz", [wrong("@new/run")], "there is no file"),
+    ("fit --model @own.py:small --data @none.npz", ["@new/run"], "there is no file"),
     (f"{FIT} --data", ["@run", "@own.py", "@no.npz", LONG], "class folders|neither a folder|no file|too long"),
-    (f"{FIT} --weights", ["x", "@run", "", "@data.npz", LONG], "no weights file|cannot be read as|too long"),
+    (f"{FIT} --weights", ["x", "@run", "", "@data.npz", LONG], "no weights f|be read as|too long|is empty"),
     ("forget @run --ids-file", ["none", "@run", "", LONG], "cannot be read as text"),
-    ("forget @run --ids 1 --certificate", ["@run", "", "@data.npz/c.json"], "Name a file|cannot be written"),
-    ("export @run --out", ["@run", "@x.txt", "/proc/x.pt", wrong("@own.py/x.pt")], "must end in|x.pt cannot be w"),
+    ("forget @run --ids 1 --certificate", ["@run", "", "@data.npz/c.json", "/dev/null"], "Name a file|cannot be w"),
+    ("export @run --out", ["@run", "@x.txt", "/proc/x.pt", "@own.py/x.pt"], "must end|is a folder|cannot be written"),
     ("bench", ["@run", "none.yaml", "@data.npz", LONG, "--summary=none"], "cannot be read as YAML|no results in none"),
     ("verify @copy", [("run.json", cut), ("run.json", "[]"), ("run.json", "[" * 99999)], "JSON"),
     ("plan @copy", [("run.json", '{"format": 9}'), ("run.json", os.unlink)], "which knows formats|holds no run"),
@@ -251,55 +248,56 @@ TRIED = {
      ("a.png", partial(Image.new("L", (8, 8)).save, pnginfo=TEXT))], "does not decode as an image .*Replace or remove"),
     (".image", [("a.png", os.mkfifo), ("a.png", Path("no")), ("a.tif", Image.new("F", (8, 8)).save)], "no file|8 or"),
     (".image", [("a.png", Image.fromarray(np.full((8, 8), 0x8040, np.uint16)).save),
-     wrong(("a.pgm", b"P5\n8 8\n65535\n" + b"\x80\x40" * 64))], (3, [0.5] * 3)),
+     ("a.pgm", b"P5\n8 8\n65535\n" + b"\x80\x40" * 64)], (3, [0.5] * 3)),
     (".image", [("a.png", Image.new("P", (1, 9), "red").save), ("a.PNG", Image.new("RGBA", (9, 1), "red").save),
      ("a.jpg", Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save)], (3, [1.0, 0.0, 0.0])),
-    (".image", [("a.png", os.mkdir), ("a.txt", b""), wrong(("loop", Path(".")))], (2, [0.0] * 3))],
+    (".image", [("a.png", os.mkdir), ("a.txt", b""), ("loop", Path("."))], (2, [0.0] * 3))],
 "data sets": [
     (".npz", [{"x": PIXELS / 255}, {"x": PIXELS.transpose(0, 3, 1, 2)}, {"x": PIXELS[:4, :0]}], "must be uint8"),
     (".npz", [{"y": [0, 1]}, {"y": [0.0] * 4}, {"y": [*"abab"]}, {"y": None}], "one integer label|no array 'y'"),
-    (".npz", [{"y": [0, -1, 0, 1]}, {"classes": ["a"]}, wrong({"y": BIG, "classes": ["a"]})], "is outside the"),
-    (".npz", [{"classes": each} for each in (["a", "a"], "ab", [["a", "b"], ["c", "d"]])], "class"),
+    (".npz", [{"y": [0, -1, 0, 1]}, {"classes": ["a"]}, {"y": BIG, "classes": ["a"]}], "is outside the"),
+    (".npz", [{"y": [10**6] * 4}, *({"classes": each} for each in (["a", "a"], "ab", [["a"], ["b"]]))], "class"),
     (".npz", [{"ids": [1]}, {"ids": [1] * 4}, {"ids": 3}, {"ids": PIXELS[:4, 0, 0]}], " ids? "),
     (".npz", [{"ids": [*"abcd"]}, {"ids": [b"a", b"b", b"c", b"d"]}], ([0, 1, 0, 1], [*"abcd"])),
-    (".npz", [b"", "text", {"x": np.array([None])}, wrong(lambda path: np.save(path.open("wb"), Y))], "an .npz"),
+    (".npz", [b"", "text", {"x": np.array([None])}, lambda path: np.save(path.open("wb"), Y)], "an .npz"),
     (".stored", [{"image": [..., None, ...]}, {"image": [{"bytes": b"", "path": "no"}] * 3}], "row . of .* not decode"),
     (".stored", [{"label": [0, None, 1]}, {"label": [0, -1, 1]}], "row 1 of .* has no label. Rem|-1 is outside"),
     (".stored", [{"ids": [*"uuv"]}, {"ids": ["u", None, "v"]}, {"column": "image"}], "than once|an id"),
-    (".stored", [{"dataset_info.json": "{"}, wrong({"state.json": "{}"}), wrong(NOTHING)], "Hugging Face|no (rows|im)"),
+    (".stored", [{"dataset_info.json": "{"}, {"state.json": "{}"}, NOTHING], "Hugging Face|no (rows|im)"),
     (".stored", [{"raw": True}], ([0, 1, 0], ["u", "v", "w"]))],
 "items": [
     (".item", [None, {"image": A, "label": 1}, (A,), (A, 1, 2), "ab", A], "must be an image and a label, not a"),
     (".item", [(A.byte(), 1), (None, 1), (A[:1], 1), (A * NAN, 1)], "a tensor of floats|different shapes|NaN or inf"),
     (".item", [(A, each) for each in ("cat", None, 1.0, {}, 2**70)], "label must be a whole number .* Have the data"),
     (".item", [(A, -1), (A, 2), (A, torch.tensor([1])), (A, torch.eye(2)[0])], "outside the model's|give one kind"),
-    (".item", [[A, 1], (A.numpy(), np.uint8(1)), (A, torch.tensor(1)), (A, True), wrong((A.double(), 1))], 1),
-    (".fit", [[], DataLoader(PAIRS), "data.npz", TensorDataset(X)], "sample|map-style|and a label"),
-    (".fit", [wrong(TensorDataset(each, Y)) for each in (X[:, :1], X[..., :2, :2], X.half())], "cannot take"),
-    (".fit", [wrong(TensorDataset(X, X[:, 0, 0, :2] * NAN)), TensorDataset(X, X[:, 0, 0])], "2 shares a sample"),
-    (".fit", [wrong({"validation": each}) for each in ([], [(A, 7)])], "validation|outside the model's classes")],
+    (".item", [[A, 1], (A.numpy(), np.uint8(1)), (A, torch.tensor(1)), (A, True), (A.double(), 1)], 1),
+    (".fit", [TensorDataset(X.half(), Y), TensorDataset(X.double(), Y)], 1),
+    (".fit", [[], DataLoader(PAIRS), "data.npz", TensorDataset(X), {"validation": []}], "sample|map-style|and a label"),
+    (".fit", [TensorDataset(each, Y) for each in (X[:, :1], X[..., :2, :2])], "cannot take"),
+    (".fit", [TensorDataset(X, X[:, 0, 0, :2] * NAN), TensorDataset(X, X[:, 0, 0])], "2 shares a sample"),
+    (".fit", [{"validation": [(A, 7)]}], "outside the model's classes")],
 "weights": [
     (".weights", [STATE, {f"module.{k}": v for k, v in STATE.items()}, {"state_dict": STATE, "epoch": 3}], True),
-    (".weights", [{"model": STATE, "args": argparse.Namespace()}, [1], 3, {}, {"a": STATE}], "Save model.state_dict"),
-    (".weights", [b"PK\x03\x04", b"", Path("/proc/self/mem"), wrong("junk"), wrong("hello")], "be read as weights"),
-    (".weights", [os.mkfifo, os.mkdir, Path("no"), {"0.weight": A}, wrong({**STATE, 3: A}),
+    (".weights", [{"model": STATE, "args": argparse.Namespace()}, 3, {}, {"a": STATE}, {**STATE, 3: A}], "Save model"),
+    (".weights", [b"PK\x03\x04", b"", Path("/proc/self/mem"), "junk", "hello"], "be read as weights"),
+    (".weights", [os.mkfifo, os.mkdir, Path("no"), {"0.weight": A},
      {k: v * NAN for k, v in STATE.items()}], "no weights file|do not fit the model|NaN|finite")],
 "own models": [
     (".own", ["def f(:\n", "import nowhere\n", "def f(n):\n    return net(n).nope\n"], r"mine.py.* line"),
     (".own", ["net(n)", "None", "(p, net(n))", "(net(n), p, 3)", "f = 3\n"], "return a module and its|no function"),
     (".own", ["(net(n + 1), p)",
-     wrong("(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LSTM(3, n)), p)")], "return logits"),
+     "(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LSTM(3, n)), p)",
+     "(net(n).half(), p)", "(nn.Sequential(nn.Flatten(), nn.LazyLinear(n)), p)"], "return logits|dtype|Lazy"),
     (".own", [f"(net(n), Preprocessing(8, h, {each}))" for each in ("(0.5, 0, 0.5)", "(0.5, 0.5)")], "std"),
-    (".own", [wrong("(net(n).half(), p)"), wrong("(nn.Sequential(nn.Flatten(), nn.LazyLinear(n)), p)")], "dtype|Lazy"),
     (".own", ["(net(n), p)", "from beside import net, p\ndef f(n): return net(n), p\n",
      "@dataclasses.dataclass\nclass C:\n    width: int = 4\ndef f(n): return net(n), p\n"], 3)],
 "configurations": [
     (".grid", ["a: [", "!!python/object:os.system {}", b"\xff", "[" * 9999, ""], "as YAML|must be a table"),
-    (".grid", [{"requests": ["x"]}, wrong({"requests": [3]}), wrong({"recipe": {"loss": ["x"]}})], "'class' or|one of"),
+    (".grid", [{"requests": ["x"]}, {"requests": [3]}, {"recipe": {"loss": ["x"]}}], "'class' or|one of"),
     (".grid", [{"seeds": ["x"]}, {"per_class": [-1]}, {"test_per_class": "x"}, {"recipe": {"epochs": 1.5}},
      {"recipe": {"learning_rate": "1e-3"}}, {"models": {"m": {"model": "x", "select": "all"}}},
      {"models": {"m": {"model": "x", "select": [3]}}}], "seeds|per_class|epochs|learning_rate|select"),
-    (".grid", [{"methods": {"a": {"method": "FineTune", "epochs": "x"}}}, wrong({"methods": NEGATIVE})], "epochs")],
+    (".grid", [{"methods": {"a": {"method": "FineTune", "epochs": each}}} for each in ("x", -1)], "epochs")],
 "markup": [
     ("tunables", ["[red]", "[/b]"], r"model '\[red\]'|unknown library '\['"),
     ("verify", ["[red]", "@[/b]"], r"\[(red|/b)\] holds no run. Make one with: fastntk fit"),
@@ -307,27 +305,29 @@ TRIED = {
     (RED.replace("@[red]", "@new/[i]"), ["--json", "--epochs=2"], says(r'("run": |prepare )\S+/\[i\]'))],
 "python": [
     (".fit", [{"epochs": 0}, {"epochs": 1.5}, {"seed": 2**70}, {"loss": "squared"}], "epochs|seed|loss"),
-    (".prepare", [{"initial": {}}, {"ridge": 0}, {"form": "x"}, {"shrinkage": 2}, {"train": []}], "differ|must|least"),
-    (".prepare", [wrong({"loss": nn.CrossEntropyLoss()}), wrong({"seed": 2**70})], "loss|seed"),
+    (".prepare", [{"initial": {}}, {"ridge": 0}, {"form": "x"}, {"shrinkage": 2}, {"train": []}], "differ|must|no tr"),
+    (".prepare", [{"loss": nn.CrossEntropyLoss()}, {"seed": 2**70}, {"batch_size": 1.5}], "loss|seed|batch_size must"),
+    (".prepare", [{"initial": fastntk.Recipe()}, {"ridge": "1"}, {"ridge": True}], "tensors by name|the ridge must"),
+    (".prepare", [{"ridge": np.float32(1)}, {"checkpoint": "partial"}], 0),
     (".do", [lambda w: w.memory.purge(), lambda w: w.memory.save(w.here), lambda w: fastntk.finished(w.memory, gain=0),
      lambda w: fastntk.audit(w.memory, lambda *_: {})], "Save it first|Choose a folder|gain must be|return all"),
-    (".do", [*map(wrong, [lambda w: fastntk.SquaredLoss(NAN), lambda w: fastntk.left_out_gain(w.memory, [(A, 9)]),
-     lambda w: fastntk.add_lora(w.memory.model, 2, "([")])], "scale|outside the model's classes|regular expression"),
+    (".do", [lambda w: fastntk.SquaredLoss(NAN), lambda w: fastntk.left_out_gain(w.memory, [(A, 9)]),
+     lambda w: fastntk.add_lora(w.memory.model, 2, "([")], "scale|outside the model's classes|regular expression"),
+    (".do", [lambda w: fastntk.plan(w.memory.model, []), lambda w: fastntk.audit(w.memory, "recipe"),
+     lambda w: fastntk.audit(w.memory, fastntk.Recipe(), held_out=[(A, 9)])], "no training|a fastntk.Recipe|outside"),
     (".do", [lambda w: fastntk.load(w.here / "memory", w.memory.model, TensorDataset(X + 1, Y)),
-     wrong(lambda w: fastntk.load(w.here / "memory", fastntk.load_model(f"{w.here}/own.py:small", 3)[0], PAIRS)),
-     wrong(lambda w: fastntk.load(w.here / "no", w.memory.model, PAIRS))], "another|there is no memory")],
+     lambda w: fastntk.load(w.here / "memory", fastntk.load_model(f"{w.here}/own.py:small", 3)[0], PAIRS),
+     lambda w: fastntk.load(w.here / "no", w.memory.model, PAIRS)], "another|there is no memory")],
 }  # fmt: skip
 
 
 def cases():
     for kind, (how, values, expected) in ((kind, row) for kind, rows in TRIED.items() for row in rows):
         for each in values:
-            [value], marks = (each.values, each.marks) if isinstance(each, type(wrong(0))) else ([each], ())
-            name = re.sub(" at 0x.*", "", str(value))[:40]
-            yield pytest.param(how, value, expected, marks=marks, id=f"{kind}, {how}, {name!r}")
+            yield pytest.param(how, each, expected, id=f"{kind}, {how}, {re.sub(' at 0x.*', '', str(each))[:40]!r}")
 
 
-@pytest.mark.parametrize(("how", "value", "expected"), cases())
+@pytest.mark.parametrize(("how", "value", "expected"), list(cases()))
 def test_what_is_tried(how, value, expected, made, tmp_path, monkeypatch):
     (tmp_path / "new").mkdir()
     monkeypatch.chdir(tmp_path / "new")

@@ -1,5 +1,7 @@
 """Networks that the rules could get wrong: differentiated rightly, or refused with the reason."""
 
+from functools import partial
+
 import oracles
 import pytest
 import torch
@@ -49,6 +51,49 @@ class TwoNames(nn.Module):
         return self.head(self.tied(self.norm(self.body(x))))
 
 
+class Keeping(nn.Module):
+    """It keeps what it computed from its biases until it is trained, as LeViT's attention does; or for ever."""
+
+    def __init__(self, drops: bool = True) -> None:
+        super().__init__()
+        self.drops, self.kept, self.biases = drops, {}, nn.Parameter(torch.randn(2, 3, 8, 8))
+
+    def train(self, mode=True):
+        self.kept = {} if mode and self.drops else self.kept
+        return super().train(mode)
+
+    def forward(self, x):
+        if not self.training and "sum" in self.kept:
+            return x * self.kept["sum"]
+        self.kept["sum"] = self.biases.sum(0)
+        return x * self.kept["sum"]
+
+
+class Written(nn.Module):
+    """A linear layer's output is written to in place; a norm's is not used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.norm, self.head = nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, CLASSES)
+
+    def forward(self, x):
+        rows = self.fc(x.flatten(1, 2))
+        self.norm(rows)
+        return self.head(rows.add_(1).tanh_().mean(1))
+
+
+class Mixing(nn.Module):
+    """Attention over the samples of a batch, which shows in a derivative alone: what it attends to is a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.fc = nn.LayerNorm(1), nn.Linear(192, CLASSES)
+
+    def forward(self, x):
+        same = self.norm(x.flatten(1)[..., None])[..., 0]
+        return self.fc(x.flatten(1)) + 1e-7 * ((same @ same.T).softmax(1) @ same)[:, :CLASSES]
+
+
 class Together(nn.Module):
     """Every sample is set against the mean of its batch."""
 
@@ -93,8 +138,13 @@ def adapted() -> nn.Module:
         (lambda: nn.Sequential(Standardised(3, 8, 3), *plain()[1:]), "all"),
         (TwoNames, "all"),
         (adapted, r"lora_|^3\."),
+        (Written, "all"),
+        (Mixing, "all"),
     ],
-    ids=["scalar", "PReLU", "PReLU a channel", "standardised weights", "two names", "DoRA"],
+    ids=[
+        *("scalar", "PReLU", "PReLU a channel", "standardised weights", "two names", "DoRA"),
+        *("written in place", "mixed in the derivative alone"),
+    ],
 )
 @pytest.mark.parametrize("batch", [1, CLASSES, 4])
 def test_is_what_torch_func_says(make, select, batch):
@@ -105,6 +155,45 @@ def test_is_what_torch_func_says(make, select, batch):
     expected = oracles.jacobian(model, jacobian.parameters, jacobian.layout(x), x)
     torch.testing.assert_close(jacobian(x).dense(), expected, rtol=1e-9, atol=1e-11)
     assert all(model.get_parameter(name) is parameter for name, parameter in free.items())
+
+
+def keeping(drops: bool) -> nn.Module:
+    return nn.Sequential(Keeping(drops), nn.Flatten(), nn.Linear(192, CLASSES)).double().eval()
+
+
+def test_what_a_module_keeps_from_pass_to_pass_is_dropped():
+    torch.manual_seed(0)
+    model, fresh, x = keeping(True), keeping(True), torch.randn(24, 3, 8, 8).double()
+    free = fastntk.tune(model, "all")
+    with torch.no_grad():
+        model(x)  # what it keeps is there before anything else
+    moved = {name: torch.randn_like(parameter) for name, parameter in free.items()}
+    fresh.load_state_dict(moved)
+    torch.testing.assert_close(called(model, moved, x), fresh(x))
+    jacobian = PerSampleJacobian(model, moved)
+    expected = oracles.jacobian(model, moved, jacobian.layout(x), x)
+    torch.testing.assert_close(jacobian(x).dense(), expected, rtol=1e-9, atol=1e-11)
+    of_biases = jacobian.layout(x).unflatten(expected[0, 0], moved)["0.biases"]
+    torch.testing.assert_close(of_biases, (x[0] * moved["2.weight"][0].view(3, 8, 8)).expand(2, -1, -1, -1))
+
+
+def test_what_is_kept_for_good_is_refused():
+    torch.manual_seed(0)
+    model = keeping(False)
+    with pytest.raises(fastntk.InputError, match="keeps what it computed from '0.biases'"):
+        PerSampleJacobian(model, snapshot(fastntk.tune(model, "all")))(torch.randn(4, 3, 8, 8))
+
+
+def test_a_model_that_keeps_its_biases_is_fitted_and_forgets():
+    answers = []
+    for forward in (Keeping.forward, lambda self, x: x * self.biases.sum(0)):
+        torch.manual_seed(0)
+        model, data = keeping(True), TensorDataset(torch.randn(24, 3, 8, 8), torch.arange(24) % CLASSES)
+        model[0].forward = partial(forward, model[0])
+        fastntk.tune(model, "all")
+        initial = fastntk.fit(model, data, epochs=2, batch_size=8).initial
+        answers.append({**model.state_dict(), **fastntk.prepare(model, data, initial).forget([1, 2]).parameters})
+    torch.testing.assert_close(*answers)
 
 
 def test_a_module_under_two_names_stays_tuned_and_forgets():

@@ -10,15 +10,33 @@ from fastntk.common.errors import InputError
 SELECTED = ["bn", "head"]
 """What is tuned if nothing is said."""
 
-Folder = Annotated[Path, typer.Argument(metavar="RUN", help="The run folder: everything about one model lies in it.")]
+
+def said(value: str | None) -> str | None:
+    """Refuses an option that was given and is empty."""
+    if value == "":
+        raise typer.BadParameter("it is empty. Leave it out, or say what.")
+    return value
+
+
+def place(text: str) -> Path:
+    """A folder, which is not the current one by mistake: ``RUN`` may be an empty variable of a shell."""
+    return Path(said(text) or text)
+
+
+Folder = Annotated[
+    Path,
+    typer.Argument(parser=place, metavar="RUN", help="The run folder: everything about one model lies in it."),
+]
 Model = Annotated[
     str, typer.Option(help="timm/NAME, torchvision/NAME, transformers/TYPE or /FOLDER, or FILE.py:FUNCTION.")
 ]
 Data = Annotated[
     str,
-    typer.Option(help="A folder of class folders, an .npz (x, y), a saved Hugging Face or a torchvision dataset."),
+    typer.Option(
+        callback=said, help="A folder of class folders, an .npz (x, y), a saved Hugging Face or a torchvision dataset."
+    ),
 ]
-Root = Annotated[str | None, typer.Option(help="The folder that a torchvision dataset lies in.")]
+Root = Annotated[str | None, typer.Option(callback=said, help="The folder that a torchvision dataset lies in.")]
 Select = Annotated[
     list[str] | None,
     typer.Option(
@@ -27,10 +45,13 @@ Select = Annotated[
         "shows what there is."
     ),
 ]
-Weights = Annotated[str | None, typer.Option(help="A local state dict (.safetensors, .pt), or 'pretrained'.")]
+Weights = Annotated[
+    str | None, typer.Option(callback=said, help="A local state dict (.safetensors, .pt), or 'pretrained'.")
+]
 Size = Annotated[int | None, typer.Option(min=1, help="Side of the input in pixels; the model's own by default.")]
 IdColumn = Annotated[
-    str | None, typer.Option(help="The column (array of an .npz) that names the samples; their index by default.")
+    str | None,
+    typer.Option(callback=said, help="The column (array of an .npz) that names the samples; their index by default."),
 ]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")]
 SEED = {"min": 0, "max": 2**32 - 1}
@@ -41,10 +62,16 @@ LossName = Annotated[str, typer.Option("--loss", help="squared or cross-entropy.
 Smoothing = Annotated[float, typer.Option("--label-smoothing", help="Of cross-entropy, from 0 to below 1.")]
 Fitted = Annotated[
     str | None,
-    typer.Option(help="Weights that your own fit ended with: nothing is fitted, the start is rebuilt from --weights."),
+    typer.Option(
+        callback=said,
+        help="Weights that your own fit ended with: nothing is fitted, the start is rebuilt from --weights.",
+    ),
 ]
 HeadStart = Annotated[
-    str, typer.Option(help="With --fitted, what its head started from: zero, or fitted (it is not pulled at).")
+    str | None,
+    typer.Option(
+        help="With --fitted, what its head started from: zero (the default), or fitted (it is not pulled at)."
+    ),
 ]
 Optimizer = Annotated[str, typer.Option(help="adam, adamw or sgd (with a momentum of 0.9).")]
 Decay = Annotated[float, typer.Option("--weight-decay", help="Per sample; of adamw, its own.")]
@@ -56,7 +83,8 @@ Mixup = Annotated[
     str, typer.Option(help="off, and nothing else: what is fitted to mixtures of images cannot forget one of them.")
 ]
 Validation = Annotated[
-    str | None, typer.Option(help="Data, as for --data (a test split, if there is one), to measure every epoch on.")
+    str | None,
+    typer.Option(callback=said, help="Data, as for --data (a test split, if there is one), to measure every epoch on."),
 ]
 Form = Annotated[
     str, typer.Option(help="primal (p x p), dual (nC x nC), convex (cross-entropy), convex-disk, matrix-free, or auto.")
@@ -121,6 +149,17 @@ def recipe(*values: Any) -> Any:
     return Recipe(*values)
 
 
+def head_start(text: str | None, fitted: str | None) -> str:
+    """What ``--head-start`` says.
+
+    Raises:
+        InputError: it is given, and nothing was fitted elsewhere.
+    """
+    if text is not None and fitted is None:
+        raise InputError("--head-start goes with --fitted: what is fitted here starts from --seed.")
+    return text or "zero"
+
+
 def no_mixup(text: str) -> None:
     """Raises ``InputError`` unless ``--mixup`` says off."""
     if text != "off":
@@ -152,12 +191,12 @@ def check_out(path: Path | None) -> None:
     Raises:
         InputError: it cannot be written.
     """
-    from fastntk.common.files import aside, discard, writable
+    from fastntk.common.files import aside, check_writable, discard
 
-    if path and path.is_dir():
-        raise InputError(f"{path} is a folder. Name a file.")
+    if path and path.exists() and not path.is_file():
+        raise InputError(f"{path} is a {'folder' if path.is_dir() else 'device or a pipe'}. Name a file.")
     if path:
-        writable(path.parent)
+        check_writable(path.parent)
         discard(aside(path))
 
 

@@ -22,11 +22,13 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fastntk.cli.asked import forgotten, of_class
+from fastntk.cli.options import check_out
 from fastntk.cli.settings import Given, Settings
 from fastntk.common import distributed
 from fastntk.common.errors import InputError
 from fastntk.common.files import (
     DECIDED,
+    check_writable,
     complete,
     digest,
     file_digest,
@@ -37,7 +39,7 @@ from fastntk.common.files import (
     write_json,
     write_tensors,
 )
-from fastntk.evidence.auditing import audit
+from fastntk.evidence.auditing import audit, left_out_gain
 from fastntk.evidence.compare import compare, references
 from fastntk.evidence.methods import Method, Problem
 from fastntk.evidence.report import Report
@@ -104,7 +106,7 @@ class Run:
             InputError: the folder cannot be written, or holds a run whose memory has answered requests, at last
                 while this was fitted.
         """
-        writable(self.folder)
+        check_writable(self.folder)
         self._check_vacant()
         Folder(self.folder / "memory").check_unused()
         module, images = given.open(self.device, recipe.seed)
@@ -122,6 +124,7 @@ class Run:
         if distributed.rank():
             return done
         tensors = dict(zip(_TENSORS, (done.initial, module.state_dict()), strict=True))
+        writable(self.folder)
         with self._locked(), Folder(self.folder / "memory").unused():
             self._replace(Settings.of(given, images, recipe), tensors, gone=("memory", "partial"))
         return done
@@ -191,7 +194,7 @@ class Run:
         Raises:
             InputError: the folder cannot be written, or its memory has answered requests.
         """
-        writable(self.folder)
+        check_writable(self.folder)
         Folder(self.folder / "memory").check_unused()
         settings, model, images = self._opened()
         recipe = settings.fitting()
@@ -251,21 +254,32 @@ class Run:
         """
         return self.memory()[0]
 
-    def export(self, out: Path, exact_head: bool = False, gain: bool = False) -> None:
-        """Write the whole model after all requests, a plain state dict; if asked, finished (``fastntk.memory.finish``).
+    def export(
+        self, out: Path, exact_head: bool = False, gain: bool = False, held_out: str | None = None
+    ) -> float | None:
+        """Write the whole model after all requests, a plain state dict; if asked, finished (``fastntk.memory.finish``)
+        by the audit's gain or by the one that held-out data set; returns the gain.
 
         Raises:
-            InputError: the memory has no audit or exact head, its gain is below 1 and no head follows, or the data lack
+            InputError: the memory has no audit or exact head, the gain is below 1 and no head follows, or the data lack
                 one of its members.
         """
         check_state_file(out)
-        memory, _ = self.memory()
-        if gain and not exact_head and memory.audit and memory.audit.gain < 1:
+        settings, model, images = self._opened()
+        memory = self._loaded(settings, model, images)
+        check_out(out)
+        taken: float | bool = gain
+        if held_out is not None:
+            taken = left_out_gain(memory, _held_out(settings, images, held_out))
+        elif gain and memory.audit:
+            taken = memory.audit.gain
+        if taken < 1 and taken is not False and not exact_head:
             raise InputError(
-                f"the audit's gain is {memory.audit.gain:.2f}, and one below 1 draws the answer back towards what was "
-                "forgotten. Export with --exact-head too, or without --gain."
+                f"the gain is {taken:.2f}, and one below 1 draws the answer back towards what was forgotten. Export "
+                "with --exact-head too, or without a gain."
             )
-        write_state(out, state_at(memory.model, finished(memory, gain=gain, exact_head=exact_head)))
+        write_state(out, state_at(memory.model, finished(memory, gain=taken, exact_head=exact_head)))
+        return None if taken is False else float(taken)
 
     def evaluate(
         self, test: str | None, retrain: bool, seed: int | None = None, ids: Callable[[Images], list[Id]] | None = None

@@ -33,10 +33,25 @@ def writable(folder: Path) -> Path:
     Raises:
         InputError: it cannot be made or written to.
     """
-    try:
+    with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return folder
+
+
+def check_writable(folder: Path) -> None:
+    """Raises ``InputError`` if ``folder`` cannot be written to, or could not be made; nothing is left there."""
+    with _writing(folder):
+        above = (folder, *folder.absolute().parents)
+        there = next(each for each in above if each.exists() or each.is_symlink())  # raises for a name that is too long
+        with tempfile.TemporaryFile(dir=there):
+            pass
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise InputError(f"the folder {folder} cannot be written ({error.strerror}). Choose another one.") from error
 

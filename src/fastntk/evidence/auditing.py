@@ -16,10 +16,11 @@ from torch.utils.data import Dataset, Subset
 
 from fastntk.common.errors import InputError
 from fastntk.common.progress import track
+from fastntk.common.typed import check_seed
 from fastntk.evidence.gain import found, solved
 from fastntk.evidence.methods.retrain import retrained
 from fastntk.evidence.metrics import accuracy, label_probability, logit_distance
-from fastntk.inputs.batches import labels_of
+from fastntk.inputs.batches import check_any, labels_of
 from fastntk.inputs.ids import Id
 from fastntk.jacobians.products import tangent
 from fastntk.memory.audit import Audit
@@ -27,7 +28,7 @@ from fastntk.memory.certificate import Answer
 from fastntk.memory.finish import multiplied
 from fastntk.memory.memory import Memory
 from fastntk.memory.state import State
-from fastntk.tuning.loss import predictions
+from fastntk.tuning.loss import check_labels, predictions
 from fastntk.tuning.outputs import logits_of, model_at
 from fastntk.tuning.parameters import snapshot, tuned
 from fastntk.tuning.recipe import Recipe
@@ -70,6 +71,7 @@ def audit(
             parameters than the tuned ones, or the two retrained models are equal.
     """
     state = memory.state
+    _check(state, recipe, held_out, seed)
     drawn = state.members.positions(_drawn(memory, fraction, seed) if ids is None else ids)
     if not len(drawn):
         raise InputError("the audit's request is empty. Give a larger fraction.")
@@ -84,6 +86,15 @@ def audit(
         result = _beside_unseen(result, state, held_out)
     memory.enter(result)
     return result
+
+
+def _check(state: State, recipe: Recipe | Retraining, held_out: Dataset | None, seed: int) -> None:
+    """Raises ``InputError`` for arguments of an audit that would fail it after the retraining."""
+    check_seed(seed)
+    if not isinstance(recipe, Recipe) and not callable(recipe):
+        raise InputError(f"an audit retrains by a fastntk.Recipe or a function, not a {type(recipe).__name__}.")
+    if held_out is not None:
+        _check_held_out(state, held_out)
 
 
 def _drawn(memory: Memory, fraction: float, seed: int) -> list[Id]:
@@ -176,6 +187,7 @@ def left_out_gain(memory: Memory, held_out: Dataset) -> float:
         InputError: the memory's form leaves nobody out (``left_out``).
     """
     state, positions = memory.state, _some(memory.state)
+    _check_held_out(state, held_out)
     members = Subset(state.members, positions.tolist())
     here, unseen = (
         logits_of(model_at(state.model, state.parameters), data, state.network.device).cpu()
@@ -184,6 +196,12 @@ def left_out_gain(memory: Memory, held_out: Dataset) -> float:
     change, labels = left_out(state, positions).cpu() - here, labels_of(members)
     wanted = label_probability(unseen, labels_of(held_out))
     return solved(lambda gain: label_probability(here + gain * change, labels) - wanted)
+
+
+def _check_held_out(state: State, held_out: Dataset) -> None:
+    """Raises ``InputError`` if there is no held-out sample, or one of a class that the model does not know."""
+    check_any(held_out, "held-out")
+    check_labels(labels_of(held_out), state.network.classes)
 
 
 def _some(state: State) -> Int[Tensor, " samples"]:

@@ -38,9 +38,9 @@ def share(request: str) -> float | None:
     Raises:
         InputError: it is neither.
     """
-    word, _, percent = request.partition(" ")
     if request == "class":
         return None
+    word, _, percent = str(request).partition(" ")
     try:
         part = float(percent.removesuffix("%")) / 100
     except ValueError:

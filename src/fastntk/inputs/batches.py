@@ -25,6 +25,12 @@ class Labelled(Dataset):
     """A dataset whose ``labels``, a tensor or None, are what its items have, known without making the items."""
 
 
+def check_any(dataset: Dataset, kind: str) -> None:
+    """Raises ``InputError`` for a dataset of a kind (training, validation, held-out) without samples."""
+    if not len(dataset):  # type: ignore[arg-type]
+        raise InputError(f"there are no {kind} samples.")
+
+
 def item(dataset: Dataset, index: int) -> tuple[Tensor, Tensor]:
     """An image and its label: a class, or a vector of shares.
 

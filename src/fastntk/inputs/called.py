@@ -24,7 +24,31 @@ def called(model: nn.Module, parameters: Mapping[str, Tensor], images: Tensor) -
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             places.setdefault(id(parameter), []).append(f"{prefix}.{name}" if prefix else name)
     replaced = {place: tensor for name, tensor in parameters.items() for place in places[id(model.get_parameter(name))]}
-    return functional_call(model, replaced, (images,), tie_weights=False)
+    try:
+        return functional_call(uncached(model), replaced, (suited(model, images),), tie_weights=False)
+    finally:
+        uncached(model)
+
+
+def suited(model: nn.Module, images: Tensor) -> Tensor:
+    """The images in the numbers that the model computes in."""
+    like = next((each for each in model.parameters() if each.is_floating_point()), images)
+    return images.to(like.dtype)
+
+
+def uncached(model: nn.Module) -> nn.Module:
+    """The model, after its modules dropped what they computed from their parameters and keep from one pass to the next.
+
+    In eval mode the attention of LeViT, TinyViT and others does, and would go on with the old biases; its ``train``
+    drops it.
+    """
+    for module in model.modules():
+        if type(module).train is not nn.Module.train:
+            modes = [(each, each.training) for each in module.modules()]
+            module.train()
+            for each, mode in modes:
+                each.training = mode
+    return model
 
 
 def state_at(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -37,15 +61,3 @@ def _aliases(model: nn.Module) -> dict[str, str]:
     """Every name of every parameter, with the one that ``named_parameters`` gives."""
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     return {name: first[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
-
-
-def check_logits(logits: object, batch: int, classes: int | None = None) -> None:
-    """Raises ``InputError`` unless a model's output for a batch is ``[batch, classes]``."""
-    if isinstance(logits, Tensor) and logits.ndim == 2 and len(logits) == batch and classes in (None, logits.shape[1]):
-        return
-    got = f"a tensor {list(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
-    wanted = "classes" if classes is None else str(classes)
-    raise InputError(
-        f"the model must return logits of shape [batch, {wanted}], not {got} for a batch of {batch}. Wrap it in a "
-        "module that does."
-    )

@@ -55,12 +55,13 @@ def reset_head(model: nn.Module, seed: int) -> None:
 def _logits(model: nn.Module, parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """The logits of one image of the first size that the model takes, with their history, and the image."""
     reason = ""
-    like = next(iter(parameters.values()), torch.zeros(()))
+    like = next((each for each in parameters.values() if each.is_floating_point()), torch.zeros(()))
     with _evaluating(model), torch.enable_grad():
         for shape in _shapes(model):
             image = torch.zeros(1, *shape, dtype=like.dtype, device=like.device, requires_grad=True)
             try:
-                out = called(model, parameters, image.clone())
+                with _unchanged(model):
+                    out = called(model, parameters, image.clone())
             except InputError:
                 raise
             except Exception as error:
@@ -91,12 +92,24 @@ def _shapes(model: nn.Module) -> Iterable[tuple[int, ...]]:
 
 def _stated(model: nn.Module) -> Iterator[tuple[int, int]]:
     """The image sizes that a model's parts have among their attributes."""
-    for module in model.modules():
-        for name in ("img_size", "image_size", "input_resolution"):
+    for name in ("img_size", "image_size", "input_resolution"):
+        for module in model.modules():
             size = getattr(module, name, None)
             pair = (size, size) if isinstance(size, int) else size
             if isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(each, int) for each in pair):
                 yield pair[0], pair[1]
+
+
+@contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Modules keep the attributes that they have: some make their windows smaller for good when an image is small."""
+    before = [(vars(module), dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for now, then in before:
+            now.clear()
+            now.update(then)
 
 
 @contextmanager

@@ -29,6 +29,7 @@ class Preprocessing:
 
 
 _TOLD = 20  # classes that are named
+_OF_16_BITS = "PNG", "PPM"  # formats that have no more a channel, whatever PIL reads them into
 
 
 class Images(Labelled):
@@ -52,10 +53,10 @@ class Images(Labelled):
     ) -> None:
         self.source, self.classes, self.preprocessing = source, classes, preprocessing
         self.ids: Sequence[int | str] = range(len(labels)) if ids is None else ids
+        outside = [label for label in labels if not 0 <= label < len(classes)]
+        if outside:
+            raise InputError(f"label {outside[0]} is outside the {len(classes)} classes 0 .. {len(classes) - 1}.")
         self.labels = torch.as_tensor(labels, dtype=torch.long)
-        outside = self.labels[(self.labels < 0) | (self.labels >= len(classes))]
-        if len(outside):
-            raise InputError(f"label {int(outside[0])} is outside the {len(classes)} classes 0 .. {len(classes) - 1}.")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -127,7 +128,7 @@ def rgb(image: Any) -> Any:
         image = Image.fromarray(image)
     if not isinstance(image, Image.Image):
         raise InputError(f"an image must be one of PIL's or an array, not a {type(image).__name__}.")
-    if image.mode.startswith("I;16"):  # which convert cuts off at 255
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _OF_16_BITS):  # convert cuts off at 255
         image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise InputError(f"values of mode {image.mode!r} have no known range. Save the images with 8 or 16 bits.")

@@ -43,7 +43,7 @@ def maker(name: str) -> Make:
     """Who makes the model of that name."""
     file, _, function = name.rpartition(":")
     if file.endswith(".py"):
-        return lambda classes, size, _: _from_file(Path(file), function, classes, size)
+        return lambda *how: _from_file(Path(file), function, *how)
     library, slash, short = name.partition("/")
     if not slash:
         library, short = "", name
@@ -167,8 +167,12 @@ def _preprocessing(processor: Any, config: Any, size: int | None) -> Preprocessi
     return Preprocessing(int(size or own), mean, std)
 
 
-def _from_file(path: Path, function: str, classes: int, size: int | None) -> tuple[nn.Module, Preprocessing]:
+def _from_file(
+    path: Path, function: str, classes: int, size: int | None, pretrained: bool
+) -> tuple[nn.Module, Preprocessing]:
     """What a user's own function makes."""
+    if pretrained:
+        raise InputError(f"{path} says itself what its model starts from: leave 'pretrained' out, or name a file.")
     if not path.is_file():
         raise InputError(f"there is no file {path} with a model in it.")
     spec = importlib.util.spec_from_file_location(f"fastntk_{path.stem}", path)

@@ -6,11 +6,15 @@ import torch
 from torch import nn
 
 from fastntk.common.errors import InputError
-from fastntk.inputs.called import check_logits
+from fastntk.common.typed import check_seed
+from fastntk.inputs.called import called
+from fastntk.inputs.checks import check_logits, check_numbers, taking
 from fastntk.inputs.heads import reset_head
 from fastntk.inputs.images import Preprocessing
 from fastntk.inputs.makers import maker
 from fastntk.inputs.weights import load_weights, read_weights
+
+_MOST = 1_000_000  # classes
 
 
 def load_model(
@@ -32,38 +36,41 @@ def load_model(
     Raises:
         InputError: unknown name, a file that cannot be read, or weights that do not fit (the message names the tensor).
     """
-    if classes < 2:
-        raise InputError(f"a classifier needs at least 2 classes, got {classes}.")
+    check_seed(seed)
+    if not 2 <= classes <= _MOST:
+        raise InputError(f"a classifier has from 2 to {_MOST:,} classes, not {classes}.")
     pretrained = weights == "pretrained"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, preprocessing = _made(name, classes, size, pretrained)
     if weights is not None and not pretrained:
         load_weights(model, read_weights(Path(weights)))
-    reset_head(model, seed)
+    check_numbers(dict(model.named_parameters()))
     _check_output(model.eval(), preprocessing.size, classes)
+    reset_head(model, seed)
     return model.eval().to(memory_format=torch.channels_last), preprocessing  # type: ignore[call-overload]
 
 
 def _made(name: str, classes: int, size: int | None, pretrained: bool) -> tuple[nn.Module, Preprocessing]:
     make = maker(name)
-    if not pretrained:
-        return make(classes, size, False)
     try:
-        return make(classes, size, True)
-    except (OSError, RuntimeError) as error:
-        raise InputError(
-            f"the pretrained weights of {name} cannot be had ({str(error).splitlines()[0]}). The library downloads "
-            "them, if it has any: without a network, copy a file of them here and give its path."
-        ) from error
+        return make(classes, size, pretrained)
+    except InputError:
+        raise
+    except Exception as error:  # whatever a library says of a size that is none of its model's, or without a network
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        if pretrained and isinstance(error, OSError | RuntimeError):
+            raise InputError(
+                f"the pretrained weights of {name} cannot be had ({reason}). The library downloads them, if it has "
+                "any: without a network, copy a file of them here and give its path."
+            ) from error
+        side = f" that takes images of {size} x {size}" if size else ""
+        raise InputError(f"there is no {name}{side} ({reason}). Choose another size.") from error
 
 
 def _check_output(model: nn.Module, size: int, classes: int) -> None:
     """Raises ``InputError`` if the model cannot take an image of that side, or does not give its logits."""
-    try:
-        with torch.no_grad():
-            logits = model(torch.zeros(1, 3, size, size))
-    except Exception as error:  # whatever a model says of a size that is not its own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"the model cannot take images of {size} x {size} ({reason}). Choose another size.") from error
+    image = torch.zeros(1, 3, size, size)
+    with torch.no_grad(), taking(image, "Choose another size."):
+        logits = called(model, {}, image)
     check_logits(logits, 1, classes)

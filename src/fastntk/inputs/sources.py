@@ -1,7 +1,6 @@
 """Labelled images from folders, .npz files, Hugging Face and torchvision datasets."""
 
 import inspect
-import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,8 +21,11 @@ def _decoding(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise InputError(f"{what} does not decode as an image ({reason}). Replace or remove it.") from error
+        raise InputError(f"{what} does not decode as an image ({_reason(error)}). Replace or remove it.") from error
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 class _Folder:
@@ -74,7 +76,7 @@ def load_data(
         raise InputError(f"{source} has no columns: ids can be taken from an .npz or a Hugging Face dataset.")
     if path.is_dir():
         return _from_folder(path, preprocessing, split)
-    if hasattr(torchvision().datasets, source):
+    if isinstance(getattr(torchvision().datasets, source, None), type):
         return _from_torchvision(source, preprocessing, split, root)
     raise InputError(f"{source!r} is neither a folder, an .npz file nor a torchvision dataset name such as 'CIFAR10'.")
 
@@ -96,12 +98,14 @@ def _from_hugging_face(path: Path, preprocessing: Preprocessing, split: str, id_
     library = datasets()
     try:
         stored = library.load_from_disk(str(path))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as a Hugging Face dataset ({error}).") from error
+    except Exception as error:  # whatever a damaged one leads the library into
+        raise InputError(f"{path} cannot be read as a Hugging Face dataset ({_reason(error)}).") from error
     if isinstance(stored, library.DatasetDict):
         if split not in stored:
             raise InputError(f"{path} has no split {split!r}; it holds {', '.join(stored)}.")
         stored = stored[split]
+    if not len(stored):
+        raise InputError(f"{path} has no rows. Give a dataset with images in it.")
     image, label = (_column(stored, kind, path) for kind in (library.Image, library.ClassLabel))
     stored = stored.with_format(None).cast_column(image, library.Image(decode=True))
     ids = None
@@ -134,6 +138,7 @@ class _Column:
             return rgb(self.dataset[index][self.key])
 
 
+_UNNAMED = 10_000  # classes without names that are more than there are images
 _SPLITS = {"train": ("train",), "test": ("test", "val", "valid", "validation")}
 
 
@@ -146,6 +151,8 @@ def _from_folder(path: Path, preprocessing: Preprocessing, split: str) -> Images
     samples = torchvision().datasets.folder.make_dataset(
         str(folder), places, torchvision().datasets.folder.IMG_EXTENSIONS, allow_empty=True
     )
+    looped = {place for place in {Path(name).parent for name, _ in samples} if _loops(place, folder)}
+    samples = [each for each in samples if Path(each[0]).parent not in looped]
     if not samples:
         raise InputError(f"{folder} has no images in its class folders ({', '.join(classes)}).")
     names, labels = zip(*samples, strict=True)
@@ -154,6 +161,13 @@ def _from_folder(path: Path, preprocessing: Preprocessing, split: str) -> Images
         raise InputError(f"{odd[0]} is no file that can be read (a broken link, or a pipe). Remove it.")
     ids = [Path(name).relative_to(path).as_posix() for name in names]
     return Images(_Folder(list(names)), list(labels), classes, preprocessing, ids)
+
+
+def _loops(place: Path, top: Path) -> bool:
+    """Whether a folder inside ``top`` is reached by a link to one that it lies in."""
+    above = place.relative_to(top).parts
+    real = [top.joinpath(*above[:depth]).resolve() for depth in range(len(above) + 1)]
+    return len(set(real)) < len(real)
 
 
 def _folders(path: Path) -> list[str]:
@@ -172,9 +186,10 @@ def _from_npz(path: Path, preprocessing: Preprocessing, split: str, id_column: s
     if not path.is_file():
         raise InputError(f"there is no file {path}.")
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise ValueError("it holds one array alone")
+        opened = np.load(path, allow_pickle=False)
+        if not isinstance(opened, np.lib.npyio.NpzFile):
+            raise ValueError("it holds one array alone")
+        with opened as archive:
             keys = ["x", "y", *([id_column] if id_column else [])]
             keys = keys if "x" in archive else [f"{key}_{split}" for key in keys]
             absent = [key for key in keys if key not in archive]
@@ -182,11 +197,11 @@ def _from_npz(path: Path, preprocessing: Preprocessing, split: str, id_column: s
                 raise InputError(f"{path} has no array {absent[0]!r}; it holds {', '.join(archive.files)}.")
             x, y, *column = (archive[key] for key in keys)
             names = _class_names(archive["classes"], path) if "classes" in archive else None
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
+    except InputError:
+        raise
+    except Exception as error:  # a zip file may be damaged, locked or packed in many ways
         raise InputError(
-            f"{path} cannot be read as an .npz file ({error}). It may be truncated: copy it again."
+            f"{path} cannot be read as an .npz file ({_reason(error)}). It may be truncated: copy it again."
         ) from error
     if x.dtype != np.uint8 or not x.size or x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[3] != 3):
         raise InputError(f"{path}: images must be uint8 [N, H, W] or [N, H, W, 3], not {x.dtype} {list(x.shape)}.")
@@ -197,11 +212,17 @@ def _from_npz(path: Path, preprocessing: Preprocessing, split: str, id_column: s
     if column and column[0].shape != y.shape:
         raise InputError(f"{path}: needs one id an image, not {list(column[0].shape)} ids for {len(y)} images.")
     ids = _named(column[0].tolist(), path) if column else None
+    if names is None and int(y.max()) >= max(len(y), _UNNAMED):
+        raise InputError(
+            f"{path}: label {int(y.max())} of {len(y)} images would make as many classes. Name them: classes."
+        )
     return Images(x, y.tolist(), names or [str(c) for c in range(int(y.max()) + 1)], preprocessing, ids)
 
 
 def _class_names(given: np.ndarray, path: Path) -> list[str]:
-    names = [str(name) for name in given.tolist()] if given.ndim == 1 else []
+    names = (
+        [name.decode() if isinstance(name, bytes) else str(name) for name in given.tolist()] if given.ndim == 1 else []
+    )
     if not names or len(set(names)) < len(names):
         raise InputError(f"{path}: classes must be a list of names, each its own, one a class.")
     return names
@@ -216,8 +237,8 @@ def _from_torchvision(name: str, preprocessing: Preprocessing, split: str, root:
     options |= {"split": split} if "split" in accepted else {}
     try:
         dataset = make(root=str(root), **options)
-    except (RuntimeError, FileNotFoundError, TypeError) as error:
-        raise InputError(f"torchvision cannot open {name} under {root} ({error}).") from error
+    except Exception as error:  # each of its datasets says in its own way that it is not there
+        raise InputError(f"torchvision cannot open {name} under {root} ({_reason(error)}).") from error
     labels = getattr(dataset, "targets", getattr(dataset, "labels", None))
     if labels is None:
         raise InputError(f"torchvision's {name} has no list of labels. Export it to a folder of class folders.")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fastntk.common.errors import InputError
+from fastntk.common.typed import check_types
 from fastntk.jacobians.combinations import ClassProbes
 
 PRECISIONS = ("full", "tf32", "bf16")
@@ -43,6 +44,7 @@ class Numerics:
     probe_seed: int = 0
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.precision not in PRECISIONS:
             raise InputError(f"precision must be one of {', '.join(PRECISIONS)}, not {self.precision!r}.")
         if self.dtype not in (torch.float64, torch.float32):

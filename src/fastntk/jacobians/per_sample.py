@@ -17,7 +17,8 @@ from torch.func import jacrev, vmap
 from torch.utils.checkpoint import CheckpointError
 
 from fastntk.common.errors import InputError
-from fastntk.inputs.called import called, check_logits
+from fastntk.inputs.called import called
+from fastntk.inputs.checks import check_logits, taking
 from fastntk.jacobians.jacobian import Jacobian
 from fastntk.jacobians.layout import Layout
 from fastntk.jacobians.rules.calls import PerSample
@@ -25,8 +26,9 @@ from fastntk.tuning.loss import contrasts
 
 log = logging.getLogger(__name__)
 
-# How far a rule may be off autograd, as a share of the derivative: rounding of float32 networks stays below a tenth.
-_LIMIT = 1e-3
+# How far a rule may be off autograd, as a share of the derivative: rounding of float32 networks stays below a tenth. In
+# float64 it is the second: some networks compute a layer in float32 all the same.
+_LIMIT, _LIMIT_DOUBLE = 1e-3, 1e-5
 
 # What a logit may change from pass to pass, as a share of the largest; ten times that beside another image, where other
 # kernels may be at work.
@@ -75,13 +77,14 @@ class PerSampleJacobian:
     def _found(self, x: Tensor) -> Layout:
         """The layout, from one image."""
         pair = torch.cat([x, x])
-        found = self._trial(pair)
+        found, used = self._trial(pair)
         self._check_independent(x)
-        wrong = self._wrong(found, pair)
+        probes, expected = self._by_autograd(pair, used)
+        wrong = self._wrong(found, pair, probes, expected)
         if wrong:
             log.info("no rule covers how %s are used: they are left to torch.func", ", ".join(sorted(wrong)))
             found = found.slower(wrong)
-            wrong = self._wrong(found, pair)
+            wrong = self._wrong(found, pair, probes, expected)
         if wrong:
             raise InputError(
                 f"the derivative with respect to {min(wrong)!r} is not what autograd says. Tune other parameters, or "
@@ -107,46 +110,65 @@ class PerSampleJacobian:
                 "layers that do not couple them: batch norm with running statistics, in eval mode."
             )
 
-    def _wrong(self, layout: Layout, x: Tensor) -> set[str]:
-        """The parameters whose derivative of a random combination of the first image's logits is more than ``_LIMIT``
-        of its size off autograd's: two passes."""
-        trial = {name: tensor.clone().requires_grad_() for name, tensor in self.parameters.items()}
+    def _by_autograd(self, x: Tensor, used: set[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """A random combination of logits for each image, ``[batch, C]``, and its gradient at the first image.
+
+        Raises:
+            InputError: a parameter of ``used``, which an earlier pass depended on, has no gradient.
+        """
+        trial = self._trial_parameters()
         with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
             logits = self._forward(x, trial, nullcontext())
-            drawn = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits)
-            grads = torch.autograd.grad((logits * drawn)[0].sum(), list(trial.values()), allow_unused=True)
-        expected = {n: torch.zeros_like(t) if g is None else g for (n, t), g in zip(trial.items(), grads, strict=True)}
+            probes = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits)
+            found = torch.autograd.grad((logits * probes)[0].sum(), list(trial.values()), allow_unused=True)
+        grads = dict(zip(trial, found, strict=True))
+        kept = sorted(name for name in used if grads[name] is None)
+        if kept:
+            raise InputError(
+                f"the model keeps what it computed from {kept[0]!r} for the next pass, which would be wrong after a "
+                "change of it. Tune other parameters, or have a train() of the module drop what is kept."
+            )
+        return probes, {name: torch.zeros_like(trial[name]) if g is None else g for name, g in grads.items()}
+
+    def _wrong(self, layout: Layout, x: Tensor, probes: Tensor, expected: Mapping[str, Tensor]) -> set[str]:
+        """The parameters whose derivative of the first image's logits is more than ``_LIMIT`` of its size off."""
         with torch.autocast(x.device.type, enabled=False):
             same = PerSampleJacobian(self.model, self.parameters, layout)
-            rows = same.with_logits(x, lambda _: drawn[:, :, None].to(self.dtype))[0].rest[0, 0]
+            rows = same.with_logits(x, lambda _: probes[:, :, None].to(self.dtype))[0].rest[0, 0]
         found = layout.unflatten(rows, expected)
         whole = float(torch.cat([each.flatten() for each in expected.values()]).norm())
-        limit = max(_LIMIT, 30 * torch.finfo(self.dtype).eps)
+        limit = _LIMIT_DOUBLE if self.dtype == torch.float64 else max(_LIMIT, 30 * torch.finfo(self.dtype).eps)
         return {
             name
             for name, each in expected.items()
             if not float((found[name] - each).norm()) <= limit * (float(each.norm()) + 1e-3 * whole)
         }
 
-    def _trial(self, x: Tensor) -> Layout:
-        trial = {name: tensor.clone().requires_grad_() for name, tensor in self.parameters.items()}
+    def _trial_parameters(self) -> dict[str, Tensor]:
+        """Copies of the parameters, to be differentiated."""
+        return {name: tensor.clone().requires_grad_() for name, tensor in self.parameters.items()}
+
+    def _trial(self, x: Tensor) -> tuple[Layout, set[str]]:
+        """The layout by the rules alone, and the parameters that the logits depend on."""
+        trial = self._trial_parameters()
         mode = PerSample(trial, len(x))
         with torch.enable_grad():
-            logits = self._forward(x, trial, mode)
+            with taking(x):
+                logits = self._forward(x, trial, mode)
             _check_kept(logits)
-            grads = torch.autograd.grad(logits.sum(), list(trial.values()), allow_unused=True, materialize_grads=False)
+            inputs = [*trial.values(), *mode.copies.values()]
+            grads = torch.autograd.grad(logits.sum(), inputs, allow_unused=True, materialize_grads=False)
+        grads, of_copies = grads[: len(trial)], grads[len(trial) :]
         # The rules detach: a gradient that reaches the parameter itself came through a use that no rule covers.
         slow = {name for name, grad in zip(trial, grads, strict=True) if grad is not None or name not in mode.copies}
         last = [c.names for c in mode.linear_calls if c.out is logits and c.input.ndim == 2 and c.unchanged]
         calls = [name for call in mode.linear_calls for name in call.names]
         head = last[0] if last and all(calls.count(name) == 1 and name not in slow for name in last[0]) else ()
         fast = tuple(name for name in trial if name not in slow and name not in head)
-        return Layout(
-            fast=fast,
-            slow=tuple(name for name in trial if name in slow),
-            head=head,
-            shapes={name: tensor.shape for name, tensor in trial.items()},
-        )
+        shapes = {name: tensor.shape for name, tensor in trial.items()}
+        reached = zip((*trial, *mode.copies), (*grads, *of_copies), strict=True)
+        used = {name for name, grad in reached if grad is not None}
+        return Layout(fast=fast, slow=tuple(name for name in trial if name in slow), head=head, shapes=shapes), used
 
     def _forward(self, x: Tensor, parameters: Mapping[str, Tensor], mode: AbstractContextManager) -> Tensor:
         with mode:
@@ -259,8 +281,17 @@ class PerSampleJacobian:
             return logits if probe is None else logits @ probe.to(logits)
 
         free = {name: self.parameters[name] for name in names}
-        with torch.autocast(x.device.type, enabled=False):  # whose casts torch.func does not differentiate
-            jacobians = vmap(jacrev(outputs), (None, 0, None if probes is None else 0))(free, x, probes)
+        try:
+            with torch.autocast(x.device.type, enabled=False):  # whose casts torch.func does not differentiate
+                jacobians = vmap(jacrev(outputs), (None, 0, None if probes is None else 0))(free, x, probes)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # of a recurrent network, say
+            reason = str(error).splitlines()[0]
+            raise InputError(
+                f"no rule covers how {', '.join(names[:3])} are used, and torch.func does not either ({reason}). Tune "
+                "other parameters."
+            ) from error
         return torch.cat([each.reshape(*each.shape[:2], -1).detach() for each in map(jacobians.get, names)], 2)
 
     def _features(self, logits: Tensor, head: tuple[str, ...], mode: PerSample) -> Tensor:

@@ -223,7 +223,7 @@ def prepare(
     shrinkage: float = 1.0,
     witnesses: int = 24,
     seed: int = 0,
-    checkpoint: Path | None = None,
+    checkpoint: Path | str | None = None,
     numerics: Numerics = Numerics(),
     **changes: object,
 ) -> Memory:
@@ -272,6 +272,7 @@ def load(folder: Path | str, model: nn.Module, train: Dataset) -> Memory:
             data.
     """
     place = Folder(Path(folder))
+    place.check_there()
     with place.locked():
         state = _opened(place, model, train)
     state.check(state.members.available(state.positions)[:_CHECKED])

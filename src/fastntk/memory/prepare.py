@@ -5,6 +5,7 @@ import platform
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from fastntk.common import distributed
 from fastntk.common.errors import InputError
 from fastntk.common.files import room
 from fastntk.common.machine import free_bytes
+from fastntk.common.typed import check_seed
+from fastntk.inputs.batches import check_any
 from fastntk.jacobians import combinations
 from fastntk.jacobians.linearised import FIRST, Linearised, enough, tails
 from fastntk.jacobians.numerics import Numerics
@@ -26,19 +29,27 @@ from fastntk.solve.forms import FORMS, chosen
 from fastntk.solve.head import convex_shortfall
 from fastntk.solve.prices import Price, Workload
 from fastntk.solve.solution import Solution, Task
-from fastntk.tuning.loss import Loss
+from fastntk.tuning.loss import Loss, check_loss
 from fastntk.tuning.parameters import snapshot, tuned
 
 log = logging.getLogger(__name__)
 
+_RIDGES = 1e-100, 1e100  # beyond, its square is no float64
+
 
 def linearised(model: nn.Module, train: Dataset, loss: Loss, numerics: Numerics) -> Linearised:
-    """The network at the model's tuned parameters, over all of a data source."""
+    """The network at the model's tuned parameters, over all of a data source.
+
+    Raises:
+        InputError: there are no samples, or the loss is none of ours.
+    """
+    check_loss(loss)
+    check_any(train, "training")
     return Linearised(PerSampleJacobian(model, snapshot(tuned(model))), Members(train), loss, numerics)
 
 
 def prepared(
-    network: Linearised, initial: Mapping[str, Tensor], options: Mapping[str, Any], checkpoint: Path | None
+    network: Linearised, initial: Mapping[str, Tensor], options: Mapping[str, Any], checkpoint: Path | str | None
 ) -> State:
     """The state of a memory of all samples of ``network``.
 
@@ -49,8 +60,10 @@ def prepared(
         checkpoint: a folder for partial results, or None.
 
     Raises:
-        InputError: there are fewer than two samples, or no form fits into memory.
+        InputError: there are fewer than two samples, no form fits into memory, or the seed is out of range.
     """
+    check_seed(options["seed"])
+    checkpoint = Path(checkpoint) if checkpoint else None
     count = len(network.train)  # type: ignore[arg-type]
     if count < 2:
         raise InputError("the training set needs at least 2 samples.")
@@ -140,14 +153,19 @@ def refreshed(state: State, checkpoint: Path | None) -> State:
 
 def check_pull(ridge: float | str, shrinkage: float) -> None:
     """Raises ``InputError`` for a ridge that is no positive number or 'auto', or a shrinkage outside ``(0, 1]``."""
-    if ridge != "auto" and not (isinstance(ridge, float | int) and 0 < ridge < float("inf")):
-        raise InputError(f"the ridge must be a positive number or 'auto', not {ridge!r}.")
+    number = isinstance(ridge, Real) and not isinstance(ridge, bool)
+    if ridge != "auto" and not (number and _RIDGES[0] <= float(ridge) <= _RIDGES[1]):
+        raise InputError(
+            f"the ridge must be a positive number ({_RIDGES[0]} to {_RIDGES[1]}) or 'auto', not {ridge!r}."
+        )
     if not 0 < shrinkage <= 1:
         raise InputError(f"the shrinkage must be above 0 and at most 1, which is none, not {shrinkage!r}.")
 
 
 def check_initial(initial: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
     """Raises ``InputError`` unless ``initial`` are copies of these parameters from before fitting, by shape."""
+    if not isinstance(initial, Mapping):
+        raise InputError(f"`initial` must be tensors by name, not a {type(initial).__name__}. Pass fit(...).initial.")
     if set(initial) != set(parameters):
         odd = sorted(set(initial) ^ set(parameters))[0]
         raise InputError(f"`initial` does not hold the model's tuned parameters: they differ in {odd!r}.")

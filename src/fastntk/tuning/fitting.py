@@ -6,15 +6,17 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from fastntk.common import distributed
 from fastntk.common.errors import InputError
 from fastntk.common.machine import elapsed, settle
 from fastntk.common.progress import track
 from fastntk.inputs.augmentations import augmented
-from fastntk.inputs.batches import batches, checked, hard, labels_of
-from fastntk.inputs.called import check_logits
+from fastntk.inputs.batches import batches, check_any, checked, hard, labels_of
+from fastntk.inputs.called import suited, uncached
+from fastntk.inputs.checks import check_logits, taking
+from fastntk.tuning.loss import check_labels
 from fastntk.tuning.outputs import logits_of
 from fastntk.tuning.parameters import snapshot, tuned
 from fastntk.tuning.recipe import MOMENTUM, Recipe
@@ -78,7 +80,7 @@ def fit(
     model.eval()
     device = next(iter(parameters.values())).device
     epochs = _Epochs(recipe, model, train, parameters, initial, device)
-    held_out = torch.empty(0) if validation is None else labels_of(validation)
+    held_out = torch.empty(0) if validation is None else _validated(model, validation, device)
     started = time.perf_counter()
     losses, accuracies, validated = [], [], []
     for epoch in track(range(recipe.epochs), "fitting, epochs"):
@@ -90,6 +92,18 @@ def fit(
             validated.append(100 * float(right_ones.double().mean()))
     left = recipe.shrinkage(epochs.count)
     return Fit(initial, losses, recipe, elapsed(started, device), accuracies, validated, left)
+
+
+def _validated(model: nn.Module, validation: Dataset, device: torch.device) -> Tensor:
+    """The labels of validation samples, of which the model can take the first.
+
+    Raises:
+        InputError: it cannot, there is none, or one is of a class that the model does not know.
+    """
+    check_any(validation, "validation")
+    labels = labels_of(validation)
+    check_labels(labels, logits_of(model, Subset(validation, [0]), device).shape[1])
+    return labels
 
 
 class _Epochs:
@@ -106,8 +120,7 @@ class _Epochs:
     ) -> None:
         self.recipe, self.parameters, self.initial, self.device = recipe, parameters, initial, device
         self.count = len(train)  # type: ignore[arg-type]
-        if not self.count:
-            raise InputError("there are no samples to fit to.")
+        check_any(train, "training")
         generator = torch.Generator().manual_seed(recipe.seed)
         self.loader = batches(train, recipe.batch_size, generator, share=(distributed.rank(), distributed.size()))
         self.network = distributed.averaging(model)
@@ -126,7 +139,8 @@ class _Epochs:
             mine = range(rank, whole, size)
             seeds = [self._seed(epoch, first + place) for place in mine or range(1)]
             x, y = augmented(checked(images), self.recipe.augment, seeds).to(self.device), labels.to(self.device)
-            logits = self.network(x)
+            with taking(x):
+                logits = self.network(suited(uncached(self.network), x))
             check_logits(logits, len(x))
             loss = self.recipe.loss(logits, y) * (len(mine) / whole)
             if not torch.isfinite(loss):
@@ -136,6 +150,7 @@ class _Epochs:
             self._pull()
             self.optimiser.step()
             self.schedule.step()
+            uncached(self.network)
             right = (logits.argmax(1) == hard(y)).sum() if mine else torch.zeros((), device=self.device)
             total += torch.stack([loss.detach() * whole, right.to(loss)])
         distributed.sum_([total])

@@ -38,7 +38,10 @@ def lora_targets(model: nn.Module, pattern: str | None = None) -> list[str]:
     """
     layers = _layers(model)
     if pattern is not None:
-        found = [name for name in layers if re.search(pattern, name)]
+        try:
+            found = [name for name in layers if re.search(pattern, name)]
+        except re.error as error:
+            raise InputError(f"LoRA's {pattern!r} is no regular expression ({error}).") from error
         if not found:
             raise InputError(f"LoRA's {pattern!r} matches no layer. The model has {', '.join(list(layers)[-4:])}, ...")
         return found

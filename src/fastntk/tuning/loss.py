@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastntk.common.errors import InputError
+from fastntk.common.typed import check_types
 
 Labels = Int[Tensor, " samples"] | Float[Tensor, "samples classes"]
 """The class of every sample, or, as a soft label, what share of it is of each class."""
@@ -88,6 +89,11 @@ class SquaredLoss:
     scale: float = 10.0
     name: str = field(default="squared", init=False)
 
+    def __post_init__(self) -> None:
+        check_types(self)
+        if not 0 < self.scale < float("inf"):
+            raise InputError(f"the scale of squared loss must be a positive number, not {self.scale}.")
+
     def targets(self, labels: Labels, classes: int) -> Float[Tensor, "batch classes"]:
         """The target logits ``t_i`` of samples with the given labels. Raises like ``shares``."""
         return self.scale * (shares(labels, classes) - 1 / classes)
@@ -160,9 +166,10 @@ class CrossEntropy:
         return bool(self.weights)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "weights", tuple(self.weights))
+        check_types(self)
         if not 0 <= self.smoothing < 1:
             raise InputError(f"label smoothing must be at least 0 and below 1, not {self.smoothing}.")
-        object.__setattr__(self, "weights", tuple(self.weights))
         if not all(0 < weight < float("inf") for weight in self.weights):
             raise InputError(f"the weights of classes must be positive numbers, not {self.weights}.")
 
@@ -272,9 +279,18 @@ def loss_named(name: str) -> Loss:
     Raises:
         InputError: there is none.
     """
-    if name not in LOSSES:
+    if not isinstance(name, str) or name not in LOSSES:
         raise InputError(f"the loss is one of {', '.join(LOSSES)}, not {name!r}.")
     return LOSSES[name]()
+
+
+def check_loss(loss: object) -> None:
+    """Raises ``InputError`` unless it is one of ours: a memory needs more of a loss than its value."""
+    if not isinstance(loss, Loss):
+        raise InputError(
+            f"the loss must be fastntk.CrossEntropy or fastntk.SquaredLoss, not a {type(loss).__name__}: its gradient "
+            "and its Hessian are needed too."
+        )
 
 
 def check_labels(labels: Int[Tensor, " batch"], classes: int) -> None:
@@ -294,7 +310,7 @@ def shares(labels: Labels, classes: int) -> Float[Tensor, "batch classes"]:
         InputError: a label is outside ``0 .. classes - 1``, or the shares of a soft one do not add up to 1.
     """
     if labels.ndim == 2:
-        if labels.shape[1] != classes or (labels < 0).any() or ((labels.sum(1) - 1).abs() > 1e-4).any():
+        if labels.shape[1] != classes or (labels < 0).any() or not ((labels.sum(1) - 1).abs() <= 1e-4).all():
             raise InputError(f"soft labels must be {classes} shares a sample, none negative, that add up to 1.")
         return labels
     check_labels(labels, classes)

@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 
 from fastntk.inputs.batches import batches
 from fastntk.inputs.called import called
+from fastntk.inputs.checks import taking
 
 Model = nn.Module | Callable[[Tensor], Tensor]
 
@@ -20,8 +21,12 @@ def model_at(model: nn.Module, parameters: Mapping[str, Tensor]) -> Callable[[Te
 
 def logits_of(model: Model, samples: Dataset, device: torch.device | str, batch_size: int = 64) -> Float[Tensor, "n c"]:
     """The logits of all samples, on ``device``, where the model is; of no sample ``[0, 0]``."""
+    of = model_at(model, {}) if isinstance(model, nn.Module) else model
+    found = []
     with torch.no_grad():
-        found = [model(images.to(device)) for images, _ in batches(samples, batch_size)]
+        for images, _ in batches(samples, batch_size):
+            with taking(images):
+                found.append(of(images.to(device)))
     return torch.cat(found) if found else torch.empty(0, 0, device=device)
 
 

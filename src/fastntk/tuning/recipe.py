@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fastntk.common.errors import InputError
-from fastntk.common.typed import check_types
+from fastntk.common.typed import check_seed, check_types
 from fastntk.inputs.augmentations import check_augmentations
 from fastntk.tuning.loss import CrossEntropy, Loss
 
@@ -15,6 +15,8 @@ MOMENTUM = 0.9
 """Of sgd."""
 
 _TOWARD = "start", "zero"
+
+_MOST = 1_000_000  # of any number: beyond, it is a slip of the keyboard
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,12 @@ class Recipe:
     def __post_init__(self) -> None:
         object.__setattr__(self, "augment", tuple(self.augment))
         check_types(self)
-        if not 0 <= self.seed < 2**63:
-            raise InputError(f"the seed must be from 0 to 2^63 - 1, not {self.seed}.")
-        rates = 0 < self.learning_rate < math.inf and 0 <= self.weight_decay < math.inf
-        if self.epochs < 1 or self.batch_size < 1 or not rates:
+        check_seed(self.seed)
+        rates = 0 < self.learning_rate <= _MOST and 0 <= self.weight_decay <= _MOST
+        if not (1 <= self.epochs <= _MOST and 1 <= self.batch_size <= _MOST and rates):
             raise InputError(
-                "epochs and batch_size must be at least 1, learning_rate positive and weight_decay not negative, both "
-                f"of them finite; got {self}."
+                "epochs and batch_size must be at least 1, learning_rate positive and weight_decay not negative, and "
+                f"each at most {_MOST:,}; got {self}."
             )
         if self.optimizer not in _OPTIMIZERS:
             raise InputError(f"the optimizer is one of {', '.join(_OPTIMIZERS)}, not {self.optimizer!r}.")

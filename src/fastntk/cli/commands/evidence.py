@@ -34,7 +34,9 @@ def audit(
     run: options.Folder,
     fraction: Annotated[float, typer.Option(help="Of the samples, drawn at random for the request.")] = 0.1,
     class_name: Annotated[str | None, typer.Option(help="In place of drawn samples: all of one class.")] = None,
-    test: Annotated[str | None, typer.Option(help="Held-out data, to compare samples left out with.")] = None,
+    test: Annotated[
+        str | None, typer.Option(callback=options.said, help="Held-out data, to compare samples left out with.")
+    ] = None,
     device: options.Device = "cpu",
     seed: Annotated[int, typer.Option(**options.SEED, help="Of the draw.")] = 0,
     as_json: options.Json = False,
@@ -52,7 +54,10 @@ def audit(
 
 def evaluate(
     run: options.Folder,
-    test: Annotated[str | None, typer.Option(help="Held-out data; by default the test split of the run's own.")] = None,
+    test: Annotated[
+        str | None,
+        typer.Option(callback=options.said, help="Held-out data; by default the test split of the run's own."),
+    ] = None,
     retrain: Annotated[bool, typer.Option(help="Retrain twice without the forgotten samples, to compare with.")] = True,
     ids: options.Ids = None,
     ids_file: options.IdsFile = None,

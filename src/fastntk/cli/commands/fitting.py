@@ -36,7 +36,7 @@ def fit(
     mixup: options.Mixup = "off",
     validation: options.Validation = None,
     fitted: options.Fitted = None,
-    head_start: options.HeadStart = "zero",
+    head_start: options.HeadStart = None,
     device: options.Device = "cpu",
     seed: options.Seed = 0,
     as_json: options.Json = False,
@@ -48,7 +48,8 @@ def fit(
     options.no_mixup(mixup)
     numbers = epochs, learning_rate, batch_size, weight_decay, seed
     recipe = options.recipe(*numbers, options.loss(loss, label_smoothing), optimizer, decay_toward, augment or ())
-    named = model, data, data_root, select or options.SELECTED, image_size, weights, id_column, fitted, head_start
+    begun = options.head_start(head_start, fitted)
+    named = model, data, data_root, select or options.SELECTED, image_size, weights, id_column, fitted, begun
     done = _fitted(run, device, named, recipe, validation)
     if done:
         show_fit(run, done, as_json)

@@ -57,7 +57,10 @@ def prepare(
 
 
 def plan(
-    run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="A run folder that holds a fitted model.")] = None,
+    run: Annotated[
+        Path | None,
+        typer.Argument(parser=options.place, metavar="RUN", help="A run folder that holds a fitted model."),
+    ] = None,
     model: Annotated[str | None, typer.Option(help="In place of a run: what fit would be given.")] = None,
     data: Annotated[str | None, typer.Option(help="In place of a run: what fit would be given.")] = None,
     data_root: options.Root = None,
@@ -89,7 +92,11 @@ def plan(
         planned = Run(run, device).plan(form, options.classes(classes), numerics)
     else:
         given = Given(str(model), str(data), data_root, select or options.SELECTED, image_size)
-        asked = {"form": form, "classes": options.classes(classes), "loss": options.loss(loss or "cross-entropy", 0.0)}
+        asked = {
+            "form": form,
+            "classes": options.classes(classes),
+            "loss": options.loss("cross-entropy" if loss is None else loss, 0.0),
+        }
         planned = planning.plan(*given.open(parse_device(device)), **asked, numerics=numerics)
     show(planned.to_dict(), as_json, planned.text())
 
@@ -222,6 +229,13 @@ def export(
     gain: Annotated[
         bool, typer.Option(help="Multiply the step by the audit's gain (below 1: with a new head).")
     ] = False,
+    left_out_gain: Annotated[
+        str | None,
+        typer.Option(
+            callback=options.said,
+            help="In place of --gain: the one by which members left out are as sure as these held-out images.",
+        ),
+    ] = None,
     device: options.Device = "cpu",
     as_json: options.Json = False,
 ) -> None:
@@ -229,8 +243,11 @@ def export(
     from fastntk.cli.run import Run
 
     path = out or run / "unlearned.safetensors"
-    Run(run, device).export(path, exact_head, gain)
-    show({"run": str(run), "out": str(path)}, as_json, f"Wrote {path}.")
+    if gain and left_out_gain:
+        raise InputError("there are two gains: leave out --gain or --left-out-gain.")
+    taken = Run(run, device).export(path, exact_head, gain, left_out_gain)
+    told = "" if taken is None else f" The step was multiplied by {taken:.2f}."
+    show({"run": str(run), "out": str(path), "gain": taken}, as_json, f"Wrote {path}.{told}")
 
 
 def _answered(

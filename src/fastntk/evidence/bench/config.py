@@ -36,6 +36,8 @@ from fastntk.tuning.recipe import Recipe
 
 T = TypeVar("T")
 
+_POSITIVE = "epochs", "learning_rate", "temperature", "ridge"  # of a method
+
 METHODS: dict[str, type[Any]] = {
     name: kind
     for name, kind in vars(methods).items()
@@ -170,7 +172,12 @@ def _method(entry: Any, name: str) -> Method:
     kind = METHODS.get(str(given.pop("method", None)))
     if kind is None:
         raise InputError(f"method {name}: say which, as 'method: FastNTK'. There are {', '.join(METHODS)}.")
-    return _made(kind, given, f"method {name}")
+    made = _made(kind, given, f"method {name}")
+    for field, value in vars(made).items():
+        least = "above 0" if field in _POSITIVE else "not negative"
+        if isinstance(value, int | float) and not (value > 0 if field in _POSITIVE else value >= 0):
+            raise InputError(f"method {name}: {field} must be {least}, not {value}.")
+    return made
 
 
 def _made(kind: type[T], entry: Mapping[str, Any], where: str) -> T:

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 
 from fastntk.evidence.methods.problem import Problem, Unlearned
 from fastntk.inputs.batches import batches, checked
+from fastntk.inputs.called import suited, uncached
 from fastntk.tuning.parameters import snapshot, tuned
 
 Losses = Callable[[Problem, nn.Module], Iterator[Float[Tensor, ""]]]
@@ -44,6 +45,7 @@ def descend(
             if gradient is not None:
                 gradient.mul_(allowed)
         optimiser.step()
+        uncached(model)
     return Unlearned(snapshot(parameters))
 
 
@@ -51,7 +53,7 @@ def shuffled(problem: Problem, data: Dataset, seed: int) -> Iterator[tuple[Tenso
     """Batches of ``(images, labels)`` in a random order, on the model's device."""
     order = torch.Generator().manual_seed(seed)
     for images, labels in batches(data, problem.recipe.batch_size, order):
-        yield checked(images).to(problem.device), labels.to(problem.device)
+        yield suited(problem.model, checked(images).to(problem.device)), labels.to(problem.device)
 
 
 def endlessly(problem: Problem, data: Dataset, seed: int) -> Iterator[tuple[Tensor, Int[Tensor, " batch"]]]:

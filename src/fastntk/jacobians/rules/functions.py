@@ -10,6 +10,11 @@ from torch.autograd.function import once_differentiable
 _CACHE = 2**22  # bytes of activations that a processor's caches hold
 
 
+def _own(out: Tensor) -> Tensor:
+    """``out``, as no view: what ``forward`` returns is to be written to in place, as any layer's output."""
+    return torch.ops.aten._unsafe_view(out, out.shape) if out._is_view() else out
+
+
 def _sum(tensor: Tensor, axes: tuple[int, ...]) -> Tensor:
     """The sum over the axes inside a sample; over no axes, the tensor itself."""
     return tensor.sum(axes) if axes else tensor
@@ -157,7 +162,7 @@ class Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, weights, biases):
         ctx.save_for_backward(x, weight)
-        return F.linear(x, weight, bias)
+        return _own(F.linear(x, weight, bias))
 
     @staticmethod
     @once_differentiable

@@ -80,15 +80,18 @@ class Folder:
             self.ledger.create(self._write(BASE, f"base-{self._next()}", tensors, record), audit)
             self._opened()
 
+    def check_there(self) -> None:
+        """Raises ``InputError`` if there is no memory, whole or damaged, in the folder."""
+        if not self.ledger.path.is_file() and (self.ledger.announced() or not any(self.folder.glob("base-*"))):
+            raise InputError(f"there is no memory in {self.folder}. Prepare one first.")
+
     def read(self) -> tuple[Document, list[Document]]:
         """All of the memory, checked: the base, and the journals of the requests since, in order; each a record with
         its tensors under that key. The lock must be held.
 
         Raises:
-            InputError: there is none, or a file is missing, damaged or of another kind or format.
+            InputError: a file is missing, damaged or of another kind or format.
         """
-        if not self.ledger.path.is_file() and (self.ledger.announced() or not any(self.folder.glob("base-*"))):
-            raise InputError(f"there is no memory in {self.folder}. Prepare one first.")
         self.check()
         self._opened()
         base = next(name for name in self.ledger.files() if name.startswith("base"))

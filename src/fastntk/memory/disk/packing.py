@@ -60,8 +60,11 @@ def unpack(document: Document, model: nn.Module, source: Dataset) -> State:
     stays = {f"solution.{name}" for name in getattr(FORMS.get(document["form"]), "on_disk", ())}
     tensors, record = Document(on_device(document["tensors"], device, stays), document.where), document
     anchor = {name: tensors[f"anchor.{name}"] for name in record["names"]}
-    if record["model"] != _frozen(model, anchor):
-        raise InputError(f"{document.where} belongs to another model: the frozen weights differ. Open it with its own.")
+    shapes = {name: each.shape for name, each in model.named_parameters()}
+    tuned = all(shapes.get(name) == tensor.shape for name, tensor in anchor.items())
+    if not tuned or record["model"] != _frozen(model, anchor):
+        differ = "frozen weights" if tuned else "tuned parameters or the classes"
+        raise InputError(f"{document.where} belongs to another model: the {differ} differ. Open it with its own.")
     layout = Layout(
         **{name: tuple(record["layout"][name]) for name in _PLACES},
         shapes={name: tensor.shape for name, tensor in anchor.items()},
