@@ -15,7 +15,7 @@ demo: install
 	$(RUN)/fastntk demo
 
 test: install
-	$(RUN)/python -m pytest
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: install
 	$(RUN)/ruff check .

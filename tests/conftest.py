@@ -1,8 +1,10 @@
 """Every shape annotation of the package is checked while the tests run."""
 
+import os
+
 import torch
 from jaxtyping import install_import_hook
 
 install_import_hook("fastntk", "beartype.beartype")
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 torch.set_flush_denormal(True)

@@ -90,7 +90,7 @@ def test_unreadable_weights(tmp_path):
     [
         ("resnet81", 3, "neither timm nor torchvision.*Did you mean resnet18"),
         ("keras/resnet", 3, "unknown library 'keras'"),
-        ("resnet18", 1, "at least 2 classes"),
+        ("resnet18", 1, "from 2 to 1,000,000 classes"),
     ],
 )
 def test_unknown_models(name, classes, message):

@@ -58,7 +58,7 @@ class Recipe:
         if not (1 <= self.epochs <= _MOST and 1 <= self.batch_size <= _MOST and rates):
             raise InputError(
                 "epochs and batch_size must be at least 1, learning_rate positive and weight_decay not negative, and "
-                f"each at most {_MOST:,}; got {self}."
+                f"each finite: at most {_MOST:,}; got {self}."
             )
         if self.optimizer not in _OPTIMIZERS:
             raise InputError(f"the optimizer is one of {', '.join(_OPTIMIZERS)}, not {self.optimizer!r}.")
