@@ -79,8 +79,8 @@ def test_bad_input_is_refused():
         fastntk.fit(model, TensorDataset(data.tensors[0] * float("nan"), data.tensors[1]))
     with pytest.raises(fastntk.InputError, match="label 4 is outside"):
         fastntk.fit(model, TensorDataset(data.tensors[0], torch.full((20,), 4)))
+    bright = TensorDataset(data.tensors[0] * 1e250, data.tensors[1])
     with pytest.raises(fastntk.InputError, match="no longer finite"):
-        bright = TensorDataset(data.tensors[0] * 1e250, data.tensors[1])
         fastntk.fit(model, bright, epochs=60, learning_rate=1e6, optimizer="sgd")
     model.requires_grad_(False)
     with pytest.raises(fastntk.InputError, match="no parameter of the model is tuned"):
