@@ -47,15 +47,15 @@ CASES = {"resnet18": (("bn",), 64), "vit_b_32": (("prompt:10", "head"), 224)}
 class Images(Dataset):
     """Random images, each made when it is asked for."""
 
-    def __init__(self, count: int, side: int) -> None:
-        self.count, self.side = count, side
+    def __init__(self, count: int, side: int, classes: int = CLASSES) -> None:
+        self.count, self.side, self.classes = count, side, classes
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(index))
-        return F.interpolate(pixels, size=self.side, mode="bilinear")[0], index % CLASSES
+        return F.interpolate(pixels, size=self.side, mode="bilinear")[0], index % self.classes
 
 
 def _timed(work: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:

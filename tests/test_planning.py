@@ -1,11 +1,17 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import CASES
 from torch.utils.data import TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastntk
+from fastntk.common.machine import peak_tensors
+from fastntk.memory.prepare import linearised
 from fastntk.solve.forms import FORMS, chosen
-from fastntk.solve.prices import Workload
+from fastntk.solve.prices import Workload, image_bytes
+from fastntk.solve.speeds import Speeds
 
 FREE = 10**12
 
@@ -70,14 +76,57 @@ def test_a_plan_names_every_phase(form):
     assert plan.total_seconds == sum(plan.seconds.values())
 
 
-def test_batches_shrink_where_jacobians_are_large(monkeypatch):
-    monkeypatch.setattr("fastntk.memory.prepare.free_bytes", lambda device: 10**11)  # whatever this machine has
-    case = CASES["everything"]
-    data = case.data()
-    wide = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 64, 200_000), torch.nn.Linear(200_000, 3))
-    fastntk.tune(wide.double(), "^1")
-    plan = fastntk.plan(wide, TensorDataset(*data.tensors), form="matrix-free")
-    assert plan.workload.batch_size == 1
+def test_a_plan_has_what_every_form_would_take():
+    case = CASES["bn+head"]
+    plan = fastntk.plan(case.model(), case.data(), loss=fastntk.CrossEntropy(), epochs=3)
+    assert [each.form for each in plan.offers] == list(FORMS)
+    [taken] = [each for each in plan.offers if each.form == plan.form]
+    assert (taken.bytes, taken.seconds, taken.but) == (plan.bytes, plan.total_seconds, "")
+    assert plan.epochs == 3
+    assert plan.retraining > 0
+    assert {each.form: each.but for each in plan.offers}["primal"] == "answers by one step"
+    lines = plan.text().splitlines()
+    assert [line.split()[0] for line in lines[-len(FORMS) :]] == list(FORMS)
+    assert sum(line.endswith("taken") for line in lines) == 1
+
+
+@pytest.mark.parametrize("loss", [fastntk.SquaredLoss(), fastntk.CrossEntropy()])
+def test_rows_that_are_not_timed_are_counted_from_those_that_are(loss):
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(144, 9))
+    fastntk.tune(model, "all")
+    data = TensorDataset(torch.randn(3, 3, 8, 8), torch.arange(3))
+    network = linearised(model, data, loss, fastntk.Numerics())
+    network.layout  # noqa: B018 (its trial run is not counted)
+    for outputs in (1, 3, 7):
+        with FlopCounterMode(display=False) as counter:
+            replace(network, keep=outputs + loss.contrasted).rows(range(1))
+        assert Speeds(network, 3).rows(outputs).operations == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_the_most_that_tensors_held_at_once():
+    def work():
+        kept = torch.zeros(1000)
+        for _ in range(3):
+            kept = kept + torch.ones(1000)  # the old one, the ones, and their sum
+        return kept.view(10, 100)
+
+    assert peak_tensors(work, torch.device("cpu")) == 3 * 4000
+
+
+def test_a_network_holds_for_every_image_more_what_its_backward_passes_need():
+    layers = [torch.nn.Linear(200, 200) for _ in range(5)]
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 200), *layers, torch.nn.Linear(200, 9))
+    fastntk.tune(model, r"^1\.bias")
+    data = TensorDataset(torch.randn(3, 3, 8, 8), torch.arange(3))
+    network = linearised(model, data, fastntk.SquaredLoss(), fastntk.Numerics())
+    outputs = 4 * (6 * 200 + 9)
+    assert outputs <= image_bytes(network) <= 2 * outputs
+
+
+def test_batches_shrink_where_jacobians_are_large():
+    assert work(100, 3, 100, itemsize=8).batch_size == 64
+    assert work(100, 3, 4_000_000, itemsize=8).batch_size == 11
+    assert work(100, 3, 40_000_000, itemsize=8).batch_size == 1
 
 
 def test_a_plan_refuses_what_preparing_refuses():

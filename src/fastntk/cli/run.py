@@ -223,8 +223,9 @@ class Run:
     def plan(self, form: str, classes: int | str, numerics: Numerics) -> Plan:
         """What preparing would take."""
         settings, model, images = self._opened()
-        loss = settings.fitting().loss
-        return plan(model, images, form=form, classes=classes, loss=loss, numerics=numerics)
+        recipe = settings.fitting()
+        loss, epochs = recipe.loss, recipe.epochs
+        return plan(model, images, form=form, classes=classes, loss=loss, epochs=epochs, numerics=numerics)
 
     def purge(self, memory: Memory) -> float:
         """Remove every trace of who has left: from the memory, and partial sums over them; the seconds."""

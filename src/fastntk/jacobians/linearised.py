@@ -201,11 +201,13 @@ def tails(network: Linearised, positions: Sequence[int]) -> Float[Tensor, "sampl
     return torch.cat(parts)
 
 
-def enough(network: Linearised, limit: float = LIMIT_TAIL, between: tuple[int, int] = (3, 4)) -> int:
+def enough(
+    network: Linearised, first: int = FIRST, limit: float = LIMIT_TAIL, between: tuple[int, int] = (3, 4)
+) -> int:
     """How many classes a sample: 3, or 4 where 3 leave out more than ``limit`` of the loss's gradient, a mean over the
-    first samples (``tails``)."""
+    ``first`` samples (``tails``)."""
     fewest, at_most = between
-    left = tails(network, range(min(FIRST, len(network.train)))).mean(0)  # type: ignore[arg-type]
+    left = tails(network, range(min(first, len(network.train)))).mean(0)  # type: ignore[arg-type]
     return min(max(fewest, 1 + int((left > limit).sum())), at_most, network.classes)
 
 

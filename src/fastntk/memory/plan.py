@@ -1,17 +1,40 @@
-"""What preparing a memory will take, before any of it is done: form, memory, arithmetic and time."""
+"""What preparing a memory will take, before any of it is done: every form's memory, arithmetic and time."""
 
 from dataclasses import asdict, dataclass, replace
 
 from torch import nn
 from torch.utils.data import Dataset
 
-from fastntk.common.machine import settle
-from fastntk.jacobians.linearised import Linearised
+from fastntk.common.files import room
+from fastntk.common.machine import free_bytes, settle
 from fastntk.jacobians.numerics import Numerics
 from fastntk.memory.prepare import linearised, priced
 from fastntk.solve.forms import FORMS
 from fastntk.solve.prices import Price, Workload
+from fastntk.solve.speeds import Speeds
 from fastntk.tuning.loss import CrossEntropy, Loss
+
+_EPOCHS = 12  # of a retraining, as a recipe has them
+_LOOKED_AT = 16  # images, for how many classes are kept
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What one form would take.
+
+    Attributes:
+        form: of the step.
+        bytes: at the peak, beside what the process holds already.
+        disk: bytes of rows on disk.
+        seconds: on this machine.
+        but: why it cannot be taken, or what speaks against it; empty for nothing.
+    """
+
+    form: str
+    bytes: int
+    disk: int
+    seconds: float
+    but: str = ""
 
 
 @dataclass(frozen=True)
@@ -25,6 +48,9 @@ class Plan:
         operations: floating-point operations of the sums, the solve and the network.
         seconds: by phase, on this machine, from a calibration.
         workload: what was planned for.
+        retraining: seconds that a retraining of so many ``epochs`` would take.
+        epochs: of it.
+        offers: what every form would take, this one among them.
     """
 
     form: str
@@ -33,6 +59,9 @@ class Plan:
     operations: float
     seconds: dict[str, float]
     workload: Workload
+    retraining: float
+    epochs: int
+    offers: tuple[Offer, ...]
 
     def to_dict(self) -> dict[str, object]:
         """For JSON."""
@@ -48,8 +77,16 @@ class Plan:
                 + (f"\ndisk          {self.disk / 1e9:.2f} GB of rows, which requests read" * bool(self.disk)),
                 f"arithmetic    {self.operations:.2e} floating-point operations",
                 f"time          {self.total_seconds:.1f} s, estimated from a short calibration: {phases}",
+                f"retraining    {self.retraining:.1f} s for {self.epochs} epochs; in these, and in memory and disk:",
+                *(f"  {self._told(each)}" for each in self.offers),
             ]
         )
+
+    def _told(self, offer: Offer) -> str:
+        """A form in a line."""
+        size = f"{offer.bytes / 1e9:6.2f} GB" + f" and {offer.disk / 1e9:.2f} GB" * bool(offer.disk)
+        but = "taken" if offer.form == self.form else offer.but
+        return f"{offer.form:<12}{offer.seconds / self.retraining:8.2f}  {size}  {but}".rstrip()
 
     @property
     def total_seconds(self) -> float:
@@ -64,22 +101,51 @@ def plan(
     form: str = "auto",
     classes: int | str = "auto",
     loss: Loss = CrossEntropy(),
+    epochs: int = _EPOCHS,
     numerics: Numerics = Numerics(),
     **changes: object,
 ) -> Plan:
     """What ``prepare`` with the same arguments will take, with times from a calibration of some seconds.
 
-    The model need not be fitted: times and sizes do not depend on the values of its parameters.
+    The model need not be fitted: times and sizes do not depend on the values of its parameters, but for how many
+    classes are kept, which is looked at on few images here.
+
+    Args:
+        model: as for ``prepare``, like ``train``, ``form``, ``classes``, ``loss``, ``numerics`` and its ``changes``.
+        train: the training set.
+        form: of ``fastntk.solve.forms``, or ``"auto"``.
+        classes: that the convex forms keep.
+        loss: of the fit.
+        epochs: of the retraining that preparing is compared with.
+        numerics: how to compute.
 
     Raises:
         InputError: like ``prepare``.
     """
     settle()
     network = linearised(model, train, loss, replace(numerics, **changes))  # type: ignore[arg-type]
-    return timed(*priced(network, form, classes))
+    network, work, price = priced(network, form, classes, first=_LOOKED_AT)
+    speeds = Speeds(network, price.batch or work.batch_size)
+    timing = FORMS[price.form].timing(work, speeds)
+    training = epochs * work.samples * speeds.training.seconds
+    offers = tuple(_offer(name, work, speeds, price.form) for name in FORMS)
+    operations = price.operations + timing.operations
+    return Plan(price.form, price.bytes, price.disk, operations, timing.seconds, work, training, epochs, offers)
 
 
-def timed(network: Linearised, work: Workload, price: Price) -> Plan:
-    """The plan of a form, with the time of every phase on this machine."""
-    timing = FORMS[price.form].timing(work, FORMS[price.form].adapted(network, work.kept))
-    return Plan(price.form, price.bytes, price.disk, price.operations + timing.operations, timing.seconds, work)
+def _offer(form: str, work: Workload, speeds: Speeds, taken: str) -> Offer:
+    """What a form would take."""
+    price, device = FORMS[form].price(work), speeds.network.device
+    seconds = sum(FORMS[form].timing(work, speeds).seconds.values())
+    return Offer(form, price.bytes, price.disk, seconds, "" if form == taken else _against(price, free_bytes(device)))
+
+
+def _against(price: Price, free: int) -> str:
+    """What speaks against a form, or nothing."""
+    if price.refusal:
+        return price.refusal
+    if price.bytes > free:
+        return f"does not fit into {free / 1e9:.1f} GB"
+    if price.disk > room(None):
+        return f"does not fit onto {room(None) / 1e9:.1f} GB of disk"
+    return ("", "requests read the disk", "answers by one step", "requests pass over all that is retained")[price.rank]

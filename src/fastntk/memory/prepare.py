@@ -112,27 +112,27 @@ def _head_shortfall(network: Linearised, solution: Solution, center: Tensor) -> 
 
 
 def priced(
-    network: Linearised, form: str, classes: int | str = "auto", folder: Path | None = None
+    network: Linearised, form: str, classes: int | str = "auto", folder: Path | None = None, first: int = FIRST
 ) -> tuple[Linearised, Workload, Price]:
     """The network in batches that fit, what is to be done, and the price of the form to take with the memory that is
-    free now, and the room on the disk of a folder.
+    free now, and the room on the disk of a folder. How many classes are kept is found on the ``first`` samples.
 
     Raises:
         InputError: nothing fits, there is no such form, or no such number of classes.
     """
-    work = replace(Workload.of(network), kept=_kept(network, form, classes))
+    work = replace(Workload.of(network), kept=_kept(network, form, classes, first))
     free = free_bytes(network.device)
     price = distributed.shared(chosen(work, free, form, room(folder)))  # of the first process, for all
     return replace(network, numerics=network.numerics.in_batches_of(price.batch or work.batch_size)), work, price
 
 
-def _kept(network: Linearised, form: str, classes: int | str) -> int:
+def _kept(network: Linearised, form: str, classes: int | str, first: int) -> int:
     """How many classes a sample are kept: a number, all, or for a curved loss as many as are enough."""
     if classes == "all" or (classes == "auto" and not network.loss.curved):
         return network.classes
     if classes == "auto":
         convex = form in ("auto", "convex", "convex-disk") and network.numerics.probes is None
-        return enough(network) if convex else network.classes
+        return enough(network, first) if convex else network.classes
     if not isinstance(classes, int) or not 2 <= classes <= network.classes:
         raise InputError(f"classes must be 'auto', 'all' or from 2 to {network.classes}, not {classes!r}.")
     return classes

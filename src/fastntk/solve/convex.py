@@ -33,6 +33,7 @@ from fastntk.solve.newton import Newton, Problem, bordered, curvature
 from fastntk.solve.prices import Price, Timing, Workload, direct
 from fastntk.solve.ridge import calibrate_convex
 from fastntk.solve.solution import Ownership, Solved, Task, Update
+from fastntk.solve.speeds import Speeds
 from fastntk.tuning.loss import Loss, loss_numbers, loss_of
 
 
@@ -88,10 +89,10 @@ class Convex:
         return Price(cls.name, size, operations, work.unprobed, batch=batch)
 
     @classmethod
-    def timing(cls, work: Workload, network: Linearised) -> Timing:
+    def timing(cls, work: Workload, speeds: Speeds) -> Timing:
         """Of the Jacobians, the kernel and the solves."""
         rows = work.samples * work.kept_rows
-        found = direct(work.of_kept, network, rows, work.rest, "kernel")
+        found = direct(work.of_kept, speeds, rows, work.rest, "kernel")
         return Timing({**found.seconds, "solve": 6 * found.seconds.get("solve", 0.0)}, found.operations)
 
     @classmethod

@@ -38,6 +38,7 @@ from fastntk.solve.linalg import (
 from fastntk.solve.prices import Price, Timing, Workload, direct
 from fastntk.solve.ridge import calibrate
 from fastntk.solve.solution import Ownership, Solved, Task, Update
+from fastntk.solve.speeds import Speeds
 
 
 @dataclass(frozen=True)
@@ -87,9 +88,9 @@ class Dual:
         return Price(cls.name, size, operations, work.one_step, rank=2 * work.curved)
 
     @classmethod
-    def timing(cls, work: Workload, network: Linearised) -> Timing:
+    def timing(cls, work: Workload, speeds: Speeds) -> Timing:
         """Of the Jacobians, the kernel, the choice of the ridge and the solve."""
-        return direct(work.written, network, work.rows, work.written.rest, "kernel")
+        return direct(work.written, speeds, work.rows, work.written.rest, "kernel")
 
     @classmethod
     def prepare(cls, task: Task) -> Solved:

@@ -19,7 +19,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastntk.common.errors import InputError
-from fastntk.jacobians import products
 from fastntk.jacobians.layout import Layout
 from fastntk.jacobians.linearised import Linearised
 from fastntk.jacobians.rows import Rows
@@ -30,6 +29,7 @@ from fastntk.solve.passes import Passes
 from fastntk.solve.prices import Price, Timing, Workload
 from fastntk.solve.ridge import calibrate
 from fastntk.solve.solution import Solved, Task, Update
+from fastntk.solve.speeds import Speeds
 
 STEPS = 40
 """Passes for the Krylov space, and vectors of length p that it keeps."""
@@ -80,13 +80,10 @@ class Iterative:
         return Price(cls.name, size, 0.0, refusal if work.probed else work.one_step, rank=3)
 
     @classmethod
-    def timing(cls, work: Workload, network: Linearised) -> Timing:
+    def timing(cls, work: Workload, speeds: Speeds) -> Timing:
         """Of the passes of the Krylov space and of the first solve."""
         count = STEPS + _SOLVE_PASSES
-        vector = torch.ones(work.parameters, dtype=torch.float64, device=network.device)
-        return prices.passes(
-            work, network, count, lambda few: products.gram(network, few, vector), f"about {count} passes"
-        )
+        return prices.passes(work, count, speeds.gram, f"about {count} passes")
 
     @classmethod
     def prepare(cls, task: Task) -> Solved:

@@ -32,6 +32,7 @@ from fastntk.solve.prices import Price, Timing, Workload
 from fastntk.solve.reading import TOLERANCE, Objective, Place, Sample, minimise
 from fastntk.solve.ridge import Calibration, calibrate_convex, sampled
 from fastntk.solve.solution import Ownership, Solved, Task, Update
+from fastntk.solve.speeds import Speeds
 from fastntk.tuning.loss import Loss, loss_numbers, loss_of
 
 log = logging.getLogger(__name__)
@@ -94,18 +95,11 @@ class OnDisk:
         )
 
     @classmethod
-    def timing(cls, work: Workload, network: Linearised) -> Timing:
+    def timing(cls, work: Workload, speeds: Speeds) -> Timing:
         """Of the Jacobians, and of the reads that the solve takes, from one part."""
-        jacobians = prices.passes(work.of_kept, network, 1, network.rows, "Jacobians")
-        few = network.rows(range(min(PART, work.samples)))
-        rows, vector = _cheap(few, network.dtype), torch.ones(work.parameters, dtype=torch.float64)
-
-        def read() -> None:
-            for _, jacobian in rows.parts(network.dtype, network.device):
-                jacobian.rmatvec(jacobian.matvec(vector.to(network.device)))
-
-        each, _ = prices.clocked(read, network.device)
-        return Timing({**jacobians.seconds, "solve": _READS * each * work.samples / len(few)}, jacobians.operations)
+        jacobians = prices.passes(work, 1, speeds.rows(work.kept_rows), "Jacobians")
+        each = speeds.read(work.kept_rows, _dtype(speeds.network.dtype))
+        return Timing({**jacobians.seconds, "solve": _READS * each * work.samples}, jacobians.operations)
 
     @classmethod
     def prepare(cls, task: Task) -> Solved:

@@ -1,23 +1,17 @@
 """What is to be prepared, in numbers, and what a form takes for it: memory, arithmetic and time."""
 
-import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from fastntk.common import distributed
-from fastntk.common.machine import elapsed, wait
+from fastntk.common.machine import peak_tensors
 from fastntk.jacobians.linearised import Linearised
+from fastntk.jacobians.numerics import arithmetic
 from fastntk.solve import ridge
-from fastntk.solve.linalg import add_product_, invert_, mirror_
-from fastntk.solve.sums import ROWS
+from fastntk.solve.speeds import Cost, Speeds
 
 _BATCH_BYTES = 2**30  # of one batch's Jacobians
-_CALIBRATION = 10  # seconds, after which a piece of work is not timed again
-_TRIAL = 3072  # the side of the matrices that the calibration multiplies and inverts
 
 
 @dataclass(frozen=True)
@@ -125,7 +119,7 @@ class Workload:
             largest_batch=numerics.batch_size,
             itemsize=itemsize,
             sums_itemsize=numerics.dtype.itemsize,
-            activations=activation_bytes(network),
+            activations=max(0, image_bytes(network) - (rest + head // outputs) * itemsize),
             probed=numerics.probes is not None,
             contrasted=network.loss.contrasted,
             curved=network.loss.curved,
@@ -171,73 +165,47 @@ class Timing:
     operations: float
 
 
-def activation_bytes(network: Linearised) -> int:
-    """Bytes that the network keeps for its backward passes, per image."""
-    kept: dict[int, int] = {}
+def image_bytes(network: Linearised) -> int:
+    """What a batch of Jacobians of one row a sample holds at its peak for every image more: what the network keeps for
+    its backward passes, what these pass on, and the row. From batches of one image and of two."""
+    device, contrasted = network.device, network.loss.contrasted
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def held(count: int) -> int:
+        images = torch.cat([network.one] * count)
+        first = torch.arange(1 + contrasted, device=device).expand(count, -1)
+        with arithmetic(network.numerics.precision, device):
+            return peak_tensors(lambda: network.jacobian.of_kept(images, lambda _: first, contrasted), device)
 
-    jacobian = network.jacobian
-    parameters = {p.untyped_storage().data_ptr() for p in jacobian.model.parameters()}
-    free = {name: tensor.clone().requires_grad_() for name, tensor in jacobian.parameters.items()}
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        held = network.logits(network.one, free)
-    del held  # until here, so that no two tensors had the same address
-    return sum(size for pointer, size in kept.items() if pointer not in parameters)
+    return held(2) - held(1)
 
 
-def passes(work: Workload, network: Linearised, count: int, once: Callable[[range], object], name: str) -> Timing:
-    """Of so many passes over all samples, from ``once`` done to the samples of one batch, given their positions."""
-    few = range(min(work.batch_size, work.samples))
-    each, operations = clocked(lambda: once(few), network.device)
-    share = count * work.samples / len(few)
-    return Timing({name: share * each / distributed.size()}, share * operations)
+def passes(work: Workload, count: int, each: Cost, name: str) -> Timing:
+    """Of so many passes over all samples."""
+    share = count * work.samples
+    return Timing({name: share * each.seconds / distributed.size()}, share * each.operations)
 
 
-def direct(work: Workload, network: Linearised, side: int, inner: int, kind: str, head: int = 0) -> Timing:
+def direct(work: Workload, speeds: Speeds, side: int, inner: int, kind: str, head: int = 0) -> Timing:
     """Of one pass of Jacobians, the products of a matrix of that ``side``, the choice of the ridge and the solve.
 
     Args:
         work: the workload.
-        network: whose Jacobians are timed, on one batch.
+        speeds: of the network and this machine.
         side: of the matrix that is summed up and inverted.
         inner: how many products add up in each of its entries.
         kind: what the phase of the products is called, ``sums`` or ``kernel``.
         head: how many more products the solve takes, for the head's blocks.
     """
-    jacobians = passes(work, network, 1, network.rows, "Jacobians")
-    trial, count = min(side, _TRIAL), max(1, ROWS // work.outputs) * work.outputs
-    if not trial:
+    jacobians = passes(work, 1, speeds.rows(work.outputs), "Jacobians")
+    if not side:
         return jacobians
-    accumulated = network.numerics.dtype if kind == "sums" else torch.float64
-    rows = torch.randn(count, trial, device=network.device, dtype=accumulated if kind == "sums" else torch.float32)
-    matrix = torch.zeros(trial, trial, device=network.device, dtype=accumulated)
-    multiply, _ = clocked(lambda: add_product_(matrix, rows.T, rows.T), network.device)
-    mirror_(matrix).diagonal().add_(1 + float(matrix.diagonal().mean()))
-    vector = torch.ones(trial, dtype=accumulated, device=network.device)
-    matvec, _ = clocked(lambda: matrix @ vector, network.device)
-    invert, _ = clocked(lambda: invert_(matrix.clone()), network.device)
-    rate, growth = count * trial**2 / multiply, side / trial
+    sums = kind == "sums"
+    dtype = (torch.float64, torch.float32)[work.sums_itemsize == 4] if sums else torch.float64
+    known = speeds.algebra(side, work.outputs, dtype, dtype if sums else torch.float32)
+    growth = side / known.trial
     algebra = {
-        kind: inner * float(side) ** 2 / rate / distributed.size(),
-        "ridge": ridge.STEPS * growth**2 * matvec,
-        "solve": growth**3 * invert + head * float(side) ** 2 / rate,
+        kind: inner * float(side) ** 2 / known.rate / distributed.size(),
+        "ridge": ridge.STEPS * growth**2 * known.matvec,
+        "solve": growth**3 * known.invert + head * float(side) ** 2 / known.rate,
     }
     return Timing({**jacobians.seconds, **algebra}, jacobians.operations)
-
-
-def clocked(work: Callable[[], object], device: torch.device) -> tuple[float, float]:
-    """Seconds and floating-point operations of some work: after one run, the median of three, or of as many as start
-    within ten seconds."""
-    with FlopCounterMode(display=False) as counter:
-        work()
-    seconds: list[float] = []
-    while len(seconds) < 3 and sum(seconds) < _CALIBRATION:
-        wait(device)
-        started = time.perf_counter()
-        work()
-        seconds.append(elapsed(started, device))
-    return statistics.median(seconds), float(counter.get_total_flops())

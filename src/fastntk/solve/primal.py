@@ -36,6 +36,7 @@ from fastntk.solve.linalg import (
 from fastntk.solve.prices import Price, Timing, Workload, direct
 from fastntk.solve.ridge import calibrate
 from fastntk.solve.solution import Ownership, Solved, Task, Update
+from fastntk.solve.speeds import Speeds
 from fastntk.solve.sums import ROWS, Sums
 
 
@@ -103,10 +104,10 @@ class Primal:
         )
 
     @classmethod
-    def timing(cls, work: Workload, network: Linearised) -> Timing:
+    def timing(cls, work: Workload, speeds: Speeds) -> Timing:
         """Of the Jacobians, the sums, the choice of the ridge, and the solve with the head's blocks."""
         work = work.written
-        return direct(work, network, work.rest, work.rows, "sums", work.outputs * work.features)
+        return direct(work, speeds, work.rest, work.rows, "sums", work.outputs * work.features)
 
     @classmethod
     def prepare(cls, task: Task) -> Solved:

@@ -27,6 +27,7 @@ from fastntk.jacobians.linearised import Linearised
 from fastntk.jacobians.rows import Rows
 from fastntk.solve.prices import Price, Timing, Workload
 from fastntk.solve.ridge import Calibration
+from fastntk.solve.speeds import Speeds
 
 
 @dataclass(frozen=True)
@@ -177,8 +178,8 @@ class Solution(Protocol):
         """Memory and arithmetic of preparing."""
 
     @classmethod
-    def timing(cls, work: Workload, network: Linearised) -> Timing:
-        """Seconds of preparing, by phase, estimated from a calibration of some seconds."""
+    def timing(cls, work: Workload, speeds: Speeds) -> Timing:
+        """Seconds of preparing, by phase, at this machine's speeds."""
 
     @classmethod
     def prepare(cls, task: Task) -> Solved:

@@ -1,0 +1,152 @@
+"""How fast this machine is at the work that preparing is made of: measured in some seconds, on few images."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastntk.common.machine import elapsed, wait
+from fastntk.inputs.batches import checked
+from fastntk.jacobians import products
+from fastntk.jacobians.jacobian import Jacobian
+from fastntk.jacobians.linearised import Linearised
+from fastntk.jacobians.rows import PART
+from fastntk.solve.linalg import add_product_, invert_, mirror_
+from fastntk.solve.sums import ROWS
+
+_AIM = 0.7  # seconds that a piece of work is timed for
+_ROWS = 4  # of an image, that are timed, at most: each further one is a backward pass more
+_READ = 2**27  # bytes of rows that are read for it, at most
+_TRIAL = 3072  # the side of the matrices that are multiplied and inverted, at most
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds and floating-point operations of an image."""
+
+    seconds: float
+    operations: float
+
+
+@dataclass(frozen=True)
+class Algebra:
+    """What dense matrices take: ``rate``, entries of a sum of products a second, and of a square of the side ``trial``
+    the seconds of a product with a vector and of an inverse."""
+
+    trial: int
+    rate: float
+    matvec: float
+    invert: float
+
+
+class Speeds:
+    """Of one network on this machine; everything is measured when it is first asked for.
+
+    Args:
+        network: whose images are read and passed through; at least one.
+        batch: images a batch, at most.
+    """
+
+    def __init__(self, network: Linearised, batch: int) -> None:
+        self.network = network
+        self.most = max(1, min(batch, len(network.train)))  # type: ignore[arg-type]
+        self.algebra = cache(self._algebra)
+
+    def rows(self, outputs: int) -> Cost:
+        """An image's Jacobian of so many outputs: one forward pass and a backward pass each."""
+        one, measured = self._of_rows[1], max(self._of_rows)
+        if outputs <= 1 or measured == 1:
+            return one
+        more = self._of_rows[measured]
+        share = (outputs - 1) / (measured - 1)
+        return Cost(
+            *(a + share * max(b - a, 0.0) for a, b in zip(vars(one).values(), vars(more).values(), strict=True))
+        )
+
+    @cached_property
+    def _of_rows(self) -> dict[int, Cost]:
+        """An image's Jacobian, by its number of outputs."""
+        most = self.network.classes - self.network.loss.contrasted
+        return {count: self._an_image(self._keeping(count).rows) for count in sorted({1, min(_ROWS, most)})}
+
+    def _keeping(self, count: int) -> Linearised:
+        """The network with so many rows a sample."""
+        numerics = replace(self.network.numerics, class_probes=None)
+        return replace(self.network, keep=count + self.network.loss.contrasted, numerics=numerics)
+
+    @cached_property
+    def gram(self) -> Cost:
+        """An image's part of a product of the Gauss-Newton matrix with a vector."""
+        vector = torch.ones(self.network.layout.size, dtype=torch.float64, device=self.network.device)
+        return self._an_image(lambda few: products.gram(self.network, few, vector))
+
+    @cached_property
+    def training(self) -> Cost:
+        """An image's part of a step of fitting."""
+        network = self.network
+        free = {name: each.clone().requires_grad_() for name, each in network.jacobian.parameters.items()}
+
+        def step(few: range) -> None:
+            for images, labels in network.images(few):
+                loss = network.loss(network.logits(checked(images).to(network.device), free), labels.to(network.device))
+                torch.autograd.grad(loss, list(free.values()), allow_unused=True)
+
+        return self._an_image(step)
+
+    def _an_image(self, work: Callable[[range], object]) -> Cost:
+        """Of some work on the images at given positions, as many as take about a second."""
+        with FlopCounterMode(display=False) as counter:  # and what is slow the first time
+            work(range(1))
+        wait(self.network.device)
+        started = time.perf_counter()
+        work(range(1))
+        count = max(1, min(self.most, int(_AIM / elapsed(started, self.network.device))))
+        seconds = clocked(lambda: work(range(count)), self.network.device) / count
+        return Cost(seconds, float(counter.get_total_flops()))
+
+    def read(self, outputs: int, dtype: torch.dtype) -> float:
+        """Seconds a sample to read so many rows of each, of a dtype, and to multiply with them, both ways."""
+        network, layout = self.network, self.network.layout
+        head = sum(layout.shapes[name].numel() for name in layout.head)
+        samples = max(1, min(PART, _READ // (outputs * layout.size * network.dtype.itemsize)))
+        jacobian = Jacobian(
+            torch.zeros(samples, outputs, layout.size - head, dtype=dtype),
+            torch.zeros(samples, head // network.classes, dtype=network.dtype),
+            torch.arange(outputs + network.loss.contrasted).expand(samples, -1),
+            network.classes,
+        )
+        vector = torch.ones(layout.size, dtype=torch.float64, device=network.device)
+
+        def both() -> None:
+            rows = jacobian.to(network.dtype, network.device)
+            rows.rmatvec(rows.matvec(vector))
+
+        return clocked(both, network.device) / samples
+
+    def _algebra(self, side: int, rows: int, dtype: torch.dtype, factors: torch.dtype) -> Algebra:
+        """Of a matrix of that side and dtype, to which products of so many rows are added at a time."""
+        device, trial, count = self.network.device, max(1, min(side, _TRIAL)), max(1, ROWS // rows) * rows
+        parts = torch.randn(count, trial, device=device, dtype=factors)
+        matrix, vector = (
+            torch.zeros(trial, trial, device=device, dtype=dtype),
+            torch.ones(trial, device=device, dtype=dtype),
+        )
+        multiply = clocked(lambda: add_product_(matrix, parts.T, parts.T), device)
+        mirror_(matrix).diagonal().add_(1 + float(matrix.diagonal().mean()))
+        matvec = clocked(lambda: matrix @ vector, device)
+        return Algebra(trial, count * trial**2 / multiply, matvec, clocked(lambda: invert_(matrix.clone()), device))
+
+
+def clocked(work: Callable[[], object], device: torch.device) -> float:
+    """The seconds of some work: the median of as many as start within a second, at most three."""
+    seconds: list[float] = []
+    while len(seconds) < 3 and sum(seconds) < _AIM:
+        wait(device)
+        started = time.perf_counter()
+        work()
+        seconds.append(elapsed(started, device))
+    return statistics.median(seconds)
