@@ -33,7 +33,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Algebra:
+class _Algebra:
     """What dense matrices take: ``rate``, entries of a sum of products a second, and of a square of the side ``trial``
     the seconds of a product with a vector and of an inverse."""
 
@@ -105,7 +105,7 @@ class Speeds:
         started = time.perf_counter()
         work(range(1))
         count = max(1, min(self.most, int(_AIM / elapsed(started, self.network.device))))
-        seconds = clocked(lambda: work(range(count)), self.network.device) / count
+        seconds = _clocked(lambda: work(range(count)), self.network.device) / count
         return Cost(seconds, float(counter.get_total_flops()))
 
     def read(self, outputs: int, dtype: torch.dtype) -> float:
@@ -125,9 +125,9 @@ class Speeds:
             rows = jacobian.to(network.dtype, network.device)
             rows.rmatvec(rows.matvec(vector))
 
-        return clocked(both, network.device) / samples
+        return _clocked(both, network.device) / samples
 
-    def _algebra(self, side: int, rows: int, dtype: torch.dtype, factors: torch.dtype) -> Algebra:
+    def _algebra(self, side: int, rows: int, dtype: torch.dtype, factors: torch.dtype) -> _Algebra:
         """Of a matrix of that side and dtype, to which products of so many rows are added at a time."""
         device, trial, count = self.network.device, max(1, min(side, _TRIAL)), max(1, ROWS // rows) * rows
         parts = torch.randn(count, trial, device=device, dtype=factors)
@@ -135,13 +135,13 @@ class Speeds:
             torch.zeros(trial, trial, device=device, dtype=dtype),
             torch.ones(trial, device=device, dtype=dtype),
         )
-        multiply = clocked(lambda: add_product_(matrix, parts.T, parts.T), device)
+        multiply = _clocked(lambda: add_product_(matrix, parts.T, parts.T), device)
         mirror_(matrix).diagonal().add_(1 + float(matrix.diagonal().mean()))
-        matvec = clocked(lambda: matrix @ vector, device)
-        return Algebra(trial, count * trial**2 / multiply, matvec, clocked(lambda: invert_(matrix.clone()), device))
+        matvec = _clocked(lambda: matrix @ vector, device)
+        return _Algebra(trial, count * trial**2 / multiply, matvec, _clocked(lambda: invert_(matrix.clone()), device))
 
 
-def clocked(work: Callable[[], object], device: torch.device) -> float:
+def _clocked(work: Callable[[], object], device: torch.device) -> float:
     """The seconds of some work: the median of as many as start within a second, at most three."""
     seconds: list[float] = []
     while len(seconds) < 3 and sum(seconds) < _AIM:
