@@ -324,7 +324,7 @@ TRIED = {
 def cases():
     for kind, (how, values, expected) in ((kind, row) for kind, rows in TRIED.items() for row in rows):
         for each in values:
-            yield pytest.param(how, each, expected, id=f"{kind}, {how}, {re.sub(' at 0x.*', '', str(each))[:40]!r}")
+            yield pytest.param(how, each, expected, id=f"{kind}, {how}, {re.sub(' at 0x.*|tensor.*', '', str(each))[:40]!r}")
 
 
 @pytest.mark.parametrize(("how", "value", "expected"), list(cases()))
