@@ -32,12 +32,12 @@ from fastntk.inputs.libraries import datasets
 from fastntk.inputs.sources import load_data
 
 NAN, DIGITS, LONG, BASE = float("nan"), "9" * 5000, "a" * 300, "memory/base-1.safetensors"
+ODD = re.compile("(?s)( at 0x|tensor\\().*")  # in the names of tests, which are the same in every process
 PIXELS = np.random.default_rng(0).integers(0, 255, (20, 8, 8, 3), dtype=np.uint8)
 X, Y = torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 2
 A, PAIRS, RAW = X[0], [(each, i % 2) for i, each in enumerate(X)], fastntk.Preprocessing(8, (0.0,) * 3, (1.0,) * 3)
 says, TEXT, cut = re.compile, PngImagePlugin.PngInfo(), partial(os.truncate, length=9)
 TEXT.add_text("a", " " * 2**21, zip=True)
-BIG, NOTHING = np.uint64([0, 0, 0, 2**63]), {"image": [], "label": [], "ids": []}
 STATE = nn.ModuleDict({"0": nn.Conv2d(3, 4, 3), "1": nn.BatchNorm2d(4), "5": nn.Linear(4, 2)}).state_dict()
 FIT = "fit @new --epochs 1 --model @own.py:small --data @data.npz"
 RED = "fit @[red] --epochs 1 --model @[bold].py:small --data @[data]"
@@ -255,15 +255,15 @@ TRIED = {
 "data sets": [
     (".npz", [{"x": PIXELS / 255}, {"x": PIXELS.transpose(0, 3, 1, 2)}, {"x": PIXELS[:4, :0]}], "must be uint8"),
     (".npz", [{"y": [0, 1]}, {"y": [0.0] * 4}, {"y": [*"abab"]}, {"y": None}], "one integer label|no array 'y'"),
-    (".npz", [{"y": [0, -1, 0, 1]}, {"classes": ["a"]}, {"y": BIG, "classes": ["a"]}], "is outside the"),
-    (".npz", [{"y": [10**6] * 4}, *({"classes": each} for each in (["a", "a"], "ab", [["a"], ["b"]]))], "class"),
+    (".npz", [{"y": [0, -1, 0, 1]}, {"classes": ["a"]}], "is outside the"),
+    (".npz", [{"y": np.uint64([0, 0, 0, 2**63])}, *({"classes": each} for each in (["a", "a"], "ab", [["a"], ["b"]]))], "class"),
     (".npz", [{"ids": [1]}, {"ids": [1] * 4}, {"ids": 3}, {"ids": PIXELS[:4, 0, 0]}], " ids? "),
     (".npz", [{"ids": [*"abcd"]}, {"ids": [b"a", b"b", b"c", b"d"]}], ([0, 1, 0, 1], [*"abcd"])),
     (".npz", [b"", "text", {"x": np.array([None])}, lambda path: np.save(path.open("wb"), Y)], "an .npz"),
     (".stored", [{"image": [..., None, ...]}, {"image": [{"bytes": b"", "path": "no"}] * 3}], "row . of .* not decode"),
     (".stored", [{"label": [0, None, 1]}, {"label": [0, -1, 1]}], "row 1 of .* has no label. Rem|-1 is outside"),
     (".stored", [{"ids": [*"uuv"]}, {"ids": ["u", None, "v"]}, {"column": "image"}], "than once|an id"),
-    (".stored", [{"dataset_info.json": "{"}, {"state.json": "{}"}, NOTHING], "Hugging Face|no (rows|im)"),
+    (".stored", [{"dataset_info.json": "{"}, {"state.json": "{}"}, dict.fromkeys(("image", "label", "ids"), [])], "Hugging|no rows"),
     (".stored", [{"raw": True}], ([0, 1, 0], ["u", "v", "w"]))],
 "items": [
     (".item", [None, {"image": A, "label": 1}, (A,), (A, 1, 2), "ab", A], "must be an image and a label, not a"),
@@ -324,7 +324,7 @@ TRIED = {
 def cases():
     for kind, (how, values, expected) in ((kind, row) for kind, rows in TRIED.items() for row in rows):
         for each in values:
-            yield pytest.param(how, each, expected, id=f"{kind}, {how}, {re.sub(' at 0x.*|tensor.*', '', str(each))[:40]!r}")
+            yield pytest.param(how, each, expected, id=f"{kind}, {how}, {ODD.sub('', str(each))[:40]!r}")
 
 
 @pytest.mark.parametrize(("how", "value", "expected"), list(cases()))
