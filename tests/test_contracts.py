@@ -20,6 +20,7 @@ from fastntk.solve.passes import Passes
 from fastntk.solve.prices import Workload
 from fastntk.solve.ridge import calibrate
 from fastntk.solve.solution import Task
+from fastntk.solve.speeds import Speeds
 from fastntk.solve.sums import Sums
 from fastntk.tuning.parameters import snapshot, tuned
 
@@ -268,7 +269,7 @@ class SolutionContract(Contract):
 
     def test_it_says_what_preparing_takes(self, network):
         work = Workload.of(network)
-        price, timing = FORMS[self.form].price(work), FORMS[self.form].timing(work, network)
+        price, timing = FORMS[self.form].price(work), FORMS[self.form].timing(work, Speeds(network, 64))
         assert price.form == self.form
         assert price.bytes > 0
         assert timing.operations > 0

@@ -10,7 +10,7 @@ import copy
 import os
 import re
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,151 +19,21 @@ import numpy as np
 import pytest
 import test_cli
 import torch
-import yaml
 from PIL import Image, PngImagePlugin
 from test_run import MODEL
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from world import PAIRS, PIXELS, STATE, A, World, X, Y, put
 
 import fastntk
-from fastntk.evidence.bench.config import read_config
-from fastntk.inputs.images import Images
-from fastntk.inputs.libraries import datasets
-from fastntk.inputs.sources import load_data
 
 NAN, DIGITS, LONG, BASE = float("nan"), "9" * 5000, "a" * 300, "memory/base-1.safetensors"
 ODD = re.compile("(?s)( at 0x|tensor\\().*")  # in the names of tests, which are the same in every process
-PIXELS = np.random.default_rng(0).integers(0, 255, (20, 8, 8, 3), dtype=np.uint8)
-X, Y = torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 2
-A, PAIRS, RAW = X[0], [(each, i % 2) for i, each in enumerate(X)], fastntk.Preprocessing(8, (0.0,) * 3, (1.0,) * 3)
 says, TEXT, cut = re.compile, PngImagePlugin.PngInfo(), partial(os.truncate, length=9)
 TEXT.add_text("a", " " * 2**21, zip=True)
-STATE = nn.ModuleDict({"0": nn.Conv2d(3, 4, 3), "1": nn.BatchNorm2d(4), "5": nn.Linear(4, 2)}).state_dict()
+BIG, NOTHING = np.uint64([0, 0, 0, 2**63]), {"image": [], "label": [], "ids": []}
 FIT = "fit @new --epochs 1 --model @own.py:small --data @data.npz"
 RED = "fit @[red] --epochs 1 --model @[bold].py:small --data @[data]"
-OWN = """from __future__ import annotations
-import dataclasses; from torch import nn; from fastntk import Preprocessing
-h, p = (0.5,) * 3, Preprocessing(8, (0.5,) * 3, (0.5,) * 3)
-def net(n): return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, n))
-"""
-
-
-def put(path, content):
-    """A link, bytes, what is made by calling something with the path, or a checkpoint."""
-    if isinstance(content, Path):
-        path.symlink_to(content)
-    elif isinstance(content, bytes | str):
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    else:
-        (content if callable(content) else partial(torch.save, content))(path)
-    return path
-
-
-@dataclass(frozen=True)
-class World:
-    """``here`` are run, which was prepared, after, which has forgotten 3 and 5, [red], whose names rich would take for
-    markup, a memory, and what they were made of; ``new`` is a folder of each test's own."""
-
-    here: Path
-    new: Path
-    memory: fastntk.Memory
-
-    def command(self, line, value):
-        """``@`` begins a path: of here, of new, or of copy, a copy of run, of which a pair changes a file."""
-        if "@copy" in line:
-            shutil.copytree(self.here / "run", self.new / "copy")
-        if isinstance(value, tuple):
-            put(self.new / "copy" / value[0], value[1])
-        words = line.split() + ([value] if isinstance(value, str) else [])
-        roots = {"@new": self.new, "@cop": self.new}
-        done = test_cli.fastntk(*(w if w[:1] != "@" else roots.get(w[:4], self.here) / w[1:] for w in words))
-        if not done.returncode:
-            return done.stdout
-        assert (done.returncode, done.stdout) == (2, "")
-        assert len(re.findall("^error: |^╭─ Error", done.stderr, re.MULTILINE)) == 1, done.stderr
-        raise fastntk.InputError(" ".join(done.stderr.replace("│", " ").split()))
-
-    def do(self, function):
-        return function(self)
-
-    def fit(self, changes):
-        changes = changes if isinstance(changes, dict) else {"train": changes}
-        given = {"model": copy.deepcopy(self.memory.model), "train": PAIRS, "epochs": 1, "batch_size": 4, **changes}
-        return len(fastntk.fit(**given).losses)
-
-    def item(self, value):
-        return self.fit([*PAIRS[:7], value, *PAIRS[8:]])
-
-    def prepare(self, changes):
-        given = {"model": self.memory.model, "train": PAIRS, "initial": self.memory.initial, **changes}
-        return fastntk.prepare(**given).ids[0]
-
-    def ids(self, value):
-        data = TensorDataset(X, Y)
-        data.ids = value
-        return self.prepare({"train": data})
-
-    def forget(self, value):
-        return self.memory.preview(value).certificate.samples
-
-    def image(self, given):
-        """A name, and what is there before another image of its class: how many are found, and the first pixel."""
-        for each in ("a", "b"):
-            (self.new / "data" / each).mkdir(parents=True)
-            Image.new("RGB", (8, 8)).save(self.new / "data" / each / "z.png")
-        put(self.new / "data" / "a" / given[0], given[1])
-        data = load_data(str(self.new / "data"), RAW)
-        return len(data), [round(float(each), 1) for each in data[0][0][:, 0, 0]]
-
-    def npz(self, content):
-        """Bytes, or arrays beside those of four images."""
-        if isinstance(content, dict):
-            arrays = {"x": PIXELS[:4], "y": [0, 1, 0, 1], **content}
-            content = partial(np.savez, **{name: array for name, array in arrays.items() if array is not None})
-        return self.read(put(self.new / "d.npz", content), "ids" if "ids" in str(content) else None)
-
-    def read(self, path, column):
-        """Labels, as a run finds them again, and ids."""
-        data = load_data(str(path), RAW, id_column=column)
-        again = data.under(data.classes)
-        return [again[i][1] for i in range(len(again))], list(again.ids)
-
-    def stored(self, given):
-        """Three rows of a Hugging Face dataset, but for columns or files that are given."""
-        library, path = datasets(), self.new / "d"
-        row = {"bytes": put(self.new / "a.png", Image.new("RGB", (8, 8)).save).read_bytes(), "path": None}
-        kinds = {"image": library.Image(decode="raw" not in given), "label": library.ClassLabel(names=["a", "b"])}
-        rows = {"image": [row] * 3, "label": [0, 1, 0], "ids": ["u", "v", "w"]}
-        rows |= {name: [row if each is ... else each for each in given[name]] for name in rows if name in given}
-        whole = library.Dataset.from_dict(rows, library.Features({**kinds, "ids": library.Value("string")}))
-        whole.save_to_disk(str(path))
-        for name in given.keys() - {"raw", "column", *rows}:
-            put(path / name, given[name])
-        return self.read(path, given.get("column", "ids"))
-
-    def weights(self, content):
-        """Whether a model has them."""
-        own, path = f"{self.here}/own.py:small", put(self.new / "w.pt", content)
-        return torch.equal(fastntk.load_model(own, 2, weights=path)[0][0].weight, STATE["0.weight"])
-
-    def own(self, body):
-        """A user's own file, by its path from where one is; what ends no line is returned by its function."""
-        put(self.new / "beside.py", OWN)
-        put(self.new / "mine.py", OWN + (body if body.endswith("\n") else f"def f(n): return {body}\n"))
-        model, preprocessing = fastntk.load_model("../mine.py:f", 3)
-        return model(Images(PIXELS[:1, :, 1:], [0], ["a"], preprocessing)[0][0][None]).shape[1]
-
-    def grid(self, given):
-        """A configuration of bench: a text, or entries in place of others."""
-        whole = {"recipe": {}, "per_class": [6], "data": {"d": {"source": "d.npz"}}, "requests": ["class"]}
-        whole |= {"models": {"m": {"model": "resnet18", "select": ["bn"]}}, "methods": {"a": {"method": "FastNTK"}}}
-        content = yaml.safe_dump({**whole, **given}) if isinstance(given, dict) else given
-        return len(read_config(put(self.new / "c.yaml", content)).methods)
-
-    def listed(self):
-        """What must stay as it is, and when it was written."""
-        paths = [each for folder in (self.here, self.new / "new") for each in folder.rglob("*") if each.name != "lock"]
-        return {each: each.is_dir() or (each.lstat().st_mtime_ns, each.lstat().st_size) for each in paths}
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +93,7 @@ TRIED = {
     (f"{FIT} --data", ["@run", "@own.py", "@no.npz", LONG], "class folders|neither a folder|no file|too long"),
     (f"{FIT} --weights", ["x", "@run", "", "@data.npz", LONG], "no weights f|be read as|too long|is empty"),
     ("forget @run --ids-file", ["none", "@run", "", LONG], "cannot be read as text"),
+    ("forget @copy --ids 1 --certificate", ["@new/deep/in/c.json"], says("not in the folder any more|purged")),
     ("forget @run --ids 1 --certificate", ["@run", "", "@data.npz/c.json", "/dev/null"], "Name a file|cannot be w"),
     ("export @run --out", ["@run", "@x.txt", "/proc/x.pt", "@own.py/x.pt"], "must end|is a folder|cannot be written"),
     ("bench", ["@run", "none.yaml", "@data.npz", LONG, "--summary=none"], "cannot be read as YAML|no results in none"),
@@ -256,14 +127,14 @@ TRIED = {
     (".npz", [{"x": PIXELS / 255}, {"x": PIXELS.transpose(0, 3, 1, 2)}, {"x": PIXELS[:4, :0]}], "must be uint8"),
     (".npz", [{"y": [0, 1]}, {"y": [0.0] * 4}, {"y": [*"abab"]}, {"y": None}], "one integer label|no array 'y'"),
     (".npz", [{"y": [0, -1, 0, 1]}, {"classes": ["a"]}], "is outside the"),
-    (".npz", [{"y": np.uint64([0, 0, 0, 2**63])}, *({"classes": each} for each in (["a", "a"], "ab", [["a"], ["b"]]))], "class"),
+    (".npz", [{"y": BIG}, {"classes": ["a", "a"]}, {"classes": "ab"}, {"classes": [["a"], ["b"]]}], "class"),
     (".npz", [{"ids": [1]}, {"ids": [1] * 4}, {"ids": 3}, {"ids": PIXELS[:4, 0, 0]}], " ids? "),
     (".npz", [{"ids": [*"abcd"]}, {"ids": [b"a", b"b", b"c", b"d"]}], ([0, 1, 0, 1], [*"abcd"])),
     (".npz", [b"", "text", {"x": np.array([None])}, lambda path: np.save(path.open("wb"), Y)], "an .npz"),
     (".stored", [{"image": [..., None, ...]}, {"image": [{"bytes": b"", "path": "no"}] * 3}], "row . of .* not decode"),
     (".stored", [{"label": [0, None, 1]}, {"label": [0, -1, 1]}], "row 1 of .* has no label. Rem|-1 is outside"),
     (".stored", [{"ids": [*"uuv"]}, {"ids": ["u", None, "v"]}, {"column": "image"}], "than once|an id"),
-    (".stored", [{"dataset_info.json": "{"}, {"state.json": "{}"}, dict.fromkeys(("image", "label", "ids"), [])], "Hugging|no rows"),
+    (".stored", [{"dataset_info.json": "{"}, {"state.json": "{}"}, NOTHING], "Hugging|no rows"),
     (".stored", [{"raw": True}], ([0, 1, 0], ["u", "v", "w"]))],
 "items": [
     (".item", [None, {"image": A, "label": 1}, (A,), (A, 1, 2), "ab", A], "must be an image and a label, not a"),
@@ -287,7 +158,7 @@ TRIED = {
     (".own", ["net(n)", "None", "(p, net(n))", "(net(n), p, 3)", "f = 3\n"], "return a module and its|no function"),
     (".own", ["(net(n + 1), p)",
      "(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LSTM(3, n)), p)",
-     "(net(n).half(), p)", "(nn.Sequential(nn.Flatten(), nn.LazyLinear(n)), p)"], "return logits|dtype|Lazy"),
+     "(nn.Sequential(nn.Flatten(), nn.LazyLinear(n)), p)"], "return logits|Lazy"),
     (".own", [f"(net(n), Preprocessing(8, h, {each}))" for each in ("(0.5, 0, 0.5)", "(0.5, 0.5)")], "std"),
     (".own", ["(net(n), p)", "from beside import net, p\ndef f(n): return net(n), p\n",
      "@dataclasses.dataclass\nclass C:\n    width: int = 4\ndef f(n): return net(n), p\n"], 3)],
@@ -308,11 +179,16 @@ TRIED = {
     (".prepare", [{"initial": {}}, {"ridge": 0}, {"form": "x"}, {"shrinkage": 2}, {"train": []}], "differ|must|no tr"),
     (".prepare", [{"loss": nn.CrossEntropyLoss()}, {"seed": 2**70}, {"batch_size": 1.5}], "loss|seed|batch_size must"),
     (".prepare", [{"initial": fastntk.Recipe()}, {"ridge": "1"}, {"ridge": True}], "tensors by name|the ridge must"),
-    (".prepare", [{"ridge": np.float32(1)}, {"checkpoint": "partial"}], 0),
+    (".prepare", [{"ridge": np.float32(1)}, {"checkpoint": "partial"}, {"shrinkage": np.float32(1)}], 0),
+    (".do", [lambda w: fastntk.prepare(w.memory.model, PAIRS, w.memory.initial, ridge=np.float32(1)).save(w.new / "m"),
+     lambda w: fastntk.CrossEntropy(weights=torch.ones(2)).value_of and None], None),
     (".do", [lambda w: w.memory.purge(), lambda w: w.memory.save(w.here), lambda w: fastntk.finished(w.memory, gain=0),
      lambda w: fastntk.audit(w.memory, lambda *_: {})], "Save it first|Choose a folder|gain must be|return all"),
     (".do", [lambda w: fastntk.SquaredLoss(NAN), lambda w: fastntk.left_out_gain(w.memory, [(A, 9)]),
      lambda w: fastntk.add_lora(w.memory.model, 2, "([")], "scale|outside the model's classes|regular expression"),
+    (".do", [lambda w: fastntk.CrossEntropy(weights="ab"), lambda w: fastntk.SquaredLoss("x"),
+     lambda w: fastntk.plan(w.memory.model, PAIRS, epochs=0)], "must be numbers|at least 1"),
+    (".do", [lambda w: fastntk.tune(copy.deepcopy(w.memory.model).half(), "all")], "dtype torch.float16"),
     (".do", [lambda w: fastntk.plan(w.memory.model, []), lambda w: fastntk.audit(w.memory, "recipe"),
      lambda w: fastntk.audit(w.memory, fastntk.Recipe(), held_out=[(A, 9)])], "no training|a fastntk.Recipe|outside"),
     (".do", [lambda w: fastntk.load(w.here / "memory", w.memory.model, TensorDataset(X + 1, Y)),

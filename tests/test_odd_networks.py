@@ -12,7 +12,9 @@ from torch.utils.data import TensorDataset
 import fastntk
 from fastntk.inputs.called import called
 from fastntk.inputs.libraries import peft, timm
+from fastntk.jacobians import products
 from fastntk.jacobians.per_sample import PerSampleJacobian
+from fastntk.memory.prepare import linearised
 from fastntk.tuning.parameters import snapshot
 
 CLASSES = 3
@@ -67,6 +69,47 @@ class Keeping(nn.Module):
             return x * self.kept["sum"]
         self.kept["sum"] = self.biases.sum(0)
         return x * self.kept["sum"]
+
+
+class Freezing(nn.Module):
+    """Training it freezes some of it, as people do with batch norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(192, 8), nn.Linear(8, CLASSES)
+
+    def train(self, mode):
+        if mode:
+            self.body.requires_grad_(False)
+        return super().train(mode)
+
+    def forward(self, x):
+        return self.head(self.body(x.flatten(1)).tanh())
+
+
+class Mixed(nn.Module):
+    """Of two dtypes, with a table that is sparse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.head = nn.Parameter(torch.tensor(2.0).double()), nn.Linear(192, CLASSES)
+        self.register_buffer("table", torch.eye(CLASSES).to_sparse())
+
+    def forward(self, x):
+        return (torch.sparse.mm(self.table, self.head(x.flatten(1)).T).T * self.scale).float()
+
+
+class Cut(nn.Module):
+    """Its body gets no gradients, and its head does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(192, 8), nn.Linear(8, CLASSES)
+
+    def forward(self, x):
+        with torch.no_grad():
+            rows = self.body(x.flatten(1))
+        return self.head(rows)
 
 
 class Written(nn.Module):
@@ -177,11 +220,37 @@ def test_what_a_module_keeps_from_pass_to_pass_is_dropped():
     torch.testing.assert_close(of_biases, (x[0] * moved["2.weight"][0].view(3, 8, 8)).expand(2, -1, -1, -1))
 
 
-def test_what_is_kept_for_good_is_refused():
+@pytest.mark.parametrize("before", [False, True])
+def test_what_is_kept_for_good_is_refused(before):
     torch.manual_seed(0)
     model = keeping(False)
+    if before:
+        model(torch.randn(4, 3, 8, 8).double())
     with pytest.raises(fastntk.InputError, match="keeps what it computed from '0.biases'"):
         PerSampleJacobian(model, snapshot(fastntk.tune(model, "all")))(torch.randn(4, 3, 8, 8))
+
+
+@pytest.mark.parametrize("make", [Freezing, Mixed, Cut])
+def test_what_is_odd_and_harmless_is_fitted_and_forgets(make):
+    torch.manual_seed(0)
+    model, data = make(), TensorDataset(torch.randn(24, 3, 8, 8), torch.arange(24) % CLASSES)
+    model.train(False)
+    fastntk.tune(model, "all")
+    initial = fastntk.fit(model, data, epochs=2, batch_size=8).initial
+    moved = {name for name, each in model.named_parameters() if not torch.equal(each, initial[name])}
+    answer = fastntk.prepare(model, data, initial).forget([1, 2])
+    assert {name for name, each in model.named_parameters() if not torch.equal(each, answer.parameters[name])} == moved
+    assert moved == set(initial) - ({"body.weight", "body.bias"} if make is Cut else set())
+
+
+def test_products_where_an_operation_has_no_forward_derivative():
+    torch.manual_seed(0)
+    model, data = Mixed(), TensorDataset(torch.randn(5, 3, 8, 8), torch.arange(5) % CLASSES)
+    fastntk.tune(model, "all")
+    network = linearised(model, data, fastntk.SquaredLoss(), fastntk.Numerics())
+    vector = torch.randn(network.layout.size).double()
+    expected = network.rows(range(5)).jacobian.matvec(vector)
+    torch.testing.assert_close(products.tangent(network, range(5), vector), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_model_that_keeps_its_biases_is_fitted_and_forgets():

@@ -20,7 +20,8 @@ def said(value: str | None) -> str | None:
 
 def place(text: str) -> Path:
     """A folder, which is not the current one by mistake: ``RUN`` may be an empty variable of a shell."""
-    return Path(said(text) or text)
+    said(text)
+    return Path(text)
 
 
 Folder = Annotated[
@@ -157,7 +158,7 @@ def head_start(text: str | None, fitted: str | None) -> str:
     """
     if text is not None and fitted is None:
         raise InputError("--head-start goes with --fitted: what is fitted here starts from --seed.")
-    return text or "zero"
+    return "zero" if text is None else text
 
 
 def no_mixup(text: str) -> None:

@@ -25,7 +25,7 @@ from fastntk.cli.asked import forgotten, of_class
 from fastntk.cli.options import check_out
 from fastntk.cli.settings import Given, Settings
 from fastntk.common import distributed
-from fastntk.common.errors import InputError
+from fastntk.common.errors import InputError, reason
 from fastntk.common.files import (
     DECIDED,
     check_writable,
@@ -52,7 +52,7 @@ from fastntk.inputs.weights import check_state_file, load_weights, read_weights,
 from fastntk.jacobians.numerics import Numerics
 from fastntk.memory.audit import Audit
 from fastntk.memory.disk.folder import Folder
-from fastntk.memory.finish import finished
+from fastntk.memory.finish import audited_gain, finished
 from fastntk.memory.memory import Memory, load, prepare
 from fastntk.memory.plan import Plan, plan
 from fastntk.solve.collect import clear
@@ -225,7 +225,15 @@ class Run:
         settings, model, images = self._opened()
         recipe = settings.fitting()
         loss, epochs = recipe.loss, recipe.epochs
-        return plan(model, images, form=form, classes=classes, loss=loss, epochs=epochs, numerics=numerics)
+        return plan(
+            *(model, images),
+            form=form,
+            classes=classes,
+            loss=loss,
+            epochs=epochs,
+            checkpoint=self.folder / "partial",
+            numerics=numerics,
+        )
 
     def purge(self, memory: Memory) -> float:
         """Remove every trace of who has left: from the memory, and partial sums over them; the seconds."""
@@ -266,21 +274,18 @@ class Run:
                 one of its members.
         """
         check_state_file(out)
-        settings, model, images = self._opened()
-        memory = self._loaded(settings, model, images)
+        memory, images = self.memory()
         check_out(out)
-        taken: float | bool = gain
+        taken = audited_gain(memory.state) if gain else None
         if held_out is not None:
-            taken = left_out_gain(memory, _held_out(settings, images, held_out))
-        elif gain and memory.audit:
-            taken = memory.audit.gain
-        if taken < 1 and taken is not False and not exact_head:
+            taken = left_out_gain(memory, _held_out(self.settings(), images, held_out))
+        if taken is not None and taken < 1 and not exact_head:
             raise InputError(
                 f"the gain is {taken:.2f}, and one below 1 draws the answer back towards what was forgotten. Export "
                 "with --exact-head too, or without a gain."
             )
-        write_state(out, state_at(memory.model, finished(memory, gain=taken, exact_head=exact_head)))
-        return None if taken is False else float(taken)
+        write_state(out, state_at(memory.model, finished(memory, gain=taken or False, exact_head=exact_head)))
+        return taken
 
     def evaluate(
         self, test: str | None, retrain: bool, seed: int | None = None, ids: Callable[[Images], list[Id]] | None = None
@@ -317,7 +322,7 @@ def parse_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"device {name!r} is not there ({str(error).splitlines()[0]}). Use 'cpu'.") from error
+        raise InputError(f"device {name!r} is not there ({reason(error)}). Use 'cpu'.") from error
     return device
 
 

@@ -8,6 +8,11 @@ class InputError(ValueError):
     """
 
 
+def reason(error: Exception) -> str:
+    """What an error says, in a line, for a message of ours."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
 class PeerLost(RuntimeError):
     """Another process of the job is gone; this one cannot go on alone."""
 

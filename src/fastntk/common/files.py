@@ -67,6 +67,7 @@ def write(path: Path, save: Callable[[Path], object]) -> None:
     """
     beside = aside(path)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         discard(beside)
         beside.mkdir()
         save(beside / path.name)

@@ -44,6 +44,11 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error is that of an allocation: of a GPU, of Python, or of torch on a CPU."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
 def device_name(device: torch.device) -> str:
     """``cpu``, or what the GPU calls itself."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -125,23 +130,25 @@ class _Held(TorchDispatchMode):
         self.sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {each.untyped_storage()._cdata for each in tree_iter((args, kwargs)) if isinstance(each, Tensor)}
+        given = {storage._cdata for storage in _storages((args, kwargs))}
         out = func(*args, **(kwargs or {}))
-        for each in tree_iter(out):
-            if isinstance(each, Tensor):
-                storage = each.untyped_storage()
-                self._enter(storage, storage._cdata in given)
+        for storage in _storages(out):
+            if storage._cdata not in given | self.sizes.keys():
+                self.sizes[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._leave, storage._cdata)
         return out
-
-    def _enter(self, storage: torch.UntypedStorage, old: bool) -> None:
-        if storage._cdata not in self.sizes and not old:
-            self.sizes[storage._cdata] = storage.nbytes()
-            self.now += storage.nbytes()
-            self.most = max(self.most, self.now)
-            weakref.finalize(storage, self._leave, storage._cdata)
 
     def _leave(self, storage: int) -> None:
         self.now -= self.sizes.pop(storage)
+
+
+def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
+    """Those of the dense tensors among some values."""
+    for each in tree_iter(values):
+        if isinstance(each, Tensor) and each.layout == torch.strided:
+            yield each.untyped_storage()
 
 
 def _of_glibc(name: str) -> Callable[..., int] | None:

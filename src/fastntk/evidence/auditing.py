@@ -71,7 +71,7 @@ def audit(
             parameters than the tuned ones, or the two retrained models are equal.
     """
     state = memory.state
-    _check(state, recipe, held_out, seed)
+    unseen = _checked(state, recipe, held_out, seed)
     drawn = state.members.positions(_drawn(memory, fraction, seed) if ids is None else ids)
     if not len(drawn):
         raise InputError("the audit's request is empty. Give a larger fraction.")
@@ -83,18 +83,21 @@ def audit(
     answer = memory.preview(state.members.by_position[position] for position in drawn.tolist())
     result = _compared(state, Subset(state.members, drawn.tolist()), (first, second), answer, seconds)
     if held_out is not None:
-        result = _beside_unseen(result, state, held_out)
+        result = _beside_unseen(result, state, held_out, unseen)
     memory.enter(result)
     return result
 
 
-def _check(state: State, recipe: Recipe | Retraining, held_out: Dataset | None, seed: int) -> None:
-    """Raises ``InputError`` for arguments of an audit that would fail it after the retraining."""
+def _checked(state: State, recipe: Recipe | Retraining, held_out: Dataset | None, seed: int) -> Tensor:
+    """The labels of held-out samples, of which there may be none.
+
+    Raises:
+        InputError: for arguments of an audit that would fail it after the retraining.
+    """
     check_seed(seed)
     if not isinstance(recipe, Recipe) and not callable(recipe):
         raise InputError(f"an audit retrains by a fastntk.Recipe or a function, not a {type(recipe).__name__}.")
-    if held_out is not None:
-        _check_held_out(state, held_out)
+    return torch.empty(0) if held_out is None else _labels(state, held_out)
 
 
 def _drawn(memory: Memory, fraction: float, seed: int) -> list[Id]:
@@ -187,21 +190,23 @@ def left_out_gain(memory: Memory, held_out: Dataset) -> float:
         InputError: the memory's form leaves nobody out (``left_out``).
     """
     state, positions = memory.state, _some(memory.state)
-    _check_held_out(state, held_out)
+    known = _labels(state, held_out)
     members = Subset(state.members, positions.tolist())
     here, unseen = (
         logits_of(model_at(state.model, state.parameters), data, state.network.device).cpu()
         for data in (members, held_out)
     )
     change, labels = left_out(state, positions).cpu() - here, labels_of(members)
-    wanted = label_probability(unseen, labels_of(held_out))
+    wanted = label_probability(unseen, known)
     return solved(lambda gain: label_probability(here + gain * change, labels) - wanted)
 
 
-def _check_held_out(state: State, held_out: Dataset) -> None:
-    """Raises ``InputError`` if there is no held-out sample, or one of a class that the model does not know."""
+def _labels(state: State, held_out: Dataset) -> Int[Tensor, " samples"]:
+    """Of held-out samples. Raises ``InputError`` if there is none, or one of a class that the model does not know."""
     check_any(held_out, "held-out")
-    check_labels(labels_of(held_out), state.network.classes)
+    labels = labels_of(held_out)
+    check_labels(labels, state.network.classes)
+    return labels
 
 
 def _some(state: State) -> Int[Tensor, " samples"]:
@@ -210,8 +215,8 @@ def _some(state: State) -> Int[Tensor, " samples"]:
     return state.positions[order[:_LEFT_OUT].sort().values]
 
 
-def _beside_unseen(result: Audit, state: State, held_out: Dataset) -> Audit:
-    """With the accuracies on some members left out and on held-out samples."""
+def _beside_unseen(result: Audit, state: State, held_out: Dataset, labels: Tensor) -> Audit:
+    """With the accuracies on some members left out and on held-out samples of those labels."""
     positions = _some(state)
     members = labels_of(Subset(state.members, positions.tolist()))
     alone = left_out(state, positions).cpu()
@@ -219,7 +224,7 @@ def _beside_unseen(result: Audit, state: State, held_out: Dataset) -> Audit:
     return replace(
         result,
         left_out=accuracy(alone, members),
-        unseen=accuracy(unseen, labels_of(held_out)),
+        unseen=accuracy(unseen, labels),
         compared=(len(members), len(unseen)),
     )
 

@@ -31,24 +31,36 @@ def called(model: nn.Module, parameters: Mapping[str, Tensor], images: Tensor) -
 
 
 def suited(model: nn.Module, images: Tensor) -> Tensor:
-    """The images in the numbers that the model computes in."""
-    like = next((each for each in model.parameters() if each.is_floating_point()), images)
-    return images.to(like.dtype)
+    """The images as they are, or, where none of the model's parameters is of their dtype, in that of the first."""
+    dtypes = dict.fromkeys(each.dtype for each in model.parameters() if each.is_floating_point())
+    return images if not dtypes or images.dtype in dtypes else images.to(next(iter(dtypes)))
 
 
 def uncached(model: nn.Module) -> nn.Module:
     """The model, after its modules dropped what they computed from their parameters and keep from one pass to the next.
 
     In eval mode the attention of LeViT, TinyViT and others does, and would go on with the old biases; its ``train``
-    drops it.
+    drops it. Whatever else a ``train`` does to modes and to what requires gradients is undone.
     """
     for module in model.modules():
-        if type(module).train is not nn.Module.train:
+        if type(module).train is not nn.Module.train and keeps(module):
             modes = [(each, each.training) for each in module.modules()]
-            module.train()
+            free = [(each, each.requires_grad) for each in module.parameters()]
+            module.train(True)
             for each, mode in modes:
                 each.training = mode
+            for parameter, wanted in free:
+                if parameter.requires_grad != wanted:
+                    parameter.requires_grad_(wanted)
     return model
+
+
+def keeps(module: nn.Module) -> bool:
+    """Whether a module has tensors that are neither its parameters nor its buffers: attributes, or a dict of them."""
+    own = [value for name, value in vars(module).items() if not name.startswith("_")]
+    return any(
+        isinstance(each, Tensor) for value in own for each in (value.values() if isinstance(value, dict) else [value])
+    )
 
 
 def state_at(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -3,19 +3,16 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor
-from torch.nn.parameter import UninitializedParameter
 from torch.utils.checkpoint import CheckpointError
 
-from fastntk.common.errors import InputError
+from fastntk.common.errors import InputError, reason
+from fastntk.common.machine import out_of_memory
 
 
 def check_numbers(parameters: Mapping[str, Tensor]) -> None:
-    """Raises ``InputError`` for a parameter that cannot be tuned: of half precision, or without a shape yet."""
+    """Raises ``InputError`` for a parameter that cannot be tuned: of half precision."""
     for name, each in parameters.items():
-        if isinstance(each, UninitializedParameter):
-            raise InputError(f"parameter {name!r} is Lazy, and has no shape before a first pass. Make one first.")
         if each.is_floating_point() and each.element_size() < 4:
             raise InputError(
                 f"parameter {name!r} is of dtype {each.dtype}, in which a step is lost to rounding. Call model.float() "
@@ -28,17 +25,24 @@ def taking(images: Tensor, remedy: str = "Transform them as it wants.") -> Itera
     """A pass of images through a model.
 
     Raises:
-        InputError: the model fails at them, for whatever reason; the message ends with the ``remedy``.
+        InputError: the model fails at them, and not because its code or the device does; the message ends with the
+            ``remedy``.
     """
     try:
         yield
-    except (InputError, torch.OutOfMemoryError, CheckpointError):
-        raise
     except Exception as error:  # whatever a model says of images that are not for it
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise InputError(
-            f"the model cannot take images of shape {list(images.shape[1:])} ({reason}). {remedy}"
-        ) from error
+        if isinstance(error, _OTHERS) or any(name in str(error) for name in ("CUDA error", "CUBLAS", "CUDNN", "cuDNN")):
+            raise
+        shape = list(images.shape[1:])
+        if out_of_memory(error):
+            raise InputError(
+                f"memory does not suffice for a pass of images of shape {shape} ({reason(error)}). Take smaller ones, "
+                "or fewer a batch."
+            ) from error
+        raise InputError(f"the model cannot take images of shape {shape} ({reason(error)}). {remedy}") from error
+
+
+_OTHERS = InputError, CheckpointError, NameError, ImportError  # that say nothing of images
 
 
 def check_logits(logits: object, batch: int, classes: int | None = None) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastntk.common.errors import InputError
+from fastntk.common.errors import InputError, reason
 from fastntk.inputs.called import called
 
 _SIDES = 32, 64, 224, 28, 16, 8, 4, 96, 128, 160, 192, 256, 299, 384
@@ -54,7 +54,7 @@ def reset_head(model: nn.Module, seed: int) -> None:
 
 def _logits(model: nn.Module, parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """The logits of one image of the first size that the model takes, with their history, and the image."""
-    reason = ""
+    told = ""
     like = next((each for each in parameters.values() if each.is_floating_point()), torch.zeros(()))
     with _evaluating(model), torch.enable_grad():
         for shape in _shapes(model):
@@ -65,13 +65,13 @@ def _logits(model: nn.Module, parameters: dict[str, Tensor]) -> tuple[Tensor, Te
             except InputError:
                 raise
             except Exception as error:
-                reason = reason or (str(error).strip() or type(error).__name__).splitlines()[0]
+                told = told or reason(error)
                 continue
             if isinstance(out, Tensor) and out.grad_fn is not None:
                 return out, image
-            reason = reason or "it returns no tensor that depends on its parameters"
+            told = told or "it returns no tensor that depends on its parameters"
     raise InputError(
-        f"the model's head cannot be found: no image that was tried goes through it ({reason}). Name its parameters "
+        f"the model's head cannot be found: no image that was tried goes through it ({told}). Name its parameters "
         "instead, by a regular expression."
     )
 

@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from fastntk.common.errors import InputError
+from fastntk.common.errors import InputError, reason
 from fastntk.inputs.heads import head_modules, head_parameters
 from fastntk.inputs.images import Preprocessing
 from fastntk.inputs.libraries import timm, torchvision, transformers
@@ -113,13 +114,13 @@ def _from_transformers(name: str, classes: int, size: int | None, pretrained: bo
         if not stored:
             return Logits(auto.AutoModelForImageClassification.from_config(config), bgr), preprocessing
         model, found = auto.AutoModelForImageClassification.from_pretrained(
-            name, config=config, ignore_mismatched_sizes=True, output_loading_info=True
+            name, config=config, ignore_mismatched_sizes=True, output_loading_info=True, dtype=torch.float32
         )
     except InputError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
-            f"transformers has no image classifier {name!r} ({str(error).splitlines()[0]}). Give a folder that "
+            f"transformers has no image classifier {name!r} ({reason(error)}). Give a folder that "
             "save_pretrained wrote, model and image processor, or one of its types, as 'transformers/vit'."
         ) from error
     wrapped = Logits(model, bgr)

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
-from fastntk.common.errors import InputError
+from fastntk.common.errors import InputError, reason
 from fastntk.common.typed import check_seed
 from fastntk.inputs.called import called
-from fastntk.inputs.checks import check_logits, check_numbers, taking
+from fastntk.inputs.checks import check_logits, taking
 from fastntk.inputs.heads import reset_head
 from fastntk.inputs.images import Preprocessing
 from fastntk.inputs.makers import maker
@@ -45,7 +46,7 @@ def load_model(
         model, preprocessing = _made(name, classes, size, pretrained)
     if weights is not None and not pretrained:
         load_weights(model, read_weights(Path(weights)))
-    check_numbers(dict(model.named_parameters()))
+    _check_made(model)
     _check_output(model.eval(), preprocessing.size, classes)
     reset_head(model, seed)
     return model.eval().to(memory_format=torch.channels_last), preprocessing  # type: ignore[call-overload]
@@ -58,14 +59,23 @@ def _made(name: str, classes: int, size: int | None, pretrained: bool) -> tuple[
     except InputError:
         raise
     except Exception as error:  # whatever a library says of a size that is none of its model's, or without a network
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         if pretrained and isinstance(error, OSError | RuntimeError):
             raise InputError(
-                f"the pretrained weights of {name} cannot be had ({reason}). The library downloads them, if it has "
-                "any: without a network, copy a file of them here and give its path."
+                f"the pretrained weights of {name} cannot be had ({reason(error)}). The library downloads them, if it "
+                "has any: without a network, copy a file of them here and give its path."
             ) from error
-        side = f" that takes images of {size} x {size}" if size else ""
-        raise InputError(f"there is no {name}{side} ({reason}). Choose another size.") from error
+        if size:
+            told = f"there is no {name} that takes images of {size} x {size} ({reason(error)}). Choose another size."
+        else:
+            told = f"{name} cannot be made ({reason(error)}). Install what it needs, or choose another."
+        raise InputError(told) from error
+
+
+def _check_made(model: nn.Module) -> None:
+    """Raises ``InputError`` for a parameter without a shape."""
+    for name, each in model.named_parameters():
+        if isinstance(each, UninitializedParameter):
+            raise InputError(f"parameter {name!r} is Lazy, and has no shape before a first pass. Make one first.")
 
 
 def _check_output(model: nn.Module, size: int, classes: int) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastntk.common.errors import InputError
+from fastntk.common.errors import InputError, reason
 from fastntk.inputs.images import Images, Preprocessing, rgb
 from fastntk.inputs.libraries import datasets, torchvision
 
@@ -21,11 +21,7 @@ def _decoding(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise InputError(f"{what} does not decode as an image ({_reason(error)}). Replace or remove it.") from error
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise InputError(f"{what} does not decode as an image ({reason(error)}). Replace or remove it.") from error
 
 
 class _Folder:
@@ -99,7 +95,7 @@ def _from_hugging_face(path: Path, preprocessing: Preprocessing, split: str, id_
     try:
         stored = library.load_from_disk(str(path))
     except Exception as error:  # whatever a damaged one leads the library into
-        raise InputError(f"{path} cannot be read as a Hugging Face dataset ({_reason(error)}).") from error
+        raise InputError(f"{path} cannot be read as a Hugging Face dataset ({reason(error)}).") from error
     if isinstance(stored, library.DatasetDict):
         if split not in stored:
             raise InputError(f"{path} has no split {split!r}; it holds {', '.join(stored)}.")
@@ -199,9 +195,11 @@ def _from_npz(path: Path, preprocessing: Preprocessing, split: str, id_column: s
             names = _class_names(archive["classes"], path) if "classes" in archive else None
     except InputError:
         raise
+    except MemoryError as error:
+        raise InputError(f"{path} is too large for the memory that is free. Give a folder of images.") from error
     except Exception as error:  # a zip file may be damaged, locked or packed in many ways
         raise InputError(
-            f"{path} cannot be read as an .npz file ({_reason(error)}). It may be truncated: copy it again."
+            f"{path} cannot be read as an .npz file ({reason(error)}). It may be truncated: copy it again."
         ) from error
     if x.dtype != np.uint8 or not x.size or x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[3] != 3):
         raise InputError(f"{path}: images must be uint8 [N, H, W] or [N, H, W, 3], not {x.dtype} {list(x.shape)}.")
@@ -221,7 +219,9 @@ def _from_npz(path: Path, preprocessing: Preprocessing, split: str, id_column: s
 
 def _class_names(given: np.ndarray, path: Path) -> list[str]:
     names = (
-        [name.decode() if isinstance(name, bytes) else str(name) for name in given.tolist()] if given.ndim == 1 else []
+        [name.decode(errors="replace") if isinstance(name, bytes) else str(name) for name in given.tolist()]
+        if given.ndim == 1
+        else []
     )
     if not names or len(set(names)) < len(names):
         raise InputError(f"{path}: classes must be a list of names, each its own, one a class.")
@@ -238,7 +238,7 @@ def _from_torchvision(name: str, preprocessing: Preprocessing, split: str, root:
     try:
         dataset = make(root=str(root), **options)
     except Exception as error:  # each of its datasets says in its own way that it is not there
-        raise InputError(f"torchvision cannot open {name} under {root} ({_reason(error)}).") from error
+        raise InputError(f"torchvision cannot open {name} under {root} ({reason(error)}).") from error
     labels = getattr(dataset, "targets", getattr(dataset, "labels", None))
     if labels is None:
         raise InputError(f"torchvision's {name} has no list of labels. Export it to a folder of class folders.")

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fastntk.common.errors import InputError
+from fastntk.common.errors import InputError, reason
 from fastntk.common.files import write, write_tensors
 from fastntk.inputs.heads import head_parameters
 
@@ -31,8 +31,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
                 f"{path} holds more than tensors, which cannot be read without running its code. Save "
                 "model.state_dict() alone: torch.save(model.state_dict(), FILE)."
             ) from error
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path} cannot be read as weights ({reason}). It may be truncated: copy it again.") from error
+        raise InputError(
+            f"{path} cannot be read as weights ({reason(error)}). It may be truncated: copy it again."
+        ) from error
     found = [each for each in (state, *_inner(state)) if _is_state(each)]
     if not found:
         raise InputError(f"{path} is not a state dict: a mapping of names to tensors. Save model.state_dict().")
@@ -45,7 +46,7 @@ def _inner(state: Any) -> list[Any]:
 
 
 def _is_state(state: Any) -> bool:
-    return isinstance(state, Mapping) and bool(state) and all(map(_is_entry, *zip(*state.items(), strict=True)))
+    return isinstance(state, Mapping) and bool(state) and all(_is_entry(*each) for each in state.items())
 
 
 def _is_entry(name: Any, tensor: Any) -> bool:

@@ -6,7 +6,7 @@ is noticed by a trial run and differentiated by ``torch.func`` instead, slower a
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.func import jacrev, vmap
 from torch.utils.checkpoint import CheckpointError
 
-from fastntk.common.errors import InputError
-from fastntk.inputs.called import called
+from fastntk.common.errors import InputError, reason
+from fastntk.common.machine import out_of_memory
+from fastntk.inputs.called import called, keeps
 from fastntk.inputs.checks import check_logits, taking
 from fastntk.jacobians.jacobian import Jacobian
 from fastntk.jacobians.layout import Layout
@@ -33,6 +34,11 @@ _LIMIT, _LIMIT_DOUBLE = 1e-3, 1e-5
 # What a logit may change from pass to pass, as a share of the largest; ten times that beside another image, where other
 # kernels may be at work.
 _CHANGED = 1e-5
+
+_KEPT = (
+    "the model keeps what it computed from {!r} for the next pass, which would be wrong after a change of it. Tune "
+    "other parameters, or have a train() of the module drop what is kept."
+)
 
 _CHECKPOINTED = (
     "the model recomputes activations (gradient checkpointing), which per-sample Jacobians cannot go through. Turn it "
@@ -79,6 +85,7 @@ class PerSampleJacobian:
         pair = torch.cat([x, x])
         found, used = self._trial(pair)
         self._check_independent(x)
+        _check_unused(self.model, self.parameters.keys() - used)
         probes, expected = self._by_autograd(pair, used)
         wrong = self._wrong(found, pair, probes, expected)
         if wrong:
@@ -124,10 +131,7 @@ class PerSampleJacobian:
         grads = dict(zip(trial, found, strict=True))
         kept = sorted(name for name in used if grads[name] is None)
         if kept:
-            raise InputError(
-                f"the model keeps what it computed from {kept[0]!r} for the next pass, which would be wrong after a "
-                "change of it. Tune other parameters, or have a train() of the module drop what is kept."
-            )
+            raise InputError(_KEPT.format(kept[0]))
         return probes, {name: torch.zeros_like(trial[name]) if g is None else g for name, g in grads.items()}
 
     def _wrong(self, layout: Layout, x: Tensor, probes: Tensor, expected: Mapping[str, Tensor]) -> set[str]:
@@ -155,6 +159,8 @@ class PerSampleJacobian:
         with torch.enable_grad():
             with taking(x):
                 logits = self._forward(x, trial, mode)
+            if not logits.requires_grad:
+                raise InputError("the logits depend on no tuned parameter. Tune others: 'head' is always among them.")
             _check_kept(logits)
             inputs = [*trial.values(), *mode.copies.values()]
             grads = torch.autograd.grad(logits.sum(), inputs, allow_unused=True, materialize_grads=False)
@@ -261,6 +267,8 @@ class PerSampleJacobian:
         batch, count = outputs.shape
         result = outputs.new_empty(batch, count, sum(copy[0].numel() for copy in copies), dtype=self.dtype)
         wanted = [*copies, *(mode.tuned[name] for name in names)]
+        if not outputs.requires_grad:  # a body that gradients do not reach
+            return result.zero_()
         for k in range(count if copies else 0):
             grads = torch.autograd.grad(outputs[:, k].sum(), wanted, retain_graph=k + 1 < count, allow_unused=True)
             odd = [name for name, grad in zip(names, grads[len(copies) :], strict=True) if grad is not None]
@@ -284,13 +292,12 @@ class PerSampleJacobian:
         try:
             with torch.autocast(x.device.type, enabled=False):  # whose casts torch.func does not differentiate
                 jacobians = vmap(jacrev(outputs), (None, 0, None if probes is None else 0))(free, x, probes)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:  # of a recurrent network, say
-            reason = str(error).splitlines()[0]
+            if out_of_memory(error):
+                raise
             raise InputError(
-                f"no rule covers how {', '.join(names[:3])} are used, and torch.func does not either ({reason}). Tune "
-                "other parameters."
+                f"no rule covers how {', '.join(names[:3])} are used, and torch.func does not either "
+                f"({reason(error)}). Tune other parameters."
             ) from error
         return torch.cat([each.reshape(*each.shape[:2], -1).detach() for each in map(jacobians.get, names)], 2)
 
@@ -301,6 +308,16 @@ class PerSampleJacobian:
         inputs = next(call.input for call in mode.linear_calls if call.names == head).detach()
         ones = inputs.new_ones(len(inputs), 1)
         return torch.cat([inputs if self.parameters[name].ndim == 2 else ones for name in head], 1)
+
+
+def _check_unused(model: nn.Module, names: Set[str]) -> None:
+    """Says which parameters the logits do not depend on; raises ``InputError`` for one of a module that keeps tensors,
+    which may be of an earlier pass."""
+    if names:
+        log.info("the logits do not depend on %s", ", ".join(sorted(names)))
+    for name in sorted(names):
+        if keeps(model.get_submodule(name.rpartition(".")[0])):
+            raise InputError(_KEPT.format(name))
 
 
 def _check_kept(logits: Tensor) -> None:

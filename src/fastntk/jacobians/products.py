@@ -26,8 +26,14 @@ def tangent_of(network: Linearised, images: Tensor, vector: Float[Tensor, " p"])
     """``J v`` for a batch of images."""
     parameters = network.jacobian.parameters
     direction = network.layout.unflatten(vector, parameters)
-    with torch.no_grad(), _forward_mode(), arithmetic(network.numerics.precision, network.device):
-        return jvp(lambda free: network.logits(images, free), (parameters,), (direction,))[1].to(vector)
+    logits = partial(network.logits, images)
+    try:
+        with torch.no_grad(), _forward_mode(), arithmetic(network.numerics.precision, network.device):
+            return jvp(logits, (parameters,), (direction,))[1].to(vector)
+    except NotImplementedError:  # an operation has no derivative of that kind: J v is that of u -> J'u along v
+        with arithmetic(network.numerics.precision, network.device):
+            value, pullback = vjp(logits, parameters)
+            return vjp(lambda u: pullback(u)[0], torch.zeros_like(value))[1](direction)[0].to(vector)
 
 
 def pull(network: Linearised, pairs: Iterable[tuple[Tensor, Float[Tensor, "batch classes"]]]) -> Float[Tensor, " p"]:

@@ -46,7 +46,7 @@ def finished(
     """
     state, done = memory.state, dict(memory.parameters if parameters is None else parameters)
     if gain is not False:
-        found = _gain_of(state) if gain is True else float(gain)
+        found = audited_gain(state) if gain is True else float(gain)
         if not 0 < found < float("inf"):
             raise InputError(f"a gain must be a positive number, not {gain!r}.")
         done = multiplied(state, done, max(found, 0.0 if exact_head else 1.0))
@@ -76,7 +76,8 @@ def multiplied(state: State, parameters: Mapping[str, Tensor], gain: float) -> d
     return {name: anchor[name] + gain * (tensor - anchor[name]) for name, tensor in parameters.items()}
 
 
-def _gain_of(state: State) -> float:
+def audited_gain(state: State) -> float:
+    """The gain of the memory's audit. Raises ``InputError`` where there is none."""
     if state.audit is None:
         raise InputError(
             "a gain comes from an audit, and this memory has had none since it was linearised: fastntk audit RUN."

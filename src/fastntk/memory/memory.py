@@ -24,7 +24,7 @@ from fastntk.memory.certificate import Answer
 from fastntk.memory.disk.folder import Folder
 from fastntk.memory.disk.ledger import Request
 from fastntk.memory.disk.packing import on_device, pack, unpack
-from fastntk.memory.prepare import check_initial, check_pull, linearised, prepared, refreshed
+from fastntk.memory.prepare import check_initial, linearised, prepared, pull_of, refreshed
 from fastntk.memory.request import draft, replayed
 from fastntk.memory.state import State
 from fastntk.solve.ridge import Calibration
@@ -250,11 +250,10 @@ def prepare(
         InputError: ``initial`` does not belong to the model, an option is out of range, a layer is in training mode,
             the data are not fit for use, or no form fits into memory.
     """
-    check_pull(ridge, shrinkage)
+    pull = {**pull_of(ridge, shrinkage), "form": form, "classes": classes}
     settle()
     check_initial(initial, tuned(model))
     network = linearised(model, train, loss, replace(numerics, **changes))  # type: ignore[arg-type]
-    pull = {"ridge": ridge, "shrinkage": shrinkage, "form": form, "classes": classes}
     return Memory(prepared(network, initial, {**pull, "witnesses": witnesses, "seed": seed}, checkpoint))
 
 

@@ -1,6 +1,7 @@
 """What preparing a memory will take, before any of it is done: every form's memory, arithmetic and time."""
 
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 from torch import nn
 from torch.utils.data import Dataset
@@ -13,8 +14,8 @@ from fastntk.solve.forms import FORMS
 from fastntk.solve.prices import Price, Workload
 from fastntk.solve.speeds import Speeds
 from fastntk.tuning.loss import CrossEntropy, Loss
+from fastntk.tuning.recipe import Recipe
 
-_EPOCHS = 12  # of a retraining, as a recipe has them
 _LOOKED_AT = 16  # images, for how many classes are kept
 
 
@@ -101,7 +102,8 @@ def plan(
     form: str = "auto",
     classes: int | str = "auto",
     loss: Loss = CrossEntropy(),
-    epochs: int = _EPOCHS,
+    epochs: int = Recipe.epochs,
+    checkpoint: Path | str | None = None,
     numerics: Numerics = Numerics(),
     **changes: object,
 ) -> Plan:
@@ -117,35 +119,40 @@ def plan(
         classes: that the convex forms keep.
         loss: of the fit.
         epochs: of the retraining that preparing is compared with.
+        checkpoint: the folder that ``prepare`` will be given, on whose disk rows are then kept.
         numerics: how to compute.
 
     Raises:
         InputError: like ``prepare``.
     """
+    Recipe(epochs=epochs)  # checks it
     settle()
+    place = Path(checkpoint) if checkpoint else None
     network = linearised(model, train, loss, replace(numerics, **changes))  # type: ignore[arg-type]
-    network, work, price = priced(network, form, classes, first=_LOOKED_AT)
+    network, work, price = priced(network, form, classes, place, first=_LOOKED_AT)
     speeds = Speeds(network, price.batch or work.batch_size)
     timing = FORMS[price.form].timing(work, speeds)
     training = epochs * work.samples * speeds.training.seconds
-    offers = tuple(_offer(name, work, speeds, price.form) for name in FORMS)
+    offers = tuple(_offer(name, work, speeds, price.form, room(place)) for name in FORMS)
     operations = price.operations + timing.operations
     return Plan(price.form, price.bytes, price.disk, operations, timing.seconds, work, training, epochs, offers)
 
 
-def _offer(form: str, work: Workload, speeds: Speeds, taken: str) -> Offer:
-    """What a form would take."""
+def _offer(form: str, work: Workload, speeds: Speeds, taken: str, disk: int) -> Offer:
+    """What a form would take, where so many bytes of disk are free."""
     price, device = FORMS[form].price(work), speeds.network.device
     seconds = sum(FORMS[form].timing(work, speeds).seconds.values())
-    return Offer(form, price.bytes, price.disk, seconds, "" if form == taken else _against(price, free_bytes(device)))
+    return Offer(
+        form, price.bytes, price.disk, seconds, "" if form == taken else _against(price, free_bytes(device), disk)
+    )
 
 
-def _against(price: Price, free: int) -> str:
+def _against(price: Price, free: int, disk: int) -> str:
     """What speaks against a form, or nothing."""
     if price.refusal:
         return price.refusal
     if price.bytes > free:
         return f"does not fit into {free / 1e9:.1f} GB"
-    if price.disk > room(None):
-        return f"does not fit onto {room(None) / 1e9:.1f} GB of disk"
+    if price.disk > disk:
+        return f"does not fit onto {disk / 1e9:.1f} GB of disk"
     return ("", "requests read the disk", "answers by one step", "requests pass over all that is retained")[price.rank]

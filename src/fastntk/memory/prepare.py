@@ -151,8 +151,12 @@ def refreshed(state: State, checkpoint: Path | None) -> State:
     return prepared(network, state.initial, state.made["options"], checkpoint)
 
 
-def check_pull(ridge: float | str, shrinkage: float) -> None:
-    """Raises ``InputError`` for a ridge that is no positive number or 'auto', or a shrinkage outside ``(0, 1]``."""
+def pull_of(ridge: float | str, shrinkage: float) -> dict[str, Any]:
+    """Both, as Python's own numbers, by name.
+
+    Raises:
+        InputError: the ridge is no positive number or 'auto', or the shrinkage outside ``(0, 1]``.
+    """
     number = isinstance(ridge, Real) and not isinstance(ridge, bool)
     if ridge != "auto" and not (number and _RIDGES[0] <= float(ridge) <= _RIDGES[1]):
         raise InputError(
@@ -160,6 +164,7 @@ def check_pull(ridge: float | str, shrinkage: float) -> None:
         )
     if not 0 < shrinkage <= 1:
         raise InputError(f"the shrinkage must be above 0 and at most 1, which is none, not {shrinkage!r}.")
+    return {"ridge": ridge if isinstance(ridge, str) else float(ridge), "shrinkage": float(shrinkage)}
 
 
 def check_initial(initial: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:

@@ -96,7 +96,7 @@ class OnDisk:
 
     @classmethod
     def timing(cls, work: Workload, speeds: Speeds) -> Timing:
-        """Of the Jacobians, and of the reads that the solve takes, from one part."""
+        """Of the Jacobians, and of the reads that the solve takes."""
         jacobians = prices.passes(work, 1, speeds.rows(work.kept_rows), "Jacobians")
         each = speeds.read(work.kept_rows, _dtype(speeds.network.dtype))
         return Timing({**jacobians.seconds, "solve": _READS * each * work.samples}, jacobians.operations)
@@ -260,11 +260,6 @@ def _rounded(network: Linearised, rows: Rows) -> float:
     """What rounding has changed of the first rows, relative to their size."""
     exact = network.rows([0]).jacobian.rest
     return float((rows.jacobian.rest[:1].to(exact) - exact).norm() / exact.norm().clamp_min(1e-300))
-
-
-def _cheap(rows: Rows, dtype: torch.dtype) -> Rows:
-    """The same as they are kept on disk."""
-    return replace(rows, jacobian=replace(rows.jacobian, rest=rows.jacobian.rest.to(_dtype(dtype))))
 
 
 def _grown(rows: Rows, others: Rows, positions: Int[Tensor, " some"]) -> Rows:

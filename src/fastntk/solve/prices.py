@@ -199,9 +199,10 @@ def direct(work: Workload, speeds: Speeds, side: int, inner: int, kind: str, hea
     jacobians = passes(work, 1, speeds.rows(work.outputs), "Jacobians")
     if not side:
         return jacobians
-    sums = kind == "sums"
-    dtype = (torch.float64, torch.float32)[work.sums_itemsize == 4] if sums else torch.float64
-    known = speeds.algebra(side, work.outputs, dtype, dtype if sums else torch.float32)
+    dtype, factors = torch.float64, torch.float32
+    if kind == "sums":
+        dtype = factors = speeds.network.numerics.dtype
+    known = speeds.algebra(side, work.outputs, dtype, factors)
     growth = side / known.trial
     algebra = {
         kind: inner * float(side) ** 2 / known.rate / distributed.size(),

@@ -52,7 +52,7 @@ class Speeds:
     """
 
     def __init__(self, network: Linearised, batch: int) -> None:
-        self.network = network
+        self.network = replace(network, numerics=replace(network.numerics, workers=0))  # which take long to start
         self.most = max(1, min(batch, len(network.train)))  # type: ignore[arg-type]
         self.algebra = cache(self._algebra)
 
@@ -62,21 +62,22 @@ class Speeds:
         if outputs <= 1 or measured == 1:
             return one
         more = self._of_rows[measured]
-        share = (outputs - 1) / (measured - 1)
-        return Cost(
-            *(a + share * max(b - a, 0.0) for a, b in zip(vars(one).values(), vars(more).values(), strict=True))
-        )
+        further = (outputs - 1) / (measured - 1)
+        seconds = one.seconds + further * max(more.seconds - one.seconds, 0.0)
+        return Cost(seconds, one.operations + further * (more.operations - one.operations))
 
     @cached_property
     def _of_rows(self) -> dict[int, Cost]:
         """An image's Jacobian, by its number of outputs."""
-        most = self.network.classes - self.network.loss.contrasted
-        return {count: self._an_image(self._keeping(count).rows) for count in sorted({1, min(_ROWS, most)})}
+        most = min(_ROWS, self.network.classes)
+        return {count: self._an_image(self._keeping(count).rows) for count in sorted({1, most})}
 
     def _keeping(self, count: int) -> Linearised:
-        """The network with so many rows a sample."""
-        numerics = replace(self.network.numerics, class_probes=None)
-        return replace(self.network, keep=count + self.network.loss.contrasted, numerics=numerics)
+        """The network with so many rows a sample: contrasts, or, where there are not as many, probes."""
+        network, keep = self.network, count + self.network.loss.contrasted
+        probes = count if keep > network.classes else None
+        numerics = replace(network.numerics, class_probes=probes)
+        return replace(network, keep=None if probes else keep, numerics=numerics)
 
     @cached_property
     def gram(self) -> Cost:
@@ -98,7 +99,7 @@ class Speeds:
         return self._an_image(step)
 
     def _an_image(self, work: Callable[[range], object]) -> Cost:
-        """Of some work on the images at given positions, as many as take about a second."""
+        """Of some work on the images at given positions, as many as take about ``_AIM`` seconds."""
         with FlopCounterMode(display=False) as counter:  # and what is slow the first time
             work(range(1))
         wait(self.network.device)
@@ -109,7 +110,8 @@ class Speeds:
         return Cost(seconds, float(counter.get_total_flops()))
 
     def read(self, outputs: int, dtype: torch.dtype) -> float:
-        """Seconds a sample to read so many rows of each, of a dtype, and to multiply with them, both ways."""
+        """Seconds a sample to multiply with so many rows of each, both ways: rows of a dtype, as what is read from
+        disk and stays in the system's memory."""
         network, layout = self.network, self.network.layout
         head = sum(layout.shapes[name].numel() for name in layout.head)
         samples = max(1, min(PART, _READ // (outputs * layout.size * network.dtype.itemsize)))

@@ -5,7 +5,7 @@ The step is that of least squares, ``1/2 sum |J_i d - r_i|^2``. A loss whose Hes
 gradient: ``sum J_i'H J_i`` is the generalised Gauss-Newton matrix, and ``sum J_i'r_i`` stays as it is.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any, ClassVar
@@ -15,7 +15,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastntk.common.errors import InputError
-from fastntk.common.typed import check_types
 
 Labels = Int[Tensor, " samples"] | Float[Tensor, "samples classes"]
 """The class of every sample, or, as a soft label, what share of it is of each class."""
@@ -72,6 +71,14 @@ def kept_of(
     return Kept(targets.gather(1, classes), targets.sum(1), tail, logits.gather(1, classes).mean(1))
 
 
+def _numbers(what: str, given: Iterable[Any]) -> tuple[float, ...]:
+    """Numbers of any kind as Python's own. Raises ``InputError`` for what is none."""
+    try:
+        return tuple(float(each) for each in given)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{what} must be numbers, not {given!r}.") from error
+
+
 @dataclass(frozen=True)
 class SquaredLoss:
     """Squared loss on centred, scaled targets: ``1/2 |f(x) - t|^2`` per sample.
@@ -90,9 +97,10 @@ class SquaredLoss:
     name: str = field(default="squared", init=False)
 
     def __post_init__(self) -> None:
-        check_types(self)
-        if not 0 < self.scale < float("inf"):
-            raise InputError(f"the scale of squared loss must be a positive number, not {self.scale}.")
+        [scale] = _numbers("the scale of squared loss", [self.scale])
+        if not 0 < scale < float("inf"):
+            raise InputError(f"the scale of squared loss must be a positive number, not {scale}.")
+        object.__setattr__(self, "scale", scale)
 
     def targets(self, labels: Labels, classes: int) -> Float[Tensor, "batch classes"]:
         """The target logits ``t_i`` of samples with the given labels. Raises like ``shares``."""
@@ -166,8 +174,8 @@ class CrossEntropy:
         return bool(self.weights)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "weights", tuple(self.weights))
-        check_types(self)
+        object.__setattr__(self, "weights", _numbers("the weights of classes", self.weights))
+        object.__setattr__(self, "smoothing", *_numbers("label smoothing", [self.smoothing]))
         if not 0 <= self.smoothing < 1:
             raise InputError(f"label smoothing must be at least 0 and below 1, not {self.smoothing}.")
         if not all(0 < weight < float("inf") for weight in self.weights):

@@ -76,7 +76,8 @@ def plan(
     device: options.Device = "cpu",
     as_json: options.Json = False,
 ) -> None:
-    """What prepare would take: form, peak memory, arithmetic, and a time from a calibration of some seconds.
+    """What prepare would take, in every form: peak memory, disk, and a time from a calibration of some seconds, beside
+    that of a retraining.
 
     For a run, or, before there is one, for a model and data: fastntk plan --model resnet18 --data DATA.
     """
