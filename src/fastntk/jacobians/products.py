@@ -32,7 +32,7 @@ def tangent_of(network: Linearised, images: Tensor, vector: Float[Tensor, " p"])
             return jvp(logits, (parameters,), (direction,))[1].to(vector)
     except NotImplementedError:  # an operation has no derivative of that kind: J v is that of u -> J'u along v
         with arithmetic(network.numerics.precision, network.device):
-            value, pullback = vjp(logits, parameters)
+            value, pullback = vjp(logits, parameters)[:2]
             return vjp(lambda u: pullback(u)[0], torch.zeros_like(value))[1](direction)[0].to(vector)
 
 
