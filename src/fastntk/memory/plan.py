@@ -1,5 +1,6 @@
 """What preparing a memory will take, before any of it is done: every form's memory, arithmetic and time."""
 
+import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -7,7 +8,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from fastntk.common.files import room
-from fastntk.common.machine import free_bytes, settle
+from fastntk.common.machine import elapsed, free_bytes, settle
 from fastntk.jacobians.numerics import Numerics
 from fastntk.memory.prepare import linearised, priced
 from fastntk.solve.forms import FORMS
@@ -127,15 +128,17 @@ def plan(
     """
     Recipe(epochs=epochs)  # checks it
     settle()
+    started = time.perf_counter()
     place = Path(checkpoint) if checkpoint else None
     network = linearised(model, train, loss, replace(numerics, **changes))  # type: ignore[arg-type]
     network, work, price = priced(network, form, classes, place, first=_LOOKED_AT)
+    trial = {"trial": elapsed(started, network.device)}  # as prepare makes it too
     speeds = Speeds(network, price.batch or work.batch_size)
     timing = FORMS[price.form].timing(work, speeds)
     training = epochs * work.samples * speeds.training.seconds
     offers = tuple(_offer(name, work, speeds, price.form, room(place)) for name in FORMS)
-    operations = price.operations + timing.operations
-    return Plan(price.form, price.bytes, price.disk, operations, timing.seconds, work, training, epochs, offers)
+    operations, seconds = price.operations + timing.operations, {**trial, **timing.seconds}
+    return Plan(price.form, price.bytes, price.disk, operations, seconds, work, training, epochs, offers)
 
 
 def _offer(form: str, work: Workload, speeds: Speeds, taken: str, disk: int) -> Offer:

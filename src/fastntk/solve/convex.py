@@ -30,7 +30,7 @@ from fastntk.solve.collect import collect_rows, solved_once
 from fastntk.solve.kernel import kernel, kernel_between
 from fastntk.solve.linalg import add_product_, border_, factorised, invert_, mirror_, zero_
 from fastntk.solve.newton import Newton, Problem, bordered, curvature
-from fastntk.solve.prices import Price, Timing, Workload, direct
+from fastntk.solve.prices import Price, Timing, Workload, direct, forward
 from fastntk.solve.ridge import calibrate_convex
 from fastntk.solve.solution import Ownership, Solved, Task, Update
 from fastntk.solve.speeds import Speeds
@@ -90,10 +90,11 @@ class Convex:
 
     @classmethod
     def timing(cls, work: Workload, speeds: Speeds) -> Timing:
-        """Of the Jacobians, the kernel and the solves."""
+        """Of the forward passes, the Jacobians, the kernel and the solves."""
         rows = work.samples * work.kept_rows
         found = direct(work.of_kept, speeds, rows, work.rest, "kernel")
-        return Timing({**found.seconds, "solve": 6 * found.seconds.get("solve", 0.0)}, found.operations)
+        seconds = {**forward(work, speeds).seconds, **found.seconds, "solve": 6 * found.seconds.get("solve", 0.0)}
+        return Timing(seconds, found.operations)
 
     @classmethod
     def prepare(cls, task: Task) -> Solved:

@@ -96,10 +96,11 @@ class OnDisk:
 
     @classmethod
     def timing(cls, work: Workload, speeds: Speeds) -> Timing:
-        """Of the Jacobians, and of the reads that the solve takes."""
+        """Of the forward passes, the Jacobians, and the reads that the solve takes."""
         jacobians = prices.passes(work, 1, speeds.rows(work.kept_rows), "Jacobians")
         each = speeds.read(work.kept_rows, _dtype(speeds.network.dtype))
-        return Timing({**jacobians.seconds, "solve": _READS * each * work.samples}, jacobians.operations)
+        seconds = {**prices.forward(work, speeds).seconds, **jacobians.seconds, "solve": _READS * each * work.samples}
+        return Timing(seconds, jacobians.operations)
 
     @classmethod
     def prepare(cls, task: Task) -> Solved:

@@ -6,7 +6,7 @@ import torch
 
 from fastntk.common import distributed
 from fastntk.common.machine import peak_tensors
-from fastntk.jacobians.linearised import Linearised
+from fastntk.jacobians.linearised import FIRST, Linearised
 from fastntk.jacobians.numerics import arithmetic
 from fastntk.solve import ridge
 from fastntk.solve.speeds import Cost, Speeds
@@ -179,10 +179,17 @@ def image_bytes(network: Linearised) -> int:
     return held(2) - held(1)
 
 
-def passes(work: Workload, count: int, each: Cost, name: str) -> Timing:
+def passes(work: Workload, count: int | float, each: Cost, name: str) -> Timing:
     """Of so many passes over all samples."""
     share = count * work.samples
     return Timing({name: share * each.seconds / distributed.size()}, share * each.operations)
+
+
+def forward(work: Workload, speeds: Speeds) -> Timing:
+    """Of the forward passes beside the Jacobians' own, where classes are kept: the head's, and two over the first
+    samples for what the others leave out."""
+    count = 2 * min(FIRST, work.samples) / work.samples + bool(work.features)
+    return passes(work, count, speeds.rows(0), "forward passes")
 
 
 def direct(work: Workload, speeds: Speeds, side: int, inner: int, kind: str, head: int = 0) -> Timing:

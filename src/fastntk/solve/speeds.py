@@ -57,14 +57,12 @@ class Speeds:
         self.algebra = cache(self._algebra)
 
     def rows(self, outputs: int) -> Cost:
-        """An image's Jacobian of so many outputs: one forward pass and a backward pass each."""
-        one, measured = self._of_rows[1], max(self._of_rows)
-        if outputs <= 1 or measured == 1:
-            return one
-        more = self._of_rows[measured]
-        further = (outputs - 1) / (measured - 1)
-        seconds = one.seconds + further * max(more.seconds - one.seconds, 0.0)
-        return Cost(seconds, one.operations + further * (more.operations - one.operations))
+        """An image's Jacobian of so many outputs: one forward pass, and a backward pass each."""
+        one, most = self._of_rows[1], max(self._of_rows)
+        further = (outputs - 1) / (most - 1)
+        each = max(self._of_rows[most].seconds - one.seconds, 0.0)
+        operations = self._of_rows[most].operations - one.operations
+        return Cost(max(one.seconds + further * each, 0.0), one.operations + further * operations)
 
     @cached_property
     def _of_rows(self) -> dict[int, Cost]:
@@ -99,14 +97,15 @@ class Speeds:
         return self._an_image(step)
 
     def _an_image(self, work: Callable[[range], object]) -> Cost:
-        """Of some work on the images at given positions, as many as take about ``_AIM`` seconds."""
+        """Of some work on the images at given positions, in batches of ``most``: from one image, and from as many as
+        take about ``_AIM`` seconds, as what a batch takes and what every image more does."""
+        device = self.network.device
         with FlopCounterMode(display=False) as counter:  # and what is slow the first time
             work(range(1))
-        wait(self.network.device)
-        started = time.perf_counter()
-        work(range(1))
-        count = max(1, min(self.most, int(_AIM / elapsed(started, self.network.device))))
-        seconds = _clocked(lambda: work(range(count)), self.network.device) / count
+        one = _clocked(lambda: work(range(1)), device)
+        count = min(self.most, int(_AIM / one))
+        each = one if count < 2 else (_clocked(lambda: work(range(count)), device) - one) / (count - 1)
+        seconds = max(each, 0.0) + max(one - each, 0.0) / self.most
         return Cost(seconds, float(counter.get_total_flops()))
 
     def read(self, outputs: int, dtype: torch.dtype) -> float:
