@@ -71,7 +71,8 @@ Fitted = Annotated[
 HeadStart = Annotated[
     str | None,
     typer.Option(
-        help="With --fitted, what its head started from: zero (the default), or fitted (it is not pulled at)."
+        callback=said,
+        help="With --fitted, what its head started from: zero (the default), or fitted (it is not pulled at).",
     ),
 ]
 Optimizer = Annotated[str, typer.Option(help="adam, adamw or sgd (with a momentum of 0.9).")]

@@ -224,13 +224,13 @@ class Run:
         """What preparing would take."""
         settings, model, images = self._opened()
         recipe = settings.fitting()
-        loss, epochs = recipe.loss, recipe.epochs
         return plan(
-            *(model, images),
+            model,
+            images,
             form=form,
             classes=classes,
-            loss=loss,
-            epochs=epochs,
+            loss=recipe.loss,
+            epochs=recipe.epochs,
             checkpoint=self.folder / "partial",
             numerics=numerics,
         )

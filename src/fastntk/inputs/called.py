@@ -58,9 +58,8 @@ def uncached(model: nn.Module) -> nn.Module:
 def keeps(module: nn.Module) -> bool:
     """Whether a module has tensors that are neither its parameters nor its buffers: attributes, or a dict of them."""
     own = [value for name, value in vars(module).items() if not name.startswith("_")]
-    return any(
-        isinstance(each, Tensor) for value in own for each in (value.values() if isinstance(value, dict) else [value])
-    )
+    inside = [each for value in own if isinstance(value, dict) for each in value.values()]
+    return any(isinstance(each, Tensor) for each in (*own, *inside))
 
 
 def state_at(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

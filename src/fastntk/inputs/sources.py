@@ -218,11 +218,8 @@ def _from_npz(path: Path, preprocessing: Preprocessing, split: str, id_column: s
 
 
 def _class_names(given: np.ndarray, path: Path) -> list[str]:
-    names = (
-        [name.decode(errors="replace") if isinstance(name, bytes) else str(name) for name in given.tolist()]
-        if given.ndim == 1
-        else []
-    )
+    listed = given.tolist() if given.ndim == 1 else []
+    names = [each.decode(errors="replace") if isinstance(each, bytes) else str(each) for each in listed]
     if not names or len(set(names)) < len(names):
         raise InputError(f"{path}: classes must be a list of names, each its own, one a class.")
     return names

@@ -12,7 +12,7 @@ from fastntk.common.machine import elapsed, free_bytes, settle
 from fastntk.jacobians.numerics import Numerics
 from fastntk.memory.prepare import linearised, priced
 from fastntk.solve.forms import FORMS
-from fastntk.solve.prices import Price, Workload
+from fastntk.solve.prices import Price, Timing, Workload
 from fastntk.solve.speeds import Speeds
 from fastntk.tuning.loss import CrossEntropy, Loss
 from fastntk.tuning.recipe import Recipe
@@ -134,20 +134,19 @@ def plan(
     network, work, price = priced(network, form, classes, place, first=_LOOKED_AT)
     trial = {"trial": elapsed(started, network.device)}  # as prepare makes it too
     speeds = Speeds(network, price.batch or work.batch_size)
-    timing = FORMS[price.form].timing(work, speeds)
+    timings = {name: kind.timing(work, speeds) for name, kind in FORMS.items()}
     training = epochs * work.samples * speeds.training.seconds
-    offers = tuple(_offer(name, work, speeds, price.form, room(place)) for name in FORMS)
-    operations, seconds = price.operations + timing.operations, {**trial, **timing.seconds}
+    free = free_bytes(network.device), room(place)
+    offers = tuple(_offer(FORMS[name].price(work), each, price.form, *free) for name, each in timings.items())
+    taken = timings[price.form]
+    operations, seconds = price.operations + taken.operations, {**trial, **taken.seconds}
     return Plan(price.form, price.bytes, price.disk, operations, seconds, work, training, epochs, offers)
 
 
-def _offer(form: str, work: Workload, speeds: Speeds, taken: str, disk: int) -> Offer:
-    """What a form would take, where so many bytes of disk are free."""
-    price, device = FORMS[form].price(work), speeds.network.device
-    seconds = sum(FORMS[form].timing(work, speeds).seconds.values())
-    return Offer(
-        form, price.bytes, price.disk, seconds, "" if form == taken else _against(price, free_bytes(device), disk)
-    )
+def _offer(price: Price, timing: Timing, taken: str, free: int, disk: int) -> Offer:
+    """What a form would take, where so many bytes of memory and of disk are free."""
+    but = "" if price.form == taken else _against(price, free, disk)
+    return Offer(price.form, price.bytes, price.disk, sum(timing.seconds.values()), but)
 
 
 def _against(price: Price, free: int, disk: int) -> str:

@@ -143,7 +143,7 @@ class Speeds:
 
 
 def _clocked(work: Callable[[], object], device: torch.device) -> float:
-    """The seconds of some work: the median of as many as start within a second, at most three."""
+    """The seconds of some work: the median of as many as start within ``_AIM`` seconds, at most three."""
     seconds: list[float] = []
     while len(seconds) < 3 and sum(seconds) < _AIM:
         wait(device)

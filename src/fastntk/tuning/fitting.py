@@ -77,7 +77,7 @@ def fit(
     recipe = replace(recipe, **changes)  # type: ignore[arg-type]
     parameters = tuned(model)
     initial = snapshot(parameters)
-    model.eval()
+    uncached(model.eval())
     device = next(iter(parameters.values())).device
     epochs = _Epochs(recipe, model, train, parameters, initial, device)
     held_out = torch.empty(0) if validation is None else _validated(model, validation, device)
@@ -140,7 +140,7 @@ class _Epochs:
             seeds = [self._seed(epoch, first + place) for place in mine or range(1)]
             x, y = augmented(checked(images), self.recipe.augment, seeds).to(self.device), labels.to(self.device)
             with taking(x):
-                logits = self.network(suited(uncached(self.network), x))
+                logits = self.network(suited(self.network, x))
             check_logits(logits, len(x))
             loss = self.recipe.loss(logits, y) * (len(mine) / whole)
             if not torch.isfinite(loss):
