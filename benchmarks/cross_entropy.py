@@ -5,7 +5,7 @@
 
 The .npz hold x_train, y_train, x_test, y_test. Tuned are batch norms and the head (ViT: ten prompts, or LoRA of rank 8,
 and the head), for 12 epochs: with plain cross-entropy, with label smoothing 0.1, or by AdamW (weight decay 0.05 toward
-zero) on images that are flipped and cropped. MobileNetV2's ten classes are fitted from three heads.
+zero) on images that are flipped and cropped. MobileNetV2 is fitted from three heads.
 
 A cell is a fitted model, a request (a class, a random tenth, a random hundredth) and a method. ratio is the mean
 distance on the forgotten images to the four retrained models over the mean over their six pairs, in probabilities and
@@ -91,11 +91,12 @@ class Setting:
 QUICK = [Setting("mobilenet_v2", recipe, 10, 100, 0) for recipe in ("plain", "smoothed")]
 SETTINGS = [
     *(Setting("mobilenet_v2", recipe, 10, 100, head) for recipe in RECIPES for head in range(3)),
-    *(Setting("efficientnet_lite0", recipe, 10, 100, 0) for recipe in ("plain", "smoothed")),
-    *(Setting("mobilenet_v2", recipe, 100, 20, 0) for recipe in ("plain", "smoothed")),
-    *(Setting("vit_s14", recipe, 10, 100, 0) for recipe in ("plain", "smoothed")),
-    *(Setting("mobilenet_v2", recipe, 100, 50, 0) for recipe in ("plain", "smoothed")),
-    *(Setting("vit_s14_lora", recipe, 10, 100, 0) for recipe in ("plain", "smoothed")),
+    *(
+        Setting(model, recipe, 10, 100, 0)
+        for model in ("efficientnet_lite0", "vit_s14", "vit_s14_lora")
+        for recipe in ("plain", "smoothed")
+    ),
+    *(Setting("mobilenet_v2", recipe, 100, each, head) for each in (20, 50) for head in range(3) for recipe in RECIPES),
 ]
 
 
