@@ -54,7 +54,7 @@ class Spectrum:
     @classmethod
     def of(cls, memory: Memory) -> "Spectrum":
         rows, u = memory.state.solution.rows, memory.state.displacement
-        values, vectors = torch.linalg.eigh(memory.state.solution.kernel)
+        values, vectors = torch.linalg.eigh(memory.state.solution.optimum.kernel)
         residual, image = rows.residual.double().flatten(), rows.jacobian.matvec(u).flatten()
         parts = [vectors.T @ part for part in (residual + image, image, residual)]
         return cls(values.clamp_min(0), vectors, *parts, float(u @ u), rows.residual.shape[1])
@@ -126,7 +126,7 @@ RULES: dict[str, Callable[[Spectrum, float], float]] = {
 def chosen(memory: Memory) -> dict[str, float]:
     """The factor of the kernel's mean diagonal that every rule takes."""
     spectrum = Spectrum.of(memory)
-    scale = float(memory.state.solution.kernel.diagonal().mean())
+    scale = float(memory.state.solution.optimum.kernel.diagonal().mean())
     return {
         name: float(FACTORS[torch.tensor([rule(spectrum, float(factor) * scale) for factor in FACTORS]).argmax()])
         for name, rule in RULES.items()

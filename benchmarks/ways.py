@@ -44,7 +44,6 @@ from fastntk.memory.members import Members
 from fastntk.memory.memory import Memory
 from fastntk.solve.convex import Convex
 from fastntk.solve.head import convex_shortfall
-from fastntk.solve.kernel import kernel
 from fastntk.solve.newton import Newton, Problem
 from fastntk.tuning.loss import contrasts, kept_of
 from fastntk.tuning.outputs import logits_of, model_at
@@ -57,7 +56,7 @@ HEADS = (0.1, 10.0)
 def at_ridge(memory: Memory, ridge: float) -> Memory:
     """The same memory under another ridge."""
     state, known = memory.state, memory.state.solution
-    solution = Convex.of(known.rows, known.loss, known.displacement, ridge, known.kernel, known.coefficients)
+    solution = replace(known.ready(), ridge=ridge).anew(state.network)
     center = state.layout.head_of(state.center)
     short = convex_shortfall(state.network, state.positions.tolist(), center, ridge)
     return Memory(replace(state, solution=solution, head_shortfall=short))
@@ -113,7 +112,7 @@ class Ways:
 
     def of_ridges(self) -> Iterator[dict[str, object]]:
         """What every ridge does."""
-        scale = float(self.memory.state.solution.kernel.diagonal().mean())
+        scale = float(self.memory.state.solution.optimum.kernel.diagonal().mean())
         gaps = {}
         for factor in FACTORS:
             other = at_ridge(self.memory, factor * scale)
@@ -166,8 +165,8 @@ class Ways:
         there = replace(rows, point=Point(moved.gather(1, classes) @ contrasts(classes.shape[1]), kept))
         present = torch.ones(len(rows), dtype=torch.bool)
         present[self.gone] = asked
-        problem = Problem.of(there, loss, solution.displacement, solution.ridge, solution.kernel, present)
-        a, _ = Newton().minimise(problem, solution.coefficients)
+        problem = Problem.of(there, loss, solution.displacement, solution.ridge, solution.optimum.kernel, present)
+        a, _ = Newton().minimise(problem, solution.optimum.coefficients, solution.tolerance)
         return state.moved_by(rows.step(a, solution.displacement) - solution.step)
 
     def other_head(self, c: float) -> dict[str, Tensor]:
@@ -177,7 +176,7 @@ class Ways:
         scaled = replace(known.rows.jacobian, features=known.rows.jacobian.features * s)
         rows, u = replace(known.rows, jacobian=scaled), known.displacement.clone()
         u[size:] /= s
-        solution = Convex.of(rows, known.loss, u, known.ridge, kernel(rows))
+        solution = Convex(rows, known.loss, u, known.ridge, known.over)
         change = solution.update(state.network, self.gone, -1).change
         change[size:] *= s
         return state.moved_by(change)

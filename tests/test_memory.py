@@ -215,13 +215,10 @@ def test_new_samples_are_remembered_as_if_they_had_been_there(form):
     assert len(memory.ids) == 14
 
 
-@pytest.mark.parametrize("form", ["primal", "dual"])
-def test_gathered_rounding_is_taken_off(form):
-    memory, exact = prepared(form=form), prepared(form=form)
-    noise = 1e-6 * torch.randn_like(memory.state.solution.inverse) * memory.state.solution.inverse.abs().max()
-    memory.state = replace(
-        memory.state, solution=replace(memory.state.solution, inverse=memory.state.solution.inverse + noise + noise.T)
-    )
+def test_gathered_rounding_is_taken_off():
+    memory, exact = prepared(form="primal"), prepared(form="primal")
+    solution = memory.state.solution
+    memory.state = replace(memory.state, solution=replace(solution, step=(1 + 1e-6) * solution.step))
     answer = memory.forget([2, 6])
     assert answer.certificate.inexactness < 1e-10
     close(answer.parameters, exact.forget([2, 6]).parameters)

@@ -1,5 +1,7 @@
 """Rows on disk: the convex form's answers where its kernel does not fit, and nothing of a sample that has left."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import CASES
@@ -11,7 +13,7 @@ from fastntk.common.files import file_digest, read_tensors
 from fastntk.jacobians import rows as rows_module
 from fastntk.jacobians.linearised import Linearised
 from fastntk.jacobians.per_sample import PerSampleJacobian
-from fastntk.solve import collect, newton, on_disk, reading
+from fastntk.solve import collect, convex, on_disk, reading
 from fastntk.solve.forms import FORMS
 from fastntk.solve.solution import Task
 from fastntk.tuning.loss import CrossEntropy, SquaredLoss
@@ -27,7 +29,7 @@ def small(monkeypatch):
         monkeypatch.setattr(module, "PART", 4)
     monkeypatch.setattr(on_disk, "SAMPLED", 12)
     monkeypatch.setattr(reading, "TOLERANCE", 1e-11)
-    monkeypatch.setattr(newton, "TOLERANCE", 1e-11)
+    monkeypatch.setattr(convex.Convex, "tolerance", 1e-11)
 
 
 def same(left, right, tolerance=1e-8):
@@ -39,7 +41,7 @@ def task(loss, keep, count, name="bn+head", ridge=0.3):
     model = case.model()
     network = Linearised(PerSampleJacobian(model, snapshot(tuned(model))), case.data(14), loss)
     u = 0.3 * torch.randn(network.layout.size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    return Task(FORMS["convex"].adapted(network, keep), count, u, ridge)
+    return Task(replace(network, keep=keep), count, u, ridge)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -140,7 +142,7 @@ def test_a_small_request_is_as_exact_as_a_large_one(monkeypatch):
     rows, u = given.network.rows(range(14)), given.displacement
     present = torch.arange(14) != 4
     objective = reading.Objective((rows,), LOSSES[0], u, 0.3, present, torch.float64)
-    sample = reading.Sample(torch.tensor([0]), solution.kernel[:2, :2])
+    sample = reading.Sample(torch.tensor([0]), solution.optimum.kernel[:2, :2])
     start = objective.at(solution.step)
     place = reading.minimise(objective, solution.step, sample)
     assert place.inexactness <= reading.SHARE * start.inexactness

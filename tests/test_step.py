@@ -10,7 +10,7 @@ from fastntk.evidence.methods.golatkar import trapezium_factor
 from fastntk.jacobians.per_sample import PerSampleJacobian
 from fastntk.jacobians.rows import Rows
 from fastntk.solve.dual import Dual
-from fastntk.solve.kernel import Kernel, kernel
+from fastntk.solve.kernel import Stored, kernel
 from fastntk.solve.linalg import add_product_, conjugate_gradients, invert_, lanczos, mirror_, ridge_inverse
 from fastntk.solve.sums import Sums, accumulate
 from fastntk.tuning.parameters import snapshot, tuned
@@ -36,7 +36,7 @@ def sums_of(rows):
 
 
 def dual_step(rows, u):
-    return Dual.of(Kernel.of(rows), u, RIDGE, torch.arange(len(rows))).step
+    return Dual(rows, fastntk.SquaredLoss(), u, RIDGE, torch.arange(len(rows))).step
 
 
 def close(left, right):
@@ -87,7 +87,7 @@ def test_kernel_is_the_dense_one(name):
     flat = dense.flatten(0, 1)
     close(kernel(rows), flat @ flat.T)
     close(kernel(rows[:2] + rows[2:]), flat @ flat.T)
-    assert Kernel.of(rows).trace == pytest.approx(float(flat.square().sum()))
+    assert Stored(rows).trace == pytest.approx(float(flat.square().sum()))
 
 
 @pytest.mark.parametrize("size", [3, 513, 1500])

@@ -91,11 +91,11 @@ def test_a_purged_sample_leaves_no_trace(form, tmp_path):
     )
     kept = torch.tensor([i for i in range(14) if i != 4])
     places = (kept[:, None] * 3 + torch.arange(3)).flatten()
-    for name, expected in never.state.solution.tensors().items():
-        if name == "over":
+    for name, expected in never.state.solution.ready().tensors().items():
+        if name in ("over", "factor"):
             continue
         left = base(folder)[0][f"solution.{name}"]
-        if form == "dual" and name in ("kernel", "inverse", "targets", "coefficients"):
+        if form == "dual" and name in ("kernel", "coefficients"):
             left = left[places]
             left = left[:, places] if left.ndim == 2 else left
         elif form == "dual" and name.startswith("rows."):

@@ -79,7 +79,7 @@ class World:
         return self.fit([*PAIRS[:7], value, *PAIRS[8:]])
 
     def prepare(self, changes):
-        given = {"model": self.memory.model, "train": PAIRS, "initial": self.memory.initial, **changes}
+        given = {"model": self.memory.model, "train": PAIRS, "initial": self.memory.state.initial, **changes}
         return fastntk.prepare(**given).ids[0]
 
     def ids(self, value):

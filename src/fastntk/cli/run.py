@@ -188,8 +188,10 @@ class Run:
             model = state_at(memory.model, memory.anchor)
             self._replace(settings, {_TENSORS[1]: model}, gone=())
 
-    def prepare(self, ridge: float | str, form: str, classes: int | str, seed: int, numerics: Numerics) -> Memory:
-        """Prepare the memory and write it; arguments as of ``fastntk.prepare``.
+    def prepare(
+        self, ridge: float | str, form: str, classes: int | str, seed: int, numerics: Numerics, ready: bool = False
+    ) -> Memory:
+        """Prepare the memory, make it ready if asked to, and write it; arguments as of ``fastntk.prepare``.
 
         Raises:
             InputError: the folder cannot be written, or its memory has answered requests.
@@ -213,6 +215,8 @@ class Run:
             numerics=numerics,
         )
         if distributed.rank() == 0:
+            if ready:
+                memory.ready()
             with self._locked():
                 if self.settings() != settings:
                     raise InputError(f"{self.folder} was fitted anew meanwhile. Prepare again.")

@@ -58,8 +58,7 @@ def audit(
     Args:
         memory: with a data source that has all of its members.
         recipe: how the model was fitted, or a function that fits it: ``recipe(data, seed)`` starts from the parameters
-            before fitting and returns the tuned ones after it. It may use the model itself, whose tuned parameters are
-            put back afterwards.
+            before fitting and returns the tuned ones after it. The model itself may be used: it is put back.
         fraction: of the members, drawn at random, for the request.
         ids: the request, in place of a drawn one: say, a class, where classes are what will be asked for.
         held_out: labelled samples that the model was not fitted to. With them the accuracy on members left out one by
@@ -80,6 +79,7 @@ def audit(
     started = time.perf_counter()
     first, second = (_fitted(memory, retain, recipe, number) for number in track((1, 2), "auditing, retraining"))
     seconds = time.perf_counter() - started
+    memory.ready()  # which every request to come needs
     answer = memory.preview(state.members.by_position[position] for position in drawn.tolist())
     result = _compared(state, Subset(state.members, drawn.tolist()), (first, second), answer, seconds)
     if held_out is not None:
@@ -233,7 +233,7 @@ def _fitted(memory: Memory, retain: Dataset, recipe: Recipe | Retraining, number
     """The retrained model of a number, 1 or 2; the memory's own is put back as it was."""
     if isinstance(recipe, Recipe):
         again = replace(recipe, seed=recipe.seed + number)
-        return retrained(memory.model, memory.initial, retain, again)[0]
+        return retrained(memory.model, memory.state.initial, retain, again)[0]
     before = snapshot(tuned(memory.model))
     try:
         fitted = {name: tensor.detach().clone() for name, tensor in recipe(retain, number).items()}

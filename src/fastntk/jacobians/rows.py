@@ -77,6 +77,15 @@ class Rows:
             some = slice(start, start + PART)
             yield some, self.jacobian[some].to(dtype, device)
 
+    def mean_diagonal(self, dtype: torch.dtype, device: torch.device) -> float:
+        """Of ``J J'``, by one read."""
+        total = 0.0
+        for _, jacobian in self.parts(dtype, device):
+            own = jacobian.rest.shape[1] if jacobian.kept is None else jacobian.combined().double().square().sum((1, 2))
+            total += float(jacobian.rest.double().square().sum())
+            total += float((jacobian.features.double().square().sum(1) * own).sum())
+        return total / self.residual.numel()
+
     def targets(self, displacement: Float[Tensor, " p"]) -> Float[Tensor, " rows"]:
         """``r_S + J_S u``, what the linearised model must add to its value at ``theta_0``; float64."""
         return (self.residual.double() + self.jacobian.matvec(displacement)).flatten()

@@ -68,11 +68,6 @@ class Memory:
         return self.state.anchor
 
     @property
-    def initial(self) -> dict[str, Tensor]:
-        """``theta_0``: the tuned parameters before fitting."""
-        return self.state.initial
-
-    @property
     def form(self) -> str:
         """One of ``fastntk.solve.forms``."""
         return self.state.solution.name
@@ -125,6 +120,22 @@ class Memory:
         started = time.perf_counter()
         with self._exclusive():
             return draft(self.state, "forget", ids, started).answer
+
+    def ready(self) -> float:
+        """Work out now what the first request would otherwise wait for; returns the seconds.
+
+        If the memory is kept in a folder and no request waits there to be purged, it is written there.
+
+        Raises:
+            InputError: the disk is full; nothing changes then.
+        """
+        with self._exclusive():
+            started, solution = time.perf_counter(), self.state.solution.ready()
+            if solution is not self.state.solution:
+                self.state = replace(self.state, solution=solution)
+                if self._folder and not self._folder.ledger.pending():
+                    self._folder.replace(*pack(self.state), started)
+            return time.perf_counter() - started
 
     def purge(self) -> float:
         """Rewrite the memory's folder so that nothing of the samples that have left is in it; returns the seconds.

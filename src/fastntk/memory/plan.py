@@ -29,6 +29,7 @@ class Offer:
         bytes: at the peak, beside what the process holds already.
         disk: bytes of rows on disk.
         seconds: on this machine.
+        first: seconds that the first request waits for beside its own.
         but: why it cannot be taken, or what speaks against it; empty for nothing.
     """
 
@@ -36,6 +37,7 @@ class Offer:
     bytes: int
     disk: int
     seconds: float
+    first: float
     but: str = ""
 
 
@@ -49,6 +51,7 @@ class Plan:
         disk: bytes of rows on disk.
         operations: floating-point operations of the sums, the solve and the network.
         seconds: by phase, on this machine, from a calibration.
+        first: seconds that the first request waits for beside its own, by phase.
         workload: what was planned for.
         retraining: seconds that a retraining of so many ``epochs`` would take.
         epochs: of it.
@@ -60,6 +63,7 @@ class Plan:
     disk: int
     operations: float
     seconds: dict[str, float]
+    first: dict[str, float]
     workload: Workload
     retraining: float
     epochs: int
@@ -71,15 +75,17 @@ class Plan:
 
     def text(self) -> str:
         """For people."""
-        w, phases = self.workload, ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.seconds.items())
+        w, later = self.workload, [f"first request {_phases(self.first)}, once"] if self.first else []
         return "\n".join(
             [
                 f"{self.form} form: {w.parameters:,} tuned parameters, {w.samples:,} samples, {w.outputs} outputs each",
                 f"peak memory   {self.bytes / 1e9:.2f} GB beside what the process holds already"
                 + (f"\ndisk          {self.disk / 1e9:.2f} GB of rows, which requests read" * bool(self.disk)),
                 f"arithmetic    {self.operations:.2e} floating-point operations",
-                f"time          {self.total_seconds:.1f} s, estimated from a short calibration: {phases}",
-                f"retraining    {self.retraining:.1f} s for {self.epochs} epochs; in these, and in memory and disk:",
+                f"time          {_phases(self.seconds)}; estimated from a short calibration",
+                *later,
+                f"retraining    {self.retraining:.1f} s for {self.epochs} epochs; preparing in these, then with a "
+                "first request:",
                 *(f"  {self._told(each)}" for each in self.offers),
             ]
         )
@@ -88,12 +94,18 @@ class Plan:
         """A form in a line."""
         size = f"{offer.bytes / 1e9:6.2f} GB" + f" and {offer.disk / 1e9:.2f} GB" * bool(offer.disk)
         but = "taken" if offer.form == self.form else offer.but
-        return f"{offer.form:<12}{offer.seconds / self.retraining:8.2f}  {size}  {but}".rstrip()
+        shares = f"{offer.seconds / self.retraining:8.2f}{(offer.seconds + offer.first) / self.retraining:8.2f}"
+        return f"{offer.form:<12}{shares}  {size}  {but}".rstrip()
 
     @property
     def total_seconds(self) -> float:
         """The time of all phases."""
         return sum(self.seconds.values())
+
+
+def _phases(seconds: dict[str, float]) -> str:
+    """Seconds in all, and of each phase."""
+    return f"{sum(seconds.values()):.1f} s: " + ", ".join(f"{name} {each:.1f}" for name, each in seconds.items())
 
 
 def plan(
@@ -140,13 +152,14 @@ def plan(
     offers = tuple(_offer(FORMS[name].price(work), each, price.form, *free) for name, each in timings.items())
     taken = timings[price.form]
     operations, seconds = price.operations + taken.operations, {**trial, **taken.seconds}
-    return Plan(price.form, price.bytes, price.disk, operations, seconds, work, training, epochs, offers)
+    return Plan(price.form, price.bytes, price.disk, operations, seconds, taken.first, work, training, epochs, offers)
 
 
 def _offer(price: Price, timing: Timing, taken: str, free: int, disk: int) -> Offer:
     """What a form would take, where so many bytes of memory and of disk are free."""
     but = "" if price.form == taken else _against(price, free, disk)
-    return Offer(price.form, price.bytes, price.disk, sum(timing.seconds.values()), but)
+    seconds, first = (sum(each.values(), 0.0) for each in (timing.seconds, timing.first))
+    return Offer(price.form, price.bytes, price.disk, seconds, first, but)
 
 
 def _against(price: Price, free: int, disk: int) -> str:

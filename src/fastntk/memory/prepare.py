@@ -74,11 +74,12 @@ def prepared(
         log.info("its rows take %.1f GB of disk, of %.1f GB free", price.disk / 1e9, room(checkpoint) / 1e9)
     if network.numerics.probes:
         log.info("class probes: %s", _probe_error(network))
-    network = FORMS[price.form].adapted(network, work.kept)
+    form = FORMS[price.form]
+    network = replace(network, keep=work.kept if form.likeliest else None)
     center = options["shrinkage"] * network.layout.flatten(initial)
     displacement = network.layout.flatten(network.jacobian.parameters) - center
     ridge = None if options["ridge"] == "auto" else float(options["ridge"])
-    solved = FORMS[price.form].prepare(Task(network, count, displacement, ridge, checkpoint))
+    solved = form.prepare(Task(network, count, displacement, ridge, checkpoint))
     versions = {name: version(name) for name in ("fastntk", "torch")} | {"python": platform.python_version()}
     return State(
         network,

@@ -55,6 +55,7 @@ class Iterative:
     """
 
     name: ClassVar[str] = "matrix-free"
+    likeliest: ClassVar[bool] = False
     displacement: Float[Tensor, " p"]
     ridge: float
     basis: Float[Tensor, "p m"]
@@ -95,10 +96,9 @@ class Iterative:
         ridge = found.ridge if found else cast(float, task.ridge)
         return Solved(cls.of(gram, task.displacement, ridge, space), residuals, found)
 
-    @classmethod
-    def adapted(cls, network: Linearised, keep: int) -> Linearised:
-        """With all rows."""
-        return network
+    def ready(self) -> "Iterative":
+        """It is."""
+        return self
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything but the ridge, by name."""

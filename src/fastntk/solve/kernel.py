@@ -9,8 +9,8 @@ from torch import Tensor
 from fastntk.common.progress import track
 from fastntk.jacobians.jacobian import Jacobian
 from fastntk.jacobians.rows import Rows
-from fastntk.solve.gram import Spectrum
-from fastntk.solve.linalg import add_product_, lanczos, mirror_
+from fastntk.solve.gram import Krylov, Spectrum
+from fastntk.solve.linalg import add_product_, mirror_
 
 # The kernel's products run in the Jacobian's own dtype, over this many parameters at a time, and add up in float64.
 _COLUMNS = 4096
@@ -64,21 +64,14 @@ def _add_kept_(total: Tensor, left: Jacobian, right: Jacobian) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Kernel:
+class Stored:
     """Stored rows as a ``Gram`` operator: ``G = J'J`` and ``b = J'r`` from every ``J_i`` and ``r_i``.
 
     Attributes:
         rows: of the samples.
-        matrix: ``K``.
     """
 
     rows: Rows
-    matrix: Float[Tensor, "rows rows"]
-
-    @classmethod
-    def of(cls, rows: Rows) -> "Kernel":
-        """With the kernel computed."""
-        return cls(rows, kernel(rows))
 
     @property
     def count(self) -> int:
@@ -98,20 +91,13 @@ class Kernel:
     @property
     def trace(self) -> float:
         """``tr G = tr K``."""
-        return float(self.matrix.trace())
+        rest = self.rows.jacobian.rest
+        return self.rows.mean_diagonal(rest.dtype, rest.device) * self.rows.residual.numel()
 
     def matvec(self, vector: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
         """``J'(J v)``."""
         return self.rows.jacobian.rmatvec(self.rows.jacobian.matvec(vector))
 
     def spectrum(self, displacement: Float[Tensor, " p"], steps: int) -> Spectrum:
-        """From a Krylov space of K at ``y = r + J u``, where a product takes ``(nC)^2`` operations in place of ``nCp``.
-
-        An eigenvector v of K with eigenvalue mu makes ``J'v / sqrt(mu)`` one of G, in which ``b + G u = J'y`` has
-        ``sqrt(mu) v'y`` and ``G u`` has ``sqrt(mu) v'J u``.
-        """
-        moved, target = self.rows.jacobian.matvec(displacement).flatten(), self.rows.targets(displacement)
-        basis, projected = lanczos(lambda v: self.matrix @ v, target, steps)
-        values, vectors = torch.linalg.eigh(projected)
-        start, cross = (values.clamp_min(0).sqrt() * (vectors.T @ (basis.T @ v)) for v in (target, moved))
-        return Spectrum(values, start, cross, moved.square().sum())
+        """From a Krylov space of G."""
+        return Krylov.of(self, displacement, steps, self.rows.jacobian.rest.dtype).spectrum

@@ -1,6 +1,7 @@
 """Symmetric matrices: products and inverses at the rate of matrix products, and two Krylov methods."""
 
 from collections.abc import Callable
+from math import isqrt
 
 import torch
 from jaxtyping import Float, Int
@@ -28,15 +29,18 @@ def add_product_(
     undefined (see ``mirror_``). The product is taken in the dtype of the factors.
     """
     if len(matrix) <= _BLOCK:
-        return _add(matrix, left, right, sign)
+        return add_(matrix, left, right, sign)
     half = _halves(len(matrix))
     add_product_(matrix[:half, :half], left[:half], right[:half], sign)
-    _add(matrix[half:, :half], left[half:], right[:half], sign)
+    add_(matrix[half:, :half], left[half:], right[:half], sign)
     add_product_(matrix[half:, half:], left[half:], right[half:], sign)
     return matrix
 
 
-def _add(block: Tensor, left: Tensor, right: Tensor, sign: int) -> Tensor:
+def add_(
+    block: Float[Tensor, "n m"], left: Float[Tensor, "n k"], right: Float[Tensor, "m k"], sign: int
+) -> Float[Tensor, "n m"]:
+    """``block += sign * left right'``, in place; the product is taken in the dtype of the factors."""
     if block.dtype == left.dtype:
         return block.addmm_(left, right.T, alpha=sign)
     return block.add_(left @ right.T, alpha=sign)
@@ -52,6 +56,22 @@ def mirror_(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     return matrix
 
 
+def cholesky_(matrix: Float[Tensor, "n n"]) -> bool:
+    """The Cholesky factor of a positive definite matrix, lower, in place; only its lower triangle is read, and zeros
+    are above it. Whether there is one."""
+    info, upper = torch.empty(0, dtype=torch.int32, device=matrix.device), matrix.T  # LAPACK's order: no copy is made
+    torch.linalg.cholesky_ex(upper, upper=True, out=(upper, info))
+    return not int(info)
+
+
+def indefinite() -> InputError:
+    """What is said where there is none."""
+    return InputError(
+        "the Gram matrix plus the ridge is not positive definite in floating point. Use a larger ridge, 'auto', or "
+        "float64 sums."
+    )
+
+
 def invert_(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     """The inverse of a positive definite matrix, in place; only its lower triangle is read.
 
@@ -62,13 +82,8 @@ def invert_(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     Raises:
         InputError: the matrix is not positive definite in floating point.
     """
-    info, upper = torch.empty(0, dtype=torch.int32, device=matrix.device), matrix.T  # LAPACK's order: no copy is made
-    torch.linalg.cholesky_ex(upper, upper=True, out=(upper, info))
-    if info != 0:
-        raise InputError(
-            "the Gram matrix plus the ridge is not positive definite in floating point. Use a larger ridge, 'auto', or "
-            "float64 sums."
-        )
+    if not cholesky_(matrix):
+        raise indefinite()
     return mirror_(_square_(_invert_triangle_(matrix)))
 
 
@@ -218,3 +233,18 @@ def border_(
     old = len(border)
     square[:old, places], square[places, :old] = border, border.T
     square[places[:, None], places] = block
+
+
+def lower_of(square: Float[Tensor, "n n"]) -> Float[Tensor, " entries"]:
+    """The lower triangle of a matrix, row after row: half of the file that it is written to."""
+    return torch.cat([row[: place + 1] for place, row in enumerate(square)]) if len(square) else square.flatten()
+
+
+def square_of(entries: Float[Tensor, " entries"]) -> Float[Tensor, "n n"]:
+    """The reverse, with zeros above the diagonal."""
+    size = isqrt(2 * len(entries))
+    square, start = entries.new_zeros(size, size), 0
+    for place, row in enumerate(square):
+        row[: place + 1] = entries[start : start + place + 1]
+        start += place + 1
+    return square

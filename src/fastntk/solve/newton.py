@@ -18,12 +18,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fastntk.jacobians.rows import Point, Rows
-from fastntk.solve.linalg import conjugated, factorised
+from fastntk.solve.linalg import cholesky_, conjugated, factorised, indefinite
 from fastntk.tuning.loss import Kept, Loss
-
-TOLERANCE = 1e-9
-"""The relative gradient that every solve reaches."""
-
 
 SOFT = 0.6
 """Of a fitted network's logits, at which the first Hessian is taken: at these themselves the loss is flatter than it is
@@ -32,6 +28,8 @@ anywhere on the way, and the first step too long."""
 _NEWTON, _STEPS, _HALVINGS = 60, 41, 30  # at most: of the method, of conjugate gradients, of a search
 
 _LOOSE = 0.1  # of the gradient that the first solves leave; later ones leave less, as the optimum is near
+
+_FEW, _SHARE = 4, 6  # samples, and the share of all: more have left or joined than a factor is kept for
 
 _LOOK = 4  # steps of conjugate gradients between looks at what is left
 
@@ -91,31 +89,73 @@ class Problem:
 
 
 Preconditioner = Callable[[Float[Tensor, " rows"]], Float[Tensor, " rows"]]
-"""What multiplies with the inverse of ``ridge I + L_0'K L_0``; in float32, which is near enough and takes less time."""
+"""What multiplies with nearly the inverse of ``ridge I + L_0'K L_0``."""
 
 
-def bordered(inverse: Float[Tensor, "rows rows"], gone: Int[Tensor, " some"]) -> Preconditioner:
-    """Over a set, from the inverse over a larger one, and the rows of who is in that and not in the set."""
-    cheap, columns = inverse.float(), inverse[:, gone]
-    factor = factorised(columns[gone])
+@dataclass(frozen=True)
+class Factor:
+    """The Cholesky factor of ``ridge I + L_0'K L_0`` over a set of samples: float32, which is near enough to
+    precondition with, a quarter of the price of the inverse, and half the size; float64 where rounding would make the
+    matrix indefinite.
 
-    def inverted(v: Tensor) -> Tensor:
-        image = (cheap @ v.float()).to(v)
-        image = image - columns @ torch.cholesky_solve(image[gone, None], factor)[:, 0]
-        return image.index_fill(0, gone, 0)
+    Attributes:
+        lower: of the rows of the samples 0, 1, ...; who is not in the set has no part of K.
+        over: the positions of the set.
+    """
 
-    return inverted
+    lower: Float[Tensor, "rows rows"]
+    over: Int[Tensor, " samples"]
+
+    @classmethod
+    def of(cls, problem: "Problem", root: Float[Tensor, "samples outputs outputs"]) -> "Factor":
+        """Of a problem's set, where the Hessian's root is ``root``.
+
+        Raises:
+            InputError: the kernel plus the ridge is not positive definite in float64 either.
+        """
+        over = problem.present.nonzero()[:, 0].cpu()
+        lower = curvature(problem.kernel.float(), root.float(), problem.ridge)
+        if not cholesky_(lower):
+            lower = curvature(problem.kernel, root, problem.ridge)
+            if not cholesky_(lower):
+                raise indefinite()
+        return cls(lower, over)
+
+    def solve(self, columns: Float[Tensor, "rows some"]) -> Float[Tensor, "rows some"]:
+        """``(L L')^-1`` times these, in their dtype."""
+        half = torch.linalg.solve_triangular(self.lower, columns.to(self.lower), upper=False)
+        return torch.linalg.solve_triangular(self.lower.mT, half, upper=True).to(columns)
+
+    def changes(self, problem: "Problem") -> tuple[Tensor, Tensor]:
+        """The samples that have left, and those that have joined, since: positions."""
+        known = torch.zeros(len(problem.present), dtype=torch.bool).index_fill(0, self.over, True)
+        present = problem.present.cpu()
+        return tuple((one & ~other).nonzero()[:, 0] for one, other in ((known, present), (present, known)))  # type: ignore[return-value]
+
+    def preconditioner(self, problem: "Problem") -> Preconditioner:
+        """For a problem whose set is nearly this one: without the rows of who has left, exactly; with the diagonal
+        alone for who has joined."""
+        left, joined = (_places(some, problem) for some in self.changes(problem))
+        size, scale = len(self.lower), problem.kernel.diagonal()[joined] + problem.ridge
+        columns = self.lower.new_zeros(size, len(left))
+        columns[left, torch.arange(len(left), device=left.device)] = 1
+        columns = self.solve(columns)
+        core = factorised(columns[left].double())
+
+        def inverted(v: Tensor) -> Tensor:
+            image = torch.zeros_like(v)
+            inside = self.solve(v[:size].index_fill(0, joined[joined < size], 0)[:, None])[:, 0]
+            image[:size] = inside - (columns @ torch.cholesky_solve(inside[left, None], core).to(columns))[:, 0]
+            image[joined] = v[joined] / scale
+            return image.index_fill(0, left, 0)
+
+        return inverted
 
 
-def triangular(problem: Problem, root: Float[Tensor, "samples outputs outputs"]) -> Preconditioner:
-    """Of a problem where L is the root, by the Cholesky factor: a quarter of the price of the inverse."""
-    factor = factorised(curvature(problem.kernel, root, problem.ridge)).float()
-
-    def inverted(v: Tensor) -> Tensor:
-        half = torch.linalg.solve_triangular(factor, v.float()[:, None], upper=False)
-        return torch.linalg.solve_triangular(factor.mT, half, upper=True)[:, 0].to(v)
-
-    return inverted
+def _places(samples: Int[Tensor, " some"], problem: "Problem") -> Int[Tensor, " rows"]:
+    """The rows of samples."""
+    outputs = problem.start.shape[1]
+    return (samples[:, None] * outputs + torch.arange(outputs)).flatten().to(problem.kernel.device)
 
 
 def across(root: Tensor, v: Tensor, transposed: bool = False) -> Tensor:
@@ -137,11 +177,15 @@ class Newton:
     """Newton's method for problems that are near each other: what preconditioned one does so for the next.
 
     Args:
-        precondition: known beforehand. Otherwise, and where it is no good any more, another is made.
+        factor: known beforehand. Where there is none, or it is no good any more, another is made.
+
+    Attributes:
+        factor: the one that preconditioned last.
     """
 
-    def __init__(self, precondition: Preconditioner | None = None) -> None:
-        self.precondition = precondition
+    def __init__(self, factor: Factor | None = None) -> None:
+        self.factor = factor
+        self._ready: tuple[Problem, Preconditioner] | None = None
 
     def start(self, problem: Problem, z: Float[Tensor, "samples outputs"]) -> Float[Tensor, " rows"]:
         """A start, from logits that are near the optimum's: with ``l'(z + y) = l'(z) + H y`` and ``z_0 = f - J u``,
@@ -157,16 +201,16 @@ class Newton:
         return (c - across(root, x)) / problem.ridge
 
     def minimise(
-        self, problem: Problem, a: Float[Tensor, " rows"], tolerance: float | None = None
+        self, problem: Problem, a: Float[Tensor, " rows"], tolerance: float
     ) -> tuple[Float[Tensor, " rows"], float]:
-        """The optimum from a start, and its inexactness, at most the ``tolerance`` (None: ``TOLERANCE``)."""
-        z, enough = problem.logits(a), TOLERANCE if tolerance is None else tolerance
+        """The optimum from a start, and its inexactness, at most the ``tolerance``."""
+        z = problem.logits(a)
         for _ in range(_NEWTON):
             reached = problem.inexactness(a, z)
-            if reached <= enough:
+            if reached <= tolerance:
                 break
             root, r = problem.root(z), problem.slope(a, z)
-            wanted = problem.gradient(a, z) * max(min(reached, _LOOSE), min(_LOOSE, enough / reached / 2))
+            wanted = problem.gradient(a, z) * max(min(reached, _LOOSE), min(_LOOSE, tolerance / reached / 2))
             x = self._solved(problem, root, -across(root, problem.kernel @ r, True), wanted)
             a, z, moved = _searched(problem, a, z, -(r + across(root, x)) / problem.ridge)
             if not moved:
@@ -174,14 +218,24 @@ class Newton:
         return a, problem.inexactness(a, z)
 
     def _solved(self, problem: Problem, root: Tensor, rhs: Tensor, wanted: float) -> Tensor:
-        """``(ridge I + L'K L)^-1 rhs``, by a preconditioner of its own if that takes too many steps."""
+        """``(ridge I + L'K L)^-1 rhs``, by a factor of its own if another's takes too many steps."""
         x = torch.zeros_like(rhs)
-        if self.precondition is not None:
-            x, done = _iterated(problem, root, rhs, x, self.precondition, wanted)
+        if self.factor is not None and self._near(self.factor, problem):
+            x, done = _iterated(problem, root, rhs, x, self._preconditioner(problem), wanted)
             if done:
                 return x
-        self.precondition = triangular(problem, root)
-        return _iterated(problem, root, rhs, x, self.precondition, wanted)[0]
+        self.factor, self._ready = Factor.of(problem, root), None
+        return _iterated(problem, root, rhs, x, self._preconditioner(problem), wanted)[0]
+
+    def _near(self, factor: Factor, problem: Problem) -> bool:
+        """Whether so few have left or joined since a factor was made that making another takes longer."""
+        return sum(map(len, factor.changes(problem))) <= max(_FEW, int(problem.present.sum()) // _SHARE)
+
+    def _preconditioner(self, problem: Problem) -> Preconditioner:
+        """Of the factor, made once for a problem."""
+        if self._ready is None or self._ready[0] is not problem:
+            self._ready = problem, cast(Factor, self.factor).preconditioner(problem)
+        return self._ready[1]
 
 
 def _iterated(

@@ -30,15 +30,12 @@ from fastntk.solve.linalg import zero_
 from fastntk.solve.newton import SOFT
 from fastntk.solve.prices import Price, Timing, Workload
 from fastntk.solve.reading import TOLERANCE, Objective, Place, Sample, minimise
-from fastntk.solve.ridge import Calibration, calibrate_convex, sampled
+from fastntk.solve.ridge import SAMPLED, Calibration, calibrate_convex, sampled
 from fastntk.solve.solution import Ownership, Solved, Task, Update
 from fastntk.solve.speeds import Speeds
 from fastntk.tuning.loss import Loss, loss_numbers, loss_of
 
 log = logging.getLogger(__name__)
-
-SAMPLED = 2048
-"""Rows that precondition, at most."""
 
 _READS = 200  # a guess at how often preparing reads the rows: 122 to 180 were counted
 
@@ -60,6 +57,7 @@ class OnDisk:
     """
 
     name: ClassVar[str] = "convex-disk"
+    likeliest: ClassVar[bool] = True
     on_disk: ClassVar[tuple[str, ...]] = ("rows.rest", "rows.features")
     """Which of the ``tensors`` stay in the folder's file when it is opened."""
     rows: Rows
@@ -118,10 +116,9 @@ class OnDisk:
         solution = cls(rows, network.loss, u, ridge, step, reached, Sample(positions, square), over)
         return Solved(solution, rows.residual.clone(), found)
 
-    @classmethod
-    def adapted(cls, network: Linearised, keep: int) -> Linearised:
-        """With rows of the likeliest classes."""
-        return replace(network, keep=keep)
+    def ready(self) -> "OnDisk":
+        """It is."""
+        return self
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything but the ridge, by name; the loss as its numbers."""
@@ -227,24 +224,12 @@ def _solved(rows: Rows, task: Task) -> tuple[float, Calibration | None, Tensor, 
     few = replace(rows[positions], jacobian=rows.jacobian[positions].to(network.dtype, network.device))
     square, found, ridge = kernel(few), None, task.ridge
     if ridge is None:
-        found = calibrate_convex(few, network.loss, u, square)
-        found = replace(found, ridge=found.factor * _mean_diagonal(rows, network))
+        found = calibrate_convex(rows, network.loss, u, few)
         ridge = found.ridge
     everyone, sample = torch.ones(count, dtype=torch.bool), Sample(positions, square)
     objective = Objective((rows,), network.loss, u, float(ridge), everyone, network.dtype)
     place = minimise(objective, torch.zeros_like(u), sample, SOFT)
     return float(ridge), found, place.d.cpu(), place.inexactness, positions, square.cpu()
-
-
-def _mean_diagonal(rows: Rows, network: Linearised) -> float:
-    """Of the kernel of all rows, by one read."""
-    total = 0.0
-    for _, jacobian in rows.parts(network.dtype, network.device):
-        outputs = jacobian.rest.shape[1]
-        total += float(jacobian.rest.double().square().sum())
-        classes, features = (t.double().square().flatten(1).sum(1) for t in (jacobian.combined(), jacobian.features))
-        total += float(classes @ features)
-    return total / (len(rows) * outputs)
 
 
 def _dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,6 +1,6 @@
 """What is to be prepared, in numbers, and what a form takes for it: memory, arithmetic and time."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -8,7 +8,6 @@ from fastntk.common import distributed
 from fastntk.common.machine import peak_tensors
 from fastntk.jacobians.linearised import FIRST, Linearised
 from fastntk.jacobians.numerics import arithmetic
-from fastntk.solve import ridge
 from fastntk.solve.speeds import Cost, Speeds
 
 _BATCH_BYTES = 2**30  # of one batch's Jacobians
@@ -160,10 +159,17 @@ class Price:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds by phase, and the floating-point operations of the network's passes among them."""
+    """What a form takes on this machine.
+
+    Attributes:
+        seconds: of preparing, by phase.
+        operations: floating-point operations of the network's passes among them.
+        first: seconds that the first request waits for beside its own, by phase.
+    """
 
     seconds: dict[str, float]
     operations: float
+    first: dict[str, float] = field(default_factory=dict)
 
 
 def image_bytes(network: Linearised) -> int:
@@ -191,30 +197,3 @@ def forward(work: Workload, speeds: Speeds) -> Timing:
     samples for what the others leave out."""
     count = 2 * min(FIRST, work.samples) / work.samples + bool(work.features)
     return passes(work, count, speeds.rows(0), "forward passes")
-
-
-def direct(work: Workload, speeds: Speeds, side: int, inner: int, kind: str, head: int = 0) -> Timing:
-    """Of one pass of Jacobians, the products of a matrix of that ``side``, the choice of the ridge and the solve.
-
-    Args:
-        work: the workload.
-        speeds: of the network and this machine.
-        side: of the matrix that is summed up and inverted.
-        inner: how many products add up in each of its entries.
-        kind: what the phase of the products is called, ``sums`` or ``kernel``.
-        head: how many more products the solve takes, for the head's blocks.
-    """
-    jacobians = passes(work, 1, speeds.rows(work.outputs), "Jacobians")
-    if not side:
-        return jacobians
-    dtype, factors = torch.float64, torch.float32
-    if kind == "sums":
-        dtype = factors = speeds.network.numerics.dtype
-    known = speeds.algebra(side, work.outputs, dtype, factors)
-    growth = side / known.trial
-    algebra = {
-        kind: inner * float(side) ** 2 / known.rate / distributed.size(),
-        "ridge": ridge.STEPS * growth**2 * known.matvec,
-        "solve": growth**3 * known.invert + head * float(side) ** 2 / known.rate,
-    }
-    return Timing({**jacobians.seconds, **algebra}, jacobians.operations)

@@ -5,54 +5,58 @@
     s(R) - s(D) = -B J_F' (I - J_F B J_F')^-1 (r_F - J_F s(D)).
 
 ``(I - J_F B J_F')^-1 (r_F - J_F s(D))`` is the error that the linearised model makes on F when it has not seen F.
-Adding samples is the same with the other sign.
+Adding samples is the same with the other sign. B is at hand to the digits of a float32 factor alone: with it the
+formula preconditions, and every solve is finished by conjugate gradients on the sums.
 """
 
 from collections.abc import Mapping
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import ClassVar, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fastntk.common import distributed
 from fastntk.common.progress import busy
 from fastntk.jacobians.layout import Layout
 from fastntk.jacobians.linearised import Linearised
 from fastntk.jacobians.rows import Rows
 from fastntk.solve.collect import Checkpoint, collect_sums, key, solved_once
 from fastntk.solve.head import head_shortfall
-from fastntk.solve.linalg import (
-    add_product_,
-    conjugate_gradients,
-    factorised,
-    invert_,
-    mirror_,
-    relative,
-    ridge_inverse,
-    shifted,
-)
-from fastntk.solve.prices import Price, Timing, Workload, direct
-from fastntk.solve.ridge import calibrate
+from fastntk.solve.linalg import conjugated, lower_of, mirror_, relative, ridge_inverse, square_of
+from fastntk.solve.prices import Price, Timing, Workload, passes
+from fastntk.solve.ridge import STEPS, calibrate
+from fastntk.solve.schur import Blockwise, Product, schur_factor
 from fastntk.solve.solution import Ownership, Solved, Task, Update
 from fastntk.solve.speeds import Speeds
 from fastntk.solve.sums import ROWS, Sums
 
+_MANY = 8  # the share of the samples that may leave or join before the factor is made anew
+
+_STEPS = 60  # of conjugate gradients, at most
+
+_ENOUGH = {torch.float64: 1e-12, torch.float32: 1e-6}
+"""Of a right-hand side, that every solve leaves at most, by the dtype of the sums."""
+
 
 @dataclass(frozen=True)
 class Primal:
-    """``B = (G_S + ridge I)^-1`` and ``s(S)`` for a set S that samples leave and join.
+    """``G_S``, ``s(S)`` and nearly ``B = (G_S + ridge I)^-1`` for a set S that samples leave and join.
 
     G consists of blocks: R (rest), X_c (rest by the head's inputs, one a class) and ``I_C (x) H`` (head). B is kept as
-    the inverses of ``H + ridge I`` and of the Schur complement ``R + ridge I - sum_c X_c (H + ridge I)^-1 X_c'``, which
-    is B's own block for the rest. So the head's C^2 blocks are never written out, and products with B go through X_c.
+    the inverse of ``H + ridge I`` and the Cholesky factor of the Schur complement
+    ``R + ridge I - sum_c X_c (H + ridge I)^-1 X_c'``, whose inverse is B's own block for the rest. So the head's C^2
+    blocks are never written out, and products with B go through X_c.
 
     Attributes:
         sums: of S; the next solution takes them over.
         displacement: ``u``.
         ridge: a total.
-        inverse: of the Schur complement; the next solution takes it over.
+        factor: of the Schur complement, lower; float32, or float64 where rounding would make it indefinite.
+        made: the positions of the set that the factor was made over, which is nearly S.
         head_inverse: ``(H + ridge I)^-1``.
         step: ``s(S)``.
         over: the positions of S.
@@ -60,10 +64,12 @@ class Primal:
     """
 
     name: ClassVar[str] = "primal"
+    likeliest: ClassVar[bool] = False
     sums: Sums
     displacement: Float[Tensor, " p"]
     ridge: float
-    inverse: Float[Tensor, "rest rest"]
+    factor: Float[Tensor, "rest rest"]
+    made: Int[Tensor, " some"]
     head_inverse: Float[Tensor, "features features"]
     step: Float[Tensor, " p"]
     over: Int[Tensor, " samples"]
@@ -71,33 +77,31 @@ class Primal:
 
     @classmethod
     def of(cls, sums: Sums, displacement: Float[Tensor, " p"], ridge: float, over: Int[Tensor, " samples"]) -> "Primal":
-        """Solve for the set that ``sums`` are over."""
-        head_inverse = ridge_inverse(sums.head, ridge)
-        inverse = shifted(sums.rest, ridge)
-        for block in sums.cross if head_inverse.numel() else ():
-            add_product_(inverse, block @ head_inverse, block, -1)
-        start = torch.zeros_like(displacement)
-        solution = cls(sums, displacement, ridge, invert_(inverse), head_inverse, start, over)
-        for _ in range(2):  # the second time takes off the rounding of the first
-            left = _rhs(solution) - solution._apply(solution.step)
-            solution = replace(solution, step=solution.step + solution.solve(left))
-        return solution
+        """Solve for the set that ``sums`` are over.
+
+        Raises:
+            InputError: they are not positive definite with the ridge.
+        """
+        head_inverse, start = ridge_inverse(sums.head, ridge), torch.zeros_like(displacement)
+        factor = schur_factor(sums, head_inverse, ridge)
+        solution = cls(sums, displacement, ridge, factor, over, head_inverse, start, over)
+        return replace(solution, step=_refined(solution, sums.matvec, _rhs(solution), solution.near.solve))
 
     @classmethod
     def price(cls, work: Workload) -> Price:
-        """R, the inverse of its Schur complement and half of such a matrix in passing; the head's blocks twice; a block
+        """R, the factor of its Schur complement and, in passing, another such matrix; the head's blocks twice; a block
         of rows; a batch. ``nC rest^2`` operations for the sums (half of all by symmetry, two each), ``C features
-        rest^2`` for the Schur complement and ``rest^3`` for its inverse."""
+        rest^2`` for the Schur complement and ``rest^3 / 3`` for its factor."""
         work = work.written
         square = float(work.rest) ** 2
         cross = work.outputs * work.rest * work.features + work.rest * work.features
         block = (ROWS + work.batch_size * work.outputs) * work.rest
-        collecting = work.rest**2 * work.sums_itemsize + block * (2 * work.itemsize + work.sums_itemsize)
-        solving = int(2.5 * work.rest**2) * work.sums_itemsize
+        collecting = work.rest**2 * work.sums_itemsize + block * 2 * work.itemsize
+        solving = work.rest**2 * (work.sums_itemsize + 2 * 4)
         return Price(
             cls.name,
             max(collecting + work.batch_bytes, solving) + cross * work.sums_itemsize,
-            work.rows * square + work.outputs * work.features * square + float(work.rest) ** 3,
+            work.rows * square + work.outputs * work.features * square + float(work.rest) ** 3 / 3,
             refusal=work.one_step,
             rank=2 * work.curved,
             remedy="float32 sums take half the memory of float64 ones" if work.sums_itemsize == 8 else "",
@@ -107,7 +111,15 @@ class Primal:
     def timing(cls, work: Workload, speeds: Speeds) -> Timing:
         """Of the Jacobians, the sums, the choice of the ridge, and the solve with the head's blocks."""
         work = work.written
-        return direct(work, speeds, work.rest, work.rows, "sums", work.outputs * work.features)
+        dtype = speeds.network.numerics.dtype
+        jacobians = passes(work, 1, speeds.rows(work.outputs), "Jacobians")
+        square, rate = float(work.rest) ** 2, speeds.rate(work.rest, work.outputs, dtype)
+        algebra = {
+            "sums": work.rows * square / rate / distributed.size(),
+            "ridge": STEPS * speeds.matvec(work.rest, dtype),
+            "solve": speeds.factor(work.rest) + work.outputs * work.features * square / rate,
+        }
+        return Timing({**jacobians.seconds, **algebra}, jacobians.operations)
 
     @classmethod
     def prepare(cls, task: Task) -> Solved:
@@ -129,43 +141,39 @@ class Primal:
                 partial.clear()
         return done
 
-    @classmethod
-    def adapted(cls, network: Linearised, keep: int) -> Linearised:
-        """With all rows."""
-        return network
+    def ready(self) -> "Primal":
+        """With a factor over S."""
+        if torch.equal(*(each.sort().values for each in (self.made, self.over))):
+            return self
+        return replace(self, factor=schur_factor(self.sums, self.head_inverse, self.ridge), made=self.over)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything but the ridge, by name."""
+        """Everything but the ridge, by name; of symmetric matrices the lower triangles, with the factor over S."""
         self.ownership.check()
         sums = {f"sums.{field.name}": getattr(self.sums, field.name) for field in fields(Sums)}
-        own = ("displacement", "inverse", "head_inverse", "step", "over")
-        return {**sums, **{name: getattr(self, name) for name in own}}
+        own = ("displacement", "head_inverse", "step", "over")
+        packed = {"sums.rest": lower_of(self.sums.rest), "factor": lower_of(self.ready().factor)}
+        return {**sums, **{name: getattr(self, name) for name in own}, **packed}
 
     @classmethod
     def restore(cls, tensors: Mapping[str, Tensor], ridge: float) -> "Primal":
         """The reverse of ``tensors``."""
-        sums = Sums(*(tensors[f"sums.{field.name}"] for field in fields(Sums)))
-        inverse, head_inverse, step = (tensors[name] for name in ("inverse", "head_inverse", "step"))
-        return cls(sums, tensors["displacement"], ridge, inverse, head_inverse, step, tensors["over"].cpu())
+        rest = mirror_(square_of(tensors["sums.rest"]))
+        others = (tensors[f"sums.{field.name}"] for field in fields(Sums) if field.name != "rest")
+        factor, over = square_of(tensors["factor"]), tensors["over"].cpu()
+        sums, head_inverse, step = Sums(rest, *others), tensors["head_inverse"], tensors["step"]
+        return cls(sums, tensors["displacement"], ridge, factor, over, head_inverse, step, over)
 
-    def _apply(self, vector: Tensor) -> Tensor:
-        """``(G + ridge I) v``."""
-        return self.sums.matvec(vector) + self.ridge * vector
-
-    def solve(self, vector: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
-        """``B v``, in the dtype of the vector."""
+    @property
+    def near(self) -> Blockwise:
+        """Nearly B."""
         self.ownership.check()
-        classes, rest, features = self.sums.cross.shape
-        v = vector.to(self.inverse.dtype)
-        head = v[rest:].view(classes, features) @ self.head_inverse
-        upper = self.inverse @ (v[:rest] - self.sums.across(head))
-        head = head - self.sums.down(upper) @ self.head_inverse
-        return torch.cat([upper, head.flatten()]).to(vector.dtype)
+        return Blockwise(self.sums, self.head_inverse, self.factor)
 
     @property
     def limit(self) -> float:
-        """By the dtype of the inverse."""
-        return 1e-9 if self.inverse.dtype == torch.float64 else 1e-4
+        """By the dtype of the sums."""
+        return 1e-9 if self.sums.rest.dtype == torch.float64 else 1e-4
 
     def reads(self, sign: int) -> bool:
         """The rows are needed either way."""
@@ -174,38 +182,29 @@ class Primal:
     def update(
         self, network: Linearised, positions: Int[Tensor, " samples"], sign: int, rows: Rows | None = None
     ) -> Update:
-        """By Woodbury's identity, from the rows.
-
-        ``low_rank``: the rest's rows of ``B J_F'``, ``(H + ridge I)^-1 h_i`` of every sample, and the Cholesky factor
-        of ``I + sign J_F B J_F'``.
-        """
+        """By conjugate gradients on the sums with and without the rows, preconditioned by Woodbury's identity."""
         self.ownership.check()
         these = cast(Rows, rows)
-        h, solved, reduced, upper = self._projected(these)
-        core = reduced.T @ upper + torch.kron(h @ solved, torch.eye(len(self.sums.cross)).to(h))
-        factor = factorised(shifted(sign * core, 1.0))
-        weights = torch.cholesky_solve(these.error(self.step)[:, None].to(factor), factor)[:, 0]
-        return Update(sign * _lifted(self, upper, solved, weights), positions, sign, these, (upper, solved, factor))
-
-    def _projected(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The head's inputs h, ``(H + ridge I)^-1 h'``, and the rest's rows of J' less what the head takes up of them,
-        before and after the inverse; one column a sample and class."""
-        j, h = (part.to(self.inverse.dtype) for part in (rows.jacobian.rest, rows.jacobian.features))
-        solved = self.head_inverse @ h.T
-        reduced = (j.permute(2, 0, 1) - (self.sums.cross @ solved).permute(1, 2, 0)).flatten(1)
-        return h, solved, reduced, self.inverse @ reduced
+        jacobian, (apply, precondition) = these.jacobian.to(torch.float64), self.near.updated(these, sign)
+        error = jacobian.rmatvec(these.error(self.step).view_as(these.residual))
+        return Update(_refined(self, apply, sign * error, precondition), positions, sign, these)
 
     def alone(self, network: Linearised, positions: Int[Tensor, " samples"]) -> Float[Tensor, "samples outputs"]:
         """``-M_i (I - M_i)^-1 (r_i - J_i s(S))`` with ``M_i = J_i B J_i'``, for each sample i."""
         self.ownership.check()
         these = network.rows(positions.tolist())
-        h, solved, reduced, upper = self._projected(these)
+        h, solved, reduced, upper = replace(self.near, factor=self.exact_factor).projected(these)
         samples, classes = these.residual.shape
         blocks = [each.view(-1, samples, classes).permute(1, 2, 0) for each in (reduced, upper)]
         eye = torch.eye(classes).to(h)
         leverage = blocks[0] @ blocks[1].mT + (h * solved.T).sum(1)[:, None, None] * eye
         error = these.error(self.step).view(samples, classes, 1).to(h)
         return -(leverage @ torch.linalg.solve(eye - leverage, error))[..., 0]
+
+    @cached_property
+    def exact_factor(self) -> Float[Tensor, "rest rest"]:
+        """Of the Schur complement, in the dtype of the sums."""
+        return schur_factor(self.sums, self.head_inverse, self.ridge, self.sums.rest.dtype)
 
     def replayed(
         self,
@@ -219,25 +218,24 @@ class Primal:
         return self.update(network, positions, sign, rows)
 
     def apply(self, update: Update) -> "Primal":
-        """The inverse by Woodbury's identity, the head's own from its sums."""
+        """The sums with or without the rows; the factor stays, unless many have left or joined since it was made."""
         self.ownership.give_up()
-        (upper, _, factor), rows = update.low_rank, cast(Rows, update.rows)
-        add_product_(self.inverse, upper, torch.cholesky_solve(upper.T, factor).T, -update.sign)
-        mirror_(self.inverse)
-        self.sums.observe_(rows.jacobian, rows.residual, update.sign).complete_()
+        rows, over = cast(Rows, update.rows), update.changes(self.over)
+        self.sums.observe_(rows.jacobian.to(torch.float64), rows.residual, update.sign).complete_()
         head_inverse, step = ridge_inverse(self.sums.head, self.ridge), self.step + update.change
-        over = update.changes(self.over)
-        return replace(self, head_inverse=head_inverse, step=step, over=over, ownership=Ownership())
+        after = replace(self, head_inverse=head_inverse, step=step, over=over, ownership=Ownership())
+        changed = int((~torch.isin(over, self.made)).sum() + (~torch.isin(self.made, over)).sum())
+        return after.ready() if changed > len(over) // _MANY else after
 
     def inexactness(self, update: Update | None = None) -> float:
         """Of the normal equations as they stand in the contract."""
         self.ownership.check()
         if update is None:
-            return relative(_rhs(self) - self._apply(self.step), _rhs(self))
+            return relative(_rhs(self) - _applied(self, self.step), _rhs(self))
         rows, step = cast(Rows, update.rows), self.step + update.change
         jacobian = rows.jacobian.to(torch.float64)
         error = rows.error(step).view_as(rows.residual)
-        left = _rhs(self) - self._apply(step) + update.sign * jacobian.rmatvec(error)
+        left = _rhs(self) - _applied(self, step) + update.sign * jacobian.rmatvec(error)
         return relative(left, _rhs(self) + update.sign * jacobian.rmatvec(rows.residual.double()))
 
     def anew(self, network: Linearised) -> "Primal":
@@ -255,22 +253,12 @@ class Primal:
     def resolve(
         self, network: Linearised, positions: Int[Tensor, " samples"], displacement: Float[Tensor, " p"], ridge: float
     ) -> Float[Tensor, " p"]:
-        """By conjugate gradients on the sums, preconditioned by ``B``."""
-        update = self.update(network, positions, -1, network.rows(positions.tolist()))
-        upper, solved, factor = update.low_rank
-        forgotten = cast(Rows, update.rows)
-        jacobian = forgotten.jacobian.to(torch.float64)
-
-        def apply(v: Tensor) -> Tensor:
-            return self.sums.matvec(v) + ridge * v - jacobian.rmatvec(jacobian.matvec(v))
-
-        def precondition(v: Tensor) -> Tensor:
-            image = self.solve(v)
-            weights = torch.cholesky_solve(jacobian.matvec(image).flatten()[:, None].to(factor), factor)[:, 0]
-            return image + _lifted(self, upper, solved, weights)
-
-        rhs = self.sums.rhs - jacobian.rmatvec(forgotten.residual.to(self.step)) - ridge * displacement
-        return conjugate_gradients(apply, rhs, precondition)
+        """By conjugate gradients on the sums without the rows."""
+        rows = network.rows(positions.tolist())
+        jacobian = rows.jacobian.to(torch.float64)
+        rhs = self.sums.rhs - jacobian.rmatvec(rows.residual.to(self.step)) - ridge * displacement
+        apply, precondition = self.near.updated(rows, -1)
+        return _refined(self, apply, rhs, precondition, ridge)
 
 
 def _rhs(solution: Primal) -> Float[Tensor, " p"]:
@@ -278,9 +266,17 @@ def _rhs(solution: Primal) -> Float[Tensor, " p"]:
     return solution.sums.rhs - solution.ridge * solution.displacement
 
 
-def _lifted(solution: Primal, upper: Tensor, solved: Tensor, weights: Float[Tensor, " rows"]) -> Float[Tensor, " p"]:
-    """``B J_F' w``, in float64, from parts of an update's ``low_rank``."""
-    change, sums = upper @ weights, solution.sums
-    own = weights.view(solved.shape[1], len(sums.cross)).T @ solved.T
-    head = own - sums.down(change) @ solution.head_inverse
-    return torch.cat([change, head.flatten()]).to(solution.step)
+def _applied(solution: Primal, vector: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
+    """``(G + ridge I) v``."""
+    return solution.sums.matvec(vector) + solution.ridge * vector
+
+
+def _refined(
+    solution: Primal, gram: Product, rhs: Float[Tensor, " p"], precondition: Product, ridge: float | None = None
+) -> Float[Tensor, " p"]:
+    """``(gram + ridge I)^-1 rhs`` by conjugate gradients, to the digits that the sums have."""
+    total = solution.ridge if ridge is None else ridge
+    enough = _ENOUGH[solution.sums.rest.dtype] * float(rhs.norm())
+    return conjugated(
+        lambda v: gram(v) + total * v, rhs, precondition, lambda left, _: float(left.norm()) <= enough, _STEPS
+    )[0]

@@ -20,13 +20,15 @@ from torch import Tensor
 
 from fastntk.jacobians.rows import Point, Rows
 from fastntk.solve.gram import Gram, Spectrum
+from fastntk.solve.kernel import kernel
 from fastntk.solve.newton import Newton, Problem
 from fastntk.tuning.loss import Loss
 
-STEPS = 120
+STEPS = 60
 """Of the Krylov space that the ridge is found in."""
 
-_SAMPLED = 2048  # rows of the samples that ``calibrate_convex`` looks at: docs/benchmarks.md has what others find
+SAMPLED = 2048
+"""Rows of the samples that ``calibrate_convex`` looks at: docs/benchmarks.md has what others find."""
 
 _FACTORS = torch.logspace(-4, 2, 601, dtype=torch.float64)
 
@@ -76,16 +78,17 @@ def sampled(rows: Rows, size: int) -> Int[Tensor, " some"]:
     return order[: max(1, size // rows.residual.shape[1])].sort().values
 
 
-def calibrate_convex(rows: Rows, loss: Loss, u: Tensor, matrix: Tensor) -> Calibration:
+def calibrate_convex(rows: Rows, loss: Loss, u: Tensor, few: Rows | None = None) -> Calibration:
     """The ridge whose optimum has probabilities (squared loss: logits) nearest to the network's.
 
     Among multiples of the kernel's mean diagonal, from 1 down by half decades while that falls, then between the best
-    of these and its neighbours; over some of the samples, and for the mean diagonal of all.
+    of these and its neighbours; over some of the samples, and for the mean diagonal of all. ``few`` are the rows of
+    these, where they are at hand.
     """
-    whole, some = float(matrix.diagonal().mean()), sampled(rows, _SAMPLED)
-    places = rows.places(some)
-    found = _calibrated(rows[some], loss, u, matrix[places][:, places])
-    return replace(found, ridge=found.factor * whole)
+    few = rows[sampled(rows, SAMPLED)] if few is None else few
+    found = _calibrated(few, loss, u, kernel(few))
+    dtype, device = few.jacobian.rest.dtype, few.jacobian.rest.device
+    return replace(found, ridge=found.factor * rows.mean_diagonal(dtype, device))
 
 
 def _calibrated(rows: Rows, loss: Loss, u: Tensor, matrix: Tensor) -> Calibration:

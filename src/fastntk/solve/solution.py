@@ -100,6 +100,9 @@ class Solution(Protocol):
     name: ClassVar[str]
     """Of the form."""
 
+    likeliest: ClassVar[bool]
+    """Whether it has rows of each sample's likeliest classes alone."""
+
     @property
     def displacement(self) -> Float[Tensor, " p"]:
         """``u``."""
@@ -119,10 +122,6 @@ class Solution(Protocol):
     @property
     def limit(self) -> float:
         """Of the inexactness, above which ``anew`` is due: rounding has gathered."""
-
-    @classmethod
-    def adapted(cls, network: Linearised, keep: int) -> Linearised:
-        """The network with the rows that the form needs: all, or those of ``keep`` classes a sample."""
 
     def reads(self, sign: int) -> bool:
         """Whether an update needs the samples' rows, when they are added (``sign`` 1) or taken out (-1)."""
@@ -165,6 +164,9 @@ class Solution(Protocol):
     def head_shortfall(self, layout: Layout) -> Float[Tensor, "classes features"] | None:
         """``W(S; theta*) - W*``, what the head alone falls short of over S (``fastntk.solve.head``); None in a form
         that does not keep its inputs. The head must be tuned, and its rows of logits."""
+
+    def ready(self) -> "Solution":
+        """The same with everything that the first request would otherwise wait for."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything but the ridge, by name."""

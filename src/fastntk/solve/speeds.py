@@ -15,13 +15,13 @@ from fastntk.jacobians import products
 from fastntk.jacobians.jacobian import Jacobian
 from fastntk.jacobians.linearised import Linearised
 from fastntk.jacobians.rows import PART
-from fastntk.solve.linalg import add_product_, invert_, mirror_
+from fastntk.solve.linalg import add_product_, cholesky_
 from fastntk.solve.sums import ROWS
 
 _AIM = 0.7  # seconds that a piece of work is timed for
 _ROWS = 4  # of an image, that are timed, at most: each further one is a backward pass more
 _READ = 2**27  # bytes of rows that are read for it, at most
-_TRIAL = 3072  # the side of the matrices that are multiplied and inverted, at most
+_TRIAL = 3072  # the side of the matrices that are multiplied and factorised, at most
 
 
 @dataclass(frozen=True)
@@ -30,17 +30,6 @@ class Cost:
 
     seconds: float
     operations: float
-
-
-@dataclass(frozen=True)
-class _Algebra:
-    """What dense matrices take: ``rate``, entries of a sum of products a second, and of a square of the side ``trial``
-    the seconds of a product with a vector and of an inverse."""
-
-    trial: int
-    rate: float
-    matvec: float
-    invert: float
 
 
 class Speeds:
@@ -54,7 +43,7 @@ class Speeds:
     def __init__(self, network: Linearised, batch: int) -> None:
         self.network = replace(network, numerics=replace(network.numerics, workers=0))  # which take long to start
         self.most = max(1, min(batch, len(network.train)))  # type: ignore[arg-type]
-        self.algebra = cache(self._algebra)
+        self._trial, self._factor = cache(self._tried), cache(self._factored)
 
     def rows(self, outputs: int) -> Cost:
         """An image's Jacobian of so many outputs: one forward pass, and a backward pass each."""
@@ -112,12 +101,12 @@ class Speeds:
         """Seconds a sample to multiply with so many rows of each, both ways: rows of a dtype, as what is read from
         disk and stays in the system's memory."""
         network, layout = self.network, self.network.layout
-        head = sum(layout.shapes[name].numel() for name in layout.head)
+        head, rows = sum(layout.shapes[name].numel() for name in layout.head), outputs + network.loss.contrasted
         samples = max(1, min(PART, _READ // (outputs * layout.size * network.dtype.itemsize)))
         jacobian = Jacobian(
             torch.zeros(samples, outputs, layout.size - head, dtype=dtype),
             torch.zeros(samples, head // network.classes, dtype=network.dtype),
-            torch.arange(outputs + network.loss.contrasted).expand(samples, -1),
+            None if rows > network.classes else torch.arange(rows).expand(samples, -1),
             network.classes,
         )
         vector = torch.ones(layout.size, dtype=torch.float64, device=network.device)
@@ -128,18 +117,39 @@ class Speeds:
 
         return _clocked(both, network.device) / samples
 
-    def _algebra(self, side: int, rows: int, dtype: torch.dtype, factors: torch.dtype) -> _Algebra:
-        """Of a matrix of that side and dtype, to which products of so many rows are added at a time."""
-        device, trial, count = self.network.device, max(1, min(side, _TRIAL)), max(1, ROWS // rows) * rows
-        parts = torch.randn(count, trial, device=device, dtype=factors)
-        matrix, vector = (
-            torch.zeros(trial, trial, device=device, dtype=dtype),
-            torch.ones(trial, device=device, dtype=dtype),
-        )
+    def rate(self, side: int, rows: int, dtype: torch.dtype = torch.float64) -> float:
+        """Entries of a sum of products a second, for a symmetric matrix of that side and dtype to which the products of
+        so many rows are added at a time, each in the network's own dtype."""
+        return self._trial(_size(side), max(1, ROWS // rows) * rows, dtype)[0]
+
+    def matvec(self, side: int, dtype: torch.dtype) -> float:
+        """Seconds of such a matrix's product with a vector."""
+        trial = _size(side)
+        return (side / trial) ** 2 * self._trial(trial, ROWS, dtype)[1]
+
+    def factor(self, side: int) -> float:
+        """Seconds of a float32 Cholesky factor."""
+        trial = _size(side)
+        return (side / trial) ** 3 * self._factor(trial)
+
+    def _factored(self, trial: int) -> float:
+        """Seconds of a factor of that side."""
+        matrix = torch.eye(trial, device=self.network.device)
+        return _clocked(lambda: cholesky_(matrix), self.network.device)
+
+    def _tried(self, trial: int, count: int, dtype: torch.dtype) -> tuple[float, float]:
+        """A rate, and seconds of a product with a vector."""
+        device = self.network.device
+        parts = torch.randn(count, trial, device=device, dtype=self.network.dtype)
+        matrix = torch.zeros(trial, trial, device=device, dtype=dtype)
         multiply = _clocked(lambda: add_product_(matrix, parts.T, parts.T), device)
-        mirror_(matrix).diagonal().add_(1 + float(matrix.diagonal().mean()))
-        matvec = _clocked(lambda: matrix @ vector, device)
-        return _Algebra(trial, count * trial**2 / multiply, matvec, _clocked(lambda: invert_(matrix.clone()), device))
+        vector = torch.ones(trial, device=device, dtype=dtype)
+        return count * trial**2 / multiply, _clocked(lambda: matrix @ vector, device)
+
+
+def _size(side: int) -> int:
+    """Of the matrices that stand for one of that side."""
+    return max(1, min(side, _TRIAL))
 
 
 def _clocked(work: Callable[[], object], device: torch.device) -> float:

@@ -27,6 +27,7 @@ def prepare(
     class_probes: options.Probes = None,
     workers: options.Workers = 0,
     device: options.Device = "cpu",
+    ready: Annotated[bool, typer.Option("--ready", help="Solve as well, which the first request waits for.")] = False,
     seed: Annotated[
         int, typer.Option(**options.SEED, help="Of the draw of retained samples that check every request.")
     ] = 0,
@@ -45,7 +46,7 @@ def prepare(
     opened = Run(run, local_device(device))
     with distributed.session(opened.device):
         memory = opened.prepare(
-            ridge if ridge == "auto" else options.number(ridge), form, options.classes(classes), seed, numerics
+            ridge if ridge == "auto" else options.number(ridge), form, options.classes(classes), seed, numerics, ready
         )
         if distributed.rank():
             return

@@ -58,7 +58,7 @@ def _cells(
     """Requests against one fitted model: each with what is known of it and its report."""
     key = _digest(_described(config, setting))
     kept = writable(fits / f"{setting.data}-{setting.model}-{setting.per_class}-{setting.seed}-{key}")
-    model, train, test = _opened(config, setting, device)
+    model, train, test = opened(config, setting, device)
     fit = fitted(model, train, config.fitting(setting.seed), kept / "original.safetensors", key)
     started = time.perf_counter()
     memory = prepare(model, train, fit.initial, loss=fit.recipe.loss, shrinkage=fit.shrinkage)
@@ -94,7 +94,7 @@ def _digest(document: object) -> str:
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _opened(config: Config, setting: Setting, device: torch.device | str) -> tuple[nn.Module, Dataset, Dataset]:
+def opened(config: Config, setting: Setting, device: torch.device | str) -> tuple[nn.Module, Dataset, Dataset]:
     """The model, tuned and not fitted, and its training and test images: the first of each class for training, and
     those of the test split, or the ones after them, for testing."""
     entry, data, count = config.models[setting.model], config.data[setting.data], config.test_per_class

@@ -1,18 +1,25 @@
 """The formats of a memory's folder, and how documents of older ones become documents of today's."""
 
+from dataclasses import fields
 from typing import Any
 
 import torch
 
 from fastntk.common.errors import InputError
 from fastntk.common.formats import Format, unchanged
-from fastntk.jacobians.jacobian import Jacobian
-from fastntk.jacobians.rows import Rows
+from fastntk.solve.linalg import lower_of
+from fastntk.solve.schur import schur_factor
+from fastntk.solve.sums import Sums
+from fastntk.tuning.loss import SquaredLoss, loss_numbers
+
+_SOLVED = ("kernel", "inverse", "targets", "coefficients", "base")
+_GONE = {"primal": ("inverse",), "dual": _SOLVED, "convex": _SOLVED}
+"""What a form does not keep any more."""
 
 
 def _state_0(document: dict[str, Any]) -> dict[str, Any]:
     """Names of their own for what was called residuals, probe and short of head; how to compute in one place; the
-    solution says over which positions it is, and in the dual form has its targets."""
+    solution says over which positions it is."""
     tensors, options, probes = document["tensors"], document["options"], document["class_probes"] or {}
     names = {
         "residuals": "fingerprints",
@@ -20,10 +27,6 @@ def _state_0(document: dict[str, Any]) -> dict[str, Any]:
         "solution.sums.count": "solution.sums.samples",
     }
     renamed = {names.get(name, name): tensor for name, tensor in tensors.items()}
-    if "solution.rows.rest" in renamed:
-        jacobian = Jacobian(renamed["solution.rows.rest"], renamed["solution.rows.features"])
-        rows = Rows(jacobian, renamed["solution.rows.residual"])
-        renamed["solution.targets"] = rows.targets(renamed["solution.displacement"])
     present = [position for position, each in enumerate(document["ids"]) if each is not None]
     numerics = {
         "batch_size": document["batch_size"],
@@ -86,7 +89,21 @@ def _state_2(document: dict[str, Any]) -> dict[str, Any]:
     return {**document, "made": made, "loss": loss, "tail": 0.0}
 
 
-BASE = Format("memory", (_state_0, _state_1, _state_2))
+def _state_3(document: dict[str, Any]) -> dict[str, Any]:
+    """Inverses were kept where Cholesky factors are: the primal form's is made from its sums, of which lower triangles
+    are kept now; the dual and convex forms are solved anew when something first asks."""
+    gone = {f"solution.{name}" for name in _GONE.get(document["form"], ())}
+    tensors = {name: each for name, each in document["tensors"].items() if name not in gone}
+    if document["form"] == "dual":
+        tensors |= {f"solution.{name}": each for name, each in loss_numbers(SquaredLoss()).items()}
+    if document["form"] == "primal":
+        sums = Sums(*(tensors[f"solution.sums.{each.name}"] for each in fields(Sums)))
+        factor = schur_factor(sums, tensors["solution.head_inverse"], document["ridge"])
+        tensors |= {"solution.sums.rest": lower_of(sums.rest), "solution.factor": lower_of(factor)}
+    return {**document, "tensors": tensors}
+
+
+BASE = Format("memory", (_state_0, _state_1, _state_2, _state_3))
 """Of ``base-N.safetensors``: ``packing``."""
 
 JOURNAL = Format("request", (unchanged,))
