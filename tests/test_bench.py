@@ -69,7 +69,7 @@ def test_a_cell_holds_what_a_comparison_measures(config, tmp_path):
     assert (by_share.facts["forgotten"], by_share.facts["test_images"]) == (6, 15)
     assert by_class.facts["audit"]["samples"] == 3
 
-    model, train, test = grid._opened(read, setting, "cpu")
+    model, train, test = grid.opened(read, setting, "cpu")
     recipe = Recipe(epochs=2, learning_rate=1e-2, batch_size=4)
     fit = fastntk.fit(model, train, recipe)
     memory = fastntk.prepare(model, train, fit.initial)

@@ -82,7 +82,7 @@ def test_a_pull_toward_zero_makes_ridge_regression_toward_the_shrunk_start():
     expected = expected - oracles.anchored_step(jacobian, residual, u, 0.6)
     moved = layout.flatten(memory.forget([3, 7]).parameters) - layout.flatten(memory.anchor)
     torch.testing.assert_close(moved, expected, rtol=1e-7, atol=1e-9)
-    for name, tensor in memory.initial.items():
+    for name, tensor in memory.state.initial.items():
         torch.testing.assert_close(tensor, initial[name])
     with pytest.raises(fastntk.InputError, match="above 0 and at most 1"):
         fastntk.prepare(model, data, initial, shrinkage=1.5)

@@ -110,7 +110,9 @@ class Linearised:
         """The Jacobians and residuals of the samples; of no sample, too."""
         if self.keep is not None:
             return self._kept(positions, description)
-        return Rows.of(self.stream(positions or [self._first], description))[: len(positions)]
+        asked = positions or [self._first]
+        batches = (Rows(jacobian, residual) for jacobian, residual in self.stream(asked, description))
+        return Rows.gathered(batches, len(asked))[: len(positions)]
 
     def residual(self, positions: Sequence[int]) -> Iterator[tuple[Tensor, Float[Tensor, "batch classes"]]]:
         """Batches of images with ``r_i``, the loss's negative gradient with respect to the logits: for squared loss
@@ -132,14 +134,17 @@ class Linearised:
 
     def _kept(self, positions: Sequence[int], description: str) -> Rows:
         """The rows of the likeliest classes."""
-        parts = []
-        for images, labels in track(self.images(positions or [self._first]), description):
-            x, y = checked(images).to(self.device), labels.to(self.device)
-            with arithmetic(self.numerics.precision, self.device):
-                chosen = partial(likeliest, labels=y, count=cast(int, self.keep))
-                jacobian, logits = self.jacobian.of_kept(x, chosen, self.loss.contrasted)
-            parts.append(_rows_of(self.loss, jacobian, logits.to(self.dtype), y))
-        return Rows.together(parts)[: len(positions)]
+        asked = positions or [self._first]
+
+        def batches() -> Iterator[Rows]:
+            for images, labels in track(self.images(asked), description):
+                x, y = checked(images).to(self.device), labels.to(self.device)
+                with arithmetic(self.numerics.precision, self.device):
+                    chosen = partial(likeliest, labels=y, count=cast(int, self.keep))
+                    jacobian, logits = self.jacobian.of_kept(x, chosen, self.loss.contrasted)
+                yield _rows_of(self.loss, jacobian, logits.to(self.dtype), y)
+
+        return Rows.gathered(batches(), len(asked))[: len(positions)]
 
     def _residual_of(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The residuals of the likeliest classes of a batch."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -43,10 +43,17 @@ class Rows:
     point: Point | None = None
 
     @classmethod
-    def of(cls, batches: Iterable[tuple[Jacobian, Tensor]]) -> "Rows":
-        """The rows of at least one batch."""
-        parts = list(batches)
-        return cls(concatenate([jacobian for jacobian, _ in parts]), torch.cat([residual for _, residual in parts]))
+    def gathered(cls, batches: Iterable["Rows"], count: int) -> "Rows":
+        """At least one batch, and those that follow, ``count`` samples in all: no two copies of them exist at once."""
+        whole, start = None, 0
+        for batch in batches:
+            if whole is None:
+                given = batch.tensors()
+                room = {n: t if n == "classes" else t.new_empty(count, *t.shape[1:]) for n, t in given.items()}
+                whole = cls.from_tensors(room)
+            whole.put_(slice(start, start + len(batch)), batch)
+            start += len(batch)
+        return cast(Rows, whole)
 
     @classmethod
     def together(cls, parts: list["Rows"]) -> "Rows":
@@ -82,7 +89,7 @@ class Rows:
         total = 0.0
         for _, jacobian in self.parts(dtype, device):
             own = jacobian.rest.shape[1] if jacobian.kept is None else jacobian.combined().double().square().sum((1, 2))
-            total += float(jacobian.rest.double().square().sum())
+            total += float(jacobian.rest.norm()) ** 2
             total += float((jacobian.features.double().square().sum(1) * own).sum())
         return total / self.residual.numel()
 

@@ -87,13 +87,13 @@ class Convex:
 
     @classmethod
     def price(cls, work: Workload) -> Price:
-        """The kernel, float64, and in passing four more such matrices, float32; the n Jacobians twice; a batch. Some
+        """The kernel, float64, and in passing four more such matrices, float32; the n Jacobians; a batch. Some
         four factors."""
         rows = work.samples * work.kept_rows
         stored = work.itemsize * (rows * work.rest + work.samples * work.features)
         operations = float(rows) ** 2 * work.rest + 4 / 3 * float(rows) ** 3
         batch = work.batch(work.kept_rows)
-        size = (8 + 4 * 4) * rows**2 + 2 * stored + work.bytes_of(batch, work.kept_rows)
+        size = (8 + 4 * 4) * rows**2 + stored + work.bytes_of(batch, work.kept_rows)
         return Price(cls.name, size, operations, work.unprobed, batch=batch)
 
     @classmethod

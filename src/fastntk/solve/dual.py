@@ -21,9 +21,8 @@ from fastntk.jacobians.linearised import Linearised
 from fastntk.jacobians.rows import Point, Rows
 from fastntk.solve.convex import Convex, prepared
 from fastntk.solve.head import head_shortfall
-from fastntk.solve.kernel import Stored
 from fastntk.solve.prices import Price, Timing, Workload, passes
-from fastntk.solve.ridge import STEPS, calibrate
+from fastntk.solve.ridge import STEPS, STORED, calibrate_stored
 from fastntk.solve.solution import Solved, Task, Update
 from fastntk.solve.speeds import Speeds
 from fastntk.tuning.loss import Kept, SquaredLoss
@@ -40,12 +39,12 @@ class Dual(Convex):
 
     @classmethod
     def price(cls, work: Workload) -> Price:
-        """The nC x nC kernel, float64, its factor and in passing three more such, float32; the n Jacobians twice; a
+        """The nC x nC kernel, float64, its factor and in passing three more such, float32; the n Jacobians; a
         batch. ``(nC)^2 rest`` and ``(nC)^3 / 3`` operations."""
         work = work.written
         stored = work.itemsize * (work.rows * work.rest + work.samples * work.features)
         operations = float(work.rows) ** 2 * work.rest + float(work.rows) ** 3 / 3
-        size = (8 + 4 * 4) * work.rows**2 + 2 * stored + work.batch_bytes
+        size = (8 + 4 * 4) * work.rows**2 + stored + work.batch_bytes
         return Price(cls.name, size, operations, work.one_step, rank=2 * work.curved)
 
     @classmethod
@@ -53,15 +52,16 @@ class Dual(Convex):
         """Of the Jacobians and the choice of the ridge, and of what the first request waits for."""
         work = work.written
         jacobians = passes(work, 1, speeds.rows(work.outputs), "Jacobians")
-        ridge = STEPS * work.samples * speeds.read(work.outputs, speeds.network.dtype)
+        few = min(work.samples, STORED // work.outputs + 1)
+        ridge = STEPS * few * speeds.read(work.outputs, speeds.network.dtype)
         kernel = work.rest * float(work.rows) ** 2 / speeds.rate(work.rows, work.outputs)
         first = {"kernel": kernel, "solve": speeds.factor(work.rows)}
         return Timing({**jacobians.seconds, "ridge": ridge}, jacobians.operations, first)
 
     @classmethod
     def prepare(cls, task: Task) -> Solved:
-        """One pass that keeps the Jacobians, and the ridge, over all samples."""
-        return prepared(cls, task, SquaredLoss(), lambda rows, _, u: calibrate(Stored(rows), u))
+        """One pass that keeps the Jacobians, and the ridge."""
+        return prepared(cls, task, SquaredLoss(), lambda rows, _, u: calibrate_stored(rows, u))
 
     @property
     def point(self) -> Point:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastntk.jacobians.rows import Point, Rows
 from fastntk.solve.gram import Gram, Spectrum
-from fastntk.solve.kernel import kernel
+from fastntk.solve.kernel import Stored, kernel
 from fastntk.solve.newton import Newton, Problem
 from fastntk.tuning.loss import Loss
 
@@ -29,6 +29,9 @@ STEPS = 60
 
 SAMPLED = 2048
 """Rows of the samples that ``calibrate_convex`` looks at: docs/benchmarks.md has what others find."""
+
+STORED = 4096
+"""Rows of the samples that ``calibrate_stored`` looks at."""
 
 _FACTORS = torch.logspace(-4, 2, 601, dtype=torch.float64)
 
@@ -70,6 +73,12 @@ def calibrate(gram: Gram, displacement: Float[Tensor, " p"], spectrum: Spectrum 
     best = int(squares.argmin())
     mismatch = float((squares[best].clamp_min(0) / known.square).sqrt())
     return Calibration(float(ridges[best]), float(_FACTORS[best]), mismatch)
+
+
+def calibrate_stored(rows: Rows, u: Tensor) -> Calibration:
+    """``calibrate`` over some of the samples, for the mean diagonal of all."""
+    found, rest = calibrate(Stored(rows[sampled(rows, STORED)]), u), rows.jacobian.rest
+    return replace(found, ridge=found.factor * rows.mean_diagonal(rest.dtype, rest.device))
 
 
 def sampled(rows: Rows, size: int) -> Int[Tensor, " some"]:
