@@ -1,11 +1,17 @@
-"""The paper's sizes on a GPU: 5,000 and 50,000 images at 224 px, ResNet-18 and ViT-B/32, random weights.
+"""What matters on one GPU, in some eight minutes: random weights, and random images of 224 px that are on the GPU.
 
-    python benchmarks/gpu.py [--samples 5000 50000] [--precision full tf32 bf16] [--cases ...]
+    python benchmarks/gpu.py [--out gpu.jsonl] [--minutes 8]
+    python benchmarks/gpu.py --tiny --device cpu            the same path with small networks and a dozen images
 
-resnet18 bn (p = 9,600) and vit_b_32 with ten prompts and head (p = 15,370), 10 classes. Random images, made on the GPU,
-so that what is timed is Jacobians and sums, not the reading of files. Each row: seconds of the pass and of the solve,
-peak GPU memory, and the error of the Jacobians of 16 images against float64 on the CPU (median over the images). The
-first line names the GPU; the last is JSON. Without a GPU that torch can use it ends with exit status 2.
+*Jacobians*: of a batch of 64, images a second, in every precision; their error against float64 on the CPU (median over
+eight images); torch.func's vmap(jacrev) beside them. *prepare*: a network is fitted for an epoch on some of the images,
+then a memory is prepared; *first* is what the first request waits for beside its own time; requests for ten images and
+for a tenth of them; *over retrain*: all of these over twelve epochs, from the one that was run. ViT-B/32 with ten
+prompts and head, 5,000 and 50,000 images; ResNet-50 with batch norm and head, 5,000 images of 100 and of 1,000 classes.
+
+Every line is written to ``--out`` when it is known, so what was cut off is not lost; what does not begin in time is
+left out, and said to be. The first line names the device, the last is JSON. A device that torch cannot use is exit
+status 2.
 """
 
 import argparse
@@ -13,119 +19,194 @@ import json
 import statistics
 import sys
 import time
-from functools import cache
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
-from networks import randomise
-from rich.console import Console
-from rich.table import Table
+from networks import by_vmap, randomise
 from torch import Tensor, nn
+from torch.utils.data import Dataset, Subset
 
-from fastntk.common.machine import settle
-from fastntk.inputs.libraries import torchvision
+import fastntk
+from fastntk.common.machine import device_name, peak_memory, settle, wait
+from fastntk.inputs.libraries import timm, torchvision
 from fastntk.jacobians.linearised import jacobians
 from fastntk.jacobians.numerics import PRECISIONS
 from fastntk.jacobians.per_sample import PerSampleJacobian
-from fastntk.solve.primal import Primal
-from fastntk.solve.sums import Sums, accumulate
-from fastntk.tuning.loss import SquaredLoss
+from fastntk.tuning.loss import loss_named
 from fastntk.tuning.parameters import snapshot, tuned
-from fastntk.tuning.selectors import tune
 
-CLASSES, SIDE = 10, 224
-CASES = {"resnet18": ("bn",), "vit_b_32": ("prompt:10", "head")}
+EPOCHS = 12  # of the retraining that is compared with
 
 
-def prepared(name: str, device: str, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Tensor]]:
-    """The network with its selection tuned."""
-    torch.manual_seed(0)
-    model = getattr(torchvision().models, name)(num_classes=CLASSES).eval()
-    randomise(model)
-    tune(model, *CASES[name])
-    model = model.to(device, dtype).to(memory_format=torch.channels_last)
-    return model, snapshot(tuned(model))
+@dataclass(frozen=True)
+class Sizes:
+    """What is run: of networks, images, and what is fitted to know an epoch."""
+
+    vit: Callable[[int], nn.Module]
+    resnet: Callable[[int], nn.Module]
+    side: int
+    batch: int
+    few: int
+    many: int
+    fitted: int
+    classes: tuple[int, int]
 
 
-@cache
-def exact(name: str, count: int) -> tuple[Tensor, Tensor]:
-    """Some images, and their Jacobians in float64 on the CPU."""
-    images = torch.randn(count, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
-    return images, PerSampleJacobian(*prepared(name, "cpu", torch.float64))(images.double()).rest
+FULL = Sizes(
+    lambda c: torchvision().models.vit_b_32(num_classes=c),
+    lambda c: torchvision().models.resnet50(num_classes=c),
+    *(224, 64, 5000, 50_000, 2000, (100, 1000)),
+)
+TINY = Sizes(
+    lambda c: timm().create_model("vit_tiny_patch16_224", num_classes=c, img_size=32, depth=2),
+    lambda c: torchvision().models.resnet18(num_classes=c),
+    *(32, 4, 12, 14, 8, (5, 7)),
+)
+SELECT = {"vit": ("prompt:10", "head"), "resnet": ("bn", "head")}
 
 
-def error(name: str, precision: str, count: int = 16) -> float:
-    """Of the Jacobians on the GPU, relative to float64 on the CPU."""
-    images, wanted = exact(name, count)
-    labels = torch.zeros(count, dtype=torch.long)
-    jacobian = PerSampleJacobian(*prepared(name, "cuda", torch.float32))
-    [(ours, _)] = jacobians(jacobian, [(images, labels)], SquaredLoss(), precision)
-    differences = (ours.rest.cpu().double() - wanted).flatten(1).norm(dim=1) / wanted.flatten(1).norm(dim=1)
-    return statistics.median(differences.tolist())
+class Images(Dataset):
+    """Images that are on the device: a few hundred, each brighter whenever it comes again."""
+
+    def __init__(self, count: int, side: int, classes: int, device: torch.device) -> None:
+        self.count, self.classes = count, classes
+        generator = torch.Generator(device).manual_seed(0)
+        self.pixels = torch.randn(min(count, 256), 3, side, side, device=device, generator=generator)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        turn, place = divmod(index, len(self.pixels))
+        return self.pixels[place] * (1 + 0.01 * turn), index % self.classes
 
 
-def measured(name: str, samples: int, precision: str, batch: int, dtype: torch.dtype) -> dict[str, float]:
-    """One pass and one solve."""
-    model, parameters = prepared(name, "cuda", torch.float32)
-    jacobian = PerSampleJacobian(model, parameters)
-    generator = torch.Generator("cuda").manual_seed(0)
-    labels = torch.arange(batch, device="cuda") % CLASSES
+class Bench:
+    """The measurements, one after the other."""
 
-    def images(count: int) -> Tensor:
-        pixels = torch.randn(count, 3, SIDE, SIDE, device="cuda", generator=generator)
-        return pixels.contiguous(memory_format=torch.channels_last)
+    def __init__(self, sizes: Sizes, device: torch.device) -> None:
+        self.sizes, self.device = sizes, device
 
-    def source(total: int):
-        for start in range(0, total, batch):
-            count = min(batch, total - start)
-            yield images(count), labels[:count]
+    def network(self, kind: str, classes: int, dtype: torch.dtype = torch.float32, device: str = "") -> nn.Module:
+        """With its selection tuned."""
+        torch.manual_seed(0)
+        model = getattr(self.sizes, kind)(classes).eval()
+        randomise(model)
+        fastntk.tune(model, *SELECT[kind])
+        return model.to(device or self.device, dtype)
 
-    sums = Sums.zero(jacobian(images(2)), dtype)
-    accumulate(jacobians(jacobian, source(2 * batch), SquaredLoss(), precision), sums)  # to start the GPU's libraries
-    sums = Sums.zero(jacobian(images(2)), dtype)
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    started = time.perf_counter()
-    accumulate(jacobians(jacobian, source(samples), SquaredLoss(), precision), sums).complete_()
-    torch.cuda.synchronize()
-    passed = time.perf_counter()
-    displacement = torch.zeros(len(sums.rhs), dtype=torch.float64, device="cuda")
-    Primal.of(sums, displacement, 0.1 * sums.trace / len(sums.rhs), torch.arange(samples))
-    torch.cuda.synchronize()
-    return {
-        "pass_seconds": passed - started,
-        "images_a_second": samples / (passed - started),
-        "solve_seconds": time.perf_counter() - passed,
-        "peak_bytes": torch.cuda.max_memory_allocated(),
-    }
+    def clocked(self, work: Callable[[], object]) -> float:
+        """Seconds, until the device is done."""
+        wait(self.device)
+        started = time.perf_counter()
+        work()
+        wait(self.device)
+        return time.perf_counter() - started
+
+    def jacobian(self, kind: str, precision: str) -> dict[str, Any]:
+        """Images a second, and the error."""
+        model = self.network(kind, 10)
+        ours = PerSampleJacobian(model, snapshot(tuned(model)))
+        images = Images(self.sizes.batch, self.sizes.side, 10, self.device).pixels
+        labels = torch.arange(len(images), device=self.device) % 10
+
+        def work() -> Tensor:
+            [(found, _)] = jacobians(ours, [(images, labels)], fastntk.SquaredLoss(), precision)
+            return found.rest
+
+        work()
+        seconds, few = self.clocked(work), min(8, len(images))
+        exact = self.network(kind, 10, torch.float64, "cpu")
+        wanted = PerSampleJacobian(exact, snapshot(tuned(exact)))(images[:few].double().cpu()).rest.flatten(1)
+        off = (work()[:few].cpu().double().flatten(1) - wanted).norm(dim=1) / wanted.norm(dim=1)
+        return {"images_a_second": len(images) / seconds, "error": statistics.median(off.tolist())}
+
+    def vmap(self, kind: str) -> dict[str, Any]:
+        """torch.func's, images a second, with as many images as fit."""
+        model, images = self.network(kind, 10), Images(self.sizes.batch, self.sizes.side, 10, self.device).pixels
+        parameters = snapshot(tuned(model))
+        while len(images):
+            try:
+                work = partial(by_vmap, model, parameters, images)
+                work()
+                return {"batch": len(images), "images_a_second": len(images) / self.clocked(work)}
+            except torch.OutOfMemoryError:
+                images = images[: len(images) // 2]
+        return {"batch": 0, "images_a_second": 0.0}
+
+    def prepare(self, kind: str, count: int, classes: int, loss: str, precision: str) -> dict[str, Any]:
+        """A memory, requests, and an epoch of fitting."""
+        model, own = self.network(kind, classes), loss_named(loss)
+        train = Images(count, self.sizes.side, classes, self.device)
+        part = Subset(train, range(min(count, self.sizes.fitted)))
+        fit = fastntk.fit(model, part, epochs=1, loss=own)
+        retraining = EPOCHS * fit.seconds * count / len(part)
+        with peak_memory(self.device) as peak:
+            started = time.perf_counter()
+            memory = fastntk.prepare(model, train, fit.initial, loss=own, precision=precision)
+            wait(self.device)
+            prepared = time.perf_counter() - started
+            first = memory.ready()
+        requests = {"ten": memory.ids[1:11], "tenth": memory.ids[::10]}
+        seconds = {name: memory.preview(ids).seconds for name, ids in requests.items()}
+        known = {"prepare": prepared, "first": first, **seconds}
+        return {
+            "form": memory.form,
+            "gib": peak.bytes / 2**30,
+            **known,
+            **{f"{name}_over_retrain": each / retraining for name, each in known.items()},
+        }
+
+    def all(self) -> Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any]]]]:
+        """What is measured, the most wanted first: what it is called, and how to."""
+        few, many, (some, more) = self.sizes.few, self.sizes.many, self.sizes.classes
+        prepared: list[tuple[str, int, int, str, str]] = [
+            ("vit", few, 10, "squared", "full"),
+            ("vit", few, 10, "cross-entropy", "full"),
+            ("resnet", few, some, "cross-entropy", "full"),
+            ("resnet", few, more, "cross-entropy", "full"),
+            ("vit", many, 10, "cross-entropy", "tf32"),
+            ("vit", many, 10, "squared", "tf32"),
+        ]
+        for kind in SELECT:
+            for precision in PRECISIONS:
+                described = {"what": "Jacobians", "network": kind, "precision": precision}
+                yield described, lambda kind=kind, precision=precision: self.jacobian(kind, precision)
+            yield {"what": "vmap(jacrev)", "network": kind}, lambda kind=kind: self.vmap(kind)
+        for case in prepared:
+            names = ("network", "images", "classes", "loss", "precision")
+            yield {"what": "prepare", **dict(zip(names, case, strict=True))}, lambda case=case: self.prepare(*case)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, nargs="+", default=[5000, 50000])
-    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
-    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--sums", choices=["float64", "float32"], default="float64")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="small networks and a dozen images")
+    parser.add_argument("--minutes", type=float, default=8.0, help="after which nothing else begins")
+    parser.add_argument("--out", type=Path, default=Path("gpu.jsonl"), help="where every line goes at once")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("this benchmark needs a GPU that torch can use; there is none here.", file=sys.stderr)
+    try:
+        device = torch.device(arguments.device)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        print(f"torch cannot use the device {arguments.device!r} here ({error}).", file=sys.stderr)
         sys.exit(2)
     settle()
-    print(torch.cuda.get_device_name(), torch.__version__, f"{arguments.sums} sums")
-    table = Table("network", "images", "precision", "pass s", "images/s", "solve s", "peak GB", "error")
-    results = {}
-    for name in arguments.cases:
-        for precision in arguments.precision:
-            wrong = error(name, precision)
-            for samples in arguments.samples:
-                row = measured(name, samples, precision, arguments.batch, getattr(torch, arguments.sums))
-                results[f"{name}/{samples}/{precision}"] = {**row, "error": wrong}
-                passed, rate, solved, peak = row.values()
-                figures = f"{passed:.1f}", f"{rate:.0f}", f"{solved:.1f}", f"{peak / 1e9:.1f}", f"{wrong:.0e}"
-                table.add_row(name, f"{samples:,}", precision, *figures)
-                print(json.dumps({"case": [name, samples, precision], **row, "error": wrong}), flush=True)
-    Console(width=100).print(table)
-    print(json.dumps({"device": torch.cuda.get_device_name(), **results}))
+    started, rows = time.perf_counter(), []
+    print(device_name(device), torch.__version__)
+    with arguments.out.open("w") as file:
+        for described, work in Bench(TINY if arguments.tiny else FULL, device).all():
+            if time.perf_counter() - started > 60 * arguments.minutes:
+                rows.append({**described, "left_out": "no time was left"})
+            else:
+                rows.append({**described, **work()})
+            print(json.dumps(rows[-1]), file=file, flush=True)
+            print(json.dumps(rows[-1]), flush=True)
+    print(json.dumps({"device": device_name(device), "seconds": time.perf_counter() - started, "rows": rows}))
 
 
 if __name__ == "__main__":

@@ -181,7 +181,7 @@ TRIED = {
     (".prepare", [{"loss": nn.CrossEntropyLoss()}, {"seed": 2**70}, {"batch_size": 1.5}], "loss|seed|batch_size must"),
     (".prepare", [{"initial": fastntk.Recipe()}, {"ridge": "1"}, {"ridge": True}], "tensors by name|the ridge must"),
     (".prepare", [{"ridge": np.float32(1)}, {"checkpoint": "partial"}, {"shrinkage": np.float32(1)}], 0),
-    (".do", [lambda w: fastntk.prepare(w.memory.model, PAIRS, w.memory.state.initial, ridge=np.float32(1))
+    (".do", [lambda w: fastntk.prepare(w.memory.model, PAIRS, w.memory.state.initial, ridge=np.float32(1)
                                        ).save(w.new / "m")], None),
     (".do", [lambda w: fastntk.CrossEntropy(weights=torch.ones(2)).weights,
      lambda w: fastntk.CrossEntropy(weights=np.ones(2, dtype=np.float32)).weights], (1.0, 1.0)),

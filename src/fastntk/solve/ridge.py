@@ -30,7 +30,7 @@ STEPS = 60
 SAMPLED = 2048
 """Rows of the samples that ``calibrate_convex`` looks at: docs/benchmarks.md has what others find."""
 
-STORED = 4096
+STORED = 8192
 """Rows of the samples that ``calibrate_stored`` looks at."""
 
 _FACTORS = torch.logspace(-4, 2, 601, dtype=torch.float64)
