@@ -152,19 +152,12 @@ class Convex:
     @classmethod
     def restore(cls, tensors: Mapping[str, Tensor], ridge: float) -> "Convex":
         """The reverse of ``tensors``."""
-        over = tensors["over"].cpu()
-        optimum = None
+        over, optimum = tensors["over"].cpu(), None
         if any(name in tensors for name in ("kernel", "coefficients", "factor")):
             factor = Factor(tensors["factor"], over.sort().values)
             optimum = Optimum(tensors["kernel"], tensors["coefficients"], factor)
-        return cls(
-            Rows.from_tensors(tensors, "rows."),
-            loss_of(tensors),
-            tensors["displacement"],
-            ridge,
-            over,
-            optimum,
-        )
+        rows, u = Rows.from_tensors(tensors, "rows."), tensors["displacement"]
+        return cls(rows, loss_of(tensors), u, ridge, over, optimum)
 
     @cached_property
     def step(self) -> Float[Tensor, " p"]:
@@ -252,7 +245,7 @@ class Convex:
         """One step of Newton's method for each, of all logits: ``M (I - W M)^-1 l'`` with ``W = L L'`` and
         ``M = J_i H^-1 J_i'``, H the objective's Hessian over S; the logits that are not kept stay as they are."""
         self.ownership.check()
-        root, factor, gradient = _hessian(self)
+        root, factor, gradient = self.hessian
         own, count = self.rows[positions], self.rows.residual.shape[1]
         jacobian, matrix = own.jacobian, self.optimum.kernel
         between = matrix[self.rows.places(positions)].view(len(own), count, len(root), count)
@@ -264,6 +257,18 @@ class Convex:
         left = torch.eye(count).to(middle) - weight @ middle
         change = middle @ torch.linalg.solve(left, gradient[positions][:, :, None])
         return (jacobian.combined().to(change) @ change)[:, :, 0] if jacobian.kept is not None else change[..., 0]
+
+    @cached_property
+    def hessian(self) -> tuple[Tensor, Tensor, Tensor]:
+        """L, the Cholesky factor of ``ridge I + L'K L`` and l', at the optimum, in float64."""
+        optimum = self.optimum
+        problem = _problem(self, optimum.kernel, self.over)
+        z = problem.logits(optimum.coefficients)
+        root = problem.root(z)
+        lower = curvature(optimum.kernel, root, self.ridge)
+        if not cholesky_(lower):
+            raise indefinite()
+        return root, lower, self.loss.gradient_of(z, problem.kept)
 
     def head_shortfall(self, layout: Layout) -> Float[Tensor, "classes features"] | None:
         """The rows have not all logits."""
@@ -316,18 +321,6 @@ def _solved(solution: Convex, matrix: Float[Tensor, "rows rows"]) -> Optimum:
     if newton.factor is None or solution.loss.curved:  # it is of another place
         newton.factor = Factor.of(problem, problem.root(problem.logits(a)))
     return Optimum(matrix, a, newton.factor)
-
-
-def _hessian(solution: Convex) -> tuple[Tensor, Tensor, Tensor]:
-    """L, the Cholesky factor of ``ridge I + L'K L`` and l', at the optimum, in float64."""
-    optimum = solution.optimum
-    problem = _problem(solution, optimum.kernel, solution.over)
-    z = problem.logits(optimum.coefficients)
-    root = problem.root(z)
-    lower = curvature(optimum.kernel, root, solution.ridge)
-    if not cholesky_(lower):
-        raise indefinite()
-    return root, lower, solution.loss.gradient_of(z, problem.kept)
 
 
 def _grown(solution: _Form, rows: Rows, positions: Int[Tensor, " samples"]) -> _Form:
