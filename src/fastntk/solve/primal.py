@@ -29,7 +29,7 @@ from fastntk.solve.head import head_shortfall
 from fastntk.solve.linalg import conjugated, lower_of, mirror_, relative, ridge_inverse, square_of
 from fastntk.solve.prices import Price, Timing, Workload, passes
 from fastntk.solve.ridge import STEPS, calibrate
-from fastntk.solve.schur import Blockwise, Product, schur_factor
+from fastntk.solve.schur import Blockwise, Product, complement, factored
 from fastntk.solve.solution import Ownership, Solved, Task, Update
 from fastntk.solve.speeds import Speeds
 from fastntk.solve.sums import ROWS, Sums
@@ -55,7 +55,8 @@ class Primal:
         sums: of S; the next solution takes them over.
         displacement: ``u``.
         ridge: a total.
-        factor: of the Schur complement, lower; float32, or float64 where rounding would make it indefinite.
+        schur: the lower triangle of the Schur complement, float32; the next solution takes it over.
+        factor: of it, lower; float64 where rounding would make it indefinite.
         made: the positions of the set that the factor was made over, which is nearly S.
         head_inverse: ``(H + ridge I)^-1``.
         step: ``s(S)``.
@@ -68,6 +69,7 @@ class Primal:
     sums: Sums
     displacement: Float[Tensor, " p"]
     ridge: float
+    schur: Float[Tensor, "rest rest"]
     factor: Float[Tensor, "rest rest"]
     made: Int[Tensor, " some"]
     head_inverse: Float[Tensor, "features features"]
@@ -83,21 +85,22 @@ class Primal:
             InputError: they are not positive definite with the ridge.
         """
         head_inverse, start = ridge_inverse(sums.head, ridge), torch.zeros_like(displacement)
-        factor = schur_factor(sums, head_inverse, ridge)
-        solution = cls(sums, displacement, ridge, factor, over, head_inverse, start, over)
+        schur = complement(sums, head_inverse, ridge)
+        factor = factored(schur, sums, head_inverse, ridge)
+        solution = cls(sums, displacement, ridge, schur, factor, over, head_inverse, start, over)
         return replace(solution, step=_refined(solution, sums.matvec, _rhs(solution), solution.near.solve))
 
     @classmethod
     def price(cls, work: Workload) -> Price:
-        """R, the factor of its Schur complement and, in passing, another such matrix; the head's blocks twice; a block
-        of rows; a batch. ``nC rest^2`` operations for the sums (half of all by symmetry, two each), ``C features
+        """R, its Schur complement, that one's factor and, in passing, another such matrix; the head's blocks twice; a
+        block of rows; a batch. ``nC rest^2`` operations for the sums (half of all by symmetry, two each), ``C features
         rest^2`` for the Schur complement and ``rest^3 / 3`` for its factor."""
         work = work.written
         square = float(work.rest) ** 2
         cross = work.outputs * work.rest * work.features + work.rest * work.features
         block = (ROWS + work.batch_size * work.outputs) * work.rest
         collecting = work.rest**2 * work.sums_itemsize + block * 2 * work.itemsize
-        solving = work.rest**2 * (work.sums_itemsize + 2 * 4)
+        solving = work.rest**2 * (work.sums_itemsize + 3 * 4)
         return Price(
             cls.name,
             max(collecting + work.batch_bytes, solving) + cross * work.sums_itemsize,
@@ -145,14 +148,16 @@ class Primal:
         """With a factor over S."""
         if torch.equal(*(each.sort().values for each in (self.made, self.over))):
             return self
-        return replace(self, factor=schur_factor(self.sums, self.head_inverse, self.ridge), made=self.over)
+        factor = factored(self.schur, self.sums, self.head_inverse, self.ridge)
+        return replace(self, factor=factor, made=self.over)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything but the ridge, by name; of symmetric matrices the lower triangles, with the factor over S."""
         self.ownership.check()
         sums = {f"sums.{field.name}": getattr(self.sums, field.name) for field in fields(Sums)}
         own = ("displacement", "head_inverse", "step", "over")
-        packed = {"sums.rest": lower_of(self.sums.rest), "factor": lower_of(self.ready().factor)}
+        squares = {"sums.rest": self.sums.rest, "schur": self.schur, "factor": self.ready().factor}
+        packed = {name: lower_of(square) for name, square in squares.items()}
         return {**sums, **{name: getattr(self, name) for name in own}, **packed}
 
     @classmethod
@@ -160,9 +165,9 @@ class Primal:
         """The reverse of ``tensors``."""
         rest = mirror_(square_of(tensors["sums.rest"]))
         others = (tensors[f"sums.{field.name}"] for field in fields(Sums) if field.name != "rest")
-        factor, over = square_of(tensors["factor"]), tensors["over"].cpu()
+        (schur, factor), over = (square_of(tensors[name]) for name in ("schur", "factor")), tensors["over"].cpu()
         sums, head_inverse, step = Sums(rest, *others), tensors["head_inverse"], tensors["step"]
-        return cls(sums, tensors["displacement"], ridge, factor, over, head_inverse, step, over)
+        return cls(sums, tensors["displacement"], ridge, schur, factor, over, head_inverse, step, over)
 
     @property
     def near(self) -> Blockwise:
@@ -204,7 +209,8 @@ class Primal:
     @cached_property
     def exact_factor(self) -> Float[Tensor, "rest rest"]:
         """Of the Schur complement, in the dtype of the sums."""
-        return schur_factor(self.sums, self.head_inverse, self.ridge, self.sums.rest.dtype)
+        exact = complement(self.sums, self.head_inverse, self.ridge, self.sums.rest.dtype)
+        return factored(exact, self.sums, self.head_inverse, self.ridge)
 
     def replayed(
         self,
@@ -219,8 +225,9 @@ class Primal:
 
     def apply(self, update: Update) -> "Primal":
         """The sums with or without the rows; the factor stays, unless many have left or joined since it was made."""
-        self.ownership.give_up()
         rows, over = cast(Rows, update.rows), update.changes(self.over)
+        self.near.observe_(self.schur, rows, update.sign)
+        self.ownership.give_up()
         self.sums.observe_(rows.jacobian.to(torch.float64), rows.residual, update.sign).complete_()
         head_inverse, step = ridge_inverse(self.sums.head, self.ridge), self.step + update.change
         after = replace(self, head_inverse=head_inverse, step=step, over=over, ownership=Ownership())

@@ -23,23 +23,30 @@ Product = Callable[[Float[Tensor, " p"]], Float[Tensor, " p"]]
 """With a matrix."""
 
 
-def schur_factor(
+def complement(
     sums: Sums, head_inverse: Float[Tensor, "features features"], ridge: float, dtype: torch.dtype = torch.float32
 ) -> Float[Tensor, "rest rest"]:
-    """The Cholesky factor of the Schur complement, lower, in a dtype, or in float64 where that is not enough.
-
-    Raises:
-        InputError: it is not positive definite in float64 either.
-    """
+    """The lower triangle of the Schur complement, in a dtype."""
     matrix = sums.rest.to(dtype, copy=True)
     matrix.diagonal().add_(ridge)
     for block in sums.cross if head_inverse.numel() else ():
         add_product_(matrix, (block @ head_inverse).to(dtype), block.to(dtype), -1)
-    if cholesky_(matrix):
-        return matrix
-    if dtype == torch.float64:
-        raise indefinite()
-    return schur_factor(sums, head_inverse, ridge, torch.float64)
+    return matrix
+
+
+def factored(
+    schur: Float[Tensor, "rest rest"], sums: Sums, head_inverse: Float[Tensor, "features features"], ridge: float
+) -> Float[Tensor, "rest rest"]:
+    """The Cholesky factor of a Schur complement, lower, or, where rounding makes that indefinite, of it in float64.
+
+    Raises:
+        InputError: it is not positive definite in float64 either.
+    """
+    for matrix in (schur.clone, lambda: complement(sums, head_inverse, ridge, torch.float64)):
+        factor = matrix()
+        if cholesky_(factor):
+            return factor
+    raise indefinite()
 
 
 @dataclass(frozen=True)
@@ -70,13 +77,26 @@ class Blockwise:
         half = torch.linalg.solve_triangular(self.factor, columns.to(self.factor), upper=False)
         return torch.linalg.solve_triangular(self.factor.mT, half, upper=True).to(columns)
 
-    def projected(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def reduced(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         """The head's inputs h, ``(H + ridge I)^-1 h'``, and the rest's rows of J' less what the head takes up of them,
-        before and after the inverse; one column a sample and class."""
+        V; one column a sample and class."""
         j, h = (part.to(self.sums.rest.dtype) for part in (rows.jacobian.rest, rows.jacobian.features))
         solved = self.head_inverse @ h.T
-        reduced = (j.permute(2, 0, 1) - (self.sums.cross @ solved).permute(1, 2, 0)).flatten(1)
+        return h, solved, (j.permute(2, 0, 1) - (self.sums.cross @ solved).permute(1, 2, 0)).flatten(1)
+
+    def projected(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The same, and the Schur complement's inverse times V."""
+        h, solved, reduced = self.reduced(rows)
         return h, solved, reduced, self._solved(reduced)
+
+    def observe_(self, schur: Float[Tensor, "rest rest"], rows: Rows, sign: int) -> None:
+        """Bring the lower triangle of the Schur complement up to date for rows that leave G (``sign`` -1) or join it,
+        in place and before the sums are: by ``sign V (I + sign h (H + ridge I)^-1 h' (x) I_C)^-1 V'``."""
+        h, solved, reduced = self.reduced(rows)
+        inverse = torch.linalg.inv(shifted(sign * (h @ solved), 1.0))
+        blocks = reduced.unflatten(1, (len(h), len(self.sums.cross)))
+        right = torch.einsum("rnc,nm->rmc", blocks, inverse).flatten(1)
+        add_product_(schur, right.to(schur), reduced.to(schur), sign)
 
     def updated(self, rows: Rows, sign: int) -> tuple[Product, Product]:
         """Products with ``G + sign J'J`` of some rows, and nearly with the inverse of this and the ridge:

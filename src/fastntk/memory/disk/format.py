@@ -8,7 +8,7 @@ import torch
 from fastntk.common.errors import InputError
 from fastntk.common.formats import Format, unchanged
 from fastntk.solve.linalg import lower_of
-from fastntk.solve.schur import schur_factor
+from fastntk.solve.schur import complement, factored
 from fastntk.solve.sums import Sums
 from fastntk.tuning.loss import SquaredLoss, loss_numbers
 
@@ -98,8 +98,10 @@ def _state_3(document: dict[str, Any]) -> dict[str, Any]:
         tensors |= {f"solution.{name}": each for name, each in loss_numbers(SquaredLoss()).items()}
     if document["form"] == "primal":
         sums = Sums(*(tensors[f"solution.sums.{each.name}"] for each in fields(Sums)))
-        factor = schur_factor(sums, tensors["solution.head_inverse"], document["ridge"])
-        tensors |= {"solution.sums.rest": lower_of(sums.rest), "solution.factor": lower_of(factor)}
+        known = tensors["solution.head_inverse"], document["ridge"]
+        schur = complement(sums, *known)
+        squares = {"sums.rest": sums.rest, "schur": schur, "factor": factored(schur, sums, *known)}
+        tensors |= {f"solution.{name}": lower_of(square) for name, square in squares.items()}
     return {**document, "tensors": tensors}
 
 
