@@ -93,7 +93,8 @@ class Convex:
         stored = work.itemsize * (rows * work.rest + work.samples * work.features)
         operations = float(rows) ** 2 * work.rest + 4 / 3 * float(rows) ** 3
         batch = work.batch(work.kept_rows)
-        size = (8 + 4 * 4) * rows**2 + stored + work.bytes_of(batch, work.kept_rows)
+        looked_at = work.itemsize * SAMPLED * work.rest if rows > SAMPLED else 0
+        size = max((8 + 4 * 4) * rows**2, looked_at) + stored + work.bytes_of(batch, work.kept_rows)
         return Price(cls.name, size, operations, work.unprobed, batch=batch)
 
     @classmethod

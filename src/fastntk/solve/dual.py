@@ -44,7 +44,8 @@ class Dual(Convex):
         work = work.written
         stored = work.itemsize * (work.rows * work.rest + work.samples * work.features)
         operations = float(work.rows) ** 2 * work.rest + float(work.rows) ** 3 / 3
-        size = (8 + 4 * 4) * work.rows**2 + stored + work.batch_bytes
+        looked_at = work.itemsize * STORED * work.rest if work.rows > STORED else 0
+        size = max((8 + 4 * 4) * work.rows**2, looked_at) + stored + work.batch_bytes
         return Price(cls.name, size, operations, work.one_step, rank=2 * work.curved)
 
     @classmethod

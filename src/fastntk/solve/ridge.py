@@ -77,7 +77,7 @@ def calibrate(gram: Gram, displacement: Float[Tensor, " p"], spectrum: Spectrum 
 
 def calibrate_stored(rows: Rows, u: Tensor) -> Calibration:
     """``calibrate`` over some of the samples, for the mean diagonal of all."""
-    found, rest = calibrate(Stored(rows[sampled(rows, STORED)]), u), rows.jacobian.rest
+    found, rest = calibrate(Stored(_some(rows, STORED)), u), rows.jacobian.rest
     return replace(found, ridge=found.factor * rows.mean_diagonal(rest.dtype, rest.device))
 
 
@@ -94,10 +94,16 @@ def calibrate_convex(rows: Rows, loss: Loss, u: Tensor, few: Rows | None = None)
     of these and its neighbours; over some of the samples, and for the mean diagonal of all. ``few`` are the rows of
     these, where they are at hand.
     """
-    few = rows[sampled(rows, SAMPLED)] if few is None else few
+    few = _some(rows, SAMPLED) if few is None else few
     found = _calibrated(few, loss, u, kernel(few))
     dtype, device = few.jacobian.rest.dtype, few.jacobian.rest.device
     return replace(found, ridge=found.factor * rows.mean_diagonal(dtype, device))
+
+
+def _some(rows: Rows, size: int) -> Rows:
+    """Of samples with so many rows; all of them where there are no more, and no copy."""
+    positions = sampled(rows, size)
+    return rows if len(positions) == len(rows) else rows[positions]
 
 
 def _calibrated(rows: Rows, loss: Loss, u: Tensor, matrix: Tensor) -> Calibration:
