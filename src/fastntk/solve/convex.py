@@ -185,7 +185,7 @@ class Convex:
         moved = (a - optimum.coefficients).view_as(before.rows.residual)
         change = before.rows.jacobian.rmatvec(moved)
         kept = {"coefficients": a, "change": change, "reached": torch.tensor(reached, dtype=torch.float64)}
-        fresh = cast(Factor, newton.factor)
+        fresh = cast(Factor, optimum.factor if self.loss.curved else newton.factor)  # not of a place on the way
         return Update(change, positions, sign, rows, (a, fresh.lower, fresh.over), reached, kept)
 
     def replayed(

@@ -55,8 +55,8 @@ class Primal:
         sums: of S; the next solution takes them over.
         displacement: ``u``.
         ridge: a total.
-        schur: the lower triangle of the Schur complement, float32; the next solution takes it over.
-        factor: of it, lower; float64 where rounding would make it indefinite.
+        schur: the lower triangle of the Schur complement, in the dtype of the sums; the next solution takes it over.
+        factor: of it, lower; float32, or float64 where rounding would make it indefinite.
         made: the positions of the set that the factor was made over, which is nearly S.
         head_inverse: ``(H + ridge I)^-1``.
         step: ``s(S)``.
@@ -86,7 +86,7 @@ class Primal:
         """
         head_inverse, start = ridge_inverse(sums.head, ridge), torch.zeros_like(displacement)
         schur = complement(sums, head_inverse, ridge)
-        factor = factored(schur, sums, head_inverse, ridge)
+        factor = factored(schur)
         solution = cls(sums, displacement, ridge, schur, factor, over, head_inverse, start, over)
         return replace(solution, step=_refined(solution, sums.matvec, _rhs(solution), solution.near.solve))
 
@@ -100,7 +100,7 @@ class Primal:
         cross = work.outputs * work.rest * work.features + work.rest * work.features
         block = (ROWS + work.batch_size * work.outputs) * work.rest
         collecting = work.rest**2 * work.sums_itemsize + block * 2 * work.itemsize
-        solving = work.rest**2 * (work.sums_itemsize + 3 * 4)
+        solving = work.rest**2 * (2 * work.sums_itemsize + 2 * 4)
         return Price(
             cls.name,
             max(collecting + work.batch_bytes, solving) + cross * work.sums_itemsize,
@@ -148,8 +148,7 @@ class Primal:
         """With a factor over S."""
         if torch.equal(*(each.sort().values for each in (self.made, self.over))):
             return self
-        factor = factored(self.schur, self.sums, self.head_inverse, self.ridge)
-        return replace(self, factor=factor, made=self.over)
+        return replace(self, factor=factored(self.schur), made=self.over)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything but the ridge, by name; of symmetric matrices the lower triangles, with the factor over S."""
@@ -189,8 +188,9 @@ class Primal:
     ) -> Update:
         """By conjugate gradients on the sums with and without the rows, preconditioned by Woodbury's identity."""
         self.ownership.check()
-        these = cast(Rows, rows)
-        jacobian, (apply, precondition) = these.jacobian.to(torch.float64), self.near.updated(these, sign)
+        these, known = cast(Rows, rows), sign > 0 or bool(torch.isin(positions, self.made).all())
+        near = (self if known else self.ready()).near  # a factor that never saw who leaves is of no use
+        jacobian, (apply, precondition) = these.jacobian.to(torch.float64), near.updated(these, sign)
         error = jacobian.rmatvec(these.error(self.step).view_as(these.residual))
         return Update(_refined(self, apply, sign * error, precondition), positions, sign, these)
 
@@ -209,8 +209,7 @@ class Primal:
     @cached_property
     def exact_factor(self) -> Float[Tensor, "rest rest"]:
         """Of the Schur complement, in the dtype of the sums."""
-        exact = complement(self.sums, self.head_inverse, self.ridge, self.sums.rest.dtype)
-        return factored(exact, self.sums, self.head_inverse, self.ridge)
+        return factored(self.schur, self.schur.dtype)
 
     def replayed(
         self,
@@ -260,11 +259,13 @@ class Primal:
     def resolve(
         self, network: Linearised, positions: Int[Tensor, " samples"], displacement: Float[Tensor, " p"], ridge: float
     ) -> Float[Tensor, " p"]:
-        """By conjugate gradients on the sums without the rows."""
-        rows = network.rows(positions.tolist())
+        """By conjugate gradients on the sums without the rows, with a factor at that ridge."""
+        self.ownership.check()
+        rows, head_inverse = network.rows(positions.tolist()), ridge_inverse(self.sums.head, ridge)
         jacobian = rows.jacobian.to(torch.float64)
         rhs = self.sums.rhs - jacobian.rmatvec(rows.residual.to(self.step)) - ridge * displacement
-        apply, precondition = self.near.updated(rows, -1)
+        near = Blockwise(self.sums, head_inverse, factored(complement(self.sums, head_inverse, ridge)))
+        apply, precondition = near.updated(rows, -1)
         return _refined(self, apply, rhs, precondition, ridge)
 
 

@@ -24,26 +24,23 @@ Product = Callable[[Float[Tensor, " p"]], Float[Tensor, " p"]]
 
 
 def complement(
-    sums: Sums, head_inverse: Float[Tensor, "features features"], ridge: float, dtype: torch.dtype = torch.float32
+    sums: Sums, head_inverse: Float[Tensor, "features features"], ridge: float
 ) -> Float[Tensor, "rest rest"]:
-    """The lower triangle of the Schur complement, in a dtype."""
-    matrix = sums.rest.to(dtype, copy=True)
-    matrix.diagonal().add_(ridge)
+    """The lower triangle of the Schur complement, in the dtype of the sums."""
+    matrix = shifted(sums.rest, ridge)
     for block in sums.cross if head_inverse.numel() else ():
-        add_product_(matrix, (block @ head_inverse).to(dtype), block.to(dtype), -1)
+        add_product_(matrix, block @ head_inverse, block, -1)
     return matrix
 
 
-def factored(
-    schur: Float[Tensor, "rest rest"], sums: Sums, head_inverse: Float[Tensor, "features features"], ridge: float
-) -> Float[Tensor, "rest rest"]:
-    """The Cholesky factor of a Schur complement, lower, or, where rounding makes that indefinite, of it in float64.
+def factored(schur: Float[Tensor, "rest rest"], dtype: torch.dtype = torch.float32) -> Float[Tensor, "rest rest"]:
+    """The Cholesky factor of a Schur complement, lower, in a dtype, or in float64 where rounding makes that indefinite.
 
     Raises:
         InputError: it is not positive definite in float64 either.
     """
-    for matrix in (schur.clone, lambda: complement(sums, head_inverse, ridge, torch.float64)):
-        factor = matrix()
+    for each in (dtype, torch.float64):
+        factor = schur.to(each, copy=True)
         if cholesky_(factor):
             return factor
     raise indefinite()

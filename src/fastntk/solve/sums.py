@@ -23,7 +23,8 @@ class Sums:
     """The sums over a set of samples, as a ``Gram`` operator. ``+`` and ``-`` act on every field.
 
     The head's blocks keep their structure: head-head is ``I_C (x) head`` and rest-head is C products, none of whose
-    zeros are stored. Products are added up in the dtype of the fields, float64 unless asked otherwise.
+    zeros are stored. Products are taken and added up in the dtype of the fields, float64 unless asked
+    otherwise.
     """
 
     rest: Float[Tensor, "rest rest"]
@@ -56,11 +57,10 @@ class Sums:
     def observe_(self, jacobian: Jacobian, residual: Float[Tensor, "batch classes"], sign: int = 1) -> "Sums":
         """Add a batch (or take it away again, with a ``sign`` of -1), in place.
 
-        Products are taken in the Jacobian's own dtype. Of the symmetric blocks only the lower triangles are brought up
-        to date: ``complete_`` does the rest.
+        Products are taken in the dtype of the fields: what is taken away must round as it did when it was added. Of the
+        symmetric blocks only the lower triangles are brought up to date: ``complete_`` does the rest.
         """
-        dtype = min(jacobian.rest.dtype, self.rest.dtype, key=lambda each: each.itemsize)
-        j, h = jacobian.rest.to(dtype), jacobian.features.to(dtype)
+        j, h = jacobian.rest.to(self.rest.dtype), jacobian.features.to(self.rest.dtype)
         rows = j.flatten(0, 1).T
         add_product_(self.rest, rows, rows, sign)
         for c, block in enumerate(self.cross if h.numel() else ()):

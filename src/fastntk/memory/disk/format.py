@@ -100,7 +100,7 @@ def _state_3(document: dict[str, Any]) -> dict[str, Any]:
         sums = Sums(*(tensors[f"solution.sums.{each.name}"] for each in fields(Sums)))
         known = tensors["solution.head_inverse"], document["ridge"]
         schur = complement(sums, *known)
-        squares = {"sums.rest": sums.rest, "schur": schur, "factor": factored(schur, sums, *known)}
+        squares = {"sums.rest": sums.rest, "schur": schur, "factor": factored(schur)}
         tensors |= {f"solution.{name}": lower_of(square) for name, square in squares.items()}
     return {**document, "tensors": tensors}
 
