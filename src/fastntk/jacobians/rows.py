@@ -93,10 +93,6 @@ class Rows:
             total += float((jacobian.features.double().square().sum(1) * own).sum())
         return total / self.residual.numel()
 
-    def targets(self, displacement: Float[Tensor, " p"]) -> Float[Tensor, " rows"]:
-        """``r_S + J_S u``, what the linearised model must add to its value at ``theta_0``; float64."""
-        return (self.residual.double() + self.jacobian.matvec(displacement)).flatten()
-
     def error(self, step: Float[Tensor, " p"]) -> Float[Tensor, " rows"]:
         """``r_S - J_S s``, in float64."""
         return (self.residual.double() - self.jacobian.to(torch.float64).matvec(step)).flatten()

@@ -30,7 +30,7 @@ from fastntk.jacobians.linearised import Linearised
 from fastntk.jacobians.rows import Point, Rows
 from fastntk.solve.collect import collect_rows
 from fastntk.solve.kernel import kernel, kernel_between
-from fastntk.solve.linalg import border_, cholesky_, indefinite, zero_
+from fastntk.solve.linalg import border_, factor_, zero_
 from fastntk.solve.newton import Factor, Newton, Problem, curvature
 from fastntk.solve.prices import Price, Timing, Workload, forward, passes
 from fastntk.solve.ridge import SAMPLED, Calibration, calibrate_convex
@@ -266,9 +266,7 @@ class Convex:
         problem = _problem(self, optimum.kernel, self.over)
         z = problem.logits(optimum.coefficients)
         root = problem.root(z)
-        lower = curvature(optimum.kernel, root, self.ridge)
-        if not cholesky_(lower):
-            raise indefinite()
+        lower = factor_(curvature(optimum.kernel, root, self.ridge))
         return root, lower, self.loss.gradient_of(z, problem.kept)
 
     def head_shortfall(self, layout: Layout) -> Float[Tensor, "classes features"] | None:

@@ -29,18 +29,15 @@ def add_product_(
     undefined (see ``mirror_``). The product is taken in the dtype of the factors.
     """
     if len(matrix) <= _BLOCK:
-        return add_(matrix, left, right, sign)
+        return _add(matrix, left, right, sign)
     half = _halves(len(matrix))
     add_product_(matrix[:half, :half], left[:half], right[:half], sign)
-    add_(matrix[half:, :half], left[half:], right[:half], sign)
+    _add(matrix[half:, :half], left[half:], right[:half], sign)
     add_product_(matrix[half:, half:], left[half:], right[half:], sign)
     return matrix
 
 
-def add_(
-    block: Float[Tensor, "n m"], left: Float[Tensor, "n k"], right: Float[Tensor, "m k"], sign: int
-) -> Float[Tensor, "n m"]:
-    """``block += sign * left right'``, in place; the product is taken in the dtype of the factors."""
+def _add(block: Tensor, left: Tensor, right: Tensor, sign: int) -> Tensor:
     if block.dtype == left.dtype:
         return block.addmm_(left, right.T, alpha=sign)
     return block.add_(left @ right.T, alpha=sign)
@@ -64,12 +61,31 @@ def cholesky_(matrix: Float[Tensor, "n n"]) -> bool:
     return not int(info)
 
 
-def indefinite() -> InputError:
-    """What is said where there is none."""
-    return InputError(
-        "the Gram matrix plus the ridge is not positive definite in floating point. Use a larger ridge, 'auto', or "
-        "float64 sums."
-    )
+def factor_(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    """``cholesky_``, and the factor.
+
+    Raises:
+        InputError: the matrix is not positive definite in floating point.
+    """
+    if not cholesky_(matrix):
+        raise InputError(
+            "the Gram matrix plus the ridge is not positive definite in floating point. Use a larger ridge, 'auto', or "
+            "float64 sums."
+        )
+    return matrix
+
+
+def near_factor(matrix: Callable[[torch.dtype], Float[Tensor, "n n"]]) -> Float[Tensor, "n n"]:
+    """The factor to precondition with: of a matrix that can be made in any dtype, in float32, or in float64 where
+    rounding would make that indefinite. Raises like ``factor_``."""
+    lower = matrix(torch.float32)
+    return lower if cholesky_(lower) else factor_(matrix(torch.float64))
+
+
+def solved_by(lower: Float[Tensor, "n n"], columns: Float[Tensor, "n some"]) -> Float[Tensor, "n some"]:
+    """``(L L')^-1`` times some columns for a factor L, in their dtype."""
+    half = torch.linalg.solve_triangular(lower, columns.to(lower), upper=False)
+    return torch.linalg.solve_triangular(lower.mT, half, upper=True).to(columns)
 
 
 def invert_(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
@@ -82,9 +98,7 @@ def invert_(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     Raises:
         InputError: the matrix is not positive definite in floating point.
     """
-    if not cholesky_(matrix):
-        raise indefinite()
-    return mirror_(_square_(_invert_triangle_(matrix)))
+    return mirror_(_square_(_invert_triangle_(factor_(matrix))))
 
 
 def _invert_triangle_(lower: Tensor) -> Tensor:

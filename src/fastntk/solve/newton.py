@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fastntk.jacobians.rows import Point, Rows
-from fastntk.solve.linalg import cholesky_, conjugated, factorised, indefinite
+from fastntk.solve.linalg import conjugated, factorised, near_factor, solved_by
 from fastntk.tuning.loss import Kept, Loss
 
 SOFT = 0.6
@@ -113,18 +113,8 @@ class Factor:
         Raises:
             InputError: the kernel plus the ridge is not positive definite in float64 either.
         """
-        over = problem.present.nonzero()[:, 0].cpu()
-        lower = curvature(problem.kernel.float(), root.float(), problem.ridge)
-        if not cholesky_(lower):
-            lower = curvature(problem.kernel, root, problem.ridge)
-            if not cholesky_(lower):
-                raise indefinite()
-        return cls(lower, over)
-
-    def solve(self, columns: Float[Tensor, "rows some"]) -> Float[Tensor, "rows some"]:
-        """``(L L')^-1`` times these, in their dtype."""
-        half = torch.linalg.solve_triangular(self.lower, columns.to(self.lower), upper=False)
-        return torch.linalg.solve_triangular(self.lower.mT, half, upper=True).to(columns)
+        lower = near_factor(lambda dtype: curvature(problem.kernel.to(dtype), root.to(dtype), problem.ridge))
+        return cls(lower, problem.present.nonzero()[:, 0].cpu())
 
     def changes(self, problem: "Problem") -> tuple[Tensor, Tensor]:
         """The samples that have left, and those that have joined, since: positions."""
@@ -139,12 +129,12 @@ class Factor:
         size, scale = len(self.lower), problem.kernel.diagonal()[joined] + problem.ridge
         columns = self.lower.new_zeros(size, len(left))
         columns[left, torch.arange(len(left), device=left.device)] = 1
-        columns = self.solve(columns)
+        columns = solved_by(self.lower, columns)
         core = factorised(columns[left].double())
 
         def inverted(v: Tensor) -> Tensor:
             image = torch.zeros_like(v)
-            inside = self.solve(v[:size].index_fill(0, joined[joined < size], 0)[:, None])[:, 0]
+            inside = solved_by(self.lower, v[:size].index_fill(0, joined[joined < size], 0)[:, None])[:, 0]
             image[:size] = inside - (columns @ torch.cholesky_solve(inside[left, None], core).to(columns))[:, 0]
             image[joined] = v[joined] / scale
             return image.index_fill(0, left, 0)

@@ -26,7 +26,7 @@ from fastntk.jacobians.linearised import Linearised
 from fastntk.jacobians.rows import Rows
 from fastntk.solve.collect import Checkpoint, collect_sums, key, solved_once
 from fastntk.solve.head import head_shortfall
-from fastntk.solve.linalg import conjugated, lower_of, mirror_, relative, ridge_inverse, square_of
+from fastntk.solve.linalg import conjugated, factor_, lower_of, mirror_, relative, ridge_inverse, square_of
 from fastntk.solve.prices import Price, Timing, Workload, passes
 from fastntk.solve.ridge import STEPS, calibrate
 from fastntk.solve.schur import Blockwise, Product, complement, factored
@@ -99,7 +99,7 @@ class Primal:
         square = float(work.rest) ** 2
         cross = work.outputs * work.rest * work.features + work.rest * work.features
         block = (ROWS + work.batch_size * work.outputs) * work.rest
-        collecting = work.rest**2 * work.sums_itemsize + block * 2 * work.itemsize
+        collecting = work.rest**2 * work.sums_itemsize + block * (2 * work.itemsize + work.sums_itemsize)
         solving = work.rest**2 * (2 * work.sums_itemsize + 2 * 4)
         return Price(
             cls.name,
@@ -116,7 +116,7 @@ class Primal:
         work = work.written
         dtype = speeds.network.numerics.dtype
         jacobians = passes(work, 1, speeds.rows(work.outputs), "Jacobians")
-        square, rate = float(work.rest) ** 2, speeds.rate(work.rest, work.outputs, dtype)
+        square, rate = float(work.rest) ** 2, speeds.rate(work.rest, work.outputs, dtype, dtype)
         algebra = {
             "sums": work.rows * square / rate / distributed.size(),
             "ridge": STEPS * speeds.matvec(work.rest, dtype),
@@ -208,8 +208,8 @@ class Primal:
 
     @cached_property
     def exact_factor(self) -> Float[Tensor, "rest rest"]:
-        """Of the Schur complement, in the dtype of the sums."""
-        return factored(self.schur, self.schur.dtype)
+        """Of the Schur complement, in float64."""
+        return factor_(self.schur.to(torch.float64, copy=True))
 
     def replayed(
         self,
@@ -227,7 +227,7 @@ class Primal:
         rows, over = cast(Rows, update.rows), update.changes(self.over)
         self.near.observe_(self.schur, rows, update.sign)
         self.ownership.give_up()
-        self.sums.observe_(rows.jacobian.to(torch.float64), rows.residual, update.sign).complete_()
+        self.sums.observe_(rows.jacobian, rows.residual, update.sign).complete_()
         head_inverse, step = ridge_inverse(self.sums.head, self.ridge), self.step + update.change
         after = replace(self, head_inverse=head_inverse, step=step, over=over, ownership=Ownership())
         changed = int((~torch.isin(over, self.made)).sum() + (~torch.isin(self.made, over)).sum())

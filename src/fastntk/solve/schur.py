@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastntk.jacobians.rows import Rows
-from fastntk.solve.linalg import add_product_, cholesky_, factorised, indefinite, shifted
+from fastntk.solve.linalg import add_product_, factorised, near_factor, shifted, solved_by
 from fastntk.solve.sums import Sums
 
 Product = Callable[[Float[Tensor, " p"]], Float[Tensor, " p"]]
@@ -33,17 +33,9 @@ def complement(
     return matrix
 
 
-def factored(schur: Float[Tensor, "rest rest"], dtype: torch.dtype = torch.float32) -> Float[Tensor, "rest rest"]:
-    """The Cholesky factor of a Schur complement, lower, in a dtype, or in float64 where rounding makes that indefinite.
-
-    Raises:
-        InputError: it is not positive definite in float64 either.
-    """
-    for each in (dtype, torch.float64):
-        factor = schur.to(each, copy=True)
-        if cholesky_(factor):
-            return factor
-    raise indefinite()
+def factored(schur: Float[Tensor, "rest rest"]) -> Float[Tensor, "rest rest"]:
+    """The Cholesky factor of a Schur complement, near enough to precondition with. Raises like ``near_factor``."""
+    return near_factor(lambda dtype: schur.to(dtype, copy=True))
 
 
 @dataclass(frozen=True)
@@ -65,14 +57,9 @@ class Blockwise:
         classes, rest, features = self.sums.cross.shape
         v = vector.to(self.sums.rest.dtype)
         head = v[rest:].view(classes, features) @ self.head_inverse
-        upper = self._solved((v[:rest] - self.sums.across(head))[:, None])[:, 0]
+        upper = solved_by(self.factor, (v[:rest] - self.sums.across(head))[:, None])[:, 0]
         head = head - self.sums.down(upper) @ self.head_inverse
         return torch.cat([upper, head.flatten()]).to(vector.dtype)
-
-    def _solved(self, columns: Float[Tensor, "rest some"]) -> Float[Tensor, "rest some"]:
-        """The Schur complement's inverse times these, in their dtype."""
-        half = torch.linalg.solve_triangular(self.factor, columns.to(self.factor), upper=False)
-        return torch.linalg.solve_triangular(self.factor.mT, half, upper=True).to(columns)
 
     def reduced(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         """The head's inputs h, ``(H + ridge I)^-1 h'``, and the rest's rows of J' less what the head takes up of them,
@@ -84,7 +71,7 @@ class Blockwise:
     def projected(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The same, and the Schur complement's inverse times V."""
         h, solved, reduced = self.reduced(rows)
-        return h, solved, reduced, self._solved(reduced)
+        return h, solved, reduced, solved_by(self.factor, reduced)
 
     def observe_(self, schur: Float[Tensor, "rest rest"], rows: Rows, sign: int) -> None:
         """Bring the lower triangle of the Schur complement up to date for rows that leave G (``sign`` -1) or join it,

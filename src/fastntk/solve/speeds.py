@@ -117,15 +117,17 @@ class Speeds:
 
         return _clocked(both, network.device) / samples
 
-    def rate(self, side: int, rows: int, dtype: torch.dtype = torch.float64) -> float:
+    def rate(
+        self, side: int, rows: int, dtype: torch.dtype = torch.float64, factors: torch.dtype | None = None
+    ) -> float:
         """Entries of a sum of products a second, for a symmetric matrix of that side and dtype to which the products of
-        so many rows are added at a time, each in the network's own dtype."""
-        return self._trial(_size(side), max(1, ROWS // rows) * rows, dtype)[0]
+        so many rows are added at a time, taken in the dtype of ``factors`` (None: the network's)."""
+        return self._trial(_size(side), max(1, ROWS // rows) * rows, dtype, factors or self.network.dtype)[0]
 
     def matvec(self, side: int, dtype: torch.dtype) -> float:
         """Seconds of such a matrix's product with a vector."""
         trial = _size(side)
-        return (side / trial) ** 2 * self._trial(trial, ROWS, dtype)[1]
+        return (side / trial) ** 2 * self._trial(trial, ROWS, dtype, dtype)[1]
 
     def factor(self, side: int) -> float:
         """Seconds of a float32 Cholesky factor."""
@@ -137,10 +139,10 @@ class Speeds:
         matrix = torch.eye(trial, device=self.network.device)
         return _clocked(lambda: cholesky_(matrix), self.network.device)
 
-    def _tried(self, trial: int, count: int, dtype: torch.dtype) -> tuple[float, float]:
+    def _tried(self, trial: int, count: int, dtype: torch.dtype, factors: torch.dtype) -> tuple[float, float]:
         """A rate, and seconds of a product with a vector."""
         device = self.network.device
-        parts = torch.randn(count, trial, device=device, dtype=self.network.dtype)
+        parts = torch.randn(count, trial, device=device, dtype=factors)
         matrix = torch.zeros(trial, trial, device=device, dtype=dtype)
         multiply = _clocked(lambda: add_product_(matrix, parts.T, parts.T), device)
         vector = torch.ones(trial, device=device, dtype=dtype)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastntk.jacobians.jacobian import Jacobian, concatenate
 from fastntk.solve.gram import Krylov, Spectrum
-from fastntk.solve.linalg import add_, add_product_, mirror_
+from fastntk.solve.linalg import add_product_, mirror_
 
 # Rows that are multiplied at once: enough for the products to run at full rate.
 ROWS = 2048
@@ -23,8 +23,7 @@ class Sums:
     """The sums over a set of samples, as a ``Gram`` operator. ``+`` and ``-`` act on every field.
 
     The head's blocks keep their structure: head-head is ``I_C (x) head`` and rest-head is C products, none of whose
-    zeros are stored. Products are taken and added up in the dtype of the fields, float64 unless asked
-    otherwise.
+    zeros are stored. Products are taken and added up in the dtype of the fields, float64 unless asked otherwise.
     """
 
     rest: Float[Tensor, "rest rest"]
@@ -64,9 +63,9 @@ class Sums:
         rows = j.flatten(0, 1).T
         add_product_(self.rest, rows, rows, sign)
         for c, block in enumerate(self.cross if h.numel() else ()):
-            add_(block, j[:, c].T, h.T, sign)
+            block.addmm_(j[:, c].T, h, alpha=sign)
         add_product_(self.head, h.T, h.T, sign)
-        self.rhs.add_(jacobian.to(torch.float64).rmatvec(residual.double()), alpha=sign)
+        self.rhs.add_(Jacobian(j, h).rmatvec(residual.double()), alpha=sign)
         self.square.add_(residual.double().square().sum(), alpha=sign)
         self.samples.add_(sign * len(j))
         return self
