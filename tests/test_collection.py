@@ -15,8 +15,8 @@ def interrupted(tmp_path, monkeypatch):
     monkeypatch.setattr(collection, "SHARD", 4)
     write = collection.Checkpoint.write
 
-    def cut(self, sums, residuals, shards):
-        write(self, sums, residuals, shards)
+    def cut(self, sums, shards):
+        write(self, sums, shards)
         if len(shards) == 2:
             raise KeyboardInterrupt
 
@@ -106,9 +106,9 @@ def test_sums_over_other_samples_are_refused(interrupted, monkeypatch):
     model, data, partial = interrupted
     earlier = collection.Checkpoint.add_earlier_
 
-    def twice(self, sums, residuals):
-        earlier(self, sums, residuals)
-        earlier(self, sums, residuals)
+    def twice(self, sums):
+        earlier(self, sums)
+        earlier(self, sums)
 
     monkeypatch.setattr(collection.Checkpoint, "add_earlier_", twice)
     with pytest.raises(fastntk.InputError, match="over 22 samples, and there are 14"):

@@ -12,7 +12,7 @@ from cases import CASES
 import fastntk
 from fastntk.jacobians.linearised import Linearised
 from fastntk.jacobians.per_sample import PerSampleJacobian
-from fastntk.solve import convex, iterative, on_disk, reading
+from fastntk.solve import convex, iterative, layers, on_disk, reading
 from fastntk.solve.forms import FORMS
 from fastntk.solve.head import convex_shortfall
 from fastntk.solve.kernel import Stored
@@ -274,7 +274,9 @@ class SolutionContract(Contract):
             return
         found = self.solved(network, u).head_shortfall(network.layout)
         features, start = rows.jacobian.features, -network.layout.head_of(u)
-        assert (found is None) == (self.form in ("matrix-free", "convex", "convex-disk"))  # which takes a pass
+        assert (found is None) == (
+            self.form in ("matrix-free", "convex", "convex-disk", "layerwise")
+        )  # which takes a pass
         head = network.layout.head_of(network.layout.flatten(network.jacobian.parameters))
         found = convex_shortfall(network, range(len(rows)), head + start, RIDGE) if found is None else found
         self.close(found, oracles.retrained_head(features, rows.residual, start, RIDGE))
@@ -367,6 +369,15 @@ class TestConvex(SolutionContract):
         monkeypatch.setattr(convex.Convex, "tolerance", 1e-12)
 
 
+class TestLayerwise(TestConvex):
+    form = "layerwise"
+
+    @pytest.fixture(autouse=True)
+    def in_groups(self, monkeypatch):
+        monkeypatch.setattr(layers, "HELD", 2000)
+
+
 def test_every_form_has_its_contract_tested():
-    tested = {kind.form for kind in SolutionContract.__subclasses__()}
+    kinds = [*SolutionContract.__subclasses__(), *TestConvex.__subclasses__()]
+    tested = {kind.form for kind in kinds}
     assert tested == set(FORMS)

@@ -1,13 +1,24 @@
 """The Jacobians of a batch of samples, with the head's structure kept."""
 
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastntk.tuning.loss import contrasts
+
+
+@runtime_checkable
+class Operator(Protocol):
+    """J of some samples' rows, held or not."""
+
+    def matvec(self, vector: Float[Tensor, " p"]) -> Float[Tensor, "batch outputs"]:
+        """``J v``."""
+
+    def rmatvec(self, cotangent: Float[Tensor, "batch outputs"]) -> Float[Tensor, " p"]:
+        """``J'a``."""
 
 
 @dataclass(frozen=True)
@@ -63,19 +74,26 @@ class Jacobian:
     def matvec(self, vector: Float[Tensor, " p"]) -> Float[Tensor, "batch outputs"]:
         """``J v``: the change of the logits that a change ``v`` of the parameters causes, to first order."""
         rest, head = self.split(vector.to(self.rest))
-        moved = self.features @ head.T
-        if self.kept is not None:
-            moved = moved.gather(1, self.kept) @ self._own(self.kept.shape[1])
-        return (self.rest @ rest + moved).to(vector)
+        return (self.rest @ rest + self.of_logits(self.features @ head.T)).to(vector)
 
     def rmatvec(self, cotangent: Float[Tensor, "batch outputs"]) -> Float[Tensor, " p"]:
         """``J' a``, summed over samples and rows."""
         a = cotangent.to(self.rest)
         rest = self.rest.flatten(0, 1).T @ a.flatten()
-        if self.kept is not None:
-            of_classes = a @ self._own(self.kept.shape[1]).T
-            a = a.new_zeros(len(a), self.total).scatter_add_(1, self.kept, of_classes)
-        return torch.cat([rest, (a.T @ self.features).flatten()]).to(cotangent)
+        return torch.cat([rest, (self.to_logits(a).T @ self.features).flatten()]).to(cotangent)
+
+    def of_logits(self, moved: Float[Tensor, "batch classes"]) -> Float[Tensor, "batch outputs"]:
+        """What the rows have of changes of all logits."""
+        if self.kept is None:
+            return moved
+        return moved.gather(1, self.kept) @ self._own(self.kept.shape[1]).to(moved)
+
+    def to_logits(self, cotangent: Float[Tensor, "batch outputs"]) -> Float[Tensor, "batch classes"]:
+        """The reverse of it, transposed: cotangents of all logits from those of the rows."""
+        if self.kept is None:
+            return cotangent
+        of_classes = cotangent @ self._own(self.kept.shape[1]).T.to(cotangent)
+        return cotangent.new_zeros(len(cotangent), self.total).scatter_add_(1, self.kept, of_classes)
 
     def to(self, dtype: torch.dtype, device: torch.device | None = None) -> "Jacobian":
         """The same in another dtype, and on another device."""

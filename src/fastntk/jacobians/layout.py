@@ -31,6 +31,11 @@ class Layout:
             shapes=self.shapes,
         )
 
+    def narrowed(self, names: Collection[str]) -> "Layout":
+        """Of some of the parameters."""
+        parts = {part: tuple(n for n in getattr(self, part) if n in names) for part in ("fast", "slow", "head")}
+        return Layout(**parts, shapes={name: shape for name, shape in self.shapes.items() if name in names})
+
     @property
     def size(self) -> int:
         """``p``: the number of tuned parameters."""

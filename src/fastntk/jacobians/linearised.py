@@ -1,7 +1,7 @@
 """The network linearised at ``theta*``, over a training set: the source of all its Jacobians."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import cast
 
@@ -17,6 +17,7 @@ from fastntk.jacobians.combinations import ClassProbes
 from fastntk.jacobians.jacobian import Jacobian
 from fastntk.jacobians.layout import Layout
 from fastntk.jacobians.numerics import Numerics, arithmetic
+from fastntk.jacobians.outer import Outer
 from fastntk.jacobians.per_sample import PerSampleJacobian
 from fastntk.jacobians.rows import Point, Rows
 from fastntk.tuning.loss import Labels, Loss, SquaredLoss, check_labels, contrasts, kept_of
@@ -98,7 +99,7 @@ class Linearised:
 
     def logits(self, images: Tensor, parameters: dict[str, Tensor] | None = None) -> Float[Tensor, "batch classes"]:
         """``f(x; theta*)``, or at other ``parameters``."""
-        return called(self.jacobian.model, parameters or self.jacobian.parameters, images)
+        return called(self.jacobian.model, {**self.jacobian.fixed, **(parameters or self.jacobian.parameters)}, images)
 
     def stream(self, positions: Sequence[int], description: str = "Jacobians") -> Iterator[tuple[Jacobian, Tensor]]:
         """The Jacobians and residuals of the samples, batch by batch; see ``jacobians``."""
@@ -146,6 +147,24 @@ class Linearised:
 
         return Rows.gathered(batches(), len(asked))[: len(positions)]
 
+    def narrowed(self, names: Collection[str]) -> "Linearised":
+        """With respect to some of the parameters alone."""
+        jacobian = PerSampleJacobian(self.jacobian.model, self.jacobian.parameters, self.layout, self.jacobian.fixed)
+        return replace(self, jacobian=jacobian.narrowed(names))
+
+    def parted(
+        self, positions: Sequence[int], kept: Int[Tensor, "samples kept"], outer: Collection[str], description: str
+    ) -> Iterator[tuple[Float[Tensor, "batch outputs rest"], dict[str, Outer]]]:
+        """Batches of the rows of given classes, some weights' as outer products; the head's part is left out."""
+        start = 0
+        for images, _ in track(self.images(positions), description):
+            x = checked(images).to(self.device)
+            own = kept[start : start + len(x)].to(self.device)
+            start += len(x)
+            with arithmetic(self.numerics.precision, self.device):
+                jacobian, _, parts = self.jacobian.parted(x, partial(_given, own), self.loss.contrasted, outer)
+            yield jacobian.rest, parts
+
     def _residual_of(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The residuals of the likeliest classes of a batch."""
         logits = logits.to(self.dtype)
@@ -171,6 +190,10 @@ class Linearised:
             with torch.no_grad(), arithmetic(self.numerics.precision, self.device):
                 logits = self.logits(images)
             yield images, logits, labels
+
+
+def _given(kept: Tensor, logits: Tensor) -> Tensor:
+    return kept
 
 
 def _rows_of(loss: Loss, jacobian: Jacobian, logits: Tensor, labels: Tensor) -> Rows:

@@ -6,9 +6,10 @@ is noticed by a trial run and differentiated by ``torch.func`` instead, slower a
 """
 
 import logging
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int
@@ -18,11 +19,12 @@ from torch.utils.checkpoint import CheckpointError
 
 from fastntk.common.errors import InputError, reason
 from fastntk.common.machine import out_of_memory
-from fastntk.inputs.called import called, keeps
-from fastntk.inputs.checks import check_logits, taking
+from fastntk.inputs.called import called
+from fastntk.jacobians import trial
 from fastntk.jacobians.jacobian import Jacobian
 from fastntk.jacobians.layout import Layout
-from fastntk.jacobians.rules.calls import PerSample
+from fastntk.jacobians.outer import Layer, Outer
+from fastntk.jacobians.rules.calls import Applied, PerSample
 from fastntk.tuning.loss import contrasts
 
 log = logging.getLogger(__name__)
@@ -30,20 +32,6 @@ log = logging.getLogger(__name__)
 # How far a rule may be off autograd, as a share of the derivative: rounding of float32 networks stays below a tenth. In
 # float64 it is the second: some networks compute a layer in float32 all the same.
 _LIMIT, _LIMIT_DOUBLE = 1e-3, 1e-5
-
-# What a logit may change from pass to pass, as a share of the largest; ten times that beside another image, where other
-# kernels may be at work.
-_CHANGED = 1e-5
-
-_KEPT = (
-    "the model keeps what it computed from {!r} for the next pass, which would be wrong after a change of it. Tune "
-    "other parameters, or have a train() of the module drop what is kept."
-)
-
-_CHECKPOINTED = (
-    "the model recomputes activations (gradient checkpointing), which per-sample Jacobians cannot go through. Turn it "
-    "off: model.set_grad_checkpointing(False) in timm, model.gradient_checkpointing_disable() in transformers."
-)
 
 
 class PerSampleJacobian:
@@ -54,16 +42,23 @@ class PerSampleJacobian:
             not changed.
         parameters: where to linearise: the tuned parameters by name.
         layout: of an earlier one at the same model and selection; found by a trial run otherwise.
+        fixed: other parameters by name, which the model is called with as well.
 
     Raises:
         InputError: on the first batch, when the logits of an image are random or depend on the others of its batch,
             when activations are checkpointed, or the output is not ``[batch, C]``.
     """
 
-    def __init__(self, model: nn.Module, parameters: Mapping[str, Tensor], layout: Layout | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, Tensor],
+        layout: Layout | None = None,
+        fixed: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.model = model
         self.parameters = {name: tensor.detach() for name, tensor in parameters.items()}
-        self.known = layout
+        self.known, self.fixed = layout, dict(fixed or {})
 
     def layout(self, x: Tensor) -> Layout:
         """How ``theta`` is laid out, found by a trial run on one image (as a batch of two, so that a leading axis of
@@ -77,16 +72,13 @@ class PerSampleJacobian:
             try:
                 self.known = self._found(x[:1])
             except CheckpointError as error:
-                raise InputError(_CHECKPOINTED) from error
+                raise InputError(trial.CHECKPOINTED) from error
         return self.known
 
     def _found(self, x: Tensor) -> Layout:
         """The layout, from one image."""
+        found, probes, expected = trial.tried(self.model, self.parameters, x)
         pair = torch.cat([x, x])
-        found, used = self._trial(pair)
-        self._check_independent(x)
-        _check_unused(self.model, self.parameters.keys() - used)
-        probes, expected = self._by_autograd(pair, used)
         wrong = self._wrong(found, pair, probes, expected)
         if wrong:
             log.info("no rule covers how %s are used: they are left to torch.func", ", ".join(sorted(wrong)))
@@ -98,41 +90,6 @@ class PerSampleJacobian:
                 "write the model's forward pass without operations in place."
             )
         return found
-
-    def _check_independent(self, x: Tensor) -> None:
-        """Raises ``InputError`` unless an image has the same logits again, and beside another image."""
-        with torch.no_grad():
-            copies, again = (self._forward(x.expand(8, *x.shape[1:]), self.parameters, nullcontext()) for _ in range(2))
-            beside = self._forward(torch.cat([x, x.flip(-1) + 1]), self.parameters, nullcontext())[:1]
-        once, all_of_it = copies[:1], torch.cat([copies, again])
-        limit = _CHANGED * (float(once.abs().max()) + 1e-6)
-        if not float((all_of_it - once).abs().max()) <= limit:
-            raise InputError(
-                "the logits are random: one image has other logits the second time. Call model.eval() first, and see "
-                "that no layer (stochastic depth, attention dropout) draws at random even then."
-            )
-        if not float((beside - once).abs().max()) <= 10 * limit:
-            raise InputError(
-                "the logits of an image depend on the others of its batch, so per-sample Jacobians do not exist. Use "
-                "layers that do not couple them: batch norm with running statistics, in eval mode."
-            )
-
-    def _by_autograd(self, x: Tensor, used: set[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        """A random combination of logits for each image, ``[batch, C]``, and its gradient at the first image.
-
-        Raises:
-            InputError: a parameter of ``used``, which an earlier pass depended on, has no gradient.
-        """
-        trial = self._trial_parameters()
-        with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-            logits = self._forward(x, trial, nullcontext())
-            probes = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits)
-            found = torch.autograd.grad((logits * probes)[0].sum(), list(trial.values()), allow_unused=True)
-        grads = dict(zip(trial, found, strict=True))
-        kept = sorted(name for name in used if grads[name] is None)
-        if kept:
-            raise InputError(_KEPT.format(kept[0]))
-        return probes, {name: torch.zeros_like(trial[name]) if g is None else g for name, g in grads.items()}
 
     def _wrong(self, layout: Layout, x: Tensor, probes: Tensor, expected: Mapping[str, Tensor]) -> set[str]:
         """The parameters whose derivative of the first image's logits is more than ``_LIMIT`` of its size off."""
@@ -148,39 +105,14 @@ class PerSampleJacobian:
             if not float((found[name] - each).norm()) <= limit * (float(each.norm()) + 1e-3 * whole)
         }
 
-    def _trial_parameters(self) -> dict[str, Tensor]:
-        """Copies of the parameters, to be differentiated."""
-        return {name: tensor.clone().requires_grad_() for name, tensor in self.parameters.items()}
-
-    def _trial(self, x: Tensor) -> tuple[Layout, set[str]]:
-        """The layout by the rules alone, and the parameters that the logits depend on."""
-        trial = self._trial_parameters()
-        mode = PerSample(trial, len(x))
-        with torch.enable_grad():
-            with taking(x):
-                logits = self._forward(x, trial, mode)
-            if not logits.requires_grad:
-                raise InputError("the logits depend on no tuned parameter. Tune others: 'head' is always among them.")
-            _check_kept(logits)
-            inputs = [*trial.values(), *mode.copies.values()]
-            grads = torch.autograd.grad(logits.sum(), inputs, allow_unused=True, materialize_grads=False)
-        grads, of_copies = grads[: len(trial)], grads[len(trial) :]
-        # The rules detach: a gradient that reaches the parameter itself came through a use that no rule covers.
-        slow = {name for name, grad in zip(trial, grads, strict=True) if grad is not None or name not in mode.copies}
-        last = [c.names for c in mode.linear_calls if c.out is logits and c.input.ndim == 2 and c.unchanged]
-        calls = [name for call in mode.linear_calls for name in call.names]
-        head = last[0] if last and all(calls.count(name) == 1 and name not in slow for name in last[0]) else ()
-        fast = tuple(name for name in trial if name not in slow and name not in head)
-        shapes = {name: tensor.shape for name, tensor in trial.items()}
-        reached = zip((*trial, *mode.copies), (*grads, *of_copies), strict=True)
-        used = {name for name, grad in reached if grad is not None}
-        return Layout(fast=fast, slow=tuple(name for name in trial if name in slow), head=head, shapes=shapes), used
+    def narrowed(self, names: Collection[str]) -> "PerSampleJacobian":
+        """With respect to some of the parameters alone; the layout must be known."""
+        own = {name: tensor for name, tensor in self.parameters.items() if name in names}
+        layout = cast(Layout, self.known).narrowed(names)
+        return PerSampleJacobian(self.model, own, layout, {**self.fixed, **self.parameters})
 
     def _forward(self, x: Tensor, parameters: Mapping[str, Tensor], mode: AbstractContextManager) -> Tensor:
-        with mode:
-            logits = called(self.model, parameters, x)
-        check_logits(logits, len(x))
-        return logits
+        return trial.logits_of(self.model, {**self.fixed, **parameters}, x, mode)
 
     def classes(self, x: Tensor) -> int:
         """C, from the logits of one image of the batch ``x``."""
@@ -196,19 +128,46 @@ class PerSampleJacobian:
     ) -> tuple[Jacobian, Float[Tensor, "batch classes"]]:
         """The Jacobian of some logits of each image of a batch ``x``, whose classes ``keep`` finds from the logits, or
         of their contrasts, and the logits: one backward pass a row."""
+        return self.parted(x, keep, contrasted)[:2]
+
+    def parted(
+        self,
+        x: Tensor,
+        keep: Callable[[Tensor], Int[Tensor, "batch kept"]],
+        contrasted: bool,
+        outer: Collection[str] = (),
+    ) -> tuple[Jacobian, Float[Tensor, "batch classes"], dict[str, Outer]]:
+        """The same with some of the weights (``layers``) as outer products, which are then not among the ``rest``."""
         layout = self.layout(x)
-        mode = self._mode(x, layout)
+        mode = self._mode(x, layout, outer)
         with torch.enable_grad():
             logits = self._forward(x, {**self.parameters, **mode.tuned}, mode)
             kept = keep(logits.detach().to(self.dtype))
             outputs = logits.gather(1, kept)
             outputs = outputs @ contrasts(kept.shape[1]).to(outputs) if contrasted else outputs
-            rest = self._backward(outputs, layout.fast, mode)
+            names = (*(n for n in layout.fast if n not in outer), *(n for n in layout.fast if n in outer))
+            found = self._backward(outputs, names, mode)
+        sizes = [mode.slopes[name][0].numel() for name in names if name in outer]
+        rest, *slopes = found.split([found.shape[2] - sum(sizes), *sizes], 2)
         features = self._features(logits, layout.head, mode).to(self.dtype)
-        found = Jacobian(rest, features, kept, logits.shape[1])
+        jacobian = Jacobian(rest, features, kept, logits.shape[1])
         if layout.slow:
-            found = replace(found, rest=torch.cat([rest, self._functional(x, layout.slow, found.combined())], 2))
-        return found, logits.detach()
+            slow = self._functional(x, layout.slow, jacobian.combined())
+            jacobian = replace(jacobian, rest=torch.cat([rest, slow], 2))
+        parts = zip(names[len(names) - len(sizes) :], slopes, strict=True)
+        return jacobian, logits.detach(), {name: mode.applied[name][0].outer(each) for name, each in parts}
+
+    def layers(self, x: Tensor) -> list[Layer]:
+        """The sizes of all parameters but the head's, in the network's order: of a weight that is used once, by a
+        linear layer or a convolution of one group, those of its outer product."""
+        layout = self.layout(x)
+        mode = self._mode(x, layout, layout.fast)
+        with torch.no_grad():
+            self._forward(x, {**self.parameters, **mode.tuned}, mode)
+        whole = {name: Layer(name, 1, 1, layout.shapes[name].numel()) for name in (*layout.fast, *layout.slow)}
+        alone = {name: calls for name, calls in mode.applied.items() if name not in mode.copies and _is_outer(calls)}
+        found = {name: calls[0].layer(name) for name, calls in alone.items()}
+        return [{**whole, **found}[name] for name in self.parameters if name in whole]
 
     def with_logits(
         self, x: Tensor, combined: Callable[[Tensor], Float[Tensor, "batch classes outputs"] | None] = lambda _: None
@@ -245,17 +204,22 @@ class PerSampleJacobian:
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return next(iter(self.parameters.values())).device
+        return self._one.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The parameters', which the Jacobian has as well whatever the network computes in."""
-        return next(iter(self.parameters.values())).dtype
+        return self._one.dtype
 
-    def _mode(self, x: Tensor, layout: Layout) -> PerSample:
+    @property
+    def _one(self) -> Tensor:
+        return next(iter({**self.fixed, **self.parameters}.values()))
+
+    def _mode(self, x: Tensor, layout: Layout, outer: Collection[str] = ()) -> PerSample:
         """What gives the parameters that rules cover one copy a sample of the batch ``x``."""
         names = (*layout.fast, *layout.head)
-        return PerSample({name: self.parameters[name].detach().requires_grad_() for name in names}, len(x), layout.head)
+        tuned = {name: self.parameters[name].detach().requires_grad_() for name in names}
+        return PerSample(tuned, len(x), layout.head, outer)
 
     def _backward(self, outputs: Tensor, names: tuple[str, ...], mode: PerSample) -> Tensor:
         """One backward pass an output.
@@ -263,7 +227,8 @@ class PerSampleJacobian:
         Raises:
             InputError: a gradient reaches a parameter itself, which was used by its copies alone in the trial run.
         """
-        copies = [mode.copies[name] for name in names]
+        known = {**mode.copies, **mode.slopes}
+        copies = [known[name] for name in names]
         batch, count = outputs.shape
         result = outputs.new_empty(batch, count, sum(copy[0].numel() for copy in copies), dtype=self.dtype)
         wanted = [*copies, *(mode.tuned[name] for name in names)]
@@ -282,7 +247,7 @@ class PerSampleJacobian:
 
     def _functional(self, x: Tensor, names: tuple[str, ...], probes: Tensor | None) -> Tensor:
         """``torch.func`` for the parameters that no rule covers, in the parameters' own precision."""
-        fixed = {name: tensor for name, tensor in self.parameters.items() if name not in names}
+        fixed = {**self.fixed, **{name: each for name, each in self.parameters.items() if name not in names}}
 
         def outputs(parameters: dict[str, Tensor], sample: Tensor, probe: Tensor | None) -> Tensor:
             logits = called(self.model, {**fixed, **parameters}, sample[None])[0]
@@ -310,24 +275,5 @@ class PerSampleJacobian:
         return torch.cat([inputs if self.parameters[name].ndim == 2 else ones for name in head], 1)
 
 
-def _check_unused(model: nn.Module, names: Set[str]) -> None:
-    """Says which parameters the logits do not depend on; raises ``InputError`` for one of a module that keeps tensors,
-    which may be of an earlier pass."""
-    if names:
-        log.info("the logits do not depend on %s", ", ".join(sorted(names)))
-    for name in sorted(names):
-        if keeps(model.get_submodule(name.rpartition(".")[0])):
-            raise InputError(_KEPT.format(name))
-
-
-def _check_kept(logits: Tensor) -> None:
-    """Raises ``InputError`` if what led to the logits was not kept, for a backward pass of its own to compute anew."""
-    waiting, seen = [logits.grad_fn], set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        if node.name() == "CheckpointFunctionBackward":
-            raise InputError(_CHECKPOINTED)
-        seen.add(node)
-        waiting += [each for each, _ in node.next_functions]
+def _is_outer(calls: list[Applied]) -> bool:
+    return len(calls) == 1 and calls[0].groups == 1 and calls[0].unchanged

@@ -132,7 +132,7 @@ def _kept(network: Linearised, form: str, classes: int | str, first: int) -> int
     if classes == "all" or (classes == "auto" and not network.loss.curved):
         return network.classes
     if classes == "auto":
-        convex = form in ("auto", "convex", "convex-disk") and network.numerics.probes is None
+        convex = form in ("auto", "convex", "convex-disk", "layerwise") and network.numerics.probes is None
         return enough(network, first) if convex else network.classes
     if not isinstance(classes, int) or not 2 <= classes <= network.classes:
         raise InputError(f"classes must be 'auto', 'all' or from 2 to {network.classes}, not {classes!r}.")

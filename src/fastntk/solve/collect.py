@@ -89,23 +89,22 @@ class Checkpoint:
             return False
         return True
 
-    def write(self, sums: Sums, residuals: Tensor, shards: Sequence[int]) -> None:
+    def write(self, sums: Mapping[str, Tensor], shards: Sequence[int]) -> None:
         """Write this process's sums, over the shards it has completed, unless the last time was too recent."""
         if time.monotonic() < self._due:
             return
         started = time.monotonic()
-        tensors = {"residuals": residuals, **{f.name: getattr(sums, f.name) for f in fields(Sums)}}
-        record = {"key": self.key, "shards": list(shards), "digest": _digest(tensors)}
-        write_tensors(self.folder / f"sums-{shards[0]}.safetensors", tensors, record)
+        record = {"key": self.key, "shards": list(shards), "digest": _digest(sums)}
+        write_tensors(self.folder / f"sums-{shards[0]}.safetensors", dict(sums), record)
         done = time.monotonic()
         self._due = done + (done - started) / _OVERHEAD
 
-    def add_earlier_(self, sums: Sums, residuals: Tensor) -> None:
+    def add_earlier_(self, sums: Mapping[str, Tensor]) -> None:
         """Add this process's part of what earlier jobs wrote."""
         for path, _ in self._earlier[distributed.rank() :: distributed.size()]:
             tensors, _ = read_tensors(path)
-            residuals.add_(tensors["residuals"].to(residuals))
-            sums.add_(Sums(*(tensors[f.name].to(getattr(sums, f.name)) for f in fields(Sums))))
+            for name, tensor in sums.items():
+                tensor.add_(tensors[name].to(tensor))
 
     def clear(self) -> None:
         """Remove the partial sums: the pass is complete, or they are not wanted."""
@@ -150,6 +149,7 @@ def collect_sums(
     one = linearised.rows([0])
     parts, sums = shards(count), Sums.zero(one.jacobian, linearised.numerics.dtype)
     residuals = one.residual.new_zeros(count, one.residual.shape[1])
+    everything = {"residuals": residuals, **{each.name: getattr(sums, each.name) for each in fields(Sums)}}
     done = checkpoint.open() if checkpoint else set()
     if done:
         log.info("going on from %d of %d shards", len(done), len(parts))
@@ -158,10 +158,10 @@ def collect_sums(
         stream = linearised.stream(parts[shard], f"shard {shard + 1} of {len(parts)}")
         accumulate(_noting(stream, residuals[parts[shard].start :]), sums)
         if checkpoint:
-            checkpoint.write(sums, residuals, mine[: position + 1])
+            checkpoint.write(everything, mine[: position + 1])
     if checkpoint:
-        checkpoint.add_earlier_(sums, residuals)
-    distributed.sum_([*(getattr(sums, f.name) for f in fields(Sums)), residuals])
+        checkpoint.add_earlier_(everything)
+    distributed.sum_(list(everything.values()))
     if int(sums.samples) != count:
         raise InputError(
             f"the partial sums are over {int(sums.samples)} samples, and there are {count}. Remove "

@@ -25,37 +25,24 @@ from torch import Tensor
 
 from fastntk.common import distributed
 from fastntk.common.progress import busy
+from fastntk.jacobians.jacobian import Operator
 from fastntk.jacobians.layout import Layout
 from fastntk.jacobians.linearised import Linearised
 from fastntk.jacobians.rows import Point, Rows
 from fastntk.solve.collect import collect_rows
 from fastntk.solve.kernel import kernel, kernel_between
 from fastntk.solve.linalg import border_, factor_, zero_
-from fastntk.solve.newton import Factor, Newton, Problem, curvature
+from fastntk.solve.newton import Factor, Newton, Optimum, Problem, curvature, solved
 from fastntk.solve.prices import Price, Timing, Workload, forward, passes
 from fastntk.solve.ridge import SAMPLED, Calibration, calibrate_convex
 from fastntk.solve.solution import Ownership, Solved, Task, Update
 from fastntk.solve.speeds import Speeds
 from fastntk.tuning.loss import Loss, loss_numbers, loss_of
 
-_FACTORS, _RIDGE_FACTORS = 5, 10  # that are made to solve, and to choose the ridge: 3 to 6, and 8 to 14, were counted
+FACTORS, RIDGE_FACTORS = 5, 10
+"""That are made to solve, and to choose the ridge: 3 to 6, and 8 to 14, were counted."""
 
 _Form = TypeVar("_Form", bound="Convex")
-
-
-@dataclass(frozen=True)
-class Optimum:
-    """What is known of the optimum.
-
-    Attributes:
-        kernel: ``K_S``; the next solution takes it over.
-        coefficients: a.
-        factor: preconditions; made over S, or over a set that is nearly S.
-    """
-
-    kernel: Float[Tensor, "rows rows"]
-    coefficients: Float[Tensor, " rows"]
-    factor: Factor
 
 
 @dataclass(frozen=True)
@@ -102,10 +89,10 @@ class Convex:
         """Of the forward passes, the Jacobians, the choice of the ridge, and what the first request waits for."""
         rows = work.samples * work.kept_rows
         few, rate = min(SAMPLED, rows), speeds.rate(rows, work.kept_rows)
-        ridge = few**2 * work.rest / rate + _RIDGE_FACTORS * speeds.factor(few)
+        ridge = few**2 * work.rest / rate + RIDGE_FACTORS * speeds.factor(few)
         jacobians = passes(work, 1, speeds.rows(work.kept_rows), "Jacobians")
         seconds = {**forward(work, speeds).seconds, **jacobians.seconds, "ridge": ridge}
-        first = {"kernel": work.rest * float(rows) ** 2 / rate, "solve": _FACTORS * speeds.factor(rows)}
+        first = {"kernel": work.rest * float(rows) ** 2 / rate, "solve": FACTORS * speeds.factor(rows)}
         return Timing(seconds, jacobians.operations, first)
 
     @classmethod
@@ -120,7 +107,8 @@ class Convex:
         if self.known is not None:
             return self.known
         with busy("solving, once"):
-            return _solved(self, kernel(self.rows))
+            matrix = kernel(self.rows)
+            return solved(_problem(self, matrix, self.over, _start(self)), self.point_of(self.rows).z, self.tolerance)
 
     def ready(self) -> "Convex":
         """With the optimum, and a factor over S."""
@@ -129,15 +117,19 @@ class Convex:
         if current and self.known is not None:
             return self
         if not current:
-            problem = _problem(self, optimum.kernel, self.over)
+            problem = _problem(self, optimum.kernel, self.over, optimum.start)
             root = problem.root(problem.logits(optimum.coefficients))
             optimum = replace(optimum, factor=Factor.of(problem, root))
         return replace(self, known=optimum)
 
-    @property
-    def point(self) -> Point:
-        """Where the rows' logits are, and the loss as a function of them."""
-        return cast(Point, self.rows.point)
+    @staticmethod
+    def point_of(rows: Rows) -> Point:
+        """Where rows' logits are, and the loss as a function of them."""
+        return cast(Point, rows.point)
+
+    def jacobian(self, network: Linearised) -> Operator:
+        """J of the rows."""
+        return self.rows.jacobian
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything but the ridge, by name; the loss as its numbers; of the optimum what is known."""
@@ -153,12 +145,13 @@ class Convex:
     @classmethod
     def restore(cls, tensors: Mapping[str, Tensor], ridge: float) -> "Convex":
         """The reverse of ``tensors``."""
-        over, optimum = tensors["over"].cpu(), None
-        if any(name in tensors for name in ("kernel", "coefficients", "factor")):
-            factor = Factor(tensors["factor"], over.sort().values)
-            optimum = Optimum(tensors["kernel"], tensors["coefficients"], factor)
-        rows, u = Rows.from_tensors(tensors, "rows."), tensors["displacement"]
-        return cls(rows, loss_of(tensors), u, ridge, over, optimum)
+        over, u = tensors["over"].cpu(), tensors["displacement"]
+        solution = cls(Rows.from_tensors(tensors, "rows."), loss_of(tensors), u, ridge, over)
+        if not any(name in tensors for name in ("kernel", "coefficients", "factor")):
+            return solution
+        factor = Factor(tensors["factor"], over.sort().values)
+        start = tensors["start"] if "start" in tensors else _start(solution)
+        return replace(solution, known=Optimum(tensors["kernel"], tensors["coefficients"], factor, start))
 
     @cached_property
     def step(self) -> Float[Tensor, " p"]:
@@ -175,18 +168,7 @@ class Convex:
     ) -> Update:
         """By Newton's method from S's own coefficients. ``low_rank``: the coefficients after it, and the factor
         that preconditioned last."""
-        self.ownership.check()
-        before = self if sign < 0 else _grown(self, cast(Rows, rows), positions)
-        optimum, newton = before.optimum, Newton(before.optimum.factor)
-        problem = _problem(before, optimum.kernel, Update(self.step, positions, sign).changes(self.over))
-        a, reached = newton.minimise(problem, optimum.coefficients, self.tolerance)
-        if sign < 0:
-            a = a.index_fill(0, self.rows.places(positions), 0)
-        moved = (a - optimum.coefficients).view_as(before.rows.residual)
-        change = before.rows.jacobian.rmatvec(moved)
-        kept = {"coefficients": a, "change": change, "reached": torch.tensor(reached, dtype=torch.float64)}
-        fresh = cast(Factor, optimum.factor if self.loss.curved else newton.factor)  # not of a place on the way
-        return Update(change, positions, sign, rows, (a, fresh.lower, fresh.over), reached, kept)
+        return updated(self, network, Update(torch.zeros_like(self.step), positions, sign, rows))
 
     def replayed(
         self,
@@ -198,7 +180,7 @@ class Convex:
     ) -> Update:
         """With the coefficients that were found."""
         reached, a = float(tensors["reached"]), tensors["coefficients"]
-        return Update(tensors["change"], positions, sign, rows, (a,), reached)
+        return Update(tensors["change"], positions, sign, rows, (a,), reached, tensors)
 
     def apply(self, update: Update) -> "Convex":
         """With the coefficients that were worked out, where S's own are known; the factor may be that of before."""
@@ -210,14 +192,15 @@ class Convex:
             else:
                 rows = rows.with_others(update.positions, cast(Rows, update.rows))
             return replace(self, rows=rows, over=over, ownership=Ownership())
-        solution = self if update.sign < 0 else _grown(self, cast(Rows, update.rows), update.positions)
-        optimum, (a, *fresh) = solution.optimum, update.low_rank
+        solution = self if update.sign < 0 else _grown(self, update)
+        optimum, (a, *fresh), start = solution.optimum, update.low_rank, solution.optimum.start
         self.ownership.give_up()
         if update.sign < 0:
             zero_(optimum.kernel, self.rows.places(update.positions))
             rows.clear_(update.positions)
+            start = start.index_fill(0, update.positions.to(start.device), 0)
         factor = Factor(*fresh) if fresh else optimum.factor
-        known = replace(optimum, coefficients=a, factor=factor)
+        known = replace(optimum, coefficients=a, factor=factor, start=start)
         return replace(solution, known=known, over=over, ownership=Ownership())
 
     def inexactness(self, update: Update | None = None) -> float:
@@ -225,12 +208,14 @@ class Convex:
         self.ownership.check()
         if update is not None:
             return float(update.reached or 0.0)
-        problem, a = _problem(self, self.optimum.kernel, self.over), self.optimum.coefficients
+        optimum, a = self.optimum, self.optimum.coefficients
+        problem = _problem(self, optimum.kernel, self.over, optimum.start)
         return problem.inexactness(a, problem.logits(a))
 
     def anew(self, network: Linearised) -> "Convex":
         """From the kernel alone."""
-        return replace(self, known=_solved(self, self.optimum.kernel))
+        problem = _problem(self, self.optimum.kernel, self.over, self.optimum.start)
+        return replace(self, known=solved(problem, self.point_of(self.rows).z, self.tolerance))
 
     def resolve(
         self, network: Linearised, positions: Int[Tensor, " samples"], displacement: Float[Tensor, " p"], ridge: float
@@ -238,15 +223,18 @@ class Convex:
         """By Newton's method, with factors of its own."""
         self.ownership.check()
         staying, optimum = Update(self.step, positions, -1).changes(self.over), self.optimum
-        problem = _problem(self, optimum.kernel, staying, displacement, ridge)
+        jacobian = self.jacobian(network)
+        start = self.point_of(self.rows).z - jacobian.matvec(displacement)
+        problem = replace(_problem(self, optimum.kernel, staying, start), ridge=ridge)
         a, _ = Newton().minimise(problem, optimum.coefficients, self.tolerance)
-        return self.rows.step(a.index_fill(0, self.rows.places(positions), 0), displacement)
+        a = a.index_fill(0, self.rows.places(positions), 0)
+        return jacobian.rmatvec(a.view_as(self.rows.residual)) - displacement
 
     def alone(self, network: Linearised, positions: Int[Tensor, " samples"]) -> Float[Tensor, "samples outputs"]:
         """One step of Newton's method for each, of all logits: ``M (I - W M)^-1 l'`` with ``W = L L'`` and
         ``M = J_i H^-1 J_i'``, H the objective's Hessian over S; the logits that are not kept stay as they are."""
         self.ownership.check()
-        root, factor, gradient = self.hessian
+        root, factor, gradient = _curved(self)
         own, count = self.rows[positions], self.rows.residual.shape[1]
         jacobian, matrix = own.jacobian, self.optimum.kernel
         between = matrix[self.rows.places(positions)].view(len(own), count, len(root), count)
@@ -258,16 +246,6 @@ class Convex:
         left = torch.eye(count).to(middle) - weight @ middle
         change = middle @ torch.linalg.solve(left, gradient[positions][:, :, None])
         return (jacobian.combined().to(change) @ change)[:, :, 0] if jacobian.kept is not None else change[..., 0]
-
-    @cached_property
-    def hessian(self) -> tuple[Tensor, Tensor, Tensor]:
-        """L, the Cholesky factor of ``ridge I + L'K L`` and l', at the optimum, in float64."""
-        optimum = self.optimum
-        problem = _problem(self, optimum.kernel, self.over)
-        z = problem.logits(optimum.coefficients)
-        root = problem.root(z)
-        lower = factor_(curvature(optimum.kernel, root, self.ridge))
-        return root, lower, self.loss.gradient_of(z, problem.kept)
 
     def head_shortfall(self, layout: Layout) -> Float[Tensor, "classes features"] | None:
         """The rows have not all logits."""
@@ -293,40 +271,54 @@ def _is_solved(solution: Convex) -> bool:
     return solution.known is not None or "optimum" in vars(solution)
 
 
-def _problem(
-    solution: Convex,
-    matrix: Float[Tensor, "rows rows"],
-    staying: Int[Tensor, " some"],
-    displacement: Tensor | None = None,
-    ridge: float | None = None,
-) -> Problem:
-    """Over the samples who stay, with the kernel of all rows."""
+def updated(solution: Convex, network: Linearised, asked: Update) -> Update:
+    """What samples change that leave, or that join with what is known of them."""
+    solution.ownership.check()
+    before = _grown(solution, asked) if asked.sign > 0 else solution
+    optimum, newton = before.optimum, Newton(before.optimum.factor)
+    problem = _problem(before, optimum.kernel, asked.changes(solution.over), optimum.start)
+    a, reached = newton.minimise(problem, optimum.coefficients, solution.tolerance)
+    if asked.sign < 0:
+        a = a.index_fill(0, solution.rows.places(asked.positions), 0)
+    change = before.jacobian(network).rmatvec((a - optimum.coefficients).view_as(before.rows.residual))
+    kept = {"coefficients": a, "change": change, "reached": torch.tensor(reached, dtype=torch.float64)}
+    fresh = cast(Factor, optimum.factor if solution.loss.curved else newton.factor)  # not of a place on the way
+    found = (a, fresh.lower, fresh.over)
+    return replace(asked, change=change, low_rank=found, reached=reached, kept={**asked.kept, **kept})
+
+
+def _problem(solution: Convex, matrix: Tensor, staying: Int[Tensor, " some"], start: Tensor) -> Problem:
+    """Over the samples who stay, with the kernel of all rows and where they start."""
     present = torch.zeros(len(solution.rows), dtype=torch.bool).index_fill(0, staying, True).to(matrix.device)
-    rows, u = replace(solution.rows, point=solution.point), displacement
-    return Problem.of(
-        rows,
-        solution.loss,
-        solution.displacement if u is None else u,
-        solution.ridge if ridge is None else ridge,
-        matrix,
-        present,
-    )
+    kept = solution.point_of(solution.rows).kept
+    return Problem(solution.loss, kept, start, matrix, solution.ridge, present)
 
 
-def _solved(solution: Convex, matrix: Float[Tensor, "rows rows"]) -> Optimum:
-    """From the kernel alone."""
-    problem, newton = _problem(solution, matrix, solution.over), Newton()
-    a, _ = newton.minimise(problem, newton.start(problem, solution.point.z), solution.tolerance)
-    if newton.factor is None or solution.loss.curved:  # it is of another place
-        newton.factor = Factor.of(problem, problem.root(problem.logits(a)))
-    return Optimum(matrix, a, newton.factor)
+def _start(solution: Convex) -> Float[Tensor, "samples outputs"]:
+    """``f - J u`` of its rows."""
+    return solution.point_of(solution.rows).z - solution.rows.jacobian.matvec(solution.displacement)
 
 
-def _grown(solution: _Form, rows: Rows, positions: Int[Tensor, " samples"]) -> _Form:
-    """With more samples, whose coefficients are 0, in arrays of its own; they are not among S yet."""
-    optimum, room = solution.optimum, solution.rows.room_for(positions)
+def _curved(solution: Convex) -> tuple[Tensor, Tensor, Tensor]:
+    """L, the Cholesky factor of ``ridge I + L'K L`` and l', at the optimum, in float64."""
+    optimum = solution.optimum
+    problem = _problem(solution, optimum.kernel, solution.over, optimum.start)
+    z = problem.logits(optimum.coefficients)
+    root = problem.root(z)
+    lower = factor_(curvature(optimum.kernel, root, solution.ridge))
+    return root, lower, solution.loss.gradient_of(z, problem.kept)
+
+
+def _grown(solution: _Form, update: Update) -> _Form:
+    """With samples that join, whose coefficients are 0, in arrays of its own; they are not among S yet. Of the kernel
+    between all others and them, of theirs and of where they start, what is not known is worked out."""
+    optimum, known, rows = solution.optimum, update.kept, cast(Rows, update.rows)
+    room, positions = solution.rows.room_for(update.positions), update.positions
     kept, more = solution.rows.with_others(positions, rows), room * rows.residual.shape[1]
-    matrix = F.pad(optimum.kernel, (0, more, 0, more))
-    border_(matrix, kept.places(positions), kernel_between(solution.rows, rows), kernel(rows))
-    known = replace(optimum, kernel=matrix, coefficients=F.pad(optimum.coefficients, (0, more)))
-    return replace(solution, rows=kept, known=known, ownership=Ownership())
+    matrix, start = F.pad(optimum.kernel, (0, more, 0, more)), F.pad(optimum.start, (0, 0, 0, room))
+    border = known["border"] if "border" in known else kernel_between(solution.rows, rows)
+    border_(matrix, kept.places(positions), border, known["block"] if "block" in known else kernel(rows))
+    theirs = replace(solution, rows=rows)
+    start[positions] = known["start"] if "start" in known else _start(theirs)
+    found = Optimum(matrix, F.pad(optimum.coefficients, (0, more)), optimum.factor, start)
+    return replace(solution, rows=kept, known=found, ownership=Ownership())

@@ -46,7 +46,7 @@ class Dual(Convex):
         operations = float(work.rows) ** 2 * work.rest + float(work.rows) ** 3 / 3
         looked_at = work.itemsize * STORED * work.rest if work.rows > STORED else 0
         size = max((8 + 4 * 4) * work.rows**2, looked_at) + stored + work.batch_bytes
-        return Price(cls.name, size, operations, work.one_step, rank=2 * work.curved)
+        return Price(cls.name, size, operations, work.one_step, rank=3 * work.curved)
 
     @classmethod
     def timing(cls, work: Workload, speeds: Speeds) -> Timing:
@@ -64,12 +64,12 @@ class Dual(Convex):
         """One pass that keeps the Jacobians, and the ridge."""
         return prepared(cls, task, SquaredLoss(), lambda rows, _, u: calibrate_stored(rows, u))
 
-    @property
-    def point(self) -> Point:
+    @staticmethod
+    def point_of(rows: Rows) -> Point:
         """``|z|^2 / 2`` at ``z = -r``: what the rows add to is the residuals."""
-        zero = torch.zeros_like(self.rows.residual, dtype=torch.float64)
+        zero = torch.zeros_like(rows.residual, dtype=torch.float64)
         none = zero[:, 0]
-        return Point(-self.rows.residual.double(), Kept(zero, none, none, none))
+        return Point(-rows.residual.double(), Kept(zero, none, none, none))
 
     def replayed(
         self,

@@ -6,12 +6,13 @@ from fastntk.common.errors import InputError
 from fastntk.solve.convex import Convex
 from fastntk.solve.dual import Dual
 from fastntk.solve.iterative import Iterative
+from fastntk.solve.layerwise import Layerwise
 from fastntk.solve.on_disk import OnDisk
 from fastntk.solve.prices import Price, Workload
 from fastntk.solve.primal import Primal
 from fastntk.solve.solution import Solution
 
-FORMS: dict[str, type[Solution]] = {form.name: form for form in (Primal, Dual, Convex, OnDisk, Iterative)}
+FORMS: dict[str, type[Solution]] = {form.name: form for form in (Primal, Dual, Convex, OnDisk, Layerwise, Iterative)}
 """By name."""
 
 

@@ -78,7 +78,7 @@ class Iterative:
         network's."""
         size = work.parameters * (STEPS * work.itemsize + 12 * 8) + 2 * work.batch_size * work.activations
         refusal = "the matrix-free form has no use for class probes: it makes no backward pass a class."
-        return Price(cls.name, size, 0.0, refusal if work.probed else work.one_step, rank=3)
+        return Price(cls.name, size, 0.0, refusal if work.probed else work.one_step, rank=4)
 
     @classmethod
     def timing(cls, work: Workload, speeds: Speeds) -> Timing:

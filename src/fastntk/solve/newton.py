@@ -17,7 +17,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fastntk.jacobians.rows import Point, Rows
 from fastntk.solve.linalg import conjugated, factorised, near_factor, solved_by
 from fastntk.tuning.loss import Kept, Loss
 
@@ -53,12 +52,6 @@ class Problem:
     kernel: Float[Tensor, "rows rows"]
     ridge: float
     present: Bool[Tensor, " samples"]
-
-    @classmethod
-    def of(cls, rows: Rows, loss: Loss, u: Tensor, ridge: float, kernel: Tensor, present: Tensor) -> "Problem":
-        """Of the samples of rows."""
-        point = cast(Point, rows.point)
-        return cls(loss, point.kept, point.z - rows.jacobian.matvec(u), kernel, ridge, present)
 
     def logits(self, a: Float[Tensor, " rows"]) -> Float[Tensor, "samples outputs"]:
         """``z``."""
@@ -263,3 +256,29 @@ def _searched(problem: Problem, a: Tensor, z: Tensor, direction: Tensor) -> tupl
         if reached < value - noise or (reached < value + noise and problem.gradient(*there) < gradient):
             return (*there, True)
     return a, z, False
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """What is known of an optimum.
+
+    Attributes:
+        kernel: K; the next solution takes it over.
+        coefficients: a.
+        factor: preconditions; made over the problem's set, or over a set that is nearly the same.
+        start: ``f - J u``.
+    """
+
+    kernel: Float[Tensor, "rows rows"]
+    coefficients: Float[Tensor, " rows"]
+    factor: Factor
+    start: Float[Tensor, "samples outputs"]
+
+
+def solved(problem: Problem, z: Float[Tensor, "samples outputs"], tolerance: float) -> Optimum:
+    """From the kernel alone, and logits z that are near the optimum's."""
+    newton = Newton()
+    a, _ = newton.minimise(problem, newton.start(problem, z), tolerance)
+    if newton.factor is None or problem.loss.curved:  # it is of another place
+        newton.factor = Factor.of(problem, problem.root(problem.logits(a)))
+    return Optimum(problem.kernel, a, newton.factor, problem.start)

@@ -1,5 +1,6 @@
 """Products with the Gram matrix by passes of the network over the samples."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from fastntk.common import distributed
 from fastntk.jacobians import products
 from fastntk.jacobians.linearised import Linearised
+from fastntk.jacobians.rows import Rows
 from fastntk.solve.gram import Krylov, Spectrum
 
 
@@ -79,3 +81,44 @@ class Passes:
     def _total(tensor: Tensor) -> Tensor:
         distributed.sum_([tensor])
         return tensor
+
+
+@dataclass(frozen=True)
+class Passing:
+    """J of rows whose Jacobians are not held, by passes that the processes share.
+
+    Attributes:
+        network: linearised.
+        rows: of which the head's part alone is held.
+        positions: of the samples whose rows are there; the others' images are 0.
+        places: of these among the rows; None where they are the positions.
+    """
+
+    network: Linearised
+    rows: Rows
+    positions: Sequence[int]
+    places: Sequence[int] | None = None
+
+    def matvec(self, vector: Float[Tensor, " p"]) -> Float[Tensor, "samples outputs"]:
+        """``J v``, by a forward-mode pass."""
+        image = torch.zeros(self.rows.residual.shape, dtype=torch.float64, device=self.network.device)
+        mine = slice(distributed.rank(), None, distributed.size())
+        samples, places = self.positions[mine], list((self.places or self.positions)[mine])
+        moved = products.tangent(self.network, samples, vector)
+        image[places] = self.rows.jacobian[places].of_logits(moved).double()
+        distributed.sum_([image])
+        return image
+
+    def rmatvec(self, cotangent: Float[Tensor, "samples outputs"]) -> Float[Tensor, " p"]:
+        """``J'a``, by a backward pass over the samples with an a; their positions are their places."""
+        mine = cotangent.any(1).nonzero()[distributed.rank() :: distributed.size(), 0]
+        of_logits = self.rows.jacobian[mine].to_logits(cotangent[mine])
+        total = products.pull(self.network, self._with_images(mine.tolist(), of_logits))
+        distributed.sum_([total])
+        return total
+
+    def _with_images(self, samples: list[int], of_logits: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        start = 0
+        for images, _ in self.network.one_pass(samples) if samples else ():
+            yield images, of_logits[start : start + len(images)]
+            start += len(images)

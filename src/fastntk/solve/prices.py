@@ -8,6 +8,7 @@ from fastntk.common import distributed
 from fastntk.common.machine import peak_tensors
 from fastntk.jacobians.linearised import FIRST, Linearised
 from fastntk.jacobians.numerics import arithmetic
+from fastntk.jacobians.outer import Layer
 from fastntk.solve.speeds import Cost, Speeds
 
 _BATCH_BYTES = 2**30  # of one batch's Jacobians
@@ -32,6 +33,7 @@ class Workload:
         contrasted: whether it has one row fewer.
         curved: whether the loss has another Hessian than the identity.
         weighted: whether it weighs the classes.
+        layers: the parameters but the head's, by the sizes of their outer products.
     """
 
     samples: int
@@ -47,6 +49,7 @@ class Workload:
     contrasted: bool = False
     curved: bool = False
     weighted: bool = False
+    layers: tuple[Layer, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -124,6 +127,7 @@ class Workload:
             contrasted=network.loss.contrasted,
             curved=network.loss.curved,
             weighted=network.loss.weighted,
+            layers=tuple(network.jacobian.layers(network.one)),
         )
 
 
@@ -138,8 +142,8 @@ class Price:
         refusal: why it cannot be taken at all, or nothing.
         remedy: what would make it smaller, or nothing.
         rank: 0 for what answers best; a form of a higher one is taken only where none of a lower one fits: 1 where
-            every request reads all rows from disk, 2 for one step of a loss that needs more, 3 where every request
-            takes passes over the retained samples.
+            every request reads all rows from disk, 2 where it takes a pass over the retained samples, 3 for one step of
+            a loss that needs more, 4 where every request takes many passes.
         batch: images a batch of Jacobians; 0 for as many as of all outputs.
         disk: bytes of rows on disk.
     """

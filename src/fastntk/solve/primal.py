@@ -106,7 +106,7 @@ class Primal:
             max(collecting + work.batch_bytes, solving) + cross * work.sums_itemsize,
             work.rows * square + work.outputs * work.features * square + float(work.rest) ** 3 / 3,
             refusal=work.one_step,
-            rank=2 * work.curved,
+            rank=3 * work.curved,
             remedy="float32 sums take half the memory of float64 ones" if work.sums_itemsize == 8 else "",
         )
 

@@ -95,7 +95,8 @@ def calibrate_convex(rows: Rows, loss: Loss, u: Tensor, few: Rows | None = None)
     these, where they are at hand.
     """
     few = _some(rows, SAMPLED) if few is None else few
-    found = _calibrated(few, loss, u, kernel(few))
+    point = cast(Point, few.point)
+    found = calibrate_kernel(point, loss, point.z - few.jacobian.matvec(u), kernel(few))
     dtype, device = few.jacobian.rest.dtype, few.jacobian.rest.device
     return replace(found, ridge=found.factor * rows.mean_diagonal(dtype, device))
 
@@ -106,16 +107,17 @@ def _some(rows: Rows, size: int) -> Rows:
     return rows if len(positions) == len(rows) else rows[positions]
 
 
-def _calibrated(rows: Rows, loss: Loss, u: Tensor, matrix: Tensor) -> Calibration:
-    """The same over all of the rows."""
-    scale, point = float(matrix.diagonal().mean()), cast(Point, rows.point)
-    everyone = torch.ones(len(rows), dtype=torch.bool, device=matrix.device)
+def calibrate_kernel(point: Point, loss: Loss, start: Float[Tensor, "samples outputs"], matrix: Tensor) -> Calibration:
+    """The same over samples whose kernel is known, with their logits at ``theta*`` and, to first order, at the
+    ``start``."""
+    scale = float(matrix.diagonal().mean())
+    everyone = torch.ones(len(start), dtype=torch.bool, device=matrix.device)
     wanted, newton = loss.gradient_of(point.z, point.kept), Newton()
-    first = Problem.of(rows, loss, u, scale, matrix, everyone)
+    first = Problem(loss, point.kept, start, matrix, scale, everyone)
     tried: dict[float, tuple[float, Tensor]] = {}
 
     def miss(exponent: float, a: Tensor) -> float:
-        problem = Problem.of(rows, loss, u, 10**exponent * scale, matrix, everyone)
+        problem = replace(first, ridge=10**exponent * scale)
         a, _ = newton.minimise(problem, a, _ROUGH)
         tried[exponent] = float((wanted - loss.gradient_of(problem.logits(a), point.kept)).norm()), a
         return tried[exponent][0]
@@ -131,5 +133,5 @@ def _calibrated(rows: Rows, loss: Loss, u: Tensor, matrix: Tensor) -> Calibratio
         miss(between, tried[middle][1])
     exponent = min(tried, key=lambda each: tried[each][0])
     found, _ = tried[exponent]
-    start = float((wanted - loss.gradient_of(first.start, point.kept)).norm())
-    return Calibration(10**exponent * scale, 10**exponent, found / start if start else 0.0)
+    before = float((wanted - loss.gradient_of(start, point.kept)).norm())
+    return Calibration(10**exponent * scale, 10**exponent, found / before if before else 0.0)

@@ -7,16 +7,18 @@ compute what the tuned parameters need and nothing else: frozen parameters get n
 first tuned parameter is not differentiated.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fastntk.common.errors import InputError
-from fastntk.jacobians.rules.functions import BatchNorm, Convolution, GroupNorm, LayerNorm, Linear
+from fastntk.jacobians.outer import Layer, Outer
+from fastntk.jacobians.rules.functions import BatchNorm, Convolution, GroupNorm, LayerNorm, Linear, Noted
 
 
 def _data(tensor: Tensor | None) -> Tensor | None:
@@ -42,6 +44,55 @@ class LinearCall(NamedTuple):
         return _versions(self.out, self.input) == self.versions
 
 
+class Applied(NamedTuple):
+    """A call of a linear layer or a convolution whose weight's derivatives are kept as outer products.
+
+    Attributes:
+        input: of the call.
+        out: its output.
+        weight: of the layer.
+        geometry: stride, padding, dilation and groups of a convolution, or None.
+        versions: of the input.
+    """
+
+    input: Tensor
+    out: Tensor
+    weight: Tensor
+    geometry: tuple | None
+    versions: tuple[int, ...]
+
+    @property
+    def groups(self) -> int:
+        """Of a convolution; 1 for a linear layer."""
+        return self.geometry[3] if self.geometry else 1
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether nobody has written to its input since."""
+        return _versions(self.input) == self.versions
+
+    def layer(self, name: str) -> Layer:
+        """Its sizes, under its weight's name."""
+        channels = len(self.weight)
+        return Layer(name, self.out[0].numel() // channels, self.weight[0].numel(), channels)
+
+    def outer(self, slopes: Float[Tensor, "batch outputs numbers"]) -> Outer:
+        """From the derivatives with respect to its output, flat.
+
+        Raises:
+            InputError: its input has been written to.
+        """
+        if not self.unchanged:
+            raise InputError("the model writes to a layer's input in place, in some batches only.")
+        shape, channels = slopes.shape[:2], len(self.weight)
+        if self.geometry is None:
+            inputs = self.input.detach().reshape(shape[0], -1, self.weight.shape[1])
+            return Outer(inputs, slopes.view(*shape, -1, channels))
+        stride, padding, dilation, _ = self.geometry
+        patches = F.unfold(self.input.detach(), self.weight.shape[2:], dilation, padding, stride)
+        return Outer(patches.mT, slopes.view(*shape, channels, -1).mT)
+
+
 class _Convolved(NamedTuple):
     """What a tensor is the convolution of, as long as nobody has written to either."""
 
@@ -59,9 +110,17 @@ class PerSample(TorchFunctionMode):
         tuned: the tuned parameters by name, the very tensors that the model is called with.
         batch: the number of samples in the batch.
         head: those of the head, which take no copies, known after a trial run; None during it.
+        outer: weights of linear layers and convolutions whose gradients are kept as outer products: in place of their
+            copies, ``slopes`` stand for what the layer puts out.
     """
 
-    def __init__(self, tuned: Mapping[str, Tensor], batch: int, head: tuple[str, ...] | None = None) -> None:
+    def __init__(
+        self,
+        tuned: Mapping[str, Tensor],
+        batch: int,
+        head: tuple[str, ...] | None = None,
+        outer: Collection[str] = (),
+    ) -> None:
         super().__init__()
         self.tuned = tuned
         self.names = {id(tensor): name for name, tensor in tuned.items()}
@@ -69,6 +128,9 @@ class PerSample(TorchFunctionMode):
         self.head = head
         self.copies: dict[str, Tensor] = {}
         self.linear_calls: list[LinearCall] = []
+        self.outer = frozenset(outer)
+        self.slopes: dict[str, Tensor] = {}
+        self.applied: dict[str, list[Applied]] = {}
 
     def _name(self, tensor: Any) -> str | None:
         return self.names.get(id(tensor))
@@ -76,6 +138,19 @@ class PerSample(TorchFunctionMode):
     def _copy(self, tensor: Tensor | None) -> Tensor | None:
         """The per-sample copies of a tuned parameter; None for a frozen one, and for none."""
         return None if tensor is None or self._name(tensor) is None else self._copies(tensor)
+
+    def _weights(self, weight: Tensor) -> Tensor | None:
+        """The same of a layer's weight, unless its gradient is kept as outer products."""
+        return None if self._name(weight) in self.outer else self._copy(weight)
+
+    def _noted(self, out: Tensor, input: Tensor, weight: Tensor, geometry: tuple | None = None) -> Tensor:
+        """What a layer puts out; where its weight's gradient is kept as outer products, noted."""
+        name = self._name(weight)
+        if name is None or name not in self.outer:
+            return out
+        self.slopes[name] = out.new_zeros(()).expand(out.shape).requires_grad_()
+        self.applied.setdefault(name, []).append(Applied(input, out, weight, geometry, _versions(input)))
+        return Noted.apply(out, self.slopes[name])
 
     def _copies(self, tensor: Tensor) -> Tensor:
         name = self.names[id(tensor)]
@@ -135,7 +210,8 @@ class PerSample(TorchFunctionMode):
         if names == self.head:
             out = F.linear(input, weight.detach(), _data(bias))
         else:
-            out = Linear.apply(input, _data(weight), _data(bias), self._copy(weight), self._copy(bias))
+            out = Linear.apply(input, _data(weight), _data(bias), self._weights(weight), self._copy(bias))
+            out = self._noted(out, input, weight)
         self.linear_calls.append(LinearCall(out, input, names, _versions(out, input)))
         return out
 
@@ -147,7 +223,9 @@ class PerSample(TorchFunctionMode):
         pairs = [[each] * 2 if isinstance(each, int) else list(each) for each in (stride, padding, dilation) if known]
         geometry = (*pairs, groups)
         if tuned:
-            return Convolution.apply(input, _data(weight), _data(bias), geometry, self._copy(weight), self._copy(bias))
+            copies = self._weights(weight), self._copy(bias)
+            out = Convolution.apply(input, _data(weight), _data(bias), geometry, *copies)
+            return self._noted(out, input, weight, geometry)
         out = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
         if known and input.requires_grad:
             out._convolved = _Convolved((input, weight.detach(), geometry), _versions(out, input))  # type: ignore[attr-defined]
