@@ -9,7 +9,7 @@ import pytest
 import torch
 
 JOB = Path(__file__).with_name("job.py")
-FORMS = ("primal", "dual", "convex-disk", "matrix-free", "fit")
+FORMS = ("primal", "dual", "convex-disk", "layerwise", "matrix-free", "fit")
 
 
 def launch(count, *arguments):
@@ -44,7 +44,16 @@ def same(left, right, tolerance):
 
 @pytest.mark.parametrize(
     ("form", "count"),
-    [("primal", 2), ("primal", 3), ("dual", 3), ("convex-disk", 2), ("matrix-free", 2), ("fit", 2), ("fit", 3)],
+    [
+        ("primal", 2),
+        ("primal", 3),
+        ("dual", 3),
+        ("convex-disk", 2),
+        ("layerwise", 2),
+        ("matrix-free", 2),
+        ("fit", 2),
+        ("fit", 3),
+    ],
 )
 def test_the_number_of_processes_does_not_matter(form, count, alone, tmp_path):
     done = launch(count, tmp_path, form)

@@ -19,7 +19,7 @@ from fastntk.common.formats import Document, Format, unchanged
 from fastntk.evidence.bench.results import Results
 from fastntk.memory.disk.packing import pack
 
-FORMS, CONVEX = ["primal", "dual", "matrix-free"], ["convex", "convex-disk"]
+FORMS, CONVEX = ["primal", "dual", "matrix-free"], ["convex", "convex-disk", "layerwise"]
 OLD = Path(__file__).parent / "folders"
 """Memories that versions of before wrote: the case "bn+head", ridge 0.5, audited, 3 and 8 forgotten and purged, then 8
 remembered and 1 forgotten."""

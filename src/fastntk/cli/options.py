@@ -89,7 +89,10 @@ Validation = Annotated[
     typer.Option(callback=said, help="Data, as for --data (a test split, if there is one), to measure every epoch on."),
 ]
 Form = Annotated[
-    str, typer.Option(help="primal (p x p), dual (nC x nC), convex (cross-entropy), convex-disk, matrix-free, or auto.")
+    str,
+    typer.Option(
+        help="primal (p x p), dual (nC x nC), convex (cross-entropy), convex-disk, layerwise, matrix-free, or auto."
+    ),
 ]
 Classes = Annotated[str, typer.Option(help="Classes a sample that the convex form keeps: auto, all, or a number.")]
 Sums = Annotated[str, typer.Option(help="Dtype of the primal form's sums: float64, or float32 for half the memory.")]

@@ -19,14 +19,6 @@ from fastntk.tuning.recipe import Recipe
 
 _LOOKED_AT = 16  # images, for how many classes are kept
 
-_RANKS = (
-    "",
-    "requests read the disk",
-    "requests take a pass over all that is retained",
-    "answers by one step",
-    "requests take many passes over all that is retained",
-)
-
 
 @dataclass(frozen=True)
 class Offer:
@@ -178,4 +170,4 @@ def _against(price: Price, free: int, disk: int) -> str:
         return f"does not fit into {free / 1e9:.1f} GB"
     if price.disk > disk:
         return f"does not fit onto {disk / 1e9:.1f} GB of disk"
-    return _RANKS[price.rank]
+    return price.drawback

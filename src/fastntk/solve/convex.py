@@ -150,8 +150,8 @@ class Convex:
         if not any(name in tensors for name in ("kernel", "coefficients", "factor")):
             return solution
         factor = Factor(tensors["factor"], over.sort().values)
-        start = tensors["start"] if "start" in tensors else _start(solution)
-        return replace(solution, known=Optimum(tensors["kernel"], tensors["coefficients"], factor, start))
+        known = Optimum(tensors["kernel"], tensors["coefficients"], factor, _start(solution))
+        return replace(solution, known=known)
 
     @cached_property
     def step(self) -> Float[Tensor, " p"]:

@@ -21,7 +21,7 @@ from fastntk.jacobians.linearised import Linearised
 from fastntk.jacobians.rows import Point, Rows
 from fastntk.solve.convex import Convex, prepared
 from fastntk.solve.head import head_shortfall
-from fastntk.solve.prices import Price, Timing, Workload, passes
+from fastntk.solve.prices import ONE_STEP, Price, Timing, Workload, passes
 from fastntk.solve.ridge import STEPS, STORED, calibrate_stored
 from fastntk.solve.solution import Solved, Task, Update
 from fastntk.solve.speeds import Speeds
@@ -46,7 +46,7 @@ class Dual(Convex):
         operations = float(work.rows) ** 2 * work.rest + float(work.rows) ** 3 / 3
         looked_at = work.itemsize * STORED * work.rest if work.rows > STORED else 0
         size = max((8 + 4 * 4) * work.rows**2, looked_at) + stored + work.batch_bytes
-        return Price(cls.name, size, operations, work.one_step, rank=3 * work.curved)
+        return Price(cls.name, size, operations, work.one_step, ONE_STEP * work.curved, rank=2 * work.curved)
 
     @classmethod
     def timing(cls, work: Workload, speeds: Speeds) -> Timing:

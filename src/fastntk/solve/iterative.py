@@ -78,7 +78,8 @@ class Iterative:
         network's."""
         size = work.parameters * (STEPS * work.itemsize + 12 * 8) + 2 * work.batch_size * work.activations
         refusal = "the matrix-free form has no use for class probes: it makes no backward pass a class."
-        return Price(cls.name, size, 0.0, refusal if work.probed else work.one_step, rank=4)
+        drawback = "requests take many passes over all that is retained"
+        return Price(cls.name, size, 0.0, refusal if work.probed else work.one_step, drawback, rank=3)
 
     @classmethod
     def timing(cls, work: Workload, speeds: Speeds) -> Timing:

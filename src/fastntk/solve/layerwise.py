@@ -57,7 +57,8 @@ class Layerwise(Convex):
         batch = work.largest_batch * 2 * work.activations
         size = (8 + 4 * 4) * rows**2 + held + batch + 12 * 8 * work.parameters
         operations = float(rows) ** 2 * cls._multiplied(work) + 4 / 3 * float(rows) ** 3
-        return Price(cls.name, size, operations, work.unprobed, rank=2, batch=work.largest_batch)
+        drawback = "requests take a pass over all that is retained"
+        return Price(cls.name, size, operations, work.unprobed, drawback, rank=1, batch=work.largest_batch)
 
     @classmethod
     def timing(cls, work: Workload, speeds: Speeds) -> Timing:
@@ -146,8 +147,10 @@ class Layerwise(Convex):
     @classmethod
     def restore(cls, tensors: Mapping[str, Tensor], ridge: float) -> "Layerwise":
         """The reverse of ``tensors``."""
-        known = Convex.restore(tensors, ridge)
-        return cls(**{each.name: getattr(known, each.name) for each in fields(Convex)}, found=tensors["found"])
+        found, start, solution = tensors["found"], tensors["start"], Convex.restore(tensors, ridge)
+        known = replace(cast(Optimum, solution.known), start=start)
+        own = {each.name: getattr(solution, each.name) for each in fields(Convex)}
+        return cls(**{**own, "known": known}, found=found)
 
 
 def _minimum(task: Task, rows: Rows, matrix: Tensor, image: Tensor) -> tuple[float, Calibration | None, Optimum]:

@@ -37,6 +37,7 @@ from fastntk.tuning.loss import Loss, loss_numbers, loss_of
 
 log = logging.getLogger(__name__)
 
+_READ = 50.0  # operations of a large product that take as long as reading a number and multiplying with it
 _READS = 200  # a guess at how often preparing reads the rows: 122 to 180 were counted
 
 
@@ -85,8 +86,9 @@ class OnDisk:
         return Price(
             cls.name,
             int(memory) + work.bytes_of(batch, work.kept_rows),
-            4.0 * _READS * work.samples * work.kept_rows * row,
+            _READ * _READS * work.samples * work.kept_rows * row,
             work.unprobed,
+            drawback="requests read the disk",
             rank=1,
             batch=batch,
             disk=disk,

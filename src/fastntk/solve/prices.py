@@ -11,6 +11,9 @@ from fastntk.jacobians.numerics import arithmetic
 from fastntk.jacobians.outer import Layer
 from fastntk.solve.speeds import Cost, Speeds
 
+ONE_STEP = "answers by one step"
+"""The drawback of the forms that do, where the loss needs more."""
+
 _BATCH_BYTES = 2**30  # of one batch's Jacobians
 _ALLOCATED = 1.25  # of what tensors hold, with what the allocator cannot use again: 1.28 was measured of ViT-B/32
 
@@ -140,10 +143,11 @@ class Price:
         bytes: at the peak, beside what the process holds already.
         operations: floating-point operations of the sums and the solve; the network's passes are not counted.
         refusal: why it cannot be taken at all, or nothing.
-        remedy: what would make it smaller, or nothing.
+        drawback: what speaks against it, or nothing.
         rank: 0 for what answers best; a form of a higher one is taken only where none of a lower one fits: 1 where
-            every request reads all rows from disk, 2 where it takes a pass over the retained samples, 3 for one step of
-            a loss that needs more, 4 where every request takes many passes.
+            every request reads all rows from disk or takes a pass over the retained samples, 2 for one step of a loss
+            that needs more, 3 where every request takes many passes.
+        remedy: what would make it smaller, or nothing.
         batch: images a batch of Jacobians; 0 for as many as of all outputs.
         disk: bytes of rows on disk.
     """
@@ -152,8 +156,9 @@ class Price:
     bytes: int
     operations: float
     refusal: str = ""
-    remedy: str = ""
+    drawback: str = ""
     rank: int = 0
+    remedy: str = ""
     batch: int = 0
     disk: int = 0
 

@@ -27,7 +27,7 @@ from fastntk.jacobians.rows import Rows
 from fastntk.solve.collect import Checkpoint, collect_sums, key, solved_once
 from fastntk.solve.head import head_shortfall
 from fastntk.solve.linalg import conjugated, factor_, lower_of, mirror_, relative, ridge_inverse, square_of
-from fastntk.solve.prices import Price, Timing, Workload, passes
+from fastntk.solve.prices import ONE_STEP, Price, Timing, Workload, passes
 from fastntk.solve.ridge import STEPS, calibrate
 from fastntk.solve.schur import Blockwise, Product, complement, factored
 from fastntk.solve.solution import Ownership, Solved, Task, Update
@@ -106,7 +106,8 @@ class Primal:
             max(collecting + work.batch_bytes, solving) + cross * work.sums_itemsize,
             work.rows * square + work.outputs * work.features * square + float(work.rest) ** 3 / 3,
             refusal=work.one_step,
-            rank=3 * work.curved,
+            drawback=ONE_STEP * work.curved,
+            rank=2 * work.curved,
             remedy="float32 sums take half the memory of float64 ones" if work.sums_itemsize == 8 else "",
         )
 

@@ -20,6 +20,7 @@ from fastntk.solve.sums import ROWS
 
 _AIM = 0.7  # seconds that a piece of work is timed for
 _ROWS = 4  # of an image, that are timed, at most: each further one is a backward pass more
+_ROW_BYTES = 2**30  # of Jacobians that are timed, at most
 _READ = 2**27  # bytes of rows that are read for it, at most
 _TRIAL = 3072  # the side of the matrices that are multiplied and factorised, at most
 
@@ -57,7 +58,8 @@ class Speeds:
     def _of_rows(self) -> dict[int, Cost]:
         """An image's Jacobian, by its number of outputs."""
         most = min(_ROWS, self.network.classes)
-        return {count: self._an_image(self._keeping(count).rows) for count in sorted({1, most})}
+        counts, size = sorted({1, most}), self.network.layout.size * self.network.dtype.itemsize
+        return {k: self._an_image(self._keeping(k).rows, max(1, _ROW_BYTES // (k * size))) for k in counts}
 
     def _keeping(self, count: int) -> Linearised:
         """The network with so many rows a sample: contrasts, or, where there are not as many, probes."""
@@ -85,16 +87,18 @@ class Speeds:
 
         return self._an_image(step)
 
-    def _an_image(self, work: Callable[[range], object]) -> Cost:
-        """Of some work on the images at given positions, in batches of ``most``: from one image, and from as many as
-        take about ``_AIM`` seconds, as what a batch takes and what every image more does."""
+    def _an_image(self, work: Callable[[range], object], room: int | None = None) -> Cost:
+        """Of some work on the images at given positions, in batches of ``most``, or of as many as there is ``room``
+        for: from one image, and from as many as take about ``_AIM`` seconds, as what a batch takes and what every image
+        more does."""
+        most = min(self.most, room or self.most)
         device = self.network.device
         with FlopCounterMode(display=False) as counter:  # and what is slow the first time
             work(range(1))
         one = _clocked(lambda: work(range(1)), device)
-        count = min(self.most, int(_AIM / one))
+        count = min(most, int(_AIM / one))
         each = one if count < 2 else (_clocked(lambda: work(range(count)), device) - one) / (count - 1)
-        seconds = max(each, 0.0) + max(one - each, 0.0) / self.most
+        seconds = max(each, 0.0) + max(one - each, 0.0) / most
         return Cost(seconds, float(counter.get_total_flops()))
 
     def read(self, outputs: int, dtype: torch.dtype) -> float:
