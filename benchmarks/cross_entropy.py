@@ -58,6 +58,7 @@ from fastntk.tuning.recipe import Recipe
 Make = Callable[[int, int], tuple[nn.Module, Preprocessing]]
 MODELS: dict[str, tuple[Make, tuple[str, ...]]] = {
     "mobilenet_v2": (lambda seed, classes: mobilenet_v2(64, seed, classes), ("bn", "head")),
+    "mobilenet_v2_all": (lambda seed, classes: mobilenet_v2(64, seed, classes), ("all",)),
     "efficientnet_lite0": (lambda seed, classes: pretrained(seed, size=64), ("bn", "head")),
     "vit_s14": (lambda seed, classes: vit_s14(56, seed), ("prompt:10", "head")),
     "vit_s14_lora": (lambda seed, classes: vit_s14(56, seed), ("lora:8", "head")),

@@ -54,7 +54,7 @@ class Layerwise(Convex):
         of length p."""
         rows = work.samples * work.kept_rows
         held = max((each.bytes for each in cls._groups(work)), default=0)
-        batch = work.largest_batch * 2 * work.activations
+        batch = work.largest_batch * work.passed
         size = (8 + 4 * 4) * rows**2 + held + batch + 12 * 8 * work.parameters
         operations = float(rows) ** 2 * cls._multiplied(work) + 4 / 3 * float(rows) ** 3
         drawback = "requests take a pass over all that is retained"

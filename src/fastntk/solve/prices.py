@@ -1,5 +1,6 @@
 """What is to be prepared, in numbers, and what a form takes for it: memory, arithmetic and time."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -37,6 +38,7 @@ class Workload:
         curved: whether the loss has another Hessian than the identity.
         weighted: whether it weighs the classes.
         layers: the parameters but the head's, by the sizes of their outer products.
+        passed: bytes an image that a pass holds at its peak where large weights are outer products.
     """
 
     samples: int
@@ -53,6 +55,7 @@ class Workload:
     curved: bool = False
     weighted: bool = False
     layers: tuple[Layer, ...] = ()
+    passed: int = 0
 
     @property
     def parameters(self) -> int:
@@ -116,7 +119,7 @@ class Workload:
         outputs = numerics.class_probes or network.classes
         head = sum(layout.shapes[name].numel() for name in layout.head) if numerics.probes is None else 0
         rest = layout.size - head
-        itemsize = network.dtype.itemsize
+        itemsize, layers = network.dtype.itemsize, tuple(network.jacobian.layers(network.one))
         return cls(
             samples=len(network.train),  # type: ignore[arg-type]
             outputs=outputs,
@@ -130,7 +133,8 @@ class Workload:
             contrasted=network.loss.contrasted,
             curved=network.loss.curved,
             weighted=network.loss.weighted,
-            layers=tuple(network.jacobian.layers(network.one)),
+            layers=layers,
+            passed=int(_ALLOCATED * image_bytes(network, [each.name for each in layers if each.smaller(1)])),
         )
 
 
@@ -181,16 +185,17 @@ class Timing:
     first: dict[str, float] = field(default_factory=dict)
 
 
-def image_bytes(network: Linearised) -> int:
+def image_bytes(network: Linearised, outer: Collection[str] = ()) -> int:
     """What a batch of Jacobians of one row a sample holds at its peak for every image more: what the network keeps for
-    its backward passes, what these pass on, and the row. From batches of one image and of two."""
+    its backward passes, what these pass on, and the row, some weights' part as outer products. From batches of one
+    image and of two."""
     device, contrasted = network.device, network.loss.contrasted
 
     def held(count: int) -> int:
         images = torch.cat([network.one] * count)
         first = torch.arange(1 + contrasted, device=device).expand(count, -1)
         with arithmetic(network.numerics.precision, device):
-            return peak_tensors(lambda: network.jacobian.of_kept(images, lambda _: first, contrasted), device)
+            return peak_tensors(lambda: network.jacobian.parted(images, lambda _: first, contrasted, outer), device)
 
     return held(2) - held(1)
 
