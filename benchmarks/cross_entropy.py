@@ -38,6 +38,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from widened import vit_b32
 
 import fastntk
 from fastntk.common.files import read_json, read_tensors, writable, write_json, write_tensors
@@ -61,6 +62,7 @@ MODELS: dict[str, tuple[Make, tuple[str, ...]]] = {
     "mobilenet_v2_all": (lambda seed, classes: mobilenet_v2(64, seed, classes), ("all",)),
     "efficientnet_lite0": (lambda seed, classes: pretrained(seed, size=64), ("bn", "head")),
     "vit_s14": (lambda seed, classes: vit_s14(56, seed), ("prompt:10", "head")),
+    "vit_b32": (lambda seed, classes: vit_b32(64, seed), ("prompt:10", "head")),
     "vit_s14_lora": (lambda seed, classes: vit_s14(56, seed), ("lora:8", "head")),
 }
 RECIPES = {
@@ -126,15 +128,15 @@ class Case:
         for request in self.asked:
             yield request, *drawn(REQUESTS[request], self.train, self.test, self.setting.head, gone=self.setting.head)
 
-    def retrained(self, request: str, ids: list) -> list[dict[str, Tensor]]:
-        """The four models."""
+    def retrained(self, request: str, ids: list, count: int = RETRAINED) -> list[dict[str, Tensor]]:
+        """The first of the four models."""
         gone = set(ids)
         retain = Members(self.train, [each for each in ids_of(self.train) if each not in gone])
 
         def make(seed: int) -> dict[str, Tensor]:
             return retrained(self.model, self.fit.initial, retain, self.recipe(100 + seed))[0]
 
-        return [self.kept(f"{request}-retrained-{k}", lambda k=k: make(k)) for k in range(RETRAINED)]
+        return [self.kept(f"{request}-retrained-{k}", lambda k=k: make(k)) for k in range(count)]
 
     def recipe(self, seed: int) -> Recipe:
         """How it was fitted, in another order."""

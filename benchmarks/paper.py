@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from cross_entropy import Answers, Case, Setting, opened
+from cross_entropy import RETRAINED, Answers, Case, Setting, opened
 from fastntk.metrics import accuracy, probability_distance
 from networks import randomise
 from rich.console import Console
@@ -162,15 +162,15 @@ class Steps(Answers):
         return {**super().of(request, ids), "golatkar": (Golatkar()(problem).parameters, None)}
 
 
-def answers(case: Case) -> list[dict[str, Any]]:
-    """A fitted model's rows."""
+def answers(case: Case, retrained: int = RETRAINED) -> list[dict[str, Any]]:
+    """A fitted model's rows, beside so many retrained models."""
     found, rows = Steps(case, others=False), []
     everyone = set(found.memory.ids)
     for request, ids, test in case.requests():
         parts = {"forget": Members(case.train, ids), "test": test}
         parts["retain"] = Members(case.train, sorted(everyone - set(ids)))
         given = {name: each for name, (each, _) in found.of(request, ids).items()}
-        given |= {f"retrained {k}": each for k, each in enumerate(case.retrained(request, ids))}
+        given |= {f"retrained {k}": each for k, each in enumerate(case.retrained(request, ids, retrained))}
         models = {name: model_at(case.model, each) for name, each in given.items()}
         subjects = subjects_of(models, parts, "cpu")
         rights = [subjects.pop(name) for name in list(subjects) if name.startswith("retrained")]
