@@ -182,8 +182,11 @@ def test_left_out_and_unseen_samples_should_be_classified_alike():
 
 
 def test_left_out_needs_a_stored_solution():
-    with pytest.raises(fastntk.InputError, match="in the primal, dual and convex forms alone"):
-        left_out(prepared(form="matrix-free").state, torch.tensor([1]))
+    memory = prepared(form="matrix-free")
+    with pytest.raises(fastntk.InputError, match="one by one in the matrix-free form"):
+        left_out(memory.state, torch.tensor([1]))
+    with pytest.raises(fastntk.InputError, match="one by one in the matrix-free form"):  # before it retrains
+        fastntk.audit(memory, lambda data, seed: pytest.fail("it has retrained"), held_out=LINEAR.data(9, seed=5))
 
 
 def test_the_verdict_heeds_it():

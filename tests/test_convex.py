@@ -103,6 +103,19 @@ def test_alone_is_one_newton_step_without_the_sample(loss, keep):
     torch.testing.assert_close(together[[5]], solution.alone(kept, torch.tensor([5])))
 
 
+def test_what_comes_to_no_number_is_an_error_and_no_answer():
+    case = CASES["bn+head"]
+    model, data = case.model(), case.data(12)
+    network = replace(Linearised(PerSampleJacobian(model, snapshot(tuned(model))), data, LOSSES[0]), keep=3)
+    u = torch.full((network.layout.size,), 0.1, dtype=torch.float64)
+    solution = FORMS["convex"].prepare(Task(network, 12, u, RIDGE)).solution
+    broken = replace(solution.optimum, start=solution.optimum.start * torch.nan)
+    with pytest.raises(fastntk.InputError, match="came to no number"):
+        replace(solution, known=broken).update(network, torch.tensor([2]), -1)
+    with pytest.raises(fastntk.InputError, match="came to no number"):
+        solution.resolve(network, torch.tensor([2]), u * torch.nan, RIDGE)
+
+
 @pytest.mark.parametrize("scale", [1.0, 10.0, 100.0])
 @pytest.mark.parametrize("seed", range(4))
 def test_a_full_step_that_goes_too_far_is_not_taken(scale, seed):

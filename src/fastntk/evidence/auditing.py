@@ -97,7 +97,21 @@ def _checked(state: State, recipe: Recipe | Retraining, held_out: Dataset | None
     check_seed(seed)
     if not isinstance(recipe, Recipe) and not callable(recipe):
         raise InputError(f"an audit retrains by a fastntk.Recipe or a function, not a {type(recipe).__name__}.")
-    return torch.empty(0) if held_out is None else _labels(state, held_out)
+    if held_out is None:
+        return torch.empty(0)
+    _check_leaves_out(state)
+    return _labels(state, held_out)
+
+
+def _check_leaves_out(state: State) -> None:
+    """Raises ``InputError`` unless the memory knows what leaving out each sample alone changes."""
+    if state.network.numerics.probes is not None:
+        raise InputError("samples can be left out one by one without class probes alone.")
+    if not state.solution.leaves_out:
+        raise InputError(
+            f"samples cannot be left out one by one in the {state.solution.name} form. Prepare in another, or do "
+            "without held-out samples."
+        )
 
 
 def _drawn(memory: Memory, fraction: float, seed: int) -> list[Id]:
@@ -157,13 +171,12 @@ def left_out(state: State, positions: Int[Tensor, " samples"]) -> Float[Tensor, 
     ``f(x_i; theta*) + J_i (theta - theta* + s(S - i) - s(S))`` with S the members and theta the current parameters.
 
     Raises:
-        InputError: the memory is matrix-free, which needs a solve a sample, or its classes are probed.
+        InputError: the memory's form would need a solve a sample, or its classes are probed.
 
     In the convex form each leaves by one step of Newton's method.
     """
+    _check_leaves_out(state)
     network, layout, places = state.network, state.layout, positions.tolist()
-    if network.numerics.probes:
-        raise InputError("samples can be left out one by one without class probes alone.")
     fitted = logits_of(model_at(state.model, state.anchor), Subset(state.members, places), network.device)
     moved = state.vector - layout.flatten(state.anchor)
     changes = torch.cat([state.solution.alone(network, some) for some in positions.split(_TOGETHER)])

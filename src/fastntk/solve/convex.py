@@ -24,6 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastntk.common import distributed
+from fastntk.common.errors import InputError
 from fastntk.common.progress import busy
 from fastntk.jacobians.jacobian import Operator
 from fastntk.jacobians.layout import Layout
@@ -60,6 +61,7 @@ class Convex:
     """
 
     name: ClassVar[str] = "convex"
+    leaves_out: ClassVar[bool] = True
     likeliest: ClassVar[bool] = True
     limit: ClassVar[float] = 1e-6
     tolerance: ClassVar[float] = 1e-9
@@ -150,8 +152,9 @@ class Convex:
         if not any(name in tensors for name in ("kernel", "coefficients", "factor")):
             return solution
         factor = Factor(tensors["factor"], over.sort().values)
-        known = Optimum(tensors["kernel"], tensors["coefficients"], factor, _start(solution))
-        return replace(solution, known=known)
+        start = tensors.get("start")
+        start = _start(solution) if start is None else start
+        return replace(solution, known=Optimum(tensors["kernel"], tensors["coefficients"], factor, start))
 
     @cached_property
     def step(self) -> Float[Tensor, " p"]:
@@ -220,13 +223,19 @@ class Convex:
     def resolve(
         self, network: Linearised, positions: Int[Tensor, " samples"], displacement: Float[Tensor, " p"], ridge: float
     ) -> Float[Tensor, " p"]:
-        """By Newton's method, with factors of its own."""
+        """By Newton's method, with factors of its own.
+
+        Raises:
+            InputError: it did not converge.
+        """
         self.ownership.check()
         staying, optimum = Update(self.step, positions, -1).changes(self.over), self.optimum
         jacobian = self.jacobian(network)
         start = self.point_of(self.rows).z - jacobian.matvec(displacement)
         problem = replace(_problem(self, optimum.kernel, staying, start), ridge=ridge)
-        a, _ = Newton().minimise(problem, optimum.coefficients, self.tolerance)
+        a, reached = Newton().minimise(problem, optimum.coefficients, self.tolerance)
+        if reached > self.limit:
+            raise InputError("the solve did not converge: its ridge is too far from the one prepared. Prepare with it.")
         a = a.index_fill(0, self.rows.places(positions), 0)
         return jacobian.rmatvec(a.view_as(self.rows.residual)) - displacement
 

@@ -55,6 +55,7 @@ class Iterative:
     """
 
     name: ClassVar[str] = "matrix-free"
+    leaves_out: ClassVar[bool] = False
     likeliest: ClassVar[bool] = False
     displacement: Float[Tensor, " p"]
     ridge: float
@@ -167,7 +168,7 @@ class Iterative:
 
     def alone(self, network: Linearised, positions: Int[Tensor, " samples"]) -> Float[Tensor, "samples outputs"]:
         """It would take a solve a sample."""
-        raise InputError("samples can be left out one by one in the primal, dual and convex forms alone.")
+        raise InputError(f"leaving samples out one by one would take a solve for each in the {self.name} form.")
 
     def head_shortfall(self, layout: Layout) -> None:
         """The head's inputs are not kept."""

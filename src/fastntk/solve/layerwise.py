@@ -147,10 +147,10 @@ class Layerwise(Convex):
     @classmethod
     def restore(cls, tensors: Mapping[str, Tensor], ridge: float) -> "Layerwise":
         """The reverse of ``tensors``."""
-        found, start, solution = tensors["found"], tensors["start"], Convex.restore(tensors, ridge)
-        known = replace(cast(Optimum, solution.known), start=start)
+        found, start = tensors["found"], tensors["start"]
+        solution = Convex.restore(tensors, ridge)
         own = {each.name: getattr(solution, each.name) for each in fields(Convex)}
-        return cls(**{**own, "known": known}, found=found)
+        return cls(**{**own, "known": replace(cast(Optimum, solution.known), start=start)}, found=found)
 
 
 def _minimum(task: Task, rows: Rows, matrix: Tensor, image: Tensor) -> tuple[float, Calibration | None, Optimum]:

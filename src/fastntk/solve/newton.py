@@ -11,12 +11,14 @@ gradients, as well as the step is worth, preconditioned by ``ridge I + L'K L`` a
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import isfinite
 from typing import cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from fastntk.common.errors import InputError
 from fastntk.solve.linalg import conjugated, factorised, near_factor, solved_by
 from fastntk.tuning.loss import Kept, Loss
 
@@ -186,7 +188,11 @@ class Newton:
     def minimise(
         self, problem: Problem, a: Float[Tensor, " rows"], tolerance: float
     ) -> tuple[Float[Tensor, " rows"], float]:
-        """The optimum from a start, and its inexactness, at most the ``tolerance``."""
+        """The optimum from a start, and its inexactness, at most the ``tolerance`` unless rounding has it otherwise.
+
+        Raises:
+            InputError: there is no number for it.
+        """
         z = problem.logits(a)
         for _ in range(_NEWTON):
             reached = problem.inexactness(a, z)
@@ -198,7 +204,13 @@ class Newton:
             a, z, moved = _searched(problem, a, z, -(r + across(root, x)) / problem.ridge)
             if not moved:
                 break
-        return a, problem.inexactness(a, z)
+        reached = problem.inexactness(a, z)
+        if not isfinite(reached):
+            raise InputError(
+                "the solve came to no number: the ridge is too small for floating point. Prepare with a larger one, or "
+                "'auto'."
+            )
+        return a, reached
 
     def _solved(self, problem: Problem, root: Tensor, rhs: Tensor, wanted: float) -> Tensor:
         """``(ridge I + L'K L)^-1 rhs``, by a factor of its own if another's takes too many steps."""

@@ -58,6 +58,7 @@ class OnDisk:
     """
 
     name: ClassVar[str] = "convex-disk"
+    leaves_out: ClassVar[bool] = False
     likeliest: ClassVar[bool] = True
     on_disk: ClassVar[tuple[str, ...]] = ("rows.rest", "rows.features")
     """Which of the ``tensors`` stay in the folder's file when it is opened."""
@@ -204,7 +205,7 @@ class OnDisk:
 
     def alone(self, network: Linearised, positions: Int[Tensor, " samples"]) -> Float[Tensor, "samples outputs"]:
         """It would take a solve a sample."""
-        raise InputError("samples can be left out one by one in the primal, dual and convex forms alone.")
+        raise InputError(f"leaving samples out one by one would take a solve for each in the {self.name} form.")
 
     def head_shortfall(self, layout: Layout) -> None:
         """The rows have not all logits."""

@@ -65,6 +65,7 @@ class Primal:
     """
 
     name: ClassVar[str] = "primal"
+    leaves_out: ClassVar[bool] = True
     likeliest: ClassVar[bool] = False
     sums: Sums
     displacement: Float[Tensor, " p"]

@@ -103,6 +103,9 @@ class Solution(Protocol):
     likeliest: ClassVar[bool]
     """Whether it has rows of each sample's likeliest classes alone."""
 
+    leaves_out: ClassVar[bool]
+    """Whether it knows what leaving out each sample ``alone`` changes."""
+
     @property
     def displacement(self) -> Float[Tensor, " p"]:
         """``u``."""
