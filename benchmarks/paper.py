@@ -103,8 +103,9 @@ def cell(name: str, method: str, images: int) -> dict[str, Any]:
 def scale(arguments: argparse.Namespace, path: Path) -> list[dict[str, Any]]:
     """All cells, those that are known from the file."""
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    names, counts = list(NETWORKS)[: 2 if arguments.quick else None], IMAGES[: 2 if arguments.quick else None]
-    for name in names:
+    counts = IMAGES[: 2 if arguments.quick else None]
+    counts = [each for each in counts if not arguments.images or each in arguments.images]
+    for name in arguments.networks or list(NETWORKS)[: 2 if arguments.quick else None]:
         for method in METHODS:
             before = None
             for images in counts:
@@ -256,6 +257,8 @@ def main() -> None:
     parser.add_argument("--data", help="CIFAR-10 as .npz, for the quality")
     parser.add_argument("--only", choices=("scale", "quality"), help="one of the two claims")
     parser.add_argument("--quick", action="store_true", help="two networks, 100 and 200 images")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, help="these alone are run")
+    parser.add_argument("--images", nargs="+", type=int, help="of these alone the scale is run")
     parser.add_argument("--limit", type=float, default=900, help="seconds of a cell of the full-model step, at most")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="where rows and fits are kept")
     parser.add_argument("--draw", type=Path, help="where to draw the scale, as SVG")
