@@ -116,16 +116,14 @@ def scale(arguments: argparse.Namespace, path: Path) -> list[dict[str, Any]]:
                     with path.open("a") as file:
                         file.write(json.dumps(row) + "\n")
                     print(json.dumps(row), flush=True)
-                before = row
+                before = row if row["done"] else before
     return rows
 
 
 def _next(arguments: argparse.Namespace, name: str, method: str, images: int, before: dict | None) -> dict[str, Any]:
-    """A cell, unless the one before could not be done, or says that this one takes too long."""
-    if before and not before["done"]:
-        return {**before, "images": images}
+    """A cell, unless the last that was done says that it takes too long."""
     expected = before["seconds"] * (images / before["images"]) ** 2 if before else 0.0
-    if before and not method.startswith("retrain") and expected > arguments.limit and method != "fastntk":
+    if before and method.startswith("full") and expected > arguments.limit:
         why = f"about {expected:,.0f} s"
         return {**before, "images": images, "done": False, "why": why, "seconds": None, "peak_gib": None}
     return in_own_process(__file__, "--cell", name, method, images)
