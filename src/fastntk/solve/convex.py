@@ -171,7 +171,8 @@ class Convex:
     ) -> Update:
         """By Newton's method from S's own coefficients. ``low_rank``: the coefficients after it, and the factor
         that preconditioned last."""
-        return updated(self, network, Update(torch.zeros_like(self.step), positions, sign, rows))
+        nothing = torch.zeros_like(self.step)  # which is known from now on: its matrices may go
+        return updated(self, network, Update(nothing, positions, sign, rows))
 
     def replayed(
         self,
@@ -243,7 +244,7 @@ class Convex:
         """One step of Newton's method for each, of all logits: ``M (I - W M)^-1 l'`` with ``W = L L'`` and
         ``M = J_i H^-1 J_i'``, H the objective's Hessian over S; the logits that are not kept stay as they are."""
         self.ownership.check()
-        root, factor, gradient = _curved(self)
+        root, factor, gradient = self.hessian
         own, count = self.rows[positions], self.rows.residual.shape[1]
         jacobian, matrix = own.jacobian, self.optimum.kernel
         between = matrix[self.rows.places(positions)].view(len(own), count, len(root), count)
@@ -255,6 +256,16 @@ class Convex:
         left = torch.eye(count).to(middle) - weight @ middle
         change = middle @ torch.linalg.solve(left, gradient[positions][:, :, None])
         return (jacobian.combined().to(change) @ change)[:, :, 0] if jacobian.kept is not None else change[..., 0]
+
+    @cached_property
+    def hessian(self) -> tuple[Tensor, Tensor, Tensor]:
+        """L, the Cholesky factor of ``ridge I + L'K L`` and l', at the optimum, in float64."""
+        optimum = self.optimum
+        problem = _problem(self, optimum.kernel, self.over, optimum.start)
+        z = problem.logits(optimum.coefficients)
+        root = problem.root(z)
+        lower = factor_(curvature(optimum.kernel, root, self.ridge))
+        return root, lower, self.loss.gradient_of(z, problem.kept)
 
     def head_shortfall(self, layout: Layout) -> Float[Tensor, "classes features"] | None:
         """The rows have not all logits."""
@@ -306,16 +317,6 @@ def _problem(solution: Convex, matrix: Tensor, staying: Int[Tensor, " some"], st
 def _start(solution: Convex) -> Float[Tensor, "samples outputs"]:
     """``f - J u`` of its rows."""
     return solution.point_of(solution.rows).z - solution.rows.jacobian.matvec(solution.displacement)
-
-
-def _curved(solution: Convex) -> tuple[Tensor, Tensor, Tensor]:
-    """L, the Cholesky factor of ``ridge I + L'K L`` and l', at the optimum, in float64."""
-    optimum = solution.optimum
-    problem = _problem(solution, optimum.kernel, solution.over, optimum.start)
-    z = problem.logits(optimum.coefficients)
-    root = problem.root(z)
-    lower = factor_(curvature(optimum.kernel, root, solution.ridge))
-    return root, lower, solution.loss.gradient_of(z, problem.kept)
 
 
 def _grown(solution: _Form, update: Update) -> _Form:
