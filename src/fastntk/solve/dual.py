@@ -22,7 +22,7 @@ from fastntk.jacobians.rows import Point, Rows
 from fastntk.solve.convex import Convex, prepared
 from fastntk.solve.head import head_shortfall
 from fastntk.solve.prices import ONE_STEP, Price, Timing, Workload, passes
-from fastntk.solve.ridge import STEPS, STORED, calibrate_stored
+from fastntk.solve.ridge import STORED, USUAL, calibrate_stored
 from fastntk.solve.solution import Solved, Task, Update
 from fastntk.solve.speeds import Speeds
 from fastntk.tuning.loss import Kept, SquaredLoss
@@ -54,7 +54,7 @@ class Dual(Convex):
         work = work.written
         jacobians = passes(work, 1, speeds.rows(work.outputs), "Jacobians")
         few = min(work.samples, STORED // work.outputs + 1)
-        ridge = STEPS * few * speeds.read(work.outputs, speeds.network.dtype)
+        ridge = USUAL * few * speeds.read(work.outputs, speeds.network.dtype)
         kernel = work.rest * float(work.rows) ** 2 / speeds.rate(work.rows, work.outputs)
         first = {"kernel": kernel, "solve": speeds.factor(work.rows)}
         return Timing({**jacobians.seconds, "ridge": ridge}, jacobians.operations, first)

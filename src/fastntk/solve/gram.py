@@ -1,5 +1,6 @@
 """The contract of a Gram operator: what a set of samples contributes to the step, in whatever way it is kept."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -35,6 +36,15 @@ class Spectrum:
         return (coefficients.square() * self.values).sum(1) - 2 * coefficients @ self.cross + self.square
 
 
+Enough = Callable[[Spectrum], bool]
+"""Whether a Krylov space need not grow."""
+
+
+def never(spectrum: Spectrum) -> bool:
+    """It is to grow to the end."""
+    return False
+
+
 @runtime_checkable
 class Gram(Protocol):
     """``G = sum_S J_i'H_i J_i`` and ``b = sum_S J_i'r_i`` over a set S of samples.
@@ -61,8 +71,9 @@ class Gram(Protocol):
     def matvec(self, vector: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
         """``G v``, in the dtype of the vector."""
 
-    def spectrum(self, displacement: Float[Tensor, " p"], steps: int) -> Spectrum:
-        """The problem in a Krylov space of at most so many steps, for a displacement u."""
+    def spectrum(self, displacement: Float[Tensor, " p"], steps: int, enough: Enough = never) -> Spectrum:
+        """The problem in a Krylov space of at most so many steps, for a displacement u; of fewer where one is
+        ``enough``."""
 
 
 @dataclass(frozen=True)
@@ -84,13 +95,18 @@ class Krylov:
     square: Float[Tensor, ""]
 
     @classmethod
-    def of(cls, gram: Gram, displacement: Float[Tensor, " p"], steps: int, dtype: torch.dtype) -> "Krylov":
-        """At most so many steps; the basis is kept in ``dtype``."""
+    def of(
+        cls, gram: Gram, displacement: Float[Tensor, " p"], steps: int, dtype: torch.dtype, enough: Enough = never
+    ) -> "Krylov":
+        """At most so many steps, and fewer where a spectrum is ``enough``; the basis is kept in ``dtype``."""
         image = gram.matvec(displacement)
         start = (gram.rhs + image).to(dtype)
-        basis, projected = lanczos(gram.matvec, start, steps)
-        inside, cross = ((basis.T @ vector.to(dtype)).double() for vector in (start, image))
-        return cls(basis, projected.double(), inside, cross, displacement @ image)
+
+        def space(basis: Tensor, projected: Tensor) -> Krylov:
+            inside, cross = ((basis.T @ vector.to(dtype)).double() for vector in (start, image))
+            return cls(basis, projected.double(), inside, cross, displacement @ image)
+
+        return space(*lanczos(gram.matvec, start, steps, lambda *found: enough(space(*found).spectrum)))
 
     @property
     def spectrum(self) -> Spectrum:

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from fastntk.common.errors import InputError
 
+LOOK = 10
+"""Steps of ``lanczos`` between looks at what is found."""
+
 _BLOCK = 512
 
 
@@ -205,12 +208,16 @@ def conjugate_gradients(
 
 
 def lanczos(
-    apply: Callable[[Tensor], Tensor], start: Float[Tensor, " n"], steps: int
+    apply: Callable[[Tensor], Tensor],
+    start: Float[Tensor, " n"],
+    steps: int,
+    enough: Callable[[Tensor, Tensor], bool] = lambda basis, projected: False,
 ) -> tuple[Float[Tensor, "n m"], Float[Tensor, "m m"]]:
     """An orthonormal basis ``Q`` of the Krylov space of a symmetric operator at ``start``, and ``T = Q' operator Q``.
 
     ``f(operator) start`` is approximated by ``|start| Q f(T) e_1``, with an error that falls fast with the number of
-    steps, m <= ``steps``. The basis is orthogonalised in full.
+    steps, m <= ``steps``. The basis is orthogonalised in full. Every ``LOOK`` steps both are looked at, and what is
+    ``enough`` is returned.
     """
     steps = min(steps, len(start))
     basis, projected = start.new_empty(steps, len(start)), start.new_zeros(steps, steps)
@@ -227,8 +234,15 @@ def lanczos(
             break
         if size < steps:
             basis[size] = image / image.norm()
-    upper = projected[:size, :size].triu()
-    return basis[:size].T, upper + upper.triu(1).T
+        if size % LOOK == 0 and enough(basis[:size].T, _symmetric(projected[:size, :size])):
+            break
+    return basis[:size].T, _symmetric(projected[:size, :size])
+
+
+def _symmetric(matrix: Tensor) -> Tensor:
+    """What its upper triangle stands for."""
+    upper = matrix.triu()
+    return upper + upper.triu(1).T
 
 
 def zero_(square: Float[Tensor, "n n"], places: Int[Tensor, " some"]) -> None:

@@ -12,7 +12,7 @@ from fastntk.common import distributed
 from fastntk.jacobians import products
 from fastntk.jacobians.linearised import Linearised
 from fastntk.jacobians.rows import Rows
-from fastntk.solve.gram import Krylov, Spectrum
+from fastntk.solve.gram import Enough, Krylov, Spectrum, never
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,9 @@ class Passes:
             total += products.pull(network, [(x, products.lift(network, x, signs))]).square().sum()
         return float(self._total(total))
 
-    def spectrum(self, displacement: Float[Tensor, " p"], steps: int) -> Spectrum:
+    def spectrum(self, displacement: Float[Tensor, " p"], steps: int, enough: Enough = never) -> Spectrum:
         """From a Krylov space of G, a pass a step."""
-        return Krylov.of(self, displacement, steps, self.network.dtype).spectrum
+        return Krylov.of(self, displacement, steps, self.network.dtype, enough).spectrum
 
     @staticmethod
     def _total(tensor: Tensor) -> Tensor:

@@ -120,6 +120,7 @@ class Workload:
         head = sum(layout.shapes[name].numel() for name in layout.head) if numerics.probes is None else 0
         rest = layout.size - head
         itemsize, layers = network.dtype.itemsize, tuple(network.jacobian.layers(network.one))
+        held, large = image_bytes(network), [each.name for each in layers if each.smaller(1)]
         return cls(
             samples=len(network.train),  # type: ignore[arg-type]
             outputs=outputs,
@@ -128,13 +129,13 @@ class Workload:
             largest_batch=numerics.batch_size,
             itemsize=itemsize,
             sums_itemsize=numerics.dtype.itemsize,
-            activations=max(0, image_bytes(network) - (rest + head // outputs) * itemsize),
+            activations=max(0, held - (rest + head // outputs) * itemsize),
             probed=numerics.probes is not None,
             contrasted=network.loss.contrasted,
             curved=network.loss.curved,
             weighted=network.loss.weighted,
             layers=layers,
-            passed=int(_ALLOCATED * image_bytes(network, [each.name for each in layers if each.smaller(1)])),
+            passed=int(_ALLOCATED * (image_bytes(network, large) if large else held)),
         )
 
 

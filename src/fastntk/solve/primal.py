@@ -28,7 +28,7 @@ from fastntk.solve.collect import Checkpoint, collect_sums, key, solved_once
 from fastntk.solve.head import head_shortfall
 from fastntk.solve.linalg import conjugated, factor_, lower_of, mirror_, relative, ridge_inverse, square_of
 from fastntk.solve.prices import ONE_STEP, Price, Timing, Workload, passes
-from fastntk.solve.ridge import STEPS, calibrate
+from fastntk.solve.ridge import USUAL, calibrate
 from fastntk.solve.schur import Blockwise, Product, complement, factored
 from fastntk.solve.solution import Ownership, Solved, Task, Update
 from fastntk.solve.speeds import Speeds
@@ -121,7 +121,7 @@ class Primal:
         square, rate = float(work.rest) ** 2, speeds.rate(work.rest, work.outputs, dtype, dtype)
         algebra = {
             "sums": work.rows * square / rate / distributed.size(),
-            "ridge": STEPS * speeds.matvec(work.rest, dtype),
+            "ridge": USUAL * speeds.matvec(work.rest, dtype),
             "solve": speeds.factor(work.rest) + work.outputs * work.features * square / rate,
         }
         return Timing({**jacobians.seconds, **algebra}, jacobians.operations)

@@ -25,7 +25,10 @@ from fastntk.solve.newton import Newton, Problem
 from fastntk.tuning.loss import Loss
 
 STEPS = 60
-"""Of the Krylov space that the ridge is found in."""
+"""Of the Krylov space that the ridge is found in, at most: fewer where ten more have not moved it by over 5 %."""
+
+USUAL = 25
+"""A guess at how many: 20 to 30 were counted."""
 
 SAMPLED = 2048
 """Rows of the samples that ``calibrate_convex`` looks at: docs/benchmarks.md has what others find."""
@@ -34,6 +37,8 @@ STORED = 8192
 """Rows of the samples that ``calibrate_stored`` looks at."""
 
 _FACTORS = torch.logspace(-4, 2, 601, dtype=torch.float64)
+
+_STEADY = 2  # of these, apart, are the same ridge
 
 _EXPONENTS = [-k / 2 for k in range(9)]  # of 10: the multiples that ``calibrate_convex`` tries first
 
@@ -67,12 +72,23 @@ def calibrate(gram: Gram, displacement: Float[Tensor, " p"], spectrum: Spectrum 
         displacement: ``u = theta* - theta_0``.
         spectrum: the problem in a Krylov space, where that is known already.
     """
-    known = spectrum or gram.spectrum(displacement, STEPS)
-    ridges = _FACTORS.to(known.values) * (gram.trace / (gram.count * gram.outputs))
-    squares = known.outputs(ridges)
-    best = int(squares.argmin())
-    mismatch = float((squares[best].clamp_min(0) / known.square).sqrt())
-    return Calibration(float(ridges[best]), float(_FACTORS[best]), mismatch)
+    scale, before = gram.trace / (gram.count * gram.outputs), -9
+
+    def best_of(found: Spectrum) -> int:
+        return int(found.outputs(_FACTORS.to(found.values) * scale).argmin())
+
+    def steady(found: Spectrum) -> bool:
+        nonlocal before
+        best, last = best_of(found), before
+        before = best
+        return abs(best - last) <= _STEADY
+
+    known = spectrum or gram.spectrum(displacement, STEPS, steady)
+    best = best_of(known)
+    ridge = float(_FACTORS[best]) * scale
+    square = known.outputs(known.values.new_tensor([ridge]))[0]
+    mismatch = float((square.clamp_min(0) / known.square).sqrt())
+    return Calibration(ridge, float(_FACTORS[best]), mismatch)
 
 
 def calibrate_stored(rows: Rows, u: Tensor) -> Calibration:

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastntk.jacobians.jacobian import Jacobian, concatenate
-from fastntk.solve.gram import Krylov, Spectrum
+from fastntk.solve.gram import Enough, Krylov, Spectrum, never
 from fastntk.solve.linalg import add_product_, mirror_
 
 # Rows that are multiplied at once: enough for the products to run at full rate.
@@ -122,9 +122,9 @@ class Sums:
         """Rows a sample."""
         return len(self.cross)
 
-    def spectrum(self, displacement: Float[Tensor, " p"], steps: int) -> Spectrum:
+    def spectrum(self, displacement: Float[Tensor, " p"], steps: int, enough: Enough = never) -> Spectrum:
         """From a Krylov space of G."""
-        return Krylov.of(self, displacement, steps, displacement.dtype).spectrum
+        return Krylov.of(self, displacement, steps, displacement.dtype, enough).spectrum
 
     @property
     def trace(self) -> float:
