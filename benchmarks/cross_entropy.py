@@ -197,13 +197,12 @@ class Answers:
             started = time.perf_counter()
             done = fastntk.finished(memory, answer.parameters, gain=gain, exact_head=head, without=ids)
             found[name] = done, answer.seconds + time.perf_counter() - started
-        rate = self.case.fit.recipe.learning_rate
-        methods = {"fine-tuning": FineTune(2, rate), "salun": RandomLabel(0.5, 2, rate)} if self.others else {}
+        methods = {"fine-tuning": FineTune(), "salun": RandomLabel(0.5)} if self.others else {}
         for name, method in methods.items():
             found[name] = self.case.kept(f"{request}-{name}", lambda method=method: method(problem).parameters), None
         if self.old:
             found["one step"] = self.old.preview(ids).parameters, None
-            golatkar = Golatkar(trapezium=True)(Problem(self.old, ids, self.case.fit.recipe)).parameters
+            golatkar = Golatkar()(Problem(self.old, ids, self.case.fit.recipe)).parameters
             found["golatkar, trapezium"] = golatkar, None
         return found
 

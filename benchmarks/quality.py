@@ -45,7 +45,7 @@ def methods(scale: float, samples: int) -> dict[str, Method]:
     for factor in (1e-3, 1e-2, 1e-1):
         decay = factor * scale / samples
         rows[f"golatkar {factor:g}"] = Golatkar(decay)
-        rows[f"golatkar_trapezium {factor:g}"] = Golatkar(decay, trapezium=True)
+        rows[f"golatkar_step {factor:g}"] = Golatkar(decay, trapezium=False)
     return rows | {"retain step alone 0.1": RetainStepAlone(0.1 * scale)}
 
 

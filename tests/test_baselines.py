@@ -16,6 +16,7 @@ from fastntk.methods import (
     FisherForgetting,
     Golatkar,
     GradientAscent,
+    HeadAlone,
     Newton,
     RandomLabel,
     Scrub,
@@ -23,6 +24,7 @@ from fastntk.methods import (
 from test_methods import dense, problem
 from torch.func import functional_call
 
+import fastntk
 from fastntk.evidence.methods.descent import descend
 from fastntk.evidence.methods.random_label import salient
 from fastntk.evidence.metrics.predictions import divergence
@@ -80,7 +82,7 @@ def test_descending_is_adam_along_every_loss(given):
         optimiser.zero_grad()
         (-squared(model(images), labels)).backward()
         optimiser.step()
-    done = GradientAscent(epochs=3, learning_rate=RATE)(given)
+    done = GradientAscent(share=1.0, rate=1.0)(given)
     for name, tensor in tuned(model).items():
         torch.testing.assert_close(done.parameters[name], tensor.detach())
 
@@ -88,7 +90,7 @@ def test_descending_is_adam_along_every_loss(given):
 def test_a_mask_holds_parameters(given):
     mask = {name: torch.zeros_like(tensor) for name, tensor in given.memory.anchor.items()}
     mask["head.bias"][1] = 1
-    moved = descend(given, FineTune(epochs=2).losses, RATE, mask).parameters
+    moved = descend(given, FineTune(share=2 / 3).losses, RATE, mask).parameters
     for name, tensor in given.memory.anchor.items():
         assert torch.equal(moved[name] != tensor, mask[name] == 1)
 
@@ -96,27 +98,27 @@ def test_a_mask_holds_parameters(given):
 def test_fine_tuning_fits_what_is_retained(given):
     images, labels = data(given, "retain")
     expected = float(squared(given.model(images), labels))
-    assert taken(given, FineTune(epochs=2), 2) == pytest.approx([expected] * 2)
+    assert taken(given, FineTune(share=2 / 3), 2) == pytest.approx([expected] * 2)
     size = sum(float(tensor.abs().sum()) for tensor in tuned(given.model).values())
-    sparse = taken(given, FineTune(epochs=4, sparsity=0.1), 4)
+    sparse = taken(given, FineTune(share=4 / 3, sparsity=0.1), 4)
     assert sparse == pytest.approx([expected + 0.1 * (1 - step / 4) * size for step in range(4)])
 
 
 def test_ascent_climbs_the_forgotten_samples_loss(given):
     retain, forget = (float(squared(given.model(images), y)) for images, y in (data(given, p) for p in PARTS))
-    assert taken(given, GradientAscent(epochs=2), 2) == pytest.approx([-forget] * 2)
-    both = taken(given, GradientAscent(retained_share=0.8, epochs=2), 2)
+    assert taken(given, GradientAscent(share=2 / 3), 2) == pytest.approx([-forget] * 2)
+    both = taken(given, GradientAscent(retained_share=0.8, share=2 / 3), 2)
     assert both == pytest.approx([0.8 * retain - 0.2 * forget] * 2)
 
 
 def test_an_epoch_of_negative_gradient_is_one_over_the_retained(given):
     given = replace(given, recipe=replace(given.recipe, batch_size=5))
-    assert len(taken(given, GradientAscent(retained_share=0.5, epochs=2), 8)) == 8
-    assert len(taken(given, GradientAscent(epochs=3), 3)) == 3
+    assert len(taken(given, GradientAscent(retained_share=0.5, share=2 / 3), 8)) == 8
+    assert len(taken(given, GradientAscent(share=1.0), 3)) == 3
 
 
 def test_random_labels_are_wrong_for_the_forgotten_alone(given):
-    method = RandomLabel(epochs=1)
+    method = RandomLabel(share=1 / 3)
     before, after = labels_of(given.train), method.relabelled(given).labels
     assert torch.equal((before != after).nonzero()[:, 0], given.positions)
     drawn = {int(RandomLabel(seed=seed).relabelled(given).labels[2]) for seed in range(20)}
@@ -132,7 +134,7 @@ def test_saliency_moves_the_parameters_with_the_largest_gradients(given):
     chosen = torch.cat([each.flatten() for each in salient(given, 0.25).values()])
     assert int(chosen.sum()) == round(0.25 * len(flat))
     assert flat[chosen == 1].min() >= flat[chosen == 0].max()
-    moved = RandomLabel(saliency=0.25, epochs=1)(given).parameters
+    moved = RandomLabel(saliency=0.25, share=1 / 3)(given).parameters
     change = torch.cat([(moved[name] - tensor).flatten() for name, tensor in given.memory.anchor.items()])
     assert torch.equal(change != 0, chosen == 1)
 
@@ -145,11 +147,11 @@ def test_scrub_turns_from_the_teacher_and_back(given):
     for part in PARTS:
         images, labels = data(given, part)
         logits[part] = given.model(images), student(images), labels
-    away = -kl(*logits["forget"][:2], 4.0)
-    near = 0.3 * kl(*logits["retain"][:2], 4.0) + 0.9 * squared(*logits["retain"][1:])
-    method = Scrub(teaching=0.3, fitting=0.9, epochs=3, maximising=2)
+    away = -16 * kl(*logits["forget"][:2], 4.0)
+    near = 0.3 * 16 * kl(*logits["retain"][:2], 4.0) + 0.9 * squared(*logits["retain"][1:])
+    method = Scrub(teaching=0.3, fitting=0.9, share=1.0)
     losses = [float(loss) for loss in method.losses(given, student)]
-    assert losses == pytest.approx([float(each) for each in (away, near, away, near, near)])
+    assert losses == pytest.approx([float(each) for each in (near, away, near, away, near)])
 
 
 def test_bad_teaching_takes_the_unfitted_model_for_what_goes(given):
@@ -160,7 +162,7 @@ def test_bad_teaching_takes_the_unfitted_model_for_what_goes(given):
     good, bad = given.model(images), functional_call(given.model, dict(given.initial), (images,))
     teacher = good.clone()
     teacher[given.positions] = bad[given.positions]
-    losses = [float(loss) for loss in BadTeacher(retained_share=1.0, epochs=2).losses(given, student)]
+    losses = [float(loss) for loss in BadTeacher(retained_share=1.0, share=2 / 3).losses(given, student)]
     assert losses == pytest.approx([float(kl(teacher, student(images), 1.0))] * 2)
     some = BadTeacher(retained_share=0.3).marked(given)
     assert sorted(int(some[place][1]) for place in range(len(some))) == [0] * 5 + [1] * 3
@@ -177,6 +179,37 @@ def test_fisher_forgetting_adds_noise_of_the_fourth_root(given):
     torch.testing.assert_close(noisy - plain, unfloored)
 
 
+def test_fisher_forgetting_leaves_nothing_of_the_row_of_a_class_that_goes(given):
+    layout, labels = given.memory.state.layout, labels_of(given.train)
+    whole = replace(given, forget=[i for i in range(20) if labels[i] == 1])
+    before, after = (layout.flatten(each) for each in (given.memory.anchor, FisherForgetting(seed=4)(whole).parameters))
+    row = layout.head_of(after)[1]
+    draw = torch.Generator().manual_seed(5)
+    torch.testing.assert_close(row, 0.01 * torch.randn((1, len(row)), generator=draw)[0].double())
+    torch.testing.assert_close(layout.head_of(after)[0], layout.head_of(before)[0], rtol=0, atol=0.2)
+
+
+def test_climbing_takes_cross_entropy_where_it_is_asked_for(given):
+    images, labels = data(given, "forget")
+    expected = -float(torch.nn.functional.cross_entropy(given.model(images), labels))
+    assert taken(given, GradientAscent(climbed="cross-entropy"), 1) == pytest.approx([expected])
+    with pytest.raises(fastntk.InputError, match="'fit' or 'cross-entropy', not 'hinge'"):
+        GradientAscent(climbed="hinge")
+
+
+def test_wrong_labels_are_drawn_anew_for_every_epoch(given):
+    drawn = [RandomLabel().relabelled(given, epoch).labels[given.places].tolist() for epoch in range(12)]
+    assert len({tuple(each) for each in drawn}) > 2
+
+
+def test_the_head_alone_leaves_the_body_as_it_is(given):
+    done, anchor = HeadAlone()(given).parameters, given.memory.anchor
+    moved = [name for name, tensor in done.items() if not torch.equal(tensor, anchor[name])]
+    assert moved == ["head.weight", "head.bias"]
+    again = fastntk.finished(given.memory, anchor, exact_head=True, without=given.forget)
+    assert all(torch.equal(tensor, again[name]) for name, tensor in done.items())
+
+
 def test_dampening_shrinks_what_the_forgotten_need_most(given):
     jacobian, residual, _, _, moved = dense(given)
     gradients = torch.einsum("ncp,nc->np", jacobian, residual)
@@ -185,10 +218,10 @@ def test_dampening_shrinks_what_the_forgotten_need_most(given):
     before = layout.flatten(given.memory.anchor)
     expected = torch.zeros_like(before)
     for j in range(len(before)):
-        if forgotten[j] > 1.2 * everything[j]:
+        if forgotten[j] > 0.18 * 20 / 3 * everything[j]:
             expected[j] = before[j] * (min(0.9 * everything[j] / forgotten[j], 1) - 1)
     assert 0 < int((expected != 0).sum()) < len(before)
-    torch.testing.assert_close(moved(Dampening(1.2, 0.9)(given)), expected)
+    torch.testing.assert_close(moved(Dampening(0.18, 0.9)(given)), expected)
 
 
 @pytest.mark.parametrize("form", ["primal", "dual"])

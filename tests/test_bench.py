@@ -48,7 +48,7 @@ def config(tmp_path):
         "data": {"noise": {"source": str(tmp_path / "data.npz")}},
         "models": {"small": {"model": f"{tmp_path}/own.py:small", "select": ["bn", "head"]}},
         "requests": ["class", "random 20%"],
-        "methods": {"fast_ntk": {"method": "FastNTK"}, "tuned": {"method": "FineTune", "epochs": 1}},
+        "methods": {"fast_ntk": {"method": "FastNTK"}, "tuned": {"method": "FineTune", "share": 0.5}},
     }
 
 
@@ -75,7 +75,7 @@ def test_a_cell_holds_what_a_comparison_measures(config, tmp_path):
     memory = fastntk.prepare(model, train, fit.initial)
     audit = fastntk.audit(memory, recipe, held_out=test, seed=1)
     forget = torch.randperm(30, generator=torch.Generator().manual_seed(0))[:6].sort().values.tolist()
-    methods = {**references(1), "fast_ntk": FastNTK(), "tuned": FineTune(epochs=1)}
+    methods = {**references(1), "fast_ntk": FastNTK(), "tuned": FineTune(share=0.5)}
     report, _ = compare(Problem(memory, forget, recipe), test, methods)
     assert list(by_share.rows) == list(report.rows)
     for name, row in report.rows.items():

@@ -24,7 +24,7 @@ def references(other_seed: int) -> dict[str, Method]:
 def one_shot() -> dict[str, Method]:
     """The methods that take one step."""
     ours = {"fastntk": FastNTK(), "fastntk_exact_head": FastNTK(exact_head=True)}
-    return {**ours, "golatkar": Golatkar(), "golatkar_trapezium": Golatkar(trapezium=True)}
+    return {**ours, "golatkar": Golatkar(), "golatkar_step": Golatkar(trapezium=False)}
 
 
 def compare(

@@ -18,7 +18,7 @@ COLOURS = {
     "fastntk_gain": "#8c2f5e",
     "fastntk_gain_exact_head": "#c98aa8",
     "golatkar": "#5b7db1",
-    "golatkar_trapezium": "#a9bddb",
+    "golatkar_step": "#a9bddb",
 }
 
 

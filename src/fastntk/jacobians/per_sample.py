@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import jacrev, vmap
-from torch.utils.checkpoint import CheckpointError
 
 from fastntk.common.errors import InputError, reason
 from fastntk.common.machine import out_of_memory
@@ -69,10 +68,7 @@ class PerSampleJacobian:
             InputError: that is not autograd's either, or there are no per-sample Jacobians.
         """
         if self.known is None:
-            try:
-                self.known = self._found(x[:1])
-            except CheckpointError as error:
-                raise InputError(trial.CHECKPOINTED) from error
+            self.known = self._found(x[:1])
         return self.known
 
     def _found(self, x: Tensor) -> Layout:

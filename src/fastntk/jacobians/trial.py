@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
 
 from fastntk.common.errors import InputError
 from fastntk.inputs.called import called, keeps
@@ -25,7 +26,7 @@ _KEPT = (
     "other parameters, or have a train() of the module drop what is kept."
 )
 
-CHECKPOINTED = (
+_CHECKPOINTED = (
     "the model recomputes activations (gradient checkpointing), which per-sample Jacobians cannot go through. Turn it "
     "off: model.set_grad_checkpointing(False) in timm, model.gradient_checkpointing_disable() in transformers."
 )
@@ -52,10 +53,13 @@ def tried(
         InputError: there are no per-sample Jacobians.
     """
     pair = torch.cat([x, x])
-    layout, used = _layout_of(model, parameters, pair)
-    _check_independent(model, parameters, x)
-    _check_unused(model, parameters.keys() - used)
-    return layout, *_by_autograd(model, parameters, pair, used)
+    try:
+        layout, used = _layout_of(model, parameters, pair)
+        _check_independent(model, parameters, x)
+        _check_unused(model, parameters.keys() - used)
+        return layout, *_by_autograd(model, parameters, pair, used)
+    except CheckpointError as error:
+        raise InputError(_CHECKPOINTED) from error
 
 
 def _check_independent(model: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> None:
@@ -145,6 +149,6 @@ def _check_kept(logits: Tensor) -> None:
         if node is None or node in seen:
             continue
         if node.name() == "CheckpointFunctionBackward":
-            raise InputError(CHECKPOINTED)
+            raise InputError(_CHECKPOINTED)
         seen.add(node)
         waiting += [each for each, _ in node.next_functions]

@@ -12,7 +12,7 @@ models:
 requests: [class, random 10%]       # the class whose number is the seed's, modulo C; a share at random
 methods:
   fast_ntk: {method: FastNTK}       # of fastntk.evidence.methods, with its fields
-  scrub: {method: Scrub, epochs: 5}
+  scrub: {method: Scrub, share: 0.5}
 
 ``methods`` can also be the name of a file beside the configuration that holds such a table.
 """
@@ -36,7 +36,7 @@ from fastntk.tuning.recipe import Recipe
 
 T = TypeVar("T")
 
-_POSITIVE = "epochs", "learning_rate", "temperature", "ridge"  # of a method
+_POSITIVE = "share", "rate", "temperature", "ridge"  # of a method
 
 METHODS: dict[str, type[Any]] = {
     name: kind

@@ -6,6 +6,7 @@ from fastntk.evidence.methods.finetune import FineTune
 from fastntk.evidence.methods.fisher import Dampening, FisherForgetting
 from fastntk.evidence.methods.golatkar import Golatkar
 from fastntk.evidence.methods.gradient_ascent import GradientAscent
+from fastntk.evidence.methods.head_alone import HeadAlone
 from fastntk.evidence.methods.iterated import Iterated
 from fastntk.evidence.methods.newton import Newton
 from fastntk.evidence.methods.problem import Method, Problem, Unlearned
@@ -21,6 +22,7 @@ __all__ = [
     "FisherForgetting",
     "Golatkar",
     "GradientAscent",
+    "HeadAlone",
     "Iterated",
     "Method",
     "Newton",

@@ -22,29 +22,29 @@ class BadTeacher:
 
     Attributes:
         retained_share: how much of the retained samples takes part, from 0 to 1.
-        epochs: over those and the forgotten ones.
+        share: of the fit's epochs, over those and the forgotten ones.
         temperature: T of the softmax.
-        learning_rate: of Adam, constant.
+        rate: of Adam, constant, as a factor of the fit's.
         seed: of the order, and of which retained samples take part.
 
     Source: Chundawat et al. 2023, "Can bad teaching induce forgetting?" (arXiv 2205.08096).
     """
 
     retained_share: float = 0.3
-    epochs: int = 2
+    share: float = 1 / 12
     temperature: float = 1.0
-    learning_rate: float = 5e-4
+    rate: float = 0.1
     seed: int = 0
 
     def __call__(self, problem: Problem) -> Unlearned:
         """Answer the request by training on."""
-        return descend(problem, self.losses, self.learning_rate)
+        return descend(problem, self.losses, problem.rate(self.rate))
 
     def losses(self, problem: Problem, model: nn.Module) -> Iterator[Tensor]:
         """The loss of every step."""
         good, bad = (model_at(problem.model, parameters) for parameters in (problem.state.anchor, problem.initial))
         data = self.marked(problem)
-        for epoch in range(self.epochs):
+        for epoch in range(problem.epochs(self.share)):
             for images, gone in shuffled(problem, data, self.seed + epoch):
                 with torch.no_grad():
                     taught = torch.where(gone[:, None] == 1, bad(images), good(images))

@@ -14,8 +14,8 @@ class FineTune:
     """Minimise ``L_R`` from ``theta*``, and with ``sparsity`` ``L_R + s_t |theta|_1`` with ``s_t`` falling to 0.
 
     Attributes:
-        epochs: over the retained samples.
-        learning_rate: of Adam, constant.
+        share: of the fit's epochs, over the retained samples.
+        rate: of Adam, constant, as a factor of the fit's.
         sparsity: ``s_0``; ``s_t = s_0 (1 - t / T)`` at step t of T. Jia et al.'s l1-sparse.
         seed: of the order.
 
@@ -23,21 +23,22 @@ class FineTune:
     "Model sparsity can simplify machine unlearning" (arXiv 2304.04934).
     """
 
-    epochs: int = 2
-    learning_rate: float = 1e-3
+    share: float = 1 / 6
+    rate: float = 1.0
     sparsity: float = 0.0
     seed: int = 0
 
     def __call__(self, problem: Problem) -> Unlearned:
         """Answer the request by training on."""
-        return descend(problem, self.losses, self.learning_rate)
+        return descend(problem, self.losses, problem.rate(self.rate))
 
     def losses(self, problem: Problem, model: nn.Module) -> Iterator[Tensor]:
         """The loss of every step."""
         moving = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        steps = self.epochs * -(-len(problem.staying) // problem.recipe.batch_size)
+        epochs = problem.epochs(self.share)
+        steps = epochs * -(-len(problem.staying) // problem.recipe.batch_size)
         taken = 0
-        for epoch in range(self.epochs):
+        for epoch in range(epochs):
             for images, labels in shuffled(problem, problem.retain, self.seed + epoch):
                 loss = problem.recipe.loss(model(images), labels)
                 if self.sparsity:

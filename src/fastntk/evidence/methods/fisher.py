@@ -11,12 +11,15 @@ from torch import Tensor
 from fastntk.evidence.methods.problem import Problem, Unlearned
 from fastntk.jacobians.jacobian import Jacobian
 
+_ROW = 0.01  # the standard deviation of a class's row that nobody holds
+
 
 @dataclass(frozen=True)
 class FisherForgetting:
     """``theta* + a F_R^(-1/4) n``: noise where the retained samples do not hold the parameters, ``n ~ N(0, I)``.
 
     ``F_R`` is the diagonal of the Fisher information, a mean over R: of a squared loss's Gaussian, ``mean_R J'J``.
+    Where no sample of a class stays, its row of the head is replaced by noise of 0.01, as in the official code.
 
     Attributes:
         scale: ``a``, which is ``(lambda sigma^2)^(1/4)`` in the paper.
@@ -32,31 +35,41 @@ class FisherForgetting:
 
     def __call__(self, problem: Problem) -> Unlearned:
         """Answer the request by one pass over the retained samples."""
-        return Unlearned(problem.state.moved_by(fisher_noise(problem, self.scale, self.floor, self.seed)))
+        state = problem.state
+        noise = fisher_noise(problem, self.scale, self.floor, self.seed)
+        gone = sorted(state.emptied(problem.positions) or ())
+        if gone and state.layout.head:
+            draw = torch.Generator().manual_seed(self.seed + 1)
+            row, weights = state.layout.head_of(noise), state.layout.head_of(state.vector)  # the first is a view
+            row[gone] = _ROW * torch.randn(row[gone].shape, generator=draw).to(row) - weights[gone]
+        return Unlearned(state.moved_by(noise))
 
 
 @dataclass(frozen=True)
 class Dampening:
     """``theta_j <- min(b I_Dj / I_Fj, 1) theta_j`` wherever ``I_Fj > a I_Dj``: selective synaptic dampening (SSD).
 
-    The importances ``I_Sj`` are means over S of the squared gradient of a sample's loss.
+    The importances ``I_Sj`` are means over S of the squared gradient of a sample's loss, so that ``I_F`` is at most
+    ``n / |F|`` times ``I_D``. The paper's a is 10 where a hundredth goes: a tenth of that; a fixed 10 would select
+    nothing where a tenth goes.
 
     Attributes:
-        threshold: ``a``.
+        threshold: ``a``, as a share of ``n / |F|``.
         strength: ``b``.
 
     Source: Foster, Schoepf, Brintrup 2024 (arXiv 2308.07707).
     """
 
-    threshold: float = 10.0
+    threshold: float = 0.1
     strength: float = 1.0
 
     def __call__(self, problem: Problem) -> Unlearned:
         """Answer the request by one pass over all samples."""
         layout, anchor = problem.state.layout, problem.state.anchor
         everything, forgotten = (importance(problem, each) for each in (problem.state.positions, problem.positions))
+        most = len(problem.state.positions) / len(problem.positions)
         factor = torch.where(
-            forgotten > self.threshold * everything,
+            forgotten > self.threshold * most * everything,
             (self.strength * everything / forgotten.clamp_min(torch.finfo(forgotten.dtype).tiny)).clamp_max(1),
             torch.ones_like(forgotten),
         )

@@ -15,7 +15,8 @@ class Golatkar:
     """``theta* + m (s_0(R) - s_0(D))``: ``s_0`` is the step of ``fastntk.solve.primal`` with ``u = 0``.
 
     Its ridge is ``n_S weight_decay`` in the solve over S, so it is a different total for R and for D. The multiplier m
-    is 1, or with ``trapezium`` ``1 + 2 |<D, e>| / |D|^2`` for the step ``D = s_0(R) - s_0(D)`` and ``e = u - s_0(R)``.
+    is ``1 + 2 |<D, e>| / |D|^2`` for the step ``D = s_0(R) - s_0(D)`` and ``e = u - s_0(R)``, as in the official code,
+    or 1 without the ``trapezium``.
 
     Attributes:
         weight_decay: per sample; None takes the memory's ridge over the number of its samples.
@@ -27,7 +28,7 @@ class Golatkar:
     """
 
     weight_decay: float | None = None
-    trapezium: bool = False
+    trapezium: bool = True
     noise: float = 0.0
     seed: int = 0
 

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from fastntk.common.errors import InputError
 from fastntk.evidence.methods.descent import descend, endlessly, shuffled
 from fastntk.evidence.methods.problem import Problem, Unlearned
+from fastntk.tuning.loss import CrossEntropy
 
 
 @dataclass(frozen=True)
@@ -14,12 +16,14 @@ class GradientAscent:
     """Minimise ``a L_R - (1 - a) L_F`` from ``theta*``: with ``a = 0`` gradient ascent ("max loss"), else NegGrad+.
 
     A step takes a batch of each. An epoch is one over the forgotten samples with ``a = 0``, else over the retained
-    ones, the forgotten ones repeating as often as it takes.
+    ones, the forgotten ones repeating as often as it takes. Under squared loss climbing is a pull without bound; the
+    sources have cross-entropy, which ``climbed`` takes whatever the fit's loss.
 
     Attributes:
         retained_share: ``a``, from 0 to 1.
-        epochs: see above.
-        learning_rate: of Adam, constant.
+        climbed: ``L_F``: ``fit`` for the fit's loss, or ``cross-entropy``.
+        share: of the fit's epochs.
+        rate: of Adam, constant, as a factor of the fit's.
         seed: of the order.
 
     Source: Golatkar, Achille, Soatto 2020 (arXiv 1911.04933) for ascent; Kurmanji et al. 2023, "Towards unbounded
@@ -27,23 +31,29 @@ class GradientAscent:
     """
 
     retained_share: float = 0.0
-    epochs: int = 2
-    learning_rate: float = 1e-4
+    climbed: str = "fit"
+    share: float = 1 / 6
+    rate: float = 0.1
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.climbed not in ("fit", "cross-entropy"):
+            raise InputError(f"climbed is 'fit' or 'cross-entropy', not {self.climbed!r}.")
 
     def __call__(self, problem: Problem) -> Unlearned:
         """Answer the request by training on."""
-        return descend(problem, self.losses, self.learning_rate)
+        return descend(problem, self.losses, problem.rate(self.rate))
 
     def losses(self, problem: Problem, model: nn.Module) -> Iterator[Tensor]:
         """The loss of every step."""
-        loss, share = problem.recipe.loss, self.retained_share
+        loss, kept, epochs = problem.recipe.loss, self.retained_share, problem.epochs(self.share)
+        climbed = loss if self.climbed == "fit" else CrossEntropy()
         forgotten = endlessly(problem, problem.forgotten, self.seed)
-        for epoch in range(self.epochs):
-            if not share:
+        for epoch in range(epochs):
+            if not kept:
                 for images, labels in shuffled(problem, problem.forgotten, self.seed + epoch):
-                    yield -loss(model(images), labels)
+                    yield -climbed(model(images), labels)
                 continue
             for images, labels in shuffled(problem, problem.retain, self.seed + epoch):
                 others, other_labels = next(forgotten)
-                yield share * loss(model(images), labels) - (1 - share) * loss(model(others), other_labels)
+                yield kept * loss(model(images), labels) - (1 - kept) * climbed(model(others), other_labels)

@@ -52,6 +52,14 @@ class Problem:
         """Where the model is."""
         return self.state.network.device
 
+    def rate(self, factor: float) -> float:
+        """A factor of the learning rate that the model was fitted with."""
+        return factor * self.recipe.learning_rate
+
+    def epochs(self, share: float) -> int:
+        """A share of the epochs that the model was fitted for, at least one."""
+        return max(1, round(share * self.recipe.epochs))
+
     @cached_property
     def positions(self) -> Int[Tensor, " forgotten"]:
         """Of the samples to be forgotten, among the members."""

@@ -28,41 +28,41 @@ class Relabelled(Labelled):
 
 @dataclass(frozen=True)
 class RandomLabel:
-    """Minimise ``L_R + L_F'`` from ``theta*``, where F' are the forgotten samples with wrong labels drawn at random.
+    """Minimise ``L_R + L_F'`` from ``theta*``, where F' are the forgotten samples with wrong labels, drawn at random
+    for every epoch.
 
     With ``saliency`` this is SalUn: only the share of the tuned parameters may move for which the gradient of the
     forgotten samples' summed loss at ``theta*`` is largest in magnitude.
 
     Attributes:
         saliency: that share, or None for all. Fan et al. take a half.
-        epochs: over all samples.
-        learning_rate: of Adam, constant.
+        share: of the fit's epochs, over all samples.
+        rate: of Adam, constant, as a factor of the fit's.
         seed: of the labels and the order.
 
     Source: Golatkar, Achille, Soatto 2020 (arXiv 1911.04933); Fan et al. 2024, "SalUn" (arXiv 2310.12508).
     """
 
     saliency: float | None = None
-    epochs: int = 2
-    learning_rate: float = 1e-3
+    share: float = 1 / 6
+    rate: float = 1.0
     seed: int = 0
 
     def __call__(self, problem: Problem) -> Unlearned:
         """Answer the request by training on."""
         mask = None if self.saliency is None else salient(problem, self.saliency)
-        return descend(problem, self.losses, self.learning_rate, mask)
+        return descend(problem, self.losses, problem.rate(self.rate), mask)
 
     def losses(self, problem: Problem, model: nn.Module) -> Iterator[Tensor]:
         """The loss of every step."""
-        data = self.relabelled(problem)
-        for epoch in range(self.epochs):
-            for images, labels in shuffled(problem, data, self.seed + epoch):
+        for epoch in range(problem.epochs(self.share)):
+            for images, labels in shuffled(problem, self.relabelled(problem, epoch), self.seed + epoch):
                 yield problem.recipe.loss(model(images), labels)
 
-    def relabelled(self, problem: Problem) -> Relabelled:
-        """The training samples, the forgotten ones with a label that is not their own."""
+    def relabelled(self, problem: Problem, epoch: int = 0) -> Relabelled:
+        """The training samples, the forgotten ones with a label that is not their own, another in every epoch."""
         labels, classes, places = labels_of(problem.train).clone(), problem.state.network.classes, problem.places
-        shift = torch.randint(1, classes, places.shape, generator=torch.Generator().manual_seed(self.seed))
+        shift = torch.randint(1, classes, places.shape, generator=torch.Generator().manual_seed(self.seed + epoch))
         labels[places] = (labels[places] + shift) % classes
         return Relabelled(problem.train, labels)
 

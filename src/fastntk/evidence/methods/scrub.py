@@ -14,17 +14,19 @@ from fastntk.tuning.outputs import model_at
 
 @dataclass(frozen=True)
 class Scrub:
-    """By turns maximise ``KL(teacher || student)`` over F and minimise ``a KL(teacher || student) + g L_R`` over R.
+    """By turns minimise ``a D + g L_R`` over R and maximise ``D`` over F, ``D = T^2 KL(teacher || student)``.
 
-    The teacher is the fitted model. The first ``maximising`` epochs begin with a pass over F; all have one over R.
+    The teacher is the fitted model. Every epoch is a pass over R, after which all but the last ``minimising`` have one
+    over F. The official code begins with F: there the student is in training mode, here it is the teacher, logit for
+    logit, and its first pass over F would have no gradient.
 
     Attributes:
         teaching: ``a``.
         fitting: ``g``.
-        epochs: of minimising.
-        maximising: how many of them begin with maximising.
+        share: of the fit's epochs.
+        minimising: epochs over R alone at the end, at least one.
         temperature: T of the softmax.
-        learning_rate: of Adam, constant.
+        rate: of Adam, constant, as a factor of the fit's.
         seed: of the order.
 
     Source: Kurmanji et al. 2023, "Towards unbounded machine unlearning" (arXiv 2302.09880).
@@ -32,15 +34,15 @@ class Scrub:
 
     teaching: float = 0.5
     fitting: float = 1.0
-    epochs: int = 3
-    maximising: int = 2
+    share: float = 1 / 4
+    minimising: int = 1
     temperature: float = 4.0
-    learning_rate: float = 5e-4
+    rate: float = 0.5
     seed: int = 0
 
     def __call__(self, problem: Problem) -> Unlearned:
         """Answer the request by training on."""
-        return descend(problem, self.losses, self.learning_rate)
+        return descend(problem, self.losses, problem.rate(self.rate))
 
     def losses(self, problem: Problem, model: nn.Module) -> Iterator[Tensor]:
         """The loss of every step."""
@@ -49,12 +51,13 @@ class Scrub:
         def apart(images: Tensor, logits: Tensor) -> Tensor:
             with torch.no_grad():
                 taught = teacher(images)
-            return divergence(taught, logits, self.temperature)
+            return self.temperature**2 * divergence(taught, logits, self.temperature)
 
-        for epoch in range(self.epochs):
-            if epoch < self.maximising:
-                for images, _ in shuffled(problem, problem.forgotten, self.seed + epoch):
-                    yield -apart(images, model(images))
+        epochs = problem.epochs(self.share)
+        for epoch in range(epochs):
             for images, labels in shuffled(problem, problem.retain, self.seed + epoch):
                 logits = model(images)
                 yield self.teaching * apart(images, logits) + self.fitting * problem.recipe.loss(logits, labels)
+            if epoch < epochs - max(1, self.minimising):
+                for images, _ in shuffled(problem, problem.forgotten, self.seed + epoch):
+                    yield -apart(images, model(images))

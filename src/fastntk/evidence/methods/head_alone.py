@@ -1,0 +1,20 @@
+"""The simplest of all: the head solved anew without what is to be forgotten, everything before it as it is."""
+
+from dataclasses import dataclass
+
+from fastntk.evidence.methods.problem import Problem, Unlearned
+from fastntk.memory.finish import finished
+
+
+@dataclass(frozen=True)
+class HeadAlone:
+    """``W = argmin sum_R l(W h_i) + ridge/2 |W - W_0|^2`` at the fitted features h, with the memory's ridge
+    (``fastntk.solve.head``); the features have seen what is forgotten.
+
+    Source: the usual last-layer baseline; solved exactly here, as ``fastntk.exact_head`` does after a step.
+    """
+
+    def __call__(self, problem: Problem) -> Unlearned:
+        """Answer the request by a forward pass over the retained samples."""
+        state = problem.state
+        return Unlearned(finished(problem.memory, state.parameters, exact_head=True, without=problem.forget))
