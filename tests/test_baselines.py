@@ -12,6 +12,7 @@ import torch
 from fastntk.methods import (
     BadTeacher,
     Dampening,
+    Delete,
     FineTune,
     FisherForgetting,
     Golatkar,
@@ -200,6 +201,19 @@ def test_climbing_takes_cross_entropy_where_it_is_asked_for(given):
 def test_wrong_labels_are_drawn_anew_for_every_epoch(given):
     drawn = [RandomLabel().relabelled(given, epoch).labels[given.places].tolist() for epoch in range(12)]
     assert len({tuple(each) for each in drawn}) > 2
+
+
+def test_deleting_distils_what_is_left_without_the_right_class(given):
+    student = copy.deepcopy(given.model)
+    with torch.no_grad():
+        student.head.weight.mul_(0.7)
+    images, labels = data(given, "forget")
+    q = given.model(images).softmax(1).scatter(1, labels[:, None], 0.0)
+    q = q / q.sum(1, keepdim=True)
+    p = student(images).log_softmax(1)
+    expected = float(((q * (q.clamp_min(1e-300).log() - p)).sum(1)).mean())
+    losses = [float(loss) for loss in Delete(share=2 / 3).losses(given, student)]
+    assert losses == pytest.approx([expected] * 2)
 
 
 def test_the_head_alone_leaves_the_body_as_it_is(given):

@@ -10,6 +10,7 @@ from cases import CASES
 from fastntk.methods import (
     BadTeacher,
     Dampening,
+    Delete,
     FastNTK,
     FineTune,
     FisherForgetting,
@@ -54,6 +55,7 @@ METHODS = {
     "bad teacher": BadTeacher(),
     "fisher": FisherForgetting(),
     "ssd": Dampening(),
+    "delete": Delete(),
     "head alone": HeadAlone(),
 }
 

@@ -1,6 +1,7 @@
 """Unlearning methods behind one interface: ``method(problem) -> Unlearned``."""
 
 from fastntk.evidence.methods.bad_teacher import BadTeacher
+from fastntk.evidence.methods.delete import Delete
 from fastntk.evidence.methods.fast_ntk import FastNTK
 from fastntk.evidence.methods.finetune import FineTune
 from fastntk.evidence.methods.fisher import Dampening, FisherForgetting
@@ -17,6 +18,7 @@ from fastntk.evidence.methods.scrub import Scrub
 __all__ = [
     "BadTeacher",
     "Dampening",
+    "Delete",
     "FastNTK",
     "FineTune",
     "FisherForgetting",
