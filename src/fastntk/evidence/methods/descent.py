@@ -26,6 +26,10 @@ def descend(
 ) -> Unlearned:
     """Adam along one loss after the other; the problem's model is not changed.
 
+    Official codes of most methods descend by SGD with momentum, in training mode, over all parameters. Here every method
+    moves what the fit tuned, by the optimiser of the fit's default, and norms keep the statistics that the network is
+    used with, so that answers differ in the method alone.
+
     Args:
         problem: the request.
         losses: to be minimised, one a step.

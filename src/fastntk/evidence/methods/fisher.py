@@ -26,6 +26,9 @@ class FisherForgetting:
         floor: added to ``F_R``, as a share of its mean.
         seed: of n.
 
+    The official code takes the information's mean over each output's weights and clamps the noise; here every parameter
+    has its own, and ``floor`` keeps it finite.
+
     Source: Golatkar, Achille, Soatto 2020, "Eternal sunshine of the spotless net" (arXiv 1911.04933).
     """
 
@@ -56,6 +59,8 @@ class Dampening:
     Attributes:
         threshold: ``a``, as a share of ``n / |F|``.
         strength: ``b``.
+
+    The official code keeps ``I_D`` from training; here a request takes a pass over all samples for it.
 
     Source: Foster, Schoepf, Brintrup 2024 (arXiv 2308.07707).
     """
