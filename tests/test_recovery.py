@@ -1,5 +1,7 @@
 """Relearning and refitting, on a linear model where both can be followed by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from fastntk.methods import Problem
@@ -10,7 +12,16 @@ from torch.utils.data import TensorDataset
 
 import fastntk
 from fastntk.common.machine import peak_memory
-from fastntk.evidence.recovery import STEPS, first_reached, head_inputs, head_recovery, relearn_steps
+from fastntk.evidence.recovery import (
+    STEPS,
+    barrier,
+    first_reached,
+    head_inputs,
+    head_recovery,
+    moved,
+    relearn_steps,
+    relearned_without,
+)
 from fastntk.tuning.recipe import Recipe
 
 
@@ -61,6 +72,45 @@ def test_relearning_is_training_on_what_was_forgotten(problem):
     assert relearn_steps(problem, anchor) == 0
     far = {**anchor, "2.bias": anchor["2.bias"] - torch.tensor([99.0, 0.0, 0.0])}
     assert relearn_steps(problem, far) is None  # so many steps do not lead back
+
+
+def test_what_retained_samples_give_back_is_counted_after_every_epoch(problem):
+    torch.manual_seed(0)
+    images, labels = problem.memory.state.members.source.tensors
+    keep = torch.tensor([i for i in range(40) if i not in problem.forget])
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    hidden = {**problem.memory.anchor, "2.bias": problem.memory.anchor["2.bias"] - torch.tensor([5.0, 0.0, 0.0])}
+    model.load_state_dict(hidden)
+    optimiser, best = torch.optim.Adam(model.parameters(), lr=3e-2), 0.0
+    whole = Problem(problem.memory, problem.forget, replace(problem.recipe, batch_size=100))  # an epoch is a step
+    for _ in range(3):
+        optimiser.zero_grad()
+        problem.recipe.loss(model(images[keep]), labels[keep]).backward()
+        optimiser.step()
+        right = model(images[problem.positions]).argmax(1) == labels[problem.positions]
+        best = max(best, 100 * float(right.double().mean()))
+    assert relearned_without(whole, hidden) == pytest.approx(best)
+
+
+def test_a_barrier_is_what_the_line_rises_above_its_ends(problem):
+    anchor, far = problem.memory.anchor, {}
+    generator = torch.Generator().manual_seed(1)
+    for name, tensor in anchor.items():
+        far[name] = tensor + 5 * torch.randn(tensor.shape, generator=generator)
+    images, labels = problem.memory.state.members.source.tensors
+    keep = torch.tensor([i for i in range(40) if i not in problem.forget])
+
+    def loss(t):
+        point = {name: anchor[name] + t * (far[name] - anchor[name]) for name in anchor}
+        return float(
+            problem.recipe.loss(torch.func.functional_call(problem.model, point, (images[keep],)), labels[keep])
+        )
+
+    line = [loss(t) - (1 - t) * loss(0) - t * loss(1) for t in (1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6)]
+    assert barrier(problem, far) == pytest.approx(max(0.0, *line), abs=1e-5)
+    assert barrier(problem, anchor) == pytest.approx(0, abs=1e-6)
+    flat = torch.cat([(far[name] - anchor[name]).flatten() for name in anchor]).double()
+    assert moved(problem, far) == pytest.approx(float(flat.norm()), rel=1e-6)
 
 
 def test_a_new_head_is_fitted_to_half_of_what_was_forgotten(problem):

@@ -33,6 +33,7 @@ def compare(
     methods: Mapping[str, Method],
     original_seconds: float | None = None,
     answered: Mapping[str, Mapping[str, Tensor]] | None = None,
+    thoroughly: bool = False,
 ) -> tuple[Report, dict[str, str]]:
     """Run every method on the request and measure its model beside the original one.
 
@@ -42,6 +43,7 @@ def compare(
         methods: by name; ``references`` should be among them.
         original_seconds: what fitting the original took, if known.
         answered: parameters of answers that are there already, by name.
+        thoroughly: with the measures that train.
 
     Returns:
         The report, whose first row is ``original``, and what the methods said of their own results.
@@ -62,4 +64,4 @@ def compare(
         )
         for name, subject in subjects_of(models, sets, problem.device).items()
     }
-    return reported(subjects), {name: each.note for name, each in done.items() if each.note}
+    return reported(subjects, thoroughly=thoroughly), {name: each.note for name, each in done.items() if each.note}

@@ -22,7 +22,7 @@ from fastntk.evidence.metrics import (
     taken_for_members,
     tug_of_war,
 )
-from fastntk.evidence.recovery import head_recovery, relearn_steps
+from fastntk.evidence.recovery import barrier, head_recovery, moved, relearn_steps, relearned_without
 from fastntk.memory.audit import Audit
 
 PARTS = ("retain", "forget", "test")
@@ -74,6 +74,7 @@ class Measure:
         decimals: that are shown.
         place: where its column is shown: on the ``terminal`` and on pages, on ``pages``, or nowhere by itself.
         summarised: whether summaries of many requests have its median.
+        costly: whether it trains, so that it is measured only where that is asked for.
     """
 
     heading: str
@@ -84,6 +85,7 @@ class Measure:
     decimals: int = 2
     place: Literal["terminal", "pages", "nowhere"] = "pages"
     summarised: bool = False
+    costly: bool = False
 
     def __call__(self, subject: Subject) -> float | None:
         """The number, or None where something that it needs is not known."""
@@ -94,9 +96,9 @@ class Measure:
         return "–" if value is None else f"{value:.{self.decimals}f}"
 
 
-def measured_by_all(subject: Subject) -> dict[str, float | None]:
-    """All measures of a subject, by name."""
-    return {name: measure(subject) for name, measure in MEASURES.items()}
+def measured_by_all(subject: Subject, thoroughly: bool = False) -> dict[str, float | None]:
+    """All measures of a subject, by name; the costly ones are None unless it is to be measured ``thoroughly``."""
+    return {name: measure(subject) if thoroughly or not measure.costly else None for name, measure in MEASURES.items()}
 
 
 def shown(*places: str) -> dict[str, Measure]:
@@ -146,6 +148,14 @@ def _beside_reference(
 def _of_request(of: Callable[[Problem, Mapping[str, Tensor]], float | None]) -> Callable[[Subject], float | None]:
     """A number of the request and the subject's parameters."""
     return lambda subject: of(subject.problem, subject.parameters) if subject.problem and subject.parameters else None
+
+
+def _moved(subject: Subject) -> float | None:
+    retrained = subject.reference.parameters if subject.reference else None
+    if retrained is None or subject.problem is None or subject.parameters is None:
+        return None
+    distance = moved(subject.problem, retrained)
+    return moved(subject.problem, subject.parameters) / distance if distance else None
 
 
 def _doubt(subject: Subject) -> float | None:
@@ -241,6 +251,31 @@ MEASURES: dict[str, Measure] = {
         "near",
         _ASKED,
         decimals=1,
+    ),
+    "relearned_without": Measure(
+        "relearn R %",
+        _of_request(relearned_without),
+        "accuracy on the forgotten images that training on the retained ones alone gives back",
+        "near",
+        _ASKED,
+        decimals=1,
+        costly=True,
+    ),
+    "barrier": Measure(
+        "barrier",
+        _of_request(barrier),
+        "the loss barrier on the line from the original, on retained images",
+        "near",
+        ("problem", "parameters"),
+        decimals=3,
+        costly=True,
+    ),
+    "moved": Measure(
+        "moved",
+        _moved,
+        "how far the tuned parameters are from the original's, over the retrained model's distance",
+        "near",
+        ("problem", "parameters", "reference"),
     ),
     "seconds": Measure(
         "seconds",

@@ -1,7 +1,8 @@
-"""How easily what was forgotten comes back: by training on it again, and by refitting the head to a part of it.
+"""How easily what was forgotten comes back: by training on it again, by training on what is retained alone, by
+refitting the head to a part of it; and whether a barrier lies between a model and the one that was fitted to everything.
 
-Parameters that only hide the forgotten samples give them back sooner than parameters that never saw them. Both
-measures say so only beside those of a retrained model.
+Parameters that only hide the forgotten samples give them back sooner than parameters that never saw them. All of it
+says so only beside a retrained model's.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
 from fastntk.evidence.methods import Problem
-from fastntk.evidence.methods.descent import descend
+from fastntk.evidence.methods.descent import descend, shuffled
 from fastntk.evidence.metrics import accuracy
 from fastntk.inputs.batches import batches, labels_of
 from fastntk.inputs.heads import head_modules
@@ -22,6 +23,8 @@ STEPS = 30
 """After which relearning is given up."""
 BACK = 0.9
 """The share of the original's accuracy on the forgotten samples at which they are taken to be back."""
+POINTS = 5
+"""Of a line, between its ends."""
 SAMPLES = 64
 """Of the forgotten, and 4 times as many of the retained, are used at most: the first ones of a fixed random order."""
 
@@ -49,6 +52,53 @@ def relearn_steps(problem: Problem, parameters: Mapping[str, Tensor]) -> float |
 
     descend(problem, losses, problem.recipe.learning_rate, start=parameters)
     return first_reached(curve, enough)
+
+
+def relearned_without(problem: Problem, parameters: Mapping[str, Tensor]) -> float:
+    """The accuracy, in percent, that training on the retained samples alone gives back on the forgotten ones: the best
+    after any epoch of a sixth of the fit's, by Adam at the fit's rate.
+
+    Nothing that was forgotten is shown: what comes back was not forgotten. Source: Siddiqui et al. 2025, "From dormant
+    to deleted" (arXiv 2505.22310).
+    """
+    forgotten = problem.forgotten
+    labels, best = labels_of(forgotten), 0.0
+
+    def losses(problem: Problem, model: nn.Module) -> Iterator[Tensor]:
+        nonlocal best
+        for epoch in range(problem.epochs(1 / 6)):
+            for images, wanted in shuffled(problem, problem.retain, epoch):
+                yield problem.recipe.loss(model(images), wanted)
+            best = max(best, accuracy(logits_of(model, forgotten, problem.device).cpu(), labels))
+
+    descend(problem, losses, problem.recipe.learning_rate, start=parameters)
+    return best
+
+
+def barrier(problem: Problem, parameters: Mapping[str, Tensor]) -> float:
+    """The loss barrier on the line from the fitted parameters to others, on retained samples (``4 SAMPLES`` at most):
+
+        max_t L(theta* + t (theta - theta*)) - (1 - t) L(theta*) - t L(theta),    at least 0,
+
+    at ``POINTS`` between the ends. A model that only moved away lies in the original's valley; a retrained one may or
+    may not. Sources: Frankle et al. 2020 (arXiv 1912.05671) for the barrier, Siddiqui et al. 2025 (arXiv 2505.22310)
+    for its use here.
+    """
+    retained, anchor = _some(problem.retain, 4 * SAMPLES), problem.state.anchor
+    labels = torch.stack([torch.as_tensor(retained[i][1]) for i in range(len(retained))])
+    shares = torch.linspace(0, 1, POINTS + 2).tolist()
+    heights = []
+    for t in shares:
+        between = {name: start + t * (parameters[name] - start) for name, start in anchor.items()}
+        heights.append(float(problem.recipe.loss(_logits(problem, between, retained), labels)))
+    first, last = heights[0], heights[-1]
+    return max(0.0, *(h - (1 - t) * first - t * last for t, h in zip(shares, heights, strict=True)))
+
+
+def moved(problem: Problem, parameters: Mapping[str, Tensor]) -> float:
+    """``|theta - theta*|``, the distance of other tuned parameters to the fitted ones."""
+    flatten = problem.state.layout.flatten
+    return float((flatten(parameters) - flatten(problem.state.anchor)).norm())
 
 
 def first_reached(curve: Sequence[float], level: float) -> float | None:

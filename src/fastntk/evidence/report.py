@@ -118,12 +118,14 @@ def subjects_of(
     }
 
 
-def reported(subjects: Mapping[str, Subject], reference: str = REFERENCE) -> Report:
-    """All measures of at least one subject, beside those of the names ``reference`` and ``FLOOR``."""
+def reported(subjects: Mapping[str, Subject], reference: str = REFERENCE, thoroughly: bool = False) -> Report:
+    """All measures of at least one subject, beside those of the names ``reference`` and ``FLOOR``; the costly ones if
+    ``thoroughly``."""
     retrained = subjects.get(reference)
     floor = subjects.get(FLOOR) and replace(subjects[FLOOR], reference=retrained)
     rows = {
-        name: measured_by_all(replace(subject, reference=retrained, floor=floor)) for name, subject in subjects.items()
+        name: measured_by_all(replace(subject, reference=retrained, floor=floor), thoroughly)
+        for name, subject in subjects.items()
     }
     labels = next(iter(subjects.values())).labels
     return Report(rows, {name: subject.logits for name, subject in subjects.items()}, labels, reference)

@@ -71,7 +71,7 @@ def _cells(
             name: Stored(method, kept / f"{request}-{name}.safetensors", _digest([key, *_method(method)]))
             for name, method in {**references(setting.seed + 1), **config.methods}.items()
         }
-        report, notes = compare(problem, held_out, methods, fit.seconds)
+        report, notes = compare(problem, held_out, methods, fit.seconds, thoroughly=True)
         yield request, {**_facts(memory, fit, problem, held_out, notes), "prepare_seconds": preparing}, report
 
 
