@@ -1,5 +1,5 @@
 """How easily what was forgotten comes back: by training on it again, by training on what is retained alone, by
-refitting the head to a part of it; and whether a barrier lies between a model and the one that was fitted to everything.
+refitting the head to a part of it; and whether a barrier lies between a model and the one that was fitted to all.
 
 Parameters that only hide the forgotten samples give them back sooner than parameters that never saw them. All of it
 says so only beside a retrained model's.
