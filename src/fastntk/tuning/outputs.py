@@ -35,3 +35,9 @@ def margins(logits: Float[Tensor, "samples classes"], labels: Int[Tensor, " samp
     own = logits.gather(1, labels[:, None])
     others = logits.scatter(1, labels[:, None], -float("inf"))
     return own[:, 0] - others.amax(1)
+
+
+def log_odds(logits: Float[Tensor, "samples classes"], labels: Int[Tensor, " samples"]) -> Float[Tensor, " samples"]:
+    """Per sample: the label's logit less the logsumexp of all others, ``log p / (1 - p)`` of its probability p."""
+    own = logits.gather(1, labels[:, None])
+    return own[:, 0] - logits.scatter(1, labels[:, None], -float("inf")).logsumexp(1)

@@ -5,9 +5,9 @@ from fastntk.evidence.metrics.distance import logit_distance, probability_distan
 from fastntk.evidence.metrics.gaps import average_gap, tug_of_war
 from fastntk.evidence.metrics.membership import attack_auc, modified_entropy, taken_for_members, threshold
 from fastntk.evidence.metrics.predictions import agreement, kl_divergence
-from fastntk.evidence.metrics.shadows import klom, ulira
+from fastntk.evidence.metrics.shadows import klom, published_klom, ulira
 from fastntk.memory.audit import accuracy_spread
-from fastntk.tuning.outputs import margins
+from fastntk.tuning.outputs import log_odds, margins
 
 __all__ = [
     "accuracy",
@@ -18,10 +18,12 @@ __all__ = [
     "kl_divergence",
     "klom",
     "label_probability",
+    "log_odds",
     "logit_distance",
     "margins",
     "modified_entropy",
     "probability_distance",
+    "published_klom",
     "taken_for_members",
     "threshold",
     "tug_of_war",

@@ -1,7 +1,9 @@
 """Whether unlearned models, as a distribution over seeds, differ from retrained ones: with many models of each.
 
-Every argument holds one statistic of every model and forgotten sample: margins, ``fastntk.evidence.metrics.margins``.
+Every argument holds one statistic of every model and forgotten sample: in the sources ``fastntk.metrics.log_odds``.
 """
+
+from collections.abc import Iterator
 
 import torch
 from jaxtyping import Float
@@ -15,18 +17,36 @@ def klom(unlearned: Margins, retrained: Float[Tensor, "others samples"], bins: i
 
     Both distributions are histograms of ``bins`` equal bins over the range of both, with half a model added to each
     bin, so that few models give a finite value. That value is not 0 for equal distributions, but shrinks with more
-    models: compare with two halves of the retrained ones. Source: Georgiev et al. 2024, "Attribute-to-delete" (arXiv
-    2410.23232), there without the half, clipped.
+    models: compare with two halves of the retrained ones. ``published_klom`` is what the source has.
     """
-    both = torch.cat([unlearned, retrained])
+    p, q = ((counts + 0.5) / (counts + 0.5).sum(1, keepdim=True) for counts in _counts(unlearned, retrained, bins))
+    return (p * (p / q).log()).sum(1)
+
+
+def published_klom(unlearned: Margins, retrained: Float[Tensor, "others samples"]) -> Float[Tensor, " samples"]:
+    """The same as published: margins from -100 to 100, 20 bins, and 1e-5 for a share of the retrained models that is
+    less.
+
+    With few models nearly every bin of the one kind is empty in the other, and the floor is all that is measured: take
+    a hundred of each. Source: Georgiev et al. 2024, "Attribute-to-delete" (arXiv 2410.23232), and the code that goes
+    with it, which leaves the largest margin of each sample out.
+    """
+    p, q = (
+        counts / counts.sum(1, keepdim=True)
+        for counts in _counts(unlearned.clamp(-100, 100), retrained.clamp(-100, 100), 20)
+    )
+    q = torch.where(p > 0, q.clamp_min(1e-5), q)
+    return torch.xlogy(p, p / (q / q.sum(1, keepdim=True)).clamp_min(1e-300)).sum(1)
+
+
+def _counts(one: Margins, other: Float[Tensor, "others samples"], bins: int) -> Iterator[Float[Tensor, "samples bins"]]:
+    """How many models of each kind are in each of the equal bins over the range of both."""
+    both = torch.cat([one, other])
     low, high = both.amin(0), both.amax(0)
     width = (high - low).clamp_min(torch.finfo(both.dtype).tiny)
-    shares = []
-    for margins in (unlearned, retrained):
+    for margins in (one, other):
         places = ((margins - low) / width * bins).long().clamp(0, bins - 1)
-        counts = torch.nn.functional.one_hot(places, bins).sum(0) + 0.5
-        shares.append((counts / counts.sum(1, keepdim=True)).double())
-    return (shares[0] * (shares[0] / shares[1]).log()).sum(1)
+        yield torch.nn.functional.one_hot(places, bins).sum(0).double()
 
 
 def ulira(unlearned: Margins, retrained: Float[Tensor, "others samples"]) -> Float[Tensor, "all samples"]:
