@@ -123,11 +123,11 @@ class Case:
     key: str
     asked: tuple[str, ...]
 
-    def kept(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Parameters that were stored, or are made and stored."""
-        path = self.folder / f"{name}.safetensors"
-        if not path.exists():
-            write_tensors(path, make(), {"key": self.key})
+    def kept(self, name: str, make: Callable[[], dict[str, Tensor]], *settings: object) -> dict[str, Tensor]:
+        """Parameters that were stored with the same settings, or are made and stored."""
+        path, key = self.folder / f"{name}.safetensors", fingerprint(self.key, *settings) if settings else self.key
+        if not path.exists() or read_tensors(path, names=[])[1]["key"] != key:
+            write_tensors(path, make(), {"key": key})
         return read_tensors(path)[0]
 
     def requests(self) -> Iterator[tuple[str, list, Dataset]]:
@@ -199,7 +199,10 @@ class Answers:
             found[name] = done, answer.seconds + time.perf_counter() - started
         methods = {"fine-tuning": FineTune(), "salun": RandomLabel(0.5)} if self.others else {}
         for name, method in methods.items():
-            found[name] = self.case.kept(f"{request}-{name}", lambda method=method: method(problem).parameters), None
+            parameters = self.case.kept(
+                f"{request}-{name}", lambda m=method: m(problem).parameters, method, "labels anew"
+            )
+            found[name] = parameters, None
         if self.old:
             found["one step"] = self.old.preview(ids).parameters, None
             golatkar = Golatkar()(Problem(self.old, ids, self.case.fit.recipe)).parameters

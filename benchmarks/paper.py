@@ -7,13 +7,14 @@ scale: random weights, random images of 64 px in ten classes, cross-entropy; eve
 told to live in 16 GiB. *fastntk*: batch norms (a vision transformer: ten prompts) and the head. *full*: all parameters,
 the kernel summed layer by layer with no Jacobian held, rows of the likeliest classes: the best that the full-model step
 can be. *full, rows held*: the step as published, squared loss, all nC x p derivatives in memory. Seconds are of
-preparing and of a first answer, for ten images. *retrain*: twelve epochs, from one that is run. A cell that would take
-longer than --limit, by the square of the images over the last one's, is not begun.
+preparing and of a first answer, for ten images. *retrain*: twelve epochs, from one to three that are run. A cell that
+would take longer than --limit, by the square of the images over the last one's, is not begun.
 
 quality: MobileNetV2 (ImageNet weights) on CIFAR-10, as benchmarks/cross_entropy.py has it: batch norms and head tuned
 beside all parameters, a class and a random tenth, three heads, four retrained models each. ratio: the mean distance in
 probabilities to these over the mean over their pairs. membership: the share of the forgotten that an attack takes for
-training images, of which retrained models have as many as is right.
+training images, of which retrained models have as many as is right. golatkar: the same memory's problem with u = 0, as
+published but for the loss, scaled by the trapezium rule.
 
 Rows are written to --out as they are known, and a run that was cut off goes on. The last line is JSON.
 """
@@ -28,6 +29,7 @@ from statistics import mean
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from cross_entropy import RETRAINED, Answers, Case, Setting, opened
 from fastntk.metrics import accuracy, probability_distance
@@ -80,13 +82,14 @@ def cell(name: str, method: str, images: int) -> dict[str, Any]:
     row["tuned"] = sum(each.numel() for each in tuned.values())
     train = Images(images, SIDE)
     if method.startswith("retrain"):
-        seconds = fastntk.fit(model, train, epochs=1).seconds * EPOCHS
+        run = 3 if images <= 500 else 1  # the first steps are slow
+        seconds = fastntk.fit(model, train, epochs=run).seconds * EPOCHS / run
         return {**row, "seconds": seconds, "peak_gib": peak_bytes() / 2**30}
     initial = fastntk.snapshot(tuned)
     with torch.no_grad():
         for parameter in tuned.values():
             parameter.add_(0.01 * parameter.abs().mean() * torch.randn_like(parameter))
-    preparing.free_bytes = lambda device: min(free_bytes(device), ROOM - peak_bytes())
+    preparing.free_bytes = lambda device: min(free_bytes(device), ROOM - psutil.Process().memory_info().rss)
     preparing.room = lambda folder: 0
     form, loss = {"fastntk": "auto", "full": "layerwise"}.get(method, "dual"), fastntk.CrossEntropy()
     started = time.perf_counter()
@@ -110,6 +113,8 @@ def scale(arguments: argparse.Namespace, path: Path) -> list[dict[str, Any]]:
             before = None
             for images in counts:
                 known = [r for r in rows if (r["model"], r["method"], r["images"]) == (name, method, images)]
+                if known and known[0]["why"].startswith("about"):  # --limit may be another
+                    rows.remove(known.pop())
                 row = known[0] if known else _next(arguments, name, method, images, before)
                 if not known:
                     rows.append(row)
@@ -126,7 +131,11 @@ def _next(arguments: argparse.Namespace, name: str, method: str, images: int, be
     if before and method.startswith("full") and expected > arguments.limit:
         why = f"about {expected:,.0f} s"
         return {**before, "images": images, "done": False, "why": why, "seconds": None, "peak_gib": None}
-    return in_own_process(__file__, "--cell", name, method, images)
+    try:
+        return in_own_process(__file__, "--cell", name, method, images)
+    except SystemExit as error:
+        row = {"method": method, "model": name, "parameters": before and before["parameters"], "images": images}
+        return {**row, "done": False, "why": f"failed: {str(error)[-200:]}", "seconds": None, "peak_gib": None}
 
 
 def exponents(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -241,13 +250,20 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 def shown(rows: list[dict[str, Any]]) -> Table:
     """Seconds and memory, for people."""
-    table = Table("network", "method", *(f"{each:,}" for each in sorted({row["images"] for row in rows})))
+    counts = sorted({row["images"] for row in rows})
+    table = Table("network", "method", *(f"{each:,}" for each in counts))
     for name in dict.fromkeys(row["model"] for row in rows):
         for method in METHODS:
-            own = sorted((r for r in rows if (r["model"], r["method"]) == (name, method)), key=lambda r: r["images"])
-            cells = (f"{r['seconds']:.0f} s, {r['peak_gib']:.1f}" if r["done"] else "–" for r in own)
-            table.add_row(name, method, *cells)
+            own = {row["images"]: row for row in rows if (row["model"], row["method"]) == (name, method)}
+            table.add_row(name, method, *(_told(own.get(count)) for count in counts))
     return table
+
+
+def _told(row: dict[str, Any] | None) -> str:
+    """Seconds and GiB of a cell, or why there are none."""
+    if row is None:
+        return ""
+    return f"{row['seconds']:.0f} s, {row['peak_gib']:.1f}" if row["done"] else row["why"][:16]
 
 
 def main() -> None:

@@ -50,8 +50,9 @@ def larger(case: Case, side: int, data: str) -> dict[str, Any]:
     started = time.perf_counter()
     with peak_memory(torch.device("cpu")) as peak:
         memory = fastntk.prepare(model, train, case.fit.initial, loss=case.fit.recipe.loss)
-    prepared = time.perf_counter() - started
-    first, row = memory.ready(), {"side": side, "images": len(train), "form": memory.form, "prepare": prepared}
+        prepared = time.perf_counter() - started
+        first = memory.ready()
+    row = {"side": side, "images": len(train), "form": memory.form, "prepare": prepared}
     seconds = {request: memory.preview(ids).seconds for request, ids, _ in replace(case, train=train).requests()}
     return {**row, "first": first, **seconds, "peak_gib": peak.bytes / 2**30, "process_gib": peak_bytes() / 2**30}
 

@@ -7,11 +7,13 @@ import pytest
 import torch
 from cases import Attention, Case, Convolutional, Grouped, Prompted, SharedScale
 from test_memory import close, moved
+from torch.utils.data import TensorDataset
 
 import fastntk
 from fastntk.jacobians.linearised import Linearised
 from fastntk.jacobians.outer import Layer, Outer
 from fastntk.jacobians.per_sample import PerSampleJacobian
+from fastntk.memory.state import State
 from fastntk.solve import collect, layers
 from fastntk.solve.forms import FORMS
 from fastntk.solve.kernel import kernel
@@ -38,6 +40,10 @@ def way(request, monkeypatch):
         monkeypatch.setattr(Layer, "smaller", lambda self, rows: self.inputs > 1)
 
 
+def groups(network, samples, rows):
+    return layers.groups(network.jacobian.layers(network.one), samples, rows, 8)
+
+
 def linearised(case, loss, keep=3, count=9):
     model = case.model()
     network = Linearised(PerSampleJacobian(model, snapshot(tuned(model))), case.data(count), loss)
@@ -54,9 +60,10 @@ def test_the_kernel_is_that_of_the_jacobian_written_out(case, loss, way):
     dense = oracles.jacobian(network.jacobian.model, network.jacobian.parameters, network.layout, images)
     flat = torch.einsum("nck,ncp->nkp", own, dense).flatten(0, 1)
     head = kernel(network.narrowed(network.layout.head).rows(range(9)))
-    found = layered_kernel(network, range(9), rows.jacobian.kept, count)
+    parts = groups(network, 9, count)
+    found = layered_kernel(network, parts, range(9), rows.jacobian.kept, count)
     torch.testing.assert_close(found + head, flat @ flat.T, rtol=1e-9, atol=1e-9)
-    beside = layered_kernel(network, range(9), rows.jacobian.kept, count, joining=2)
+    beside = layered_kernel(network, parts, range(9), rows.jacobian.kept, count, joining=2)
     torch.testing.assert_close(beside, found[:, -2 * count :], rtol=1e-9, atol=1e-9)
 
 
@@ -106,11 +113,11 @@ def test_cut_off_it_goes_on_with_the_groups_that_are_left(tmp_path, monkeypatch)
     model, given = case.model(), {"form": "layerwise", "ridge": 0.5, "loss": CrossEntropy()}
     monkeypatch.setattr(layers, "HELD", 1)
     monkeypatch.setattr(collect, "_OVERHEAD", float("inf"))
-    count, add = [0], layers._add_group_
+    begun, add = [0], layers._add_group_
 
     def cut(*arguments):
-        count[0] += 1
-        if count[0] == 4:
+        begun[0] += 1
+        if begun[0] == 4:
             raise KeyboardInterrupt
         add(*arguments)
 
@@ -118,19 +125,15 @@ def test_cut_off_it_goes_on_with_the_groups_that_are_left(tmp_path, monkeypatch)
         patch.setattr(layers, "_add_group_", cut)
         with pytest.raises(KeyboardInterrupt):
             fastntk.prepare(model, case.data(), moved(model), checkpoint=tmp_path / "partial", **given)
-    groups = len(network_groups(model, case))
+    network = Linearised(PerSampleJacobian(model, snapshot(tuned(model))), case.data(), CrossEntropy())
+    count = len(groups(network, 14, 2))
     done = []
     monkeypatch.setattr(layers, "_add_group_", lambda *arguments: done.append(1) or add(*arguments))
     memory = fastntk.prepare(model, case.data(), moved(model), checkpoint=tmp_path / "partial", **given)
-    assert len(done) == groups - 3
+    assert len(done) == count - 3
     assert not (tmp_path / "partial").exists()
     whole = fastntk.prepare(model, case.data(), moved(model), **given)
     close(memory.forget([3]).parameters, whole.forget([3]).parameters)
-
-
-def network_groups(model, case):
-    network = Linearised(PerSampleJacobian(model, snapshot(tuned(model))), case.data(), CrossEntropy())
-    return layers.groups(network.jacobian.layers(network.one), 14, 2, 8)
 
 
 def test_the_model_s_own_parameters_do_not_matter_once_it_is_prepared():
@@ -141,3 +144,49 @@ def test_the_model_s_own_parameters_do_not_matter_once_it_is_prepared():
     model.load_state_dict(memory.forget([3]).parameters, strict=False)
     memory.remember([3])
     close(memory.preview([1, 5]).parameters, expected, 1e-6)
+
+
+def test_who_joins_has_no_rows_of_everything_formed(monkeypatch):
+    case = ALL[0]
+    model = case.model()
+    memory = fastntk.prepare(model, case.data(), moved(model), form="layerwise", ridge=0.5, loss=CrossEntropy())
+    expected = memory.preview([1]).parameters
+    memory.forget([3])
+    monkeypatch.setattr(State, "rows", lambda *asked: pytest.fail("they were formed"))
+    memory.remember([3])
+    close(memory.preview([1]).parameters, expected, 1e-6)
+
+
+def test_partial_sums_over_other_groups_are_not_taken(tmp_path, monkeypatch):
+    case = ALL[0]
+    model, given = case.model(), {"form": "layerwise", "ridge": 0.5, "loss": CrossEntropy()}
+    monkeypatch.setattr(layers, "HELD", 1)
+    monkeypatch.setattr(collect, "_OVERHEAD", float("inf"))
+    write = collect.Checkpoint.write
+
+    def cut(self, sums, shards):
+        write(self, sums, shards)
+        if len(shards) == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(collect.Checkpoint, "write", cut)
+        with pytest.raises(KeyboardInterrupt):
+            fastntk.prepare(model, case.data(), moved(model), checkpoint=tmp_path / "partial", **given)
+    monkeypatch.setattr(layers, "HELD", 3000)
+    memory = fastntk.prepare(model, case.data(), moved(model), checkpoint=tmp_path / "partial", **given)
+    whole = fastntk.prepare(model, case.data(), moved(model), **given)
+    close(memory.forget([3]).parameters, whole.forget([3]).parameters)
+
+
+def test_in_bfloat16_it_is_near_what_it_is_in_full():
+    case = ALL[1]
+    model = case.model().float()
+    data = TensorDataset(*(each.float() if each.is_floating_point() else each for each in case.data().tensors))
+    given = {"form": "layerwise", "ridge": 0.5, "loss": CrossEntropy()}
+    answers = [
+        fastntk.prepare(model, data, moved(model), precision=precision, **given).forget([3]).parameters
+        for precision in ("full", "bf16")
+    ]
+    change = [torch.cat([(a[n] - p).flatten() for n, p in tuned(model).items()]) for a in answers]
+    assert float((change[1] - change[0]).norm()) < 0.2 * float(change[0].norm())

@@ -1,11 +1,11 @@
 """Derivatives with respect to a weight as outer products, which are smaller than the weight where it is large.
 
-The weight of a linear layer, or of a convolution, is applied at T positions of a sample: tokens or pixels. With the
+The weight of a linear layer, or of a convolution, is applied to T tokens of a sample, which may be pixels. With the
 layer's input x there (of a convolution the patch) and the derivative g of an output with respect to the layer's own,
 
     dW = sum_t g_t x_t',    <dW, dW'> = sum_ts (g_t'g'_s) (x_t'x'_s).
 
-All outputs of a sample share x. A parameter that is used in another way has one position, an input of 1, and g itself.
+All outputs of a sample share x. A parameter that is used in another way has one token, an input of 1, and g itself.
 """
 
 from dataclasses import dataclass
@@ -23,19 +23,19 @@ class Layer:
 
     Attributes:
         name: of the parameter.
-        positions: T.
+        tokens: T.
         inputs: the length of x.
         outputs: the length of g.
     """
 
     name: str
-    positions: int
+    tokens: int
     inputs: int
     outputs: int
 
     def numbers(self, rows: int) -> int:
         """That a sample's outer products of so many rows have."""
-        return self.positions * (self.inputs * (self.inputs > 1) + rows * self.outputs)
+        return self.tokens * (self.inputs * (self.inputs > 1) + rows * self.outputs)
 
     def smaller(self, rows: int) -> bool:
         """Whether these are fewer than the derivatives' own."""
@@ -51,7 +51,7 @@ class Layer:
         return min(written, self._of_pairs(rows)) if self.smaller(rows) else written
 
     def _of_pairs(self, rows: int) -> float:
-        return self.positions**2 * (self.inputs / rows**2 + self.outputs + _MULTIPLIED)
+        return self.tokens**2 * (self.inputs / rows**2 + self.outputs + _MULTIPLIED)
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ class Outer:
         slopes: g.
     """
 
-    inputs: Float[Tensor, "samples positions inputs"]
-    slopes: Float[Tensor, "samples outputs positions channels"]
+    inputs: Float[Tensor, "samples tokens inputs"]
+    slopes: Float[Tensor, "samples outputs tokens channels"]
 
     def __len__(self) -> int:
         return len(self.slopes)
@@ -94,5 +94,5 @@ class Outer:
 
     def samples(self) -> int:
         """How many make a block, of which two are multiplied at a time."""
-        rows, positions = self.slopes.shape[1:3]
-        return max(1, int(_BLOCK**0.5) // (rows * positions))
+        rows, tokens = self.slopes.shape[1:3]
+        return max(1, int(_BLOCK**0.5) // (rows * tokens))

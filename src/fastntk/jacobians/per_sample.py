@@ -108,7 +108,7 @@ class PerSampleJacobian:
         return PerSampleJacobian(self.model, own, layout, {**self.fixed, **self.parameters})
 
     def _forward(self, x: Tensor, parameters: Mapping[str, Tensor], mode: AbstractContextManager) -> Tensor:
-        return trial.logits_of(self.model, {**self.fixed, **parameters}, x, mode)
+        return trial.forward(self.model, {**self.fixed, **parameters}, x, mode)
 
     def classes(self, x: Tensor) -> int:
         """C, from the logits of one image of the batch ``x``."""

@@ -23,15 +23,17 @@ def tangent(
 
 
 def tangent_of(network: Linearised, images: Tensor, vector: Float[Tensor, " p"]) -> Float[Tensor, "batch classes"]:
-    """``J v`` for a batch of images."""
+    """``J v`` for a batch of images; never under autocast, whose casts have no forward-mode derivative on every
+    device."""
+    precision = "full" if network.numerics.precision == "bf16" else network.numerics.precision
     parameters = network.jacobian.parameters
     direction = network.layout.unflatten(vector, parameters)
     logits = partial(network.logits, images)
     try:
-        with torch.no_grad(), _forward_mode(), arithmetic(network.numerics.precision, network.device):
+        with torch.no_grad(), _forward_mode(), arithmetic(precision, network.device):
             return jvp(logits, (parameters,), (direction,))[1].to(vector)
     except NotImplementedError:  # an operation has no derivative of that kind: J v is that of u -> J'u along v
-        with arithmetic(network.numerics.precision, network.device):
+        with arithmetic(precision, network.device):
             value, pullback = vjp(logits, parameters)[:2]
             return vjp(lambda u: pullback(u)[0], torch.zeros_like(value))[1](direction)[0].to(vector)
 

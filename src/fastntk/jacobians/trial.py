@@ -32,7 +32,7 @@ _CHECKPOINTED = (
 )
 
 
-def logits_of(
+def forward(
     model: nn.Module, parameters: Mapping[str, Tensor], x: Tensor, mode: AbstractContextManager | None = None
 ) -> Tensor:
     """The logits of a batch ``x``, under a mode. Raises ``InputError`` unless they are ``[batch, C]``."""
@@ -65,8 +65,8 @@ def tried(
 def _check_independent(model: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> None:
     """Raises ``InputError`` unless an image has the same logits again, and beside another image."""
     with torch.no_grad():
-        copies, again = (logits_of(model, parameters, x.expand(8, *x.shape[1:])) for _ in range(2))
-        beside = logits_of(model, parameters, torch.cat([x, x.flip(-1) + 1]))[:1]
+        copies, again = (forward(model, parameters, x.expand(8, *x.shape[1:])) for _ in range(2))
+        beside = forward(model, parameters, torch.cat([x, x.flip(-1) + 1]))[:1]
     once, all_of_it = copies[:1], torch.cat([copies, again])
     limit = _CHANGED * (float(once.abs().max()) + 1e-6)
     if not float((all_of_it - once).abs().max()) <= limit:
@@ -89,16 +89,16 @@ def _by_autograd(
     Raises:
         InputError: a parameter of ``used``, which an earlier pass depended on, has no gradient.
     """
-    trial = _copies(parameters)
+    free = _copies(parameters)
     with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-        logits = logits_of(model, trial, x)
+        logits = forward(model, free, x)
         probes = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits)
-        found = torch.autograd.grad((logits * probes)[0].sum(), list(trial.values()), allow_unused=True)
-    grads = dict(zip(trial, found, strict=True))
+        found = torch.autograd.grad((logits * probes)[0].sum(), list(free.values()), allow_unused=True)
+    grads = dict(zip(free, found, strict=True))
     kept = sorted(name for name in used if grads[name] is None)
     if kept:
         raise InputError(_KEPT.format(kept[0]))
-    return probes, {name: torch.zeros_like(trial[name]) if g is None else g for name, g in grads.items()}
+    return probes, {name: torch.zeros_like(free[name]) if g is None else g for name, g in grads.items()}
 
 
 def _copies(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -108,27 +108,27 @@ def _copies(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _layout_of(model: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> tuple[Layout, set[str]]:
     """The layout by the rules alone, and the parameters that the logits depend on."""
-    trial = _copies(parameters)
-    mode = PerSample(trial, len(x))
+    free = _copies(parameters)
+    mode = PerSample(free, len(x))
     with torch.enable_grad():
         with taking(x):
-            logits = logits_of(model, trial, x, mode)
+            logits = forward(model, free, x, mode)
         if not logits.requires_grad:
             raise InputError("the logits depend on no tuned parameter. Tune others: 'head' is always among them.")
         _check_kept(logits)
-        inputs = [*trial.values(), *mode.copies.values()]
+        inputs = [*free.values(), *mode.copies.values()]
         grads = torch.autograd.grad(logits.sum(), inputs, allow_unused=True, materialize_grads=False)
-    grads, of_copies = grads[: len(trial)], grads[len(trial) :]
+    grads, of_copies = grads[: len(free)], grads[len(free) :]
     # The rules detach: a gradient that reaches the parameter itself came through a use that no rule covers.
-    slow = {name for name, grad in zip(trial, grads, strict=True) if grad is not None or name not in mode.copies}
+    slow = {name for name, grad in zip(free, grads, strict=True) if grad is not None or name not in mode.copies}
     last = [c.names for c in mode.linear_calls if c.out is logits and c.input.ndim == 2 and c.unchanged]
     calls = [name for call in mode.linear_calls for name in call.names]
     head = last[0] if last and all(calls.count(name) == 1 and name not in slow for name in last[0]) else ()
-    fast = tuple(name for name in trial if name not in slow and name not in head)
-    shapes = {name: tensor.shape for name, tensor in trial.items()}
-    reached = zip((*trial, *mode.copies), (*grads, *of_copies), strict=True)
+    fast = tuple(name for name in free if name not in slow and name not in head)
+    shapes = {name: tensor.shape for name, tensor in free.items()}
+    reached = zip((*free, *mode.copies), (*grads, *of_copies), strict=True)
     used = {name for name, grad in reached if grad is not None}
-    return Layout(fast=fast, slow=tuple(name for name in trial if name in slow), head=head, shapes=shapes), used
+    return Layout(fast=fast, slow=tuple(name for name in free if name in slow), head=head, shapes=shapes), used
 
 
 def _check_unused(model: nn.Module, names: Set[str]) -> None:

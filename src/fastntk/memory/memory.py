@@ -254,7 +254,8 @@ def prepare(
         shrinkage: where weight decay pulled toward zero, what it alone would have left of the parameters:
             ``fit(...).shrinkage``, or ``fastntk.shrinkage`` of your own loop's.
         witnesses: how many retained samples check every request: the first that are there in an order of ``seed``.
-        checkpoint: a folder for the primal form's partial sums, from which a preparation that was cut off goes on.
+        checkpoint: a folder for partial sums of the primal and layerwise forms, from which a preparation that was cut
+            off goes on, and for rows on disk.
         numerics: how to compute; ``changes`` replace its fields: ``prepare(..., batch_size=16)``.
 
     Raises:

@@ -114,6 +114,7 @@ class Convex:
 
     def ready(self) -> "Convex":
         """With the optimum, and a factor over S."""
+        self.ownership.check()
         optimum = self.optimum
         current = torch.equal(optimum.factor.over, self.over.sort().values)
         if current and self.known is not None:
@@ -145,14 +146,13 @@ class Convex:
         return {**named, **own, **found, "factor": known.factor.lower}
 
     @classmethod
-    def restore(cls, tensors: Mapping[str, Tensor], ridge: float) -> "Convex":
-        """The reverse of ``tensors``."""
+    def restore(cls, tensors: Mapping[str, Tensor], ridge: float, start: Tensor | None = None) -> "Convex":
+        """The reverse of ``tensors``; where the optimum starts, from the rows if it is not known."""
         over, u = tensors["over"].cpu(), tensors["displacement"]
         solution = cls(Rows.from_tensors(tensors, "rows."), loss_of(tensors), u, ridge, over)
         if not any(name in tensors for name in ("kernel", "coefficients", "factor")):
             return solution
         factor = Factor(tensors["factor"], over.sort().values)
-        start = tensors.get("start")
         start = _start(solution) if start is None else start
         return replace(solution, known=Optimum(tensors["kernel"], tensors["coefficients"], factor, start))
 
@@ -218,6 +218,7 @@ class Convex:
 
     def anew(self, network: Linearised) -> "Convex":
         """From the kernel alone."""
+        self.ownership.check()
         problem = _problem(self, self.optimum.kernel, self.over, self.optimum.start)
         return replace(self, known=solved(problem, self.point_of(self.rows).z, self.tolerance))
 
@@ -236,7 +237,7 @@ class Convex:
         problem = replace(_problem(self, optimum.kernel, staying, start), ridge=ridge)
         a, reached = Newton().minimise(problem, optimum.coefficients, self.tolerance)
         if reached > self.limit:
-            raise InputError("the solve did not converge: its ridge is too far from the one prepared. Prepare with it.")
+            raise InputError("the solve did not converge: the ridge is too small for it. Use a larger one.")
         a = a.index_fill(0, self.rows.places(positions), 0)
         return jacobian.rmatvec(a.view_as(self.rows.residual)) - displacement
 

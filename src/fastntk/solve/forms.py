@@ -28,10 +28,10 @@ def prices(work: Workload, form: str = "auto") -> list[Price]:
 
 
 def cheapest(offered: Iterable[Price], free: int, room: int) -> Price | None:
-    """The price of the lowest rank, and of these with the fewest operations, among those that fit into ``free`` bytes
-    of memory and ``room`` bytes of disk; None if nothing does. It depends on the prices alone."""
+    """The price of the lowest rank, and of these with the fewest operations and the least reading, among those that fit
+    into ``free`` bytes of memory and ``room`` bytes of disk; None if nothing does. It depends on the prices alone."""
     fitting = [price for price in offered if price.bytes <= free and price.disk <= room and not price.refusal]
-    return min(fitting, key=lambda price: (price.rank, price.operations), default=None)
+    return min(fitting, key=lambda price: (price.rank, price.operations + price.reading), default=None)
 
 
 def chosen(work: Workload, free: int, form: str = "auto", room: int = 0) -> Price:

@@ -54,6 +54,7 @@ def groups(layers: Iterable[Layer], samples: int, rows: int, itemsize: int) -> l
 
 def layered_kernel(
     network: Linearised,
+    parts: Sequence[_Group],
     positions: Sequence[int],
     kept: Int[Tensor, "samples kept"],
     rows: int,
@@ -64,14 +65,14 @@ def layered_kernel(
     ``joining``.
 
     Args:
-        network: linearised; its own parameters but the head's are summed over, and shared out among the processes.
+        network: linearised.
+        parts: the groups of its parameters that are summed over, shared out among the processes.
         positions: of the samples.
         kept: the classes of each.
         rows: of a sample.
         joining: how many.
         checkpoint: of the sum over the groups that are done, or None.
     """
-    parts = groups(network.jacobian.layers(network.one), len(positions), rows, network.dtype.itemsize)
     columns = (joining or len(positions)) * rows
     total = torch.zeros(len(positions) * rows, columns, dtype=torch.float64, device=network.device)
     done = checkpoint.open() if checkpoint else set()

@@ -54,7 +54,9 @@ class Layerwise(Convex):
         of length p."""
         rows = work.samples * work.kept_rows
         held = max((each.bytes for each in cls._groups(work)), default=0)
-        batch = work.largest_batch * work.passed
+        batch = work.largest_batch * (
+            work.passed + 2 * held // work.samples
+        )  # a group's rows, and where they come from
         size = (8 + 4 * 4) * rows**2 + held + batch + 12 * 8 * work.parameters
         operations = float(rows) ** 2 * cls._multiplied(work) + 4 / 3 * float(rows) ** 3
         drawback = "requests take a pass over all that is retained"
@@ -85,12 +87,12 @@ class Layerwise(Convex):
         """The head's inputs, the passes for the kernel, and the solve."""
         network, u, everyone = task.network, task.displacement, range(task.count)
         rows = collect_rows(network.narrowed(network.layout.head), task.count)
-        passing = Passing(network, rows, list(everyone))
-        where = f"{key(network, task.count)} {network.keep}"
+        passing, r = Passing(network, rows, list(everyone)), rows.residual.shape[1]
+        parts, kept = _groups(network, task.count, r), cast(Tensor, rows.jacobian.kept)
+        where = f"{key(network, task.count)} {network.keep} {[each.names for each in parts]}"
         partial = Checkpoint(task.checkpoint, where) if task.checkpoint else None
-        kept = cast(Tensor, rows.jacobian.kept)
         try:
-            matrix = layered_kernel(network, everyone, kept, rows.residual.shape[1], checkpoint=partial)
+            matrix = layered_kernel(network, parts, everyone, kept, r, checkpoint=partial)
             matrix += kernel(rows)
             ridge, calibration, known = _minimum(task, rows, matrix, passing.matvec(u))
             found = passing.rmatvec(known.coefficients.view_as(rows.residual)) - u
@@ -107,6 +109,10 @@ class Layerwise(Convex):
         """``d(S)``."""
         return self.found
 
+    def reads(self, sign: int) -> bool:
+        """Nobody's rows are formed."""
+        return False
+
     def jacobian(self, network: Linearised) -> Operator:
         """By passes over S, and backward over who has just joined or left."""
         return Passing(network, self.rows, self.over.tolist())
@@ -122,7 +128,8 @@ class Layerwise(Convex):
         places, r = asked.positions.tolist(), self.rows.residual.shape[1]
         theirs = network.narrowed(network.layout.head).rows(places)
         kept = torch.cat([cast(Tensor, each.jacobian.kept) for each in (self.rows[self.over], theirs)])
-        beside = layered_kernel(network, [*self.over.tolist(), *places], kept, r, len(places))
+        everyone = [*self.over.tolist(), *places]
+        beside = layered_kernel(network, _groups(network, len(everyone), r), everyone, kept, r, len(places))
         border, old = kernel_between(self.rows, theirs), len(self.over) * r
         border[self.rows.places(self.over)] += beside[:old]
         image = Passing(network, theirs, places, range(len(places))).matvec(self.displacement)
@@ -145,12 +152,15 @@ class Layerwise(Convex):
         return {**super().tensors(), "start": self.optimum.start, "found": self.found}
 
     @classmethod
-    def restore(cls, tensors: Mapping[str, Tensor], ridge: float) -> "Layerwise":
+    def restore(cls, tensors: Mapping[str, Tensor], ridge: float, start: Tensor | None = None) -> "Layerwise":
         """The reverse of ``tensors``."""
-        found, start = tensors["found"], tensors["start"]
-        solution = Convex.restore(tensors, ridge)
-        own = {each.name: getattr(solution, each.name) for each in fields(Convex)}
-        return cls(**{**own, "known": replace(cast(Optimum, solution.known), start=start)}, found=found)
+        solution = Convex.restore(tensors, ridge, tensors["start"])
+        return cls(**{each.name: getattr(solution, each.name) for each in fields(Convex)}, found=tensors["found"])
+
+
+def _groups(network: Linearised, samples: int, rows: int) -> list:
+    """The groups of parameters that the kernel of so many samples is summed over."""
+    return groups(network.jacobian.layers(network.one), samples, rows, network.dtype.itemsize)
 
 
 def _minimum(task: Task, rows: Rows, matrix: Tensor, image: Tensor) -> tuple[float, Calibration | None, Optimum]:
@@ -168,7 +178,10 @@ def _minimum(task: Task, rows: Rows, matrix: Tensor, image: Tensor) -> tuple[flo
                 calibration = replace(calibration, ridge=ridge)
             everyone = torch.ones(len(rows), dtype=torch.bool, device=matrix.device)
             found = solved(Problem(loss, point.kept, start, matrix, ridge, everyone), point.z, Convex.tolerance)
-            parcel = ridge, calibration, found.coefficients.cpu(), found.factor.lower.cpu()
-    ridge, calibration, a, lower = distributed.shared(parcel)
-    factor = Factor(lower.to(matrix.device), torch.arange(task.count))
-    return ridge, calibration, Optimum(matrix, a.to(matrix.device), factor, start)
+            a, lower = found.coefficients, found.factor.lower.contiguous()
+            parcel = ridge, calibration, lower.dtype
+    ridge, calibration, dtype = distributed.shared(parcel)
+    if distributed.rank():
+        a, lower = matrix.new_empty(len(matrix)), matrix.new_empty(matrix.shape, dtype=dtype)
+    distributed.share_([a, lower])
+    return ridge, calibration, Optimum(matrix, a, Factor(lower, torch.arange(task.count)), start)

@@ -78,7 +78,7 @@ class OnDisk:
         length p and the logits; the rows on disk."""
         sampled = min(SAMPLED, work.samples * work.kept_rows)
         row = work.rest + work.features / work.kept_rows
-        batch = work.batch(work.kept_rows)
+        batch, numbers = work.batch(work.kept_rows), _READS * work.samples * work.kept_rows * row
         memory = (sampled + 2 * PART * work.kept_rows) * row * work.itemsize + 4 * 8 * sampled**2
         memory += 12 * 8 * work.parameters + 8 * work.samples * (work.kept_rows**2 + 4 * work.kept_rows)
         disk = work.samples * (
@@ -87,12 +87,13 @@ class OnDisk:
         return Price(
             cls.name,
             int(memory) + work.bytes_of(batch, work.kept_rows),
-            _READ * _READS * work.samples * work.kept_rows * row,
+            4.0 * numbers,
             work.unprobed,
             drawback="requests read the disk",
             rank=1,
             batch=batch,
             disk=disk,
+            reading=_READ * numbers,
         )
 
     @classmethod

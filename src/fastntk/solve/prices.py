@@ -155,6 +155,7 @@ class Price:
         remedy: what would make it smaller, or nothing.
         batch: images a batch of Jacobians; 0 for as many as of all outputs.
         disk: bytes of rows on disk.
+        reading: operations that take as long as reading the rows, to compare with forms that read none.
     """
 
     form: str
@@ -166,6 +167,7 @@ class Price:
     remedy: str = ""
     batch: int = 0
     disk: int = 0
+    reading: float = 0.0
 
     def __str__(self) -> str:
         return f"{self.bytes / 1e9:.1f} GB" + (f" and {self.disk / 1e9:.1f} GB of disk" if self.disk else "")

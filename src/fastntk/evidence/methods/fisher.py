@@ -26,8 +26,8 @@ class FisherForgetting:
         floor: added to ``F_R``, as a share of its mean.
         seed: of n.
 
-    The official code takes the information's mean over each output's weights and clamps the noise; here every parameter
-    has its own, and ``floor`` keeps it finite.
+    The official code clamps the variance and takes its mean over each output's weights; here every parameter has its
+    own, and ``floor`` keeps it finite.
 
     Source: Golatkar, Achille, Soatto 2020, "Eternal sunshine of the spotless net" (arXiv 1911.04933).
     """

@@ -12,7 +12,8 @@ from fastntk.evidence.methods.problem import Problem, Unlearned
 
 @dataclass(frozen=True)
 class Golatkar:
-    """``theta* + m (s_0(R) - s_0(D))``: ``s_0`` is the step of ``fastntk.solve.primal`` with ``u = 0``.
+    """``theta* + m (s_0(R) - s_0(D))``: ``s_0`` is the step that the memory's form solves for, with ``u = 0``:
+    of a convex memory, the optimum under its loss; the paper has one linear system, which the primal and dual forms do.
 
     Its ridge is ``n_S weight_decay`` in the solve over S, so it is a different total for R and for D. The multiplier m
     is ``1 + 2 |<D, e>| / |D|^2`` for the step ``D = s_0(R) - s_0(D)`` and ``e = u - s_0(R)``, as in the official code,

@@ -8,8 +8,9 @@ from fastntk.memory.finish import finished
 
 @dataclass(frozen=True)
 class HeadAlone:
-    """``W = argmin sum_R l(W h_i) + ridge/2 |W - W_0|^2`` at the fitted features h, with the memory's ridge
-    (``fastntk.solve.head``); the features have seen what is forgotten.
+    """``W* + W(R) - W(D)`` with ``W(S) = argmin sum_S l(W h_i) + ridge/2 |W - W_0|^2`` at the fitted features h and the
+    memory's ridge: from the fitted head, as an exact head after a step is (``fastntk.solve.head``). The features have
+    seen what is forgotten.
 
     Source: the usual last-layer baseline; solved exactly here, as ``fastntk.exact_head`` does after a step.
     """

@@ -23,7 +23,7 @@ class Scrub:
     Attributes:
         teaching: ``a``.
         fitting: ``g``.
-        share: of the fit's epochs.
+        share: of the fit's epochs, at least one more than minimise alone.
         minimising: epochs over R alone at the end, at least one.
         temperature: T of the softmax.
         rate: of Adam, constant, as a factor of the fit's.
@@ -53,11 +53,12 @@ class Scrub:
                 taught = teacher(images)
             return self.temperature**2 * divergence(taught, logits, self.temperature)
 
-        epochs = problem.epochs(self.share)
+        last = max(1, self.minimising)
+        epochs = max(problem.epochs(self.share), 1 + last)
         for epoch in range(epochs):
             for images, labels in shuffled(problem, problem.retain, self.seed + epoch):
                 logits = model(images)
                 yield self.teaching * apart(images, logits) + self.fitting * problem.recipe.loss(logits, labels)
-            if epoch < epochs - max(1, self.minimising):
+            if epoch < epochs - last:
                 for images, _ in shuffled(problem, problem.forgotten, self.seed + epoch):
                     yield -apart(images, model(images))

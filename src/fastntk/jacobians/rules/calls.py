@@ -86,10 +86,10 @@ class Applied(NamedTuple):
             raise InputError("the model writes to a layer's input in place, in some batches only.")
         shape, channels = slopes.shape[:2], len(self.weight)
         if self.geometry is None:
-            inputs = self.input.detach().reshape(shape[0], -1, self.weight.shape[1])
+            inputs = self.input.detach().reshape(shape[0], -1, self.weight.shape[1]).to(slopes)
             return Outer(inputs, slopes.view(*shape, -1, channels))
         stride, padding, dilation, _ = self.geometry
-        patches = F.unfold(self.input.detach(), self.weight.shape[2:], dilation, padding, stride)
+        patches = F.unfold(self.input.detach().to(slopes), self.weight.shape[2:], dilation, padding, stride)
         return Outer(patches.mT, slopes.view(*shape, channels, -1).mT)
 
 
