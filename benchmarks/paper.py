@@ -244,7 +244,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set_xlabel("images", fontsize=8)
         axes.tick_params(labelsize=7)
     figure.axes[0].set_ylabel("seconds, with a first answer", fontsize=8)
-    figure.axes[0].legend(fontsize=7)
+    handles = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
     figure.savefig(path)
 
 

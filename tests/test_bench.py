@@ -76,7 +76,7 @@ def test_a_cell_holds_what_a_comparison_measures(config, tmp_path):
     audit = fastntk.audit(memory, recipe, held_out=test, seed=1)
     forget = torch.randperm(30, generator=torch.Generator().manual_seed(0))[:6].sort().values.tolist()
     methods = {**references(1), "fast_ntk": FastNTK(), "tuned": FineTune(share=0.5)}
-    report, _ = compare(Problem(memory, forget, recipe), test, methods)
+    report, _ = compare(Problem(memory, forget, recipe), test, methods, thoroughly=True)
     assert list(by_share.rows) == list(report.rows)
     for name, row in report.rows.items():
         for measure, value in row.items():
@@ -94,9 +94,9 @@ def test_a_cell_holds_what_a_comparison_measures(config, tmp_path):
 def test_what_is_there_is_not_run_again(config, tmp_path, monkeypatch):
     path, out = written(tmp_path, config), tmp_path / "out"
     done = []
-    monkeypatch.setattr(grid, "compare", lambda *given: done.append(given) or compare(*given))
+    monkeypatch.setattr(grid, "compare", lambda *given, **more: done.append(given) or compare(*given, **more))
 
-    def killed(*given):
+    def killed(*given, **more):
         raise KeyboardInterrupt
 
     before = Results.add
