@@ -61,7 +61,7 @@ def finished(command: list[str]) -> str:
 def shards(run: Path) -> int:
     """How many are on disk."""
     found = 0
-    for path in run.rglob("sums-*.safetensors"):
+    for path in (run / "partial").glob("sums-*.safetensors"):
         try:
             found += len(read_tensors(path, names=[])[1]["shards"])
         except (OSError, fastntk.InputError):  # it is being replaced
