@@ -26,16 +26,18 @@ ALL = [Case(make, ("all",)) for make in (Convolutional, Attention, Grouped, Shar
 LOSSES = [CrossEntropy(smoothing=0.1), SquaredLoss()]
 
 
-@pytest.fixture(autouse=True, params=["a parameter at a time", "all at once"])
-def held(request, monkeypatch):
-    if request.param != "all at once":
-        monkeypatch.setattr(layers, "HELD", 1)
+@pytest.fixture(autouse=True)
+def one_at_a_time(monkeypatch):
+    """Every parameter is a group."""
+    monkeypatch.setattr(layers, "HELD", 1)
 
 
-@pytest.fixture(params=["cheapest", "paired", "written"])
+@pytest.fixture(params=["cheapest, all at once", "paired", "written"])
 def way(request, monkeypatch):
     """How outer products are multiplied."""
-    if request.param != "cheapest":
+    if request.param.endswith("at once"):
+        monkeypatch.setattr(layers, "HELD", 2**30)
+    else:
         monkeypatch.setattr(Layer, "paired", lambda self, rows: request.param == "paired")
         monkeypatch.setattr(Layer, "smaller", lambda self, rows: self.inputs > 1)
 
@@ -111,7 +113,6 @@ def test_outer_products_are_multiplied_both_ways_alike():
 def test_cut_off_it_goes_on_with_the_groups_that_are_left(tmp_path, monkeypatch):
     case = ALL[0]
     model, given = case.model(), {"form": "layerwise", "ridge": 0.5, "loss": CrossEntropy()}
-    monkeypatch.setattr(layers, "HELD", 1)
     monkeypatch.setattr(collect, "_OVERHEAD", float("inf"))
     begun, add = [0], layers._add_group_
 
@@ -160,7 +161,6 @@ def test_who_joins_has_no_rows_of_everything_formed(monkeypatch):
 def test_partial_sums_over_other_groups_are_not_taken(tmp_path, monkeypatch):
     case = ALL[0]
     model, given = case.model(), {"form": "layerwise", "ridge": 0.5, "loss": CrossEntropy()}
-    monkeypatch.setattr(layers, "HELD", 1)
     monkeypatch.setattr(collect, "_OVERHEAD", float("inf"))
     write = collect.Checkpoint.write
 
