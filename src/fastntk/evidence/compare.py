@@ -43,7 +43,7 @@ def compare(
         methods: by name; ``references`` should be among them.
         original_seconds: what fitting the original took, if known.
         answered: parameters of answers that are there already, by name.
-        thoroughly: with the measures that train.
+        thoroughly: with the costly measures.
 
     Returns:
         The report, whose first row is ``original``, and what the methods said of their own results.

@@ -74,7 +74,7 @@ class Measure:
         decimals: that are shown.
         place: where its column is shown: on the ``terminal`` and on pages, on ``pages``, or nowhere by itself.
         summarised: whether summaries of many requests have its median.
-        costly: whether it trains, so that it is measured only where that is asked for.
+        costly: whether it takes long, so that it is measured only where that is asked for.
     """
 
     heading: str

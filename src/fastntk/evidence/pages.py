@@ -42,8 +42,14 @@ def write_report(folder: Path, title: str, reports: Mapping[str, Report], notes:
 
 
 def html(title: str, reports: Mapping[str, Report], notes: Mapping[str, str]) -> str:
-    """A page without outside references: per scenario the table, the accuracies and the margins as drawings."""
-    columns = shown("terminal", "pages")
+    """A page without outside references: per scenario the table, the accuracies and the margins as drawings. Costly
+    measures have a column where they were taken."""
+    rows = [row for report in reports.values() for row in report.rows.values()]
+    columns = {
+        name: measure
+        for name, measure in shown("terminal", "pages").items()
+        if not measure.costly or any(row[name] is not None for row in rows)
+    }
     sections = [
         {
             "name": name,

@@ -17,5 +17,4 @@ class HeadAlone:
 
     def __call__(self, problem: Problem) -> Unlearned:
         """Answer the request by a forward pass over the retained samples."""
-        state = problem.state
-        return Unlearned(finished(problem.memory, state.parameters, exact_head=True, without=problem.forget))
+        return Unlearned(finished(problem.memory, problem.state.anchor, exact_head=True, without=problem.forget))
