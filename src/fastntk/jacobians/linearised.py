@@ -149,8 +149,7 @@ class Linearised:
 
     def narrowed(self, names: Collection[str]) -> "Linearised":
         """With respect to some of the parameters alone."""
-        jacobian = PerSampleJacobian(self.jacobian.model, self.jacobian.parameters, self.layout, self.jacobian.fixed)
-        return replace(self, jacobian=jacobian.narrowed(names))
+        return replace(self, jacobian=self.jacobian.narrowed(names, self.layout))
 
     def parted(
         self, positions: Sequence[int], kept: Int[Tensor, "samples kept"], outer: Collection[str], description: str

@@ -9,7 +9,6 @@ import logging
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import cast
 
 import torch
 from jaxtyping import Float, Int
@@ -101,11 +100,10 @@ class PerSampleJacobian:
             if not float((found[name] - each).norm()) <= limit * (float(each.norm()) + 1e-3 * whole)
         }
 
-    def narrowed(self, names: Collection[str]) -> "PerSampleJacobian":
-        """With respect to some of the parameters alone; the layout must be known."""
+    def narrowed(self, names: Collection[str], layout: Layout) -> "PerSampleJacobian":
+        """With respect to some of the parameters alone; ``layout`` is of all."""
         own = {name: tensor for name, tensor in self.parameters.items() if name in names}
-        layout = cast(Layout, self.known).narrowed(names)
-        return PerSampleJacobian(self.model, own, layout, {**self.fixed, **self.parameters})
+        return PerSampleJacobian(self.model, own, layout.narrowed(names), {**self.fixed, **self.parameters})
 
     def _forward(self, x: Tensor, parameters: Mapping[str, Tensor], mode: AbstractContextManager) -> Tensor:
         return trial.forward(self.model, {**self.fixed, **parameters}, x, mode)

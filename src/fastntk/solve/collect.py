@@ -142,6 +142,14 @@ def shards(count: int) -> list[range]:
     return [range(start, min(start + SHARD, count)) for start in range(0, count, SHARD)]
 
 
+def remaining(checkpoint: Checkpoint | None, count: int) -> list[int]:
+    """Of ``count`` shards, this process's share of those that no earlier job completed."""
+    done = checkpoint.open() if checkpoint else set()
+    if done:
+        log.info("going on from %d of %d shards", len(done), count)
+    return [shard for shard in range(count) if shard not in done][distributed.rank() :: distributed.size()]
+
+
 def collect_sums(
     linearised: Linearised, count: int, checkpoint: Checkpoint | None = None
 ) -> tuple[Sums, Float[Tensor, "samples outputs"]]:
@@ -150,10 +158,7 @@ def collect_sums(
     parts, sums = shards(count), Sums.zero(one.jacobian, linearised.numerics.dtype)
     residuals = one.residual.new_zeros(count, one.residual.shape[1])
     everything = {"residuals": residuals, **{each.name: getattr(sums, each.name) for each in fields(Sums)}}
-    done = checkpoint.open() if checkpoint else set()
-    if done:
-        log.info("going on from %d of %d shards", len(done), len(parts))
-    mine = [shard for shard in range(len(parts)) if shard not in done][distributed.rank() :: distributed.size()]
+    mine = remaining(checkpoint, len(parts))
     for position, shard in enumerate(mine):
         stream = linearised.stream(parts[shard], f"shard {shard + 1} of {len(parts)}")
         accumulate(_noting(stream, residuals[parts[shard].start :]), sums)

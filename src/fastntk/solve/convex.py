@@ -120,7 +120,7 @@ class Convex:
         if current and self.known is not None:
             return self
         if not current:
-            problem = _problem(self, optimum.kernel, self.over, optimum.start)
+            problem = _problem_at(self, optimum)
             root = problem.root(problem.logits(optimum.coefficients))
             optimum = replace(optimum, factor=Factor.of(problem, root))
         return replace(self, known=optimum)
@@ -212,14 +212,13 @@ class Convex:
         self.ownership.check()
         if update is not None:
             return float(update.reached or 0.0)
-        optimum, a = self.optimum, self.optimum.coefficients
-        problem = _problem(self, optimum.kernel, self.over, optimum.start)
+        problem, a = _problem_at(self, self.optimum), self.optimum.coefficients
         return problem.inexactness(a, problem.logits(a))
 
     def anew(self, network: Linearised) -> "Convex":
         """From the kernel alone."""
         self.ownership.check()
-        problem = _problem(self, self.optimum.kernel, self.over, self.optimum.start)
+        problem = _problem_at(self, self.optimum)
         return replace(self, known=solved(problem, self.point_of(self.rows).z, self.tolerance))
 
     def resolve(
@@ -262,7 +261,7 @@ class Convex:
     def hessian(self) -> tuple[Tensor, Tensor, Tensor]:
         """L, the Cholesky factor of ``ridge I + L'K L`` and l', at the optimum, in float64."""
         optimum = self.optimum
-        problem = _problem(self, optimum.kernel, self.over, optimum.start)
+        problem = _problem_at(self, optimum)
         z = problem.logits(optimum.coefficients)
         root = problem.root(z)
         lower = factor_(curvature(optimum.kernel, root, self.ridge))
@@ -313,6 +312,11 @@ def _problem(solution: Convex, matrix: Tensor, staying: Int[Tensor, " some"], st
     present = torch.zeros(len(solution.rows), dtype=torch.bool).index_fill(0, staying, True).to(matrix.device)
     kept = solution.point_of(solution.rows).kept
     return Problem(solution.loss, kept, start, matrix, solution.ridge, present)
+
+
+def _problem_at(solution: Convex, optimum: Optimum) -> Problem:
+    """Over all of S, with what is known."""
+    return _problem(solution, optimum.kernel, solution.over, optimum.start)
 
 
 def _start(solution: Convex) -> Float[Tensor, "samples outputs"]:

@@ -6,8 +6,7 @@ ridge, a first ``s(D)``, and the preconditioner of every later solve, the Nystro
 
     (G + ridge I)^-1  ~  Q (T + ridge I)^-1 Q' + (I - Q Q') / ridge.
 
-A request then takes passes over the retained samples, as many as its inexactness needs; this form alone reads them
-again.
+A request then takes passes over the retained samples, as many as its inexactness needs.
 """
 
 from collections.abc import Mapping

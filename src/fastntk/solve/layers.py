@@ -17,7 +17,7 @@ from torch import Tensor
 from fastntk.common import distributed
 from fastntk.jacobians.linearised import Linearised
 from fastntk.jacobians.outer import Layer, Outer
-from fastntk.solve.collect import Checkpoint
+from fastntk.solve.collect import Checkpoint, remaining
 from fastntk.solve.linalg import add_product_, mirror_
 
 HELD = 2**32
@@ -75,8 +75,7 @@ def layered_kernel(
     """
     columns = (joining or len(positions)) * rows
     total = torch.zeros(len(positions) * rows, columns, dtype=torch.float64, device=network.device)
-    done = checkpoint.open() if checkpoint else set()
-    mine = [each for each in range(len(parts)) if each not in done][distributed.rank() :: distributed.size()]
+    mine = remaining(checkpoint, len(parts))
     for place, each in enumerate(mine):
         _add_group_(total, network, parts[each], positions, kept, rows, f"kernel, group {each + 1} of {len(parts)}")
         if checkpoint:

@@ -53,11 +53,9 @@ class Layerwise(Convex):
         """The kernel, float64, and in passing four more such matrices, float32; one group; a batch; a dozen vectors
         of length p."""
         rows = work.samples * work.kept_rows
-        held = max((each.bytes for each in cls._groups(work)), default=0)
-        batch = work.largest_batch * (
-            work.passed + 2 * held // work.samples
-        )  # a group's rows, and where they come from
-        size = (8 + 4 * 4) * rows**2 + held + batch + 12 * 8 * work.parameters
+        held = max((each.bytes for each in _priced_groups(work)), default=0)
+        apiece = work.passed + 2 * held // work.samples  # a group's rows, and where they come from
+        size = (8 + 4 * 4) * rows**2 + held + work.largest_batch * apiece + 12 * 8 * work.parameters
         operations = float(rows) ** 2 * cls._multiplied(work) + 4 / 3 * float(rows) ** 3
         drawback = "requests take a pass over all that is retained"
         return Price(cls.name, size, operations, work.unprobed, drawback, rank=1, batch=work.largest_batch)
@@ -66,7 +64,7 @@ class Layerwise(Convex):
     def timing(cls, work: Workload, speeds: Speeds) -> Timing:
         """Of a pass for each group and two more, the kernel, the choice of the ridge and the solve."""
         rows, r = work.samples * work.kept_rows, work.kept_rows
-        count = len(cls._groups(work)) * _TRUNCATED * (1 + 2 * r) / 3
+        count = len(_priced_groups(work)) * _TRUNCATED * (1 + 2 * r) / 3
         found = prices.passes(work, count + 2, speeds.training, "passes")
         product = float(rows) ** 2 * cls._multiplied(work) / speeds.rate(rows, r)
         few = min(SAMPLED, rows)
@@ -77,10 +75,6 @@ class Layerwise(Convex):
     def _multiplied(work: Workload) -> float:
         """Multiplications for an entry of the kernel."""
         return sum((each.multiplications(work.kept_rows) for each in work.layers), 0.0)
-
-    @staticmethod
-    def _groups(work: Workload) -> list:
-        return groups(work.layers, work.samples, work.kept_rows, work.itemsize)
 
     @classmethod
     def prepare(cls, task: Task) -> Solved:
@@ -161,6 +155,11 @@ class Layerwise(Convex):
 def _groups(network: Linearised, samples: int, rows: int) -> list:
     """The groups of parameters that the kernel of so many samples is summed over."""
     return groups(network.jacobian.layers(network.one), samples, rows, network.dtype.itemsize)
+
+
+def _priced_groups(work: Workload) -> list:
+    """The same, of samples that are not read yet."""
+    return groups(work.layers, work.samples, work.kept_rows, work.itemsize)
 
 
 def _minimum(task: Task, rows: Rows, matrix: Tensor, image: Tensor) -> tuple[float, Calibration | None, Optimum]:

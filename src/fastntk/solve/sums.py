@@ -82,12 +82,6 @@ class Sums:
     def __sub__(self, other: "Sums") -> "Sums":
         return Sums(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
 
-    def add_(self, other: "Sums") -> "Sums":
-        """``+`` in place."""
-        for f in fields(self):
-            getattr(self, f.name).add_(getattr(other, f.name))
-        return self
-
     def gram(self) -> Float[Tensor, "p p"]:
         """``G`` written out, zeros included: ``[[rest, cross], [cross', I_C (x) head]]``. Large; for inspection."""
         classes = len(self.cross)
