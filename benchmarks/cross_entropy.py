@@ -199,10 +199,7 @@ class Answers:
             found[name] = done, answer.seconds + time.perf_counter() - started
         methods = {"fine-tuning": FineTune(), "salun": RandomLabel(0.5)} if self.others else {}
         for name, method in methods.items():
-            parameters = self.case.kept(
-                f"{request}-{name}", lambda m=method: m(problem).parameters, method, "labels anew"
-            )
-            found[name] = parameters, None
+            found[name] = self.case.kept(f"{request}-{name}", lambda m=method: m(problem).parameters, method), None
         if self.old:
             found["one step"] = self.old.preview(ids).parameters, None
             golatkar = Golatkar()(Problem(self.old, ids, self.case.fit.recipe)).parameters

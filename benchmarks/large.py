@@ -28,6 +28,7 @@ import numpy as np
 import psutil
 from rich.console import Console
 from rich.table import Table
+from timing import finished
 
 import fastntk
 from fastntk.common.files import read_tensors
@@ -48,14 +49,6 @@ def made(folder: Path, images: int) -> Path:
     rest = ["--loss", "squared", "--epochs", "1", "--data", str(folder / "data.npz")]
     finished([*FASTNTK, "fit", str(folder / "run"), *model, *rest])
     return folder / "run"
-
-
-def finished(command: list[str]) -> str:
-    """What a command prints, which has to succeed."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
-    return done.stdout
 
 
 def shards(run: Path) -> int:

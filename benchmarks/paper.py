@@ -8,7 +8,7 @@ told to live in 16 GiB. *fastntk*: batch norms (a vision transformer: ten prompt
 the kernel summed layer by layer with no Jacobian held, rows of the likeliest classes: the best that the full-model step
 can be. *full, rows held*: the step as published, squared loss, all nC x p derivatives in memory. Seconds are of
 preparing and of a first answer, for ten images. *retrain*: twelve epochs, from one to three that are run. A cell that
-would take longer than --limit, by the square of the images over the last one's, is not begun.
+of *full* would take longer than --limit, by the square of the images over the last one's, is not begun.
 
 quality: MobileNetV2 (ImageNet weights) on CIFAR-10, as benchmarks/cross_entropy.py has it: batch norms and head tuned
 beside all parameters, a class and a random tenth, three heads, four retrained models each. ratio: the mean distance in
@@ -46,6 +46,7 @@ from fastntk.common.files import read_json, writable, write_json
 from fastntk.common.machine import free_bytes, settle
 from fastntk.evidence.measures import MEASURES
 from fastntk.evidence.methods import Golatkar, Problem
+from fastntk.evidence.pages import svg
 from fastntk.evidence.report import subjects_of
 from fastntk.memory.members import Members
 from fastntk.tuning.outputs import model_at
@@ -105,30 +106,30 @@ def cell(name: str, method: str, images: int) -> dict[str, Any]:
 
 def scale(arguments: argparse.Namespace, path: Path) -> list[dict[str, Any]]:
     """All cells, those that are known from the file."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    stored = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rows = {(row["model"], row["method"], row["images"]): row for row in stored}
     counts = IMAGES[: 2 if arguments.quick else None]
     counts = [each for each in counts if not arguments.images or each in arguments.images]
     for name in arguments.networks or list(NETWORKS)[: 2 if arguments.quick else None]:
         for method in METHODS:
             before = None
             for images in counts:
-                known = [r for r in rows if (r["model"], r["method"], r["images"]) == (name, method, images)]
-                if known and known[0]["why"].startswith("about"):  # --limit may be another
-                    rows.remove(known.pop())
-                row = known[0] if known else _next(arguments, name, method, images, before)
-                if not known:
-                    rows.append(row)
+                row = known = rows.get((name, method, images))
+                if known is None or known["why"].startswith("about"):  # --limit may be another
+                    row = _next(arguments, name, method, images, before)
+                if row != known:
+                    rows[name, method, images] = row
                     with path.open("a") as file:
                         file.write(json.dumps(row) + "\n")
                     print(json.dumps(row), flush=True)
                 before = row if row["done"] else before
-    return rows
+    return list(rows.values())
 
 
 def _next(arguments: argparse.Namespace, name: str, method: str, images: int, before: dict | None) -> dict[str, Any]:
     """A cell, unless the last that was done says that it takes too long."""
     expected = before["seconds"] * (images / before["images"]) ** 2 if before else 0.0
-    if before and method.startswith("full") and expected > arguments.limit:
+    if before and method == "full" and expected > arguments.limit:
         why = f"about {expected:,.0f} s"
         return {**before, "images": images, "done": False, "why": why, "seconds": None, "peak_gib": None}
     try:
@@ -246,7 +247,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure.axes[0].set_ylabel("seconds, with a first answer", fontsize=8)
     handles = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
-    figure.savefig(path)
+    path.write_text(svg(figure))
 
 
 def shown(rows: list[dict[str, Any]]) -> Table:

@@ -29,13 +29,17 @@ def ratio(seconds: Mapping[str, list[float]], over: str, under: str) -> float:
     return statistics.median(a / b for a, b in zip(seconds[over], seconds[under], strict=True))
 
 
-def in_own_process(file: str, *arguments: object) -> dict[str, float]:
-    """What a benchmark prints as its last line, JSON, when it is run with these arguments, in a process of its own."""
-    command = [sys.executable, file, *map(str, arguments)]
+def finished(command: list[str]) -> str:
+    """What a command prints, which has to succeed."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return done.stdout
+
+
+def in_own_process(file: str, *arguments: object) -> dict[str, float]:
+    """What a benchmark prints as its last line, JSON, when it is run with these arguments, in a process of its own."""
+    return json.loads(finished([sys.executable, file, *map(str, arguments)]).splitlines()[-1])
 
 
 def peak_bytes() -> int:
