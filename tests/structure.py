@@ -132,7 +132,7 @@ def draw(path: Path) -> None:
     for place, part in enumerate(order):
         axes.text(place, 0, part, weight="bold", fontsize=11, ha="center")
         axes.text(place, -0.8, "\n".join(sorted(inside[part])), fontsize=6.5, ha="center", va="top", linespacing=1.35)
-    for (left, right), count in crossing.items():
+    for (left, right), count in sorted(crossing.items()):
         if left in order and right in order and left != right:
             start, end = order.index(left), order.index(right)
             way = f"arc3,rad={0.28 + 0.02 * (start - end)}"

@@ -238,10 +238,10 @@ def prepare(
     numerics: Numerics = Numerics(),
     **changes: object,
 ) -> Memory:
-    """One pass over the training data, after which ``memory.forget`` needs only the forgotten samples.
+    """One pass over the training data, after which ``memory.forget`` needs only the forgotten samples and witnesses.
 
-    It changes settings of this process (``common.machine.settle``). In a job of several processes each takes its share
-    of the samples, and all end with the same memory (``common.distributed``).
+    The layerwise and matrix-free forms read what stays for every request too. It changes settings of this process
+    (``common.machine.settle``); processes of one job share the samples, and all end with the same memory.
 
     Args:
         model: fitted, in eval mode, with the tuned parameters requiring gradients. It is not changed.
@@ -276,7 +276,7 @@ def load(folder: Path | str, model: nn.Module, train: Dataset) -> Memory:
         folder: of the memory.
         model: the one it was prepared for; its tuned parameters may have moved since.
         train: a data source that has the samples of the requests to come, under the ids they had when the memory was
-            prepared; of the others only a few are read, to check that it is the same.
+            prepared; of the others only a few are read, to check that it is the same, unless the form needs them.
 
     Raises:
         InputError: a file is missing, damaged or of an unknown format, or the memory belongs to another model or other

@@ -33,10 +33,10 @@ def prepare(
     ] = 0,
     as_json: options.Json = False,
 ) -> None:
-    """One pass over the training data; from then on forgetting needs only the forgotten samples.
+    """One pass over the training data; from then on forgetting needs only the forgotten samples and a few others.
 
-    If it is cut off, the same command goes on from the last completed shard. Several processes share the pass when it
-    is started as: torchrun --nproc-per-node=N -m fastntk prepare RUN.
+    The layerwise and matrix-free forms read what stays for every request too. If cut off, the same command goes on from
+    what is on disk. Several processes share it when started as: torchrun --nproc-per-node=N -m fastntk prepare RUN.
     """
     from fastntk.cli.run import Run
     from fastntk.common import distributed
