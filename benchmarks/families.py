@@ -88,10 +88,10 @@ def measured(name: str, arguments: argparse.Namespace) -> dict[str, dict[str, An
 
 def judged(scenario: str, rows: dict[str, dict[str, float]]) -> dict[str, float | bool]:
     """Fastntk against the two retrained models."""
-    ours, retrained = rows["fastntk"], [rows["retrain"], rows["retrain_other_seed"]]
+    ours, retrained = rows["fastntk"], [rows["retrain"], rows["retrain_2"]]
     means = {f"{part}_accuracy": sum(row[f"{part}_accuracy"] for row in retrained) / 2 for part in ("forget", "test")}
     gaps = {f"{part}_gap": ours[f"{part}_accuracy"] - means[f"{part}_accuracy"] for part in ("forget", "test")}
-    over_floor = ours["forget_distance"] / rows["retrain_other_seed"]["forget_distance"]
+    over_floor = ours["forget_distance"] / rows["retrain_2"]["forget_distance"]
     accurate = (
         ours["forget_accuracy"] <= 5 and abs(gaps["test_gap"]) <= 3
         if scenario == "class"

@@ -83,7 +83,7 @@ def summary(results: dict[str, dict]) -> dict[str, dict]:
             "ridge_factor": result["ridge_factor"],
             "distance_over_best_fixed": automatic["forget_distance"] / best,
             "forget_accuracy_gap": automatic["forget_accuracy"] - sum(retrained) / len(retrained),
-            "distance_over_floor": automatic["forget_distance"] / rows["retrain_other_seed"]["forget_distance"],
+            "distance_over_floor": automatic["forget_distance"] / rows["retrain_2"]["forget_distance"],
         }
     return figures
 

@@ -1,5 +1,6 @@
 """Every shape annotation of the package is checked while the tests run."""
 
+import gc
 import os
 
 import torch
@@ -8,3 +9,8 @@ from jaxtyping import install_import_hook
 install_import_hook("fastntk", "beartype.beartype")
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 torch.set_flush_denormal(True)
+
+
+def pytest_collection_finish() -> None:
+    """What is there by now stays: measurements of memory collect garbage first, and need not look at it each time."""
+    gc.freeze()

@@ -3,6 +3,8 @@
 import copy
 import json
 from dataclasses import replace
+from itertools import product
+from math import prod
 
 import pytest
 import torch
@@ -14,7 +16,8 @@ from torch.utils.data import TensorDataset
 
 import fastntk
 from fastntk.evidence.auditing import left_out
-from fastntk.memory.audit import Audit
+from fastntk.memory.audit import Audit, accuracy_doubt
+from fastntk.tuning.outputs import margins
 from fastntk.tuning.parameters import snapshot, tuned
 from fastntk.tuning.recipe import Recipe
 
@@ -214,26 +217,52 @@ def test_the_verdict_heeds_it():
     assert memory.preview([1]).certificate.audit is None
 
 
-def test_the_doubt_is_what_scatter_about_the_margins_makes_of_an_accuracy():
+def test_the_doubt_is_what_the_errors_of_the_audits_margins_make_of_an_accuracy():
     memory = prepared()
-    audit = fastntk.audit(memory, near(memory, 0.5), ids=IDS)
-    images, labels = (part[[1, 5, 8]] for part in memory.state.members.source.tensors)
-    answer = memory.preview([1, 5, 8])
-    logits = functional_call(memory.model, answer.parameters, (images,)).detach()
-    classes = logits.shape[1]
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(20_000, *logits.shape, generator=generator, dtype=logits.dtype)
-    noise = noise - noise.mean(2, keepdim=True)  # what changes all logits alike changes no prediction
-    noise = noise * sum(audit.distances) / 2 / (classes - 1) ** 0.5  # of that root mean square length
-    own = logits.gather(1, labels[:, None])[:, 0]
-    rival = logits.scatter(1, labels[:, None], -torch.inf).argmax(1)
-    pick = torch.arange(3)
-    scattered = own + noise[:, pick, labels] - logits[pick, rival] - noise[:, pick, rival]
-    expected = 1.96 * 100 * (scattered > 0).double().var(0).sum().sqrt() / 3
-    assert audit.doubt(logits, labels) == pytest.approx(expected.item(), rel=0.02)
-    assert answer.certificate.doubt == pytest.approx(audit.doubt(logits, labels))
-    assert "points of the answer's" in answer.certificate.explanation
-    assert "doubt" not in answer.certificate.to_ledger()
+    fits = {}
+
+    def fitting(data, seed):
+        fits[seed] = near(memory, 0.5)(data, seed)
+        return fits[seed]
+
+    audit = fastntk.audit(memory, fitting, ids=IDS)
+
+    def logits(parameters, ids):
+        images, labels = (part[ids] for part in memory.state.members.source.tensors)
+        return functional_call(memory.model, parameters, (images,)).detach(), labels
+
+    answer = memory.preview(IDS)
+    own = margins(*logits(answer.parameters, IDS))
+    more = torch.cat([margins(*logits(fits[k], IDS)) - own for k in (1, 2)])
+    assert audit.errors == pytest.approx((more.mean().item(), more.var(correction=0).sqrt().item()))
+    assert audit.with_gain.errors == audit.errors_with_gain
+
+    given = logits(memory.preview([1, 5, 8]).parameters, [1, 5, 8])
+    found = audit.doubt(*given)
+    scattered = margins(*given) + audit.errors[0] + audit.errors[1] * torch.randn(50_000, 3, dtype=torch.double)
+    off = 100 * ((scattered > 0).double().mean(1) - (margins(*given) > 0).double().mean()).abs()
+    assert (off <= found + 1e-9).double().mean() >= 0.95 - 0.005
+    assert (off <= found - 100 / 3 + 1e-9).double().mean() < 0.95 + 0.005
+    certificate = memory.preview([1, 5, 8]).certificate
+    assert certificate.doubt == found
+    assert "points of the answer's" in certificate.explanation
+    assert "doubt" not in certificate.to_ledger()
+    assert replace(audit, errors=None).doubt(*given) is None
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 10])
+def test_the_doubt_beside_every_outcome(count):
+    generator = torch.Generator().manual_seed(count)
+    for _ in range(20):
+        given = torch.randn(count, generator=generator, dtype=torch.double)
+        shift, scatter = torch.randn(2, generator=generator).abs().tolist()
+        right = torch.special.ndtr((given + shift) / scatter).tolist()
+        own, off = int((given > 0).sum()), {}
+        for outcome in product((0, 1), repeat=count):
+            chance = prod(p if hit else 1 - p for p, hit in zip(right, outcome, strict=True))
+            off[abs(sum(outcome) - own)] = off.get(abs(sum(outcome) - own), 0.0) + chance
+        least = min(k for k in range(count + 1) if sum(off.get(each, 0.0) for each in range(k + 1)) >= 0.95 - 1e-12)
+        assert accuracy_doubt(given, shift, scatter) == pytest.approx(100 * least / count)
 
 
 def test_there_is_no_doubt_without_an_audit_or_samples():

@@ -1,13 +1,16 @@
 """A grid on a small model of a user's own file: what it runs, keeps, and draws."""
 
 import json
-from dataclasses import replace
+import sqlite3
+from dataclasses import asdict, replace
+from statistics import geometric_mean, mean
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from fastntk.methods import FastNTK, FineTune, Problem
+from fastntk.metrics import accuracy, average_gap, logit_distance, modified_entropy, taken_for_members
 from test_cli import refuse, succeed
 
 import fastntk
@@ -15,8 +18,10 @@ from fastntk.evidence.bench import grid
 from fastntk.evidence.bench.config import Setting, read_config
 from fastntk.evidence.bench.results import Cell, Results
 from fastntk.evidence.bench.summary import summarise
-from fastntk.evidence.bench.tables import by_model
+from fastntk.evidence.bench.tables import by_model, conclusions, in_words
 from fastntk.evidence.compare import compare, references
+from fastntk.inputs.batches import labels_of
+from fastntk.tuning.outputs import logits_of
 from fastntk.tuning.recipe import Recipe
 
 MODEL = """
@@ -43,6 +48,7 @@ def config(tmp_path):
     np.savez(tmp_path / "data.npz", **arrays)
     return {
         "recipe": {"epochs": 2, "learning_rate": 1e-2, "batch_size": 4},
+        "retrained": 3,
         "per_class": [10],
         "test_per_class": 5,
         "data": {"noise": {"source": str(tmp_path / "data.npz")}},
@@ -60,9 +66,9 @@ def written(tmp_path, config):
 
 def test_a_cell_holds_what_a_comparison_measures(config, tmp_path):
     read = read_config(written(tmp_path, config))
-    results = grid.run(read, tmp_path / "out")
+    results = grid.run(read, tmp_path / "out" / "noise.sqlite")
     [setting] = read.settings()
-    assert setting == Setting("noise", "small", 10, 0)
+    assert setting == Setting("noise", "small", 10, 0, "cross-entropy")
     by_class, by_share = results.cells()
     assert (by_class.request, by_share.request) == ("class", "random 20%")
     assert (by_class.facts["images"], by_class.facts["forgotten"], by_class.facts["test_images"]) == (30, 10, 10)
@@ -75,7 +81,7 @@ def test_a_cell_holds_what_a_comparison_measures(config, tmp_path):
     memory = fastntk.prepare(model, train, fit.initial)
     audit = fastntk.audit(memory, recipe, held_out=test, seed=1)
     forget = torch.randperm(30, generator=torch.Generator().manual_seed(0))[:6].sort().values.tolist()
-    methods = {**references(1), "fast_ntk": FastNTK(), "tuned": FineTune(share=0.5)}
+    methods = {**references(1, 3), "fast_ntk": FastNTK(), "tuned": FineTune(share=0.5)}
     report, _ = compare(Problem(memory, forget, recipe), test, methods, thoroughly=True)
     assert list(by_share.rows) == list(report.rows)
     for name, row in report.rows.items():
@@ -87,12 +93,14 @@ def test_a_cell_holds_what_a_comparison_measures(config, tmp_path):
     assert by_share.rows["fast_ntk"]["doubt"] == pytest.approx(audit.doubt(*ours), rel=1e-4)
     assert by_share.rows["tuned"]["doubt"] is None
     assert by_share.facts["device"] == "cpu"
-    kept = results.logits(by_share, "tuned", "test")
-    torch.testing.assert_close(kept, report.logits["tuned"]["test"], rtol=1e-2, atol=1e-2)
+    kept = results.logits(by_share, "tuned")
+    torch.testing.assert_close(kept, report.logits["tuned"]["forget"], rtol=1e-2, atol=1e-2)
+    assert torch.equal(results.labels(by_share), report.labels["forget"])
+    assert by_share.facts["prepared"] == ["fast_ntk"]
 
 
 def test_what_is_there_is_not_run_again(config, tmp_path, monkeypatch):
-    path, out = written(tmp_path, config), tmp_path / "out"
+    path, out = written(tmp_path, config), tmp_path / "out" / "noise.sqlite"
     done = []
     monkeypatch.setattr(grid, "compare", lambda *given, **more: done.append(given) or compare(*given, **more))
 
@@ -103,7 +111,7 @@ def test_what_is_there_is_not_run_again(config, tmp_path, monkeypatch):
     monkeypatch.setattr(Results, "add", lambda self, *given: killed() if done[1:] else before(self, *given))
     with pytest.raises(KeyboardInterrupt):
         grid.run(read_config(path), out)
-    [first] = Results(out / "results.sqlite").cells()
+    [first] = Results(out).cells()
     monkeypatch.setattr(Results, "add", before)
     monkeypatch.setattr(fastntk, "fit", killed)  # the fits are there
     assert len(grid.run(read_config(path), out).cells()) == 2
@@ -119,32 +127,123 @@ def test_what_is_there_is_not_run_again(config, tmp_path, monkeypatch):
     assert grid.run(read_config(changed), out).cells()[0].rows["original"] != first.rows["original"]
 
 
+SELECT = {
+    "losses": ["squared"],
+    "select": {"requests": ["class", "random 20%"]},
+    "requests": ["class", "random 10%"],
+    "methods": {
+        "fast_ntk": {"method": "FastNTK", "choose": {"exact_head": [True], "gain": [1.5]}},
+        "audited": {"method": "FastNTK", "gain": True},
+        "tuned": {"method": "FineTune", "share": 0.5, "choose": {"rate": [0.1, 3.0]}},
+    },
+}
+
+
 def test_the_command(config, tmp_path):
     out = tmp_path / "results"
-    text = succeed("bench", written(tmp_path, {**config, "seeds": [0, 1]}), "--out", out)
-    assert "noise, small, 10 images a class, forgotten: random 20%" in text
+    methods = {name: SELECT["methods"][name] for name in ("fast_ntk", "tuned")}
+    asked = {
+        **config,
+        **SELECT,
+        "losses": ["smoothed"],
+        "seeds": [0, 1],
+        "requests": ["random 10%"],
+        "methods": methods,
+    }
+    text = succeed("bench", written(tmp_path, asked), "--out", out)
+    assert "noise, small, 10 images a class, smoothed, forgotten: random 10%" in text
+    assert (out / "config.sqlite").is_file()
     drawn = (out / "tables.md").read_text()
-    assert "Seeds: 0, 1." in drawn
-    assert "| fast_ntk |" in drawn
+    assert drawn.index("**tenth, smoothed") < drawn.index("### tenth, smoothed") < drawn.index("### noise, small")
+    assert "Seeds: 0, 1. Chosen (seed 0): fast_ntk: FastNTK(" in drawn
+    assert "| tuned, chosen | chosen |" in drawn
     assert "±" in drawn
+    assert "- noise, small, 10 a class, smoothed, seed 1, tenth: " in drawn
     shown = (out / "tables.html").read_text()
-    assert shown.count("<svg") == 3
-    assert shown.count("<table") == 7
-    assert '<tr class="ours"><td>fast_ntk</td>' in shown
-    assert drawn.index("### All requests") < drawn.index("### noise, small")
+    assert shown.count("<svg") == 1
+    assert shown.count("<table") == 1 + 1 + 1
+    assert '<tr class="ours"><td>fast_ntk, chosen</td>' in shown
     last = json.loads(succeed("bench", "--summary", out, "--json"))
-    assert last["cells"] == 4
-    assert "| noise, small, 10, class, seed 1 |" in drawn
-    assert "### All requests: random 20%\n\nMedians over 2 requests" in drawn
-    assert set(last["distance_ratio"]) == {"fast_ntk", "tuned", "retrain_other_seed"}
-    assert last["distance_ratio"]["retrain_other_seed"] == 1
+    assert last["cells"] == 2
+    found = {(row["loss"], row["kind"], row["method"], row["settings"]) for row in last["rows"]}
+    rows = {("original", "default"), ("retrain", "default")}
+    rows |= {(name, settings) for name in ("fast_ntk", "tuned") for settings in ("default", "chosen")}
+    assert found == {("smoothed", "tenth", *row) for row in rows}
+    assert all(row["requests"] == 2 for row in last["rows"])
     assert (out / "tables.md").read_text() == drawn
     other = json.loads(succeed("bench", "--summary", out, "--ours", "tuned", "--json"))
-    assert other["flags"]["off"]["good_and_flagged"] == 0, "fine-tuning gives no verdict"
+    assert other["flags"]["good_and_flagged"] == 0, "fine-tuning gives no verdict"
     refuse("no results in", "bench", "--summary", tmp_path / "nowhere")
     refuse("answered by 'ours'.*fast_ntk, tuned", "bench", "--summary", out, "--ours", "ours")
     refuse("--methods goes with a CONFIG", "bench", "--summary", out, "--methods", "some.yaml")
     refuse("either which CONFIG.yaml", "bench")
+    (out / "again.sqlite").write_bytes((out / "config.sqlite").read_bytes())
+    refuse("both have", "bench", "--summary", out)
+
+
+def test_settings_are_chosen_by_the_least_score_on_requests_that_nobody_asks_for(config, tmp_path):
+    read = read_config(written(tmp_path, {**config, **SELECT}))
+    assert read.methods["tuned"].others == (FineTune(share=0.5, rate=0.1), FineTune(share=0.5, rate=3.0))
+    assert len(read.methods["fast_ntk"].others) == 3
+    setting = next(read.settings())
+    bench = grid._Bench(read, setting, tmp_path / "fits", "cpu")
+    asked = {request: set(bench._problem(request, 0)[0].forget) for request in ("class", "random 20%")}
+    for trial, request in zip(bench.trials, SELECT["select"]["requests"], strict=True):
+        assert set(trial.problem.forget) != asked[request]
+        models = trial.retrained
+        assert list(models) == ["retrain", "retrain_2"]
+        score = by_hand(trial, FineTune(share=0.5)(trial.problem).parameters)
+        assert trial.score(FineTune(share=0.5)(trial.problem).parameters) == pytest.approx(score)
+        assert trial.score(models["retrain"].parameters) == pytest.approx(by_hand(trial, models["retrain"].parameters))
+        broken = {name: tensor * float("nan") for name, tensor in bench.memory.anchor.items()}
+        assert trial.score(broken) == float("inf")
+    for name, choice in bench.choices.items():
+        entry = read.methods[name]
+        scores = {
+            each: geometric_mean(trial.score(each(trial.problem).parameters) for trial in bench.trials)
+            for each in (entry.default, *entry.others)
+        }
+        assert choice.score == pytest.approx(min(scores.values()), rel=1e-4)
+        assert scores[choice.method] == pytest.approx(choice.score, rel=1e-4)
+        assert choice.tried == len(scores)
+        assert choice.seconds > 0
+    facts, report = bench.cell("class")
+    assert list(report.rows)[:4] == ["original", "retrain", "retrain_2", "retrain_3"]
+    for name, choice in bench.choices.items():
+        if choice.method == read.methods[name].default:
+            assert report.rows[f"{name}, chosen"] == report.rows[name]
+        said = facts["chosen"][name]
+        assert said["method"] == [type(choice.method).__name__, asdict(choice.method)]
+        assert said["seconds"] > choice.seconds, "with the models retrained for it"
+    assert facts["audited"] == ["audited"]
+    assert set(facts["prepared"]) == {"fast_ntk", "audited"}
+
+
+def by_hand(trial, parameters):
+    """A score, written out: of squared loss, so of logits."""
+
+    def measured(which):
+        model = fastntk.model_at(trial.problem.model, which)
+        sets = {"retain": trial.problem.retain, "forget": trial.problem.forgotten, "test": trial.test}
+        logits = {name: logits_of(model, data, "cpu") for name, data in sets.items()}
+        labels = {name: labels_of(data) for name, data in sets.items()}
+        entropy = {name: modified_entropy(logits[name], labels[name]) for name in sets}
+        shares = {name: accuracy(logits[name], labels[name]) for name in sets}
+        shares["member"] = taken_for_members(entropy["forget"], entropy["retain"], entropy["test"])
+        return logits["forget"], shares
+
+    one, other = (measured(each.parameters) for each in trial.retrained.values())
+    ours = measured(parameters)
+    floor = logit_distance(one[0], other[0])
+    distances, gaps = [], []
+    for theirs in (one, other):
+        if not torch.equal(theirs[0], ours[0]):
+            distances.append(logit_distance(theirs[0], ours[0]))
+            gaps.append(average_gap(ours[1], theirs[1]))
+        else:  # it is that model: both distances count, one of them 0
+            distances.append(0.0)
+            gaps.append(0.0)
+    return mean(distances) / floor * (1 + mean(gaps)) / (1 + average_gap(one[1], other[1]))
 
 
 @pytest.mark.parametrize(
@@ -153,7 +252,16 @@ def test_the_command(config, tmp_path):
         ("no field 'epoch'", {"recipe": {"epoch": 3}}),
         ("at least 1", {"recipe": {"epochs": 0}}),
         ("no field 'sede'", {"sede": [1]}),
-        ("one of squared, cross-entropy, not 'hinge'", {"recipe": {"loss": "hinge"}}),
+        ("one of squared, cross-entropy, smoothed, not 'hinge'", {"losses": ["hinge"]}),
+        ("losses have a list of their own", {"recipe": {"loss": "squared"}}),
+        ("retrained must be a whole number from 2 on", {"retrained": 1}),
+        ("select: retrained must be 2 at least", {"select": {"requests": ["class"], "retrained": 1}}),
+        ("select has no field 'request'", {"select": {"request": ["class"]}}),
+        ("select: there is no request", {"select": {"requests": []}}),
+        ("method a: choose must be a table", {"methods": {"a": {"method": "Scrub", "choose": {"rate": 1.0}}}}),
+        ("method a has no field 'power'", {"methods": {"a": {"method": "Scrub", "choose": {"power": [1.0]}}}}),
+        ("method a: rate must be above 0", {"methods": {"a": {"method": "Scrub", "choose": {"rate": [0.0]}}}}),
+        ("this name is taken", {"methods": {"a, chosen": {"method": "Scrub"}}}),
         ("'class' or 'random P%', not 'random many'", {"requests": ["random many"]}),
         ("'class' or 'random P%', not 'some'", {"requests": ["some"]}),
         ("method a: say which.*FastNTK", {"methods": {"a": {"method": "Magic"}}}),
@@ -183,96 +291,152 @@ def test_methods_can_stand_in_a_file_of_their_own(config, tmp_path):
     assert read_config(written(tmp_path, other), tmp_path / "methods.yaml") == apart
 
 
-def test_a_grid_of_cross_entropy(config, tmp_path):
-    changed = {
-        "recipe": {"epochs": 1, "batch_size": 8, "loss": "cross-entropy"},
-        "methods": {"iterated": {"method": "Iterated"}},
-    }
-    read = read_config(written(tmp_path, {**config, **changed, "requests": ["random 20%"]}))
-    assert read.fitting(3) == Recipe(epochs=1, batch_size=8, seed=3, loss=fastntk.CrossEntropy())
-    [found] = grid.run(read, tmp_path / "out").cells()
-    assert found.rows["iterated"]["distance_ratio"] > 0
-
-
 def test_too_few_images_are_refused(config, tmp_path):
     path = written(tmp_path, {**config, "per_class": [21]})
     with pytest.raises(fastntk.InputError, match="class 0 has no images 0 to 21"):
-        grid.run(read_config(path), tmp_path / "out")
+        grid.run(read_config(path), tmp_path / "out.sqlite")
 
 
-def row(accuracy=80.0, ratio=1.0, membership=50.0, seconds=10.0, relearn=8.0, doubt=None):
+def row(accuracy=80.0, ratio=1.0, gap=1.0, seconds=10.0, relearn=8.0, back=50.0, doubt=None):
     parts = dict.fromkeys(("retain_accuracy", "forget_accuracy", "test_accuracy"), accuracy)
-    measures = {"distance_ratio": ratio, "average_gap": 1.0, "membership": membership}
-    return {**parts, **measures, "seconds": seconds, "relearn_steps": relearn, "doubt": doubt}
+    measures = {"distance_ratio": ratio, "probability_ratio": 2 * ratio, "average_gap": gap, "membership": 50.0}
+    relearned = {"relearn_steps": relearn, "relearned_without": back}
+    return {**parts, **measures, **relearned, "seconds": seconds, "moved": 1.0, "doubt": doubt}
 
 
-def cell(ours, verdict="trusted", relearn=8.0):
-    rows = {"original": row(), "retrain": row(80.0), "retrain_other_seed": row(82.0, relearn=relearn)}
-    facts = {"images": 1000, "forgotten": 100, "test_images": 500, "notes": {"fast_ntk": f"{verdict}: because"}}
-    return Cell(Setting("d", "m", 10, 0), "class", facts, {**rows, "fast_ntk": ours})
+def cell(ours, verdict="trusted", request="class", **more):
+    rows = {
+        "original": row(ratio=4.0),
+        "retrain": row(80.0),
+        "retrain_2": row(82.0, relearn=None, seconds=20.0, back=56.0),
+    }
+    facts = {
+        "unit": "logits",
+        "notes": {"fast_ntk": f"{verdict}: because"},
+        "prepare_seconds": 30.0,
+        "prepared": ["fast_ntk"],
+        "audited": [],
+        "audit": {"seconds": 60.0},
+        "chosen": {"tuned": {"seconds": 45.0}},
+    }
+    return Cell(Setting("d", "m", 10, 0, "squared"), request, facts, {**rows, "fast_ntk": ours, **more})
 
 
-def test_the_summary_counts_what_was_off_and_what_was_flagged():
+def found_in(cells, method="fast_ntk", settings="default"):
+    [found] = [
+        each
+        for each in summarise(cells, "fast_ntk")["rows"]
+        if (each["method"], each["settings"]) == (method, settings)
+    ]
+    return found
+
+
+def test_a_summary_has_the_medians_of_each_loss_and_kind_beside_the_retrained_models():
     cells = [
-        cell(row(83.9, ratio=1.2, seconds=0.5)),  # 2.9 points off: good
-        cell(row(84.1, ratio=1.4, membership=59.0, relearn=10.1, doubt=3.1), "retrain needed"),  # off, flagged, doubted
-        cell(row(77.0, ratio=3.0, membership=61.0, relearn=None)),  # off, not flagged; membership beyond 50 +- 9.6
-        cell(row(81.0, relearn=None, doubt=2.9), "refresh needed", relearn=None),  # good, flagged
+        cell(row(83.0, ratio=1.2, seconds=1.5), tuned=row(ratio=3.0, seconds=3.0)),
+        cell(row(84.1, ratio=1.4, gap=2.0, back=57.0), tuned=row(ratio=2.0)),
+        cell(row(86.0, ratio=1.3, relearn=4.0), tuned=row(ratio=4.0)),
+        cell(row(ratio=9.0), request="random 7%"),
+    ]
+    found = found_in(cells[:3])
+    assert (found["loss"], found["kind"], found["requests"], found["unit"]) == ("squared", "class", 3, "logits")
+    assert (found["ratio_logits"], found["ratio_probabilities"]) == (1.3, 2.6)
+    assert found["low"] == found["low_logits"] == 1.2
+    assert found["high_probabilities"] == 2.8
+    assert (found["gap"], found["gap_retrained"]) == (1.0, 1.0)
+    assert found["off"] == pytest.approx((0 + 1 / 2 + 2 / 2) / 3)  # from 80 and 82: 3 and 1, 4.1 and 2.1, 6 and 4
+    assert found["off_retrained"] == 0
+    assert found["relearn_forgotten"] == pytest.approx(1.0)
+    assert found["relearn_retained"] == pytest.approx(-3.0)  # -3, 4 and -3 beside 53
+    assert found["relearn_retained_within"] == pytest.approx(2 / 3)
+    assert found["request_fraction"] == pytest.approx(10 / 15)
+    assert found["prepared_fraction"] == found["chosen_fraction"] == pytest.approx(40 / 15)
+    tuned = found_in(cells[:3], "tuned")
+    assert tuned["prepared_fraction"] == tuned["chosen_fraction"] == pytest.approx(10 / 15)
+    low, high = tuned["nearer"]  # 2.5, 1.43 and 3.08 times as far
+    assert (low, high) == (pytest.approx(2 / 1.4), pytest.approx(4 / 1.3))
+    assert found_in(cells[:3], "retrain")["ratio_logits"] == 1
+    kinds = {(each["kind"], each["requests"]) for each in summarise(cells, "fast_ntk")["rows"]}
+    assert kinds == {("class", 3), ("random 7%", 1)}
+    few = summarise(cells[:1], "fast_ntk")["rows"]
+    assert all(each["low"] is each["nearer"] is None for each in few)
+
+
+def test_chosen_settings_stand_beside_the_default_ones_and_are_judged():
+    cells = [
+        cell(
+            row(ratio=r),
+            tuned=row(ratio=2.0),
+            **{"fast_ntk, chosen": row(ratio=r / 2), "tuned, chosen": row(ratio=1.0)},
+        )
+        for r in (1.8, 2.2)
+    ]
+    assert found_in(cells, settings="chosen")["ratio_logits"] == pytest.approx(1.0)
+    assert found_in(cells, "tuned")["nearer"] == [pytest.approx(2 / 1.1), pytest.approx(2 / 0.9)]
+    assert found_in(cells, "tuned", "chosen")["chosen_fraction"] == pytest.approx((10 + 45) / 15)
+    assert found_in(cells, "tuned", "chosen")["prepared_fraction"] == pytest.approx(10 / 15)
+    first, verdicts = conclusions(summarise(cells, "fast_ntk"))
+    assert first.startswith("**class, squared** (2 requests): fast_ntk, chosen lies 1.00 (0.90 to 1.10) times as far")
+    assert (
+        "nearer than 1 of 2 other rows by an interval that excludes them; not than tuned, chosen (0.91 to 1.11)"
+        in first
+    )
+    assert first.endswith("Falls short: it is not nearer than every other row.")
+    assert verdicts.startswith("0 of 2 answers were off")
+
+
+def test_what_falls_short_is_said_first():
+    good = cell(row(ratio=1.0), tuned=row(ratio=3.0))
+    bad = cell(row(ratio=1.2, gap=1.4), tuned=row(ratio=3.0), request="random 10%")
+    told = conclusions(summarise([good, good, bad, bad], "fast_ntk"))
+    assert told[0].startswith("**tenth")
+    assert told[0].endswith("Falls short: the ratio is above 1.10, the gap is more than theirs.")
+    assert told[1].startswith("**class")
+    assert "Falls short" not in told[1]
+
+
+def test_the_summary_counts_what_was_off_and_what_was_flagged_and_doubted():
+    cells = [
+        cell(row(83.9, doubt=3.5)),  # 2.9 points off: good; 80 is beyond the doubt, 82 within
+        cell(row(84.1, doubt=4.2), "retrain needed"),  # off, flagged, doubted; both within
+        cell(row(77.0)),  # off, not flagged
+        cell(row(81.0, doubt=0.5), "refresh needed"),  # good, flagged; none within
     ]
     found = summarise(cells, "fast_ntk")
-    bad, good = {"bad": 2, "bad_and_flagged": 1, "bad_and_doubted": 1}, {"good": 2, "good_and_flagged": 1}
-    assert found["flags"]["off"] == {**bad, **good, "good_and_doubted": 0}
-    assert found["membership_within"] == {"fast_ntk": 0.75, "retrain_other_seed": 1}
-    assert found["relearn_within"] == {"fast_ntk": 0.5, "retrain_other_seed": 1}
-    assert found["off"] == {"fast_ntk": 0.5, "retrain_other_seed": 0}  # 3.9, 4.1, -3 and 1 points; 2
-    assert found["distance_ratio"]["fast_ntk"] == pytest.approx(1.3)
-    low, high = found["distance_ratio_interval"]
-    assert 1.0 <= low < 1.3 < high <= 3.0
-    assert found["time_fraction"]["fast_ntk"] == pytest.approx(1.0)
-    assert found["time_fraction_with_preparing"] is None
-    timed = replace(cells[0], facts={**cells[0].facts, "prepare_seconds": 4.5})
-    assert summarise([timed, *cells], "fast_ntk")["time_fraction_with_preparing"] == pytest.approx(0.5)
+    bad = {"bad": 2, "bad_and_flagged": 1, "bad_and_doubted": 1}
+    assert found["flags"] == {**bad, "good": 2, "good_and_flagged": 1, "good_and_doubted": 1}
+    assert found["doubt"] == {"models": 6, "within": 3}
+    assert conclusions(found)[-1] == (
+        "2 of 4 answers were off by more than 3 points from the retrained models' mean; the verdict had flagged 1 of "
+        "these, and 1 of the others. 3 of 6 retrained models lay within the doubt."
+    )
 
 
 def test_the_figures_of_each_model_are_over_its_requests():
-    first, second = cell(row(ratio=1.2, doubt=1.0)), cell(row(90.0, ratio=1.4, doubt=9.0))
-    other = replace(cell(row(ratio=3.0)), setting=Setting("d", "another", 10, 0))
+    first, second = cell(row(ratio=1.2)), cell(row(90.0, ratio=1.4))
+    other = replace(cell(row(ratio=3.0)), setting=Setting("d", "another", 10, 0, "squared"))
     without = replace(first, rows={name: each for name, each in first.rows.items() if name != "fast_ntk"})
     table = by_model([first, second, other, without], "fast_ntk")
-    assert list(table.rows) == ["d, m, 10", "d, another, 10"]
-    found = dict(zip(table.columns, table.rows["d, m, 10"], strict=True))
-    assert (found["requests"], found["distance ratio"]) == ("2", "1.30")
-    assert (found["off, doubted"], found["others, doubted"]) == ("1, 1", "1, 0")
+    assert list(table.rows) == ["d, m, 10, squared", "d, another, 10, squared"]
+    found = dict(zip(table.columns, table.rows["d, m, 10, squared"], strict=True))
+    assert (found["requests"], found["ratio"]) == ("2", "1.30")
+    assert (found["off, flagged"], found["others, flagged"]) == ("1, 0", "1, 0")
 
 
-@pytest.mark.parametrize(
-    ("ours", "other", "within"),
-    [
-        (6.0, 8.0, True),
-        (5.9, 8.0, False),
-        (10.1, 8.0, False),
-        (10.1, 9.0, True),
-        (1.5, 2.0, True),
-        (1.4, 2.0, False),
-        (0.0, 0.0, True),
-        (40.0, None, True),
-        (None, None, True),
-        (None, 8.0, False),
-        (5.0, None, False),
-    ],
-)
-def test_relearning_is_compared_with_what_the_two_retrained_models_span(ours, other, within):
-    judged = cell(row(relearn=ours), relearn=other)
-    assert summarise([judged], "fast_ntk")["relearn_within"]["fast_ntk"] == within
-
-
-def test_what_chance_makes_of_few_samples_is_not_off_beyond_it():
-    few = {"forgotten": 10, "images": 1000, "test_images": 500, "notes": {"fast_ntk": "trusted"}}
-    gap = {**row(81.0), "forget_accuracy": 90.0}  # 9 points: one image of ten
-    near = replace(cell(gap), facts=few)
-    assert summarise([near], "fast_ntk")["flags"]["off"]["bad"] == 1
-    assert summarise([near], "fast_ntk")["flags"]["off_beyond_chance"]["bad"] == 0
-    assert (
-        summarise([replace(near, facts={**few, "forgotten": 1000})], "fast_ntk")["flags"]["off_beyond_chance"]["bad"]
-        == 1
+def test_a_request_in_words():
+    told = in_words(cell(row(81.0, ratio=1.2), "retrain needed", request="random 1%"), "fast_ntk")
+    assert told == (
+        "d, m, 10 a class, squared, seed 0, hundredth: 81.0 % of the forgotten images are still recognised, by "
+        "retrained models 80.0 to 82.0 %; 1.20 times as far from these as they from each other, the original 4.00; "
+        "verdict: retrain needed."
     )
+
+
+def test_results_of_an_older_version_are_refused(tmp_path):
+    Results(tmp_path / "old.sqlite")
+    database = sqlite3.connect(tmp_path / "old.sqlite")
+    database.execute("UPDATE about SET format = 1")
+    database.commit()
+    database.close()
+    with pytest.raises(fastntk.InputError, match=r"old.sqlite are of an older fastntk, 0.1.0. Run the grid anew"):
+        Results(tmp_path / "old.sqlite")

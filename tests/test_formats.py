@@ -152,12 +152,13 @@ def test_results_of_every_version(tmp_path):
     assert Results(path).cells() == []
     assert digest({"file": torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)}) == before
     with sqlite3.connect(path) as database:
-        database.execute("UPDATE about SET format = 2, fastntk = '3.1'")
-    with pytest.raises(fastntk.InputError, match=r"results, format 2, written by fastntk 3\.1"):
+        database.execute("UPDATE about SET format = 3, fastntk = '3.1'")
+    with pytest.raises(fastntk.InputError, match=r"results, format 3, written by fastntk 3\.1"):
         Results(path)
     with sqlite3.connect(path) as database:
         database.execute("DROP TABLE about")
-    assert Results(path).cells() == []
+    with pytest.raises(fastntk.InputError, match=r"of an older fastntk, before 0\.1\.0\. Run the grid anew"):
+        Results(path)
 
 
 def test_upgrades_follow_each_other():

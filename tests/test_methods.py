@@ -155,15 +155,17 @@ def test_comparison_measures_every_method_beside_the_original():
     assert list(report.rows) == [
         "original",
         "retrain",
-        "retrain_other_seed",
+        "retrain_2",
         "fastntk",
         "fastntk_exact_head",
         "golatkar",
         "golatkar_step",
     ]
     assert report.rows["original"]["seconds"] == 3.0
-    assert report.rows["retrain"]["forget_distance"] == 0
-    assert report.rows["retrain_other_seed"]["forget_distance"] > 0
+    assert report.rows["retrain"]["forget_distance"] == report.rows["retrain_2"]["forget_distance"] > 0
+    assert list(references(3, 4)) == ["retrain", "retrain_2", "retrain_3", "retrain_4"]
+    assert references(3, 4)["retrain_4"] == Retrain(5)
+    assert references(3, 0) == {}
     assert notes.keys() == {"fastntk", "fastntk_exact_head"}
     assert "the network departs" in notes["fastntk"]
 

@@ -1,6 +1,9 @@
 import json
 import re
 from dataclasses import fields, replace
+from itertools import combinations
+from math import prod
+from statistics import mean
 
 import pytest
 import torch
@@ -34,7 +37,7 @@ def reported():
         for n in (6, 4, 5)
     ]
     torch.manual_seed(0)
-    models = {name: nn.Linear(4, 3) for name in ("original", "retrain", "fastntk")}
+    models = {name: nn.Linear(4, 3) for name in ("original", "retrain", "retrain_2", "retrain_3", "fastntk")}
     return (
         models,
         data,
@@ -44,28 +47,31 @@ def reported():
 
 def test_evaluate_measures_on_each_set():
     models, data, report = reported()
+    retrained = [models[name](data[1].tensors[0]).detach() for name in report.retrained]
+    floor = mean(logit_distance(*pair) for pair in combinations(retrained, 2))
     for name, model in models.items():
         logits = [model(part.tensors[0]).detach() for part in data]
         row = report.rows[name]
         assert row["retain_accuracy"] == accuracy(logits[0], data[0].tensors[1])
         assert row["forget_accuracy"] == accuracy(logits[1], data[1].tensors[1])
         assert row["test_accuracy"] == accuracy(logits[2], data[2].tensors[1])
-        reference = models["retrain"](data[1].tensors[0]).detach()
-        assert row["forget_distance"] == pytest.approx(logit_distance(logits[1], reference))
+        others = [each for each in ("retrain", "retrain_2", "retrain_3") if each != name]
+        theirs = [models[each](data[1].tensors[0]).detach() for each in others]
+        distance = mean(logit_distance(logits[1], each) for each in theirs)
+        assert row["forget_distance"] == pytest.approx(distance)
+        assert row["distance_ratio"] == pytest.approx(distance / floor)
         torch.testing.assert_close(report.margins(name), margins(logits[1], data[1].tensors[1]))
         parts = ("retain", "forget", "test")
         entropy = [metrics.modified_entropy(each, part.tensors[1]) for each, part in zip(logits, data, strict=True)]
         assert row["membership"] == metrics.taken_for_members(entropy[1], entropy[0], entropy[2])
-        assert row["forget_agreement"] == metrics.agreement(logits[1], reference)
-        assert row["forget_kl"] == pytest.approx(metrics.kl_divergence(reference, logits[1]))
-        theirs = report.rows["retrain"]
-        gaps = {part: abs(row[f"{part}_accuracy"] - theirs[f"{part}_accuracy"]) for part in parts}
-        assert row["average_gap"] == pytest.approx(
-            (sum(gaps.values()) + abs(row["membership"] - theirs["membership"])) / 4
-        )
-        product = (1 - gaps["retain"] / 100) * (1 - gaps["forget"] / 100) * (1 - gaps["test"] / 100)
-        assert row["tug_of_war"] == pytest.approx(product)
-        assert row["distance_ratio"] is None
+        assert row["forget_agreement"] == pytest.approx(mean(metrics.agreement(logits[1], each) for each in theirs))
+        assert row["forget_kl"] == pytest.approx(mean(metrics.kl_divergence(each, logits[1]) for each in theirs))
+        gaps = [
+            [abs(row[k] - report.rows[each][k]) for k in (*(f"{part}_accuracy" for part in parts), "membership")]
+            for each in others
+        ]
+        assert row["average_gap"] == pytest.approx(mean(sum(each) / 4 for each in gaps))
+        assert row["tug_of_war"] == pytest.approx(mean(prod(1 - gap / 100 for gap in each[:3]) for each in gaps))
     assert report.rows["fastntk"]["seconds"] == 0.5
     assert report.rows["original"]["seconds"] is None
 
@@ -84,7 +90,7 @@ def test_files_hold_the_numbers_and_need_nothing_else(tmp_path):
     stored = json.loads((tmp_path / "report.json").read_text())
     assert stored["scenarios"]["class"]["rows"] == report.rows
     assert stored["environment"]["torch"] == torch.__version__
-    assert document({"class": report})["scenarios"]["class"]["reference"] == "retrain"
+    assert document({"class": report})["scenarios"]["class"]["retrained"] == ["retrain", "retrain_2", "retrain_3"]
     page = (tmp_path / "report.html").read_text()
     assert page.count("<svg") == 1
     assert (tmp_path / "class.svg").read_text().startswith("<svg")
@@ -96,18 +102,22 @@ def test_files_hold_the_numbers_and_need_nothing_else(tmp_path):
 
 def test_distances_over_the_floor():
     models, data, _ = reported()
-    torch.manual_seed(9)
-    models["retrain_other_seed"] = nn.Linear(4, 3)
-    rows = fastntk.evaluate(models, retain=data[0], forget=data[1], test=data[2]).rows
-    assert rows["retrain"]["distance_ratio"] == 0
-    assert rows["retrain_other_seed"]["distance_ratio"] == 1
-    floor = rows["retrain_other_seed"]["forget_distance"]
+    given = {"retain": data[0], "forget": data[1], "test": data[2]}
+    rows = fastntk.evaluate(models, **given, retrained=["original", "retrain"]).rows
+    assert rows["retrain"]["distance_ratio"] == 1
+    assert rows["original"]["distance_ratio"] == 1
+    floor = rows["retrain"]["forget_distance"]
     assert rows["fastntk"]["distance_ratio"] == pytest.approx(rows["fastntk"]["forget_distance"] / floor)
+    with pytest.raises(fastntk.InputError, match="no model 'retrian' to compare with, only original, retrain"):
+        fastntk.evaluate(models, **given, retrained=["retrian"])
+    one = fastntk.evaluate(models, **given, retrained=["retrain"]).rows
+    assert one["fastntk"]["forget_distance"] > 0
+    assert one["fastntk"]["distance_ratio"] is one["retrain"]["forget_distance"] is None
 
 
 def test_without_a_reference_there_are_no_distances():
     models, data, _ = reported()
-    del models["retrain"]
+    models = {name: models[name] for name in ("original", "fastntk")}
     report = fastntk.evaluate(models, retain=data[0], forget=data[1], test=data[2])
     assert report.rows["fastntk"]["forget_distance"] is None
     assert report.rows["fastntk"]["average_gap"] is None

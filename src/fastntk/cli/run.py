@@ -41,7 +41,7 @@ from fastntk.common.files import (
 )
 from fastntk.evidence.auditing import audit, left_out_gain
 from fastntk.evidence.compare import compare, references
-from fastntk.evidence.methods import Method, Problem
+from fastntk.evidence.methods import Problem
 from fastntk.evidence.report import Report
 from fastntk.inputs.called import state_at
 from fastntk.inputs.ids import Id
@@ -292,17 +292,16 @@ class Run:
         return taken
 
     def evaluate(
-        self, test: str | None, retrain: bool, seed: int | None = None, ids: Callable[[Images], list[Id]] | None = None
+        self, test: str | None, retrained: int, seed: int | None = None, ids: Callable[[Images], list[Id]] | None = None
     ) -> Report:
-        """The fitted and the unlearned model beside two that are retrained without what was forgotten, which ``ids``
+        """The fitted and the unlearned model beside some that are retrained without what was forgotten, which ``ids``
         may name among the images."""
         settings, memory, images = self._with_all_images()
         forget = forgotten(images, memory, ids(images) if ids else None)
         held_out = _held_out(settings, images, test)
         problem = Problem(memory, forget, settings.fitting())
         other = problem.recipe.seed + 1 if seed is None else seed
-        methods: dict[str, Method] = references(other) if retrain else {}
-        return compare(problem, held_out, methods, answered=_answers(memory))[0]
+        return compare(problem, held_out, references(other, retrained), answered=_answers(memory))[0]
 
 
 def _answers(memory: Memory) -> dict[str, dict[str, Tensor]]:

@@ -29,7 +29,7 @@ from fastntk.memory.finish import multiplied
 from fastntk.memory.memory import Memory
 from fastntk.memory.state import State
 from fastntk.tuning.loss import check_labels, predictions
-from fastntk.tuning.outputs import logits_of, model_at
+from fastntk.tuning.outputs import logits_of, margins, model_at
 from fastntk.tuning.parameters import snapshot, tuned
 from fastntk.tuning.recipe import Recipe
 
@@ -137,6 +137,10 @@ def _compared(
     def distance(left: Tensor, right: Tensor) -> float:
         return logit_distance(predictions(left, unit), predictions(right, unit))
 
+    def errors(answered: Tensor) -> tuple[float, float]:
+        more = torch.stack([margins(each, labels) - margins(answered, labels) for each in (one, other)]).double()
+        return float(more.mean()), float(more.std(correction=0))
+
     one, other, ours = (logits(parameters) for parameters in (*models, answer.parameters))
     floor = distance(one, other)
     if floor <= _ROUNDING * distance(one, torch.zeros_like(one)):
@@ -161,6 +165,8 @@ def _compared(
         distances_with_gain=(distance(gained, one), distance(gained, other)),
         seconds=seconds,
         unit=unit,
+        errors=errors(ours),
+        errors_with_gain=errors(gained),
     )
 
 

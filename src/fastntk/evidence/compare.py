@@ -9,16 +9,15 @@ from torch.utils.data import Dataset
 from fastntk.common.progress import track
 from fastntk.evidence.methods import FastNTK, Golatkar, Method, Problem, Retrain, Unlearned
 from fastntk.evidence.methods.problem import measured
-from fastntk.evidence.report import FLOOR, REFERENCE, Report, reported, subjects_of
+from fastntk.evidence.report import ORIGINAL, RETRAINED, Report, reported, subjects_of
 from fastntk.tuning.outputs import model_at
 
-COMPARED_WITH = ("original", REFERENCE, FLOOR)
-"""The rows of a comparison that are no methods."""
 
-
-def references(other_seed: int) -> dict[str, Method]:
-    """Two models retrained without the data, the second with another seed: the yardstick and its noise floor."""
-    return {REFERENCE: Retrain(), FLOOR: Retrain(other_seed)}
+def references(other_seed: int, count: int = 2) -> dict[str, Method]:
+    """Models retrained without the data, the first with the fit's own seed and the others with ``other_seed`` and those
+    after it: the yardstick and its noise floor."""
+    others = {f"{RETRAINED}_{k + 2}": Retrain(other_seed + k) for k in range(count - 1)}
+    return {RETRAINED: Retrain(), **others} if count else {}
 
 
 def one_shot() -> dict[str, Method]:
@@ -48,7 +47,7 @@ def compare(
     Returns:
         The report, whose first row is ``original``, and what the methods said of their own results.
     """
-    done = {"original": Unlearned(problem.memory.anchor, seconds=original_seconds)}
+    done = {ORIGINAL: Unlearned(problem.memory.anchor, seconds=original_seconds)}
     done |= {name: measured(method, problem) for name, method in track(methods.items(), "methods")}
     done |= {name: Unlearned(dict(parameters)) for name, parameters in (answered or {}).items()}
     models = {name: model_at(problem.model, each.parameters) for name, each in done.items()}

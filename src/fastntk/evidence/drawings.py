@@ -12,7 +12,7 @@ _QUANTILES, _LEAST = (0.05, 0.25, 0.5, 0.75, 0.95), 20
 COLOURS = {
     "original": "#8d8d8d",
     "retrain": "#1b7f4b",
-    "retrain_other_seed": "#7cc49a",
+    "retrain_2": "#7cc49a",
     "fastntk": "#d1495b",
     "fastntk_exact_head": "#e8a0a9",
     "fastntk_gain": "#8c2f5e",
@@ -50,7 +50,7 @@ def _draw_accuracies(report: Report, axes: Axes) -> None:
 def _draw_margins(report: Report, axes: Axes) -> None:
     """The label's logit less the largest other, over the forgotten images: from the 5th to the 95th percentile, the
     middle half, and the median; of fewer than ``_LEAST`` the mean. No image's own is in the drawing."""
-    names = ("original", "fastntk", "retrain", "retrain_other_seed") if len(report.labels["forget"]) else ()
+    names = ("original", "fastntk", "retrain", "retrain_2") if len(report.labels["forget"]) else ()
     shown = [name for name in names if name in report.rows]
     for place, name in enumerate(shown):
         margins, colour = report.margins(name).double(), COLOURS.get(name)

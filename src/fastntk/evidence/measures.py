@@ -3,8 +3,10 @@
 Reports, tables, pages and summaries iterate over ``MEASURES``.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
+from statistics import mean
 from typing import Literal
 
 from jaxtyping import Float, Int
@@ -36,8 +38,8 @@ class Subject:
     Attributes:
         logits: on each of ``PARTS``.
         labels: of each.
-        reference: the model retrained without the forgotten samples, or None.
-        floor: another one of another seed, or None.
+        retrained: the models retrained without the forgotten samples, but for this one, or None.
+        pairs: every two of them, this one included if it is one; or None.
         seconds: that the model took to make, or None.
         bytes: that its method took at most, or None.
         problem: the request, or None.
@@ -47,8 +49,8 @@ class Subject:
 
     logits: Mapping[str, Float[Tensor, "samples classes"]]
     labels: Mapping[str, Int[Tensor, " samples"]]
-    reference: "Subject | None" = None
-    floor: "Subject | None" = None
+    retrained: "Sequence[Subject] | None" = None
+    pairs: "Sequence[tuple[Subject, Subject]] | None" = None
     seconds: float | None = None
     bytes: int | None = None
     problem: Problem | None = None
@@ -69,7 +71,7 @@ class Measure:
         heading: of its column.
         of: the number; None where it cannot be told.
         meaning: in a few words, for who reads the column.
-        better: ``more``, ``less``, or as ``near`` the retrained model's as can be.
+        better: ``more``, ``less``, or as ``near`` the retrained models' as can be.
         needs: the subject's attributes without which it is None.
         decimals: that are shown.
         place: where its column is shown: on the ``terminal`` and on pages, on ``pages``, or nowhere by itself.
@@ -88,8 +90,9 @@ class Measure:
     costly: bool = False
 
     def __call__(self, subject: Subject) -> float | None:
-        """The number, or None where something that it needs is not known."""
-        return None if any(getattr(subject, need) is None for need in self.needs) else self.of(subject)
+        """The number, or None where something that it needs is not known, or where it is not finite."""
+        value = None if any(getattr(subject, need) is None for need in self.needs) else self.of(subject)
+        return value if value is None or isfinite(value) else None
 
     def text(self, value: float | None) -> str:
         """The number as it is shown."""
@@ -110,39 +113,38 @@ def _accuracy_on(part: str) -> Callable[[Subject], float]:
     return lambda subject: accuracy(subject.logits[part], subject.labels[part])
 
 
-def _membership(subject: Subject) -> float:
+def _membership(subject: Subject) -> float | None:
     entropy = {part: modified_entropy(subject.logits[part], subject.labels[part]) for part in PARTS}
+    if not all(each.isfinite().all() for each in entropy.values()):
+        return None
     return taken_for_members(entropy["forget"], entropy["retain"], entropy["test"])
 
 
-def _to_reference(of: Callable[[Tensor, Tensor], float], part: str = "forget") -> Callable[[Subject], float | None]:
-    """A number of the reference's logits and the subject's."""
-    return lambda subject: of(subject.reference.logits[part], subject.logits[part]) if subject.reference else None
+def _to_retrained(of: Callable[[Tensor, Tensor], float], part: str = "forget") -> Callable[[Subject], float]:
+    """The mean over the retrained models of a number of their logits and the subject's."""
+    return lambda subject: mean(of(each.logits[part], subject.logits[part]) for each in subject.retrained or ())
 
 
 def _ratio(of: Callable[[Tensor, Tensor], float]) -> Callable[[Subject], float | None]:
-    """A distance to the reference over that of the floor."""
-    distance = _to_reference(of)
+    """The mean distance to the retrained models over the mean of their pairs."""
+    distance = _to_retrained(of)
 
     def measure(subject: Subject) -> float | None:
-        floor, own = distance(subject.floor) if subject.floor else None, distance(subject)
-        return own / floor if floor and own is not None else None
+        floor = mean(of(one.logits["forget"], other.logits["forget"]) for one, other in subject.pairs or ())
+        return distance(subject) / floor if floor else None
 
     return measure
 
 
-def _beside_reference(
+def _beside_retrained(
     of: Callable[[dict[str, float], dict[str, float]], float], *names: str
-) -> Callable[[Subject], float | None]:
-    """A number of several measures of the subject and of the reference."""
+) -> Callable[[Subject], float]:
+    """The mean over the retrained models of a number of several measures of the subject and of them."""
 
-    def measure(subject: Subject) -> float | None:
-        if subject.reference is None:
-            return None
-        ours, theirs = ({name: MEASURES[name](each) or 0.0 for name in names} for each in (subject, subject.reference))
-        return of(ours, theirs)
+    def numbers(subject: Subject) -> dict[str, float]:
+        return {name: MEASURES[name](subject) or 0.0 for name in names}
 
-    return measure
+    return lambda subject: mean(of(numbers(subject), numbers(each)) for each in subject.retrained or ())
 
 
 def _of_request(of: Callable[[Problem, Mapping[str, Tensor]], float | None]) -> Callable[[Subject], float | None]:
@@ -151,11 +153,11 @@ def _of_request(of: Callable[[Problem, Mapping[str, Tensor]], float | None]) -> 
 
 
 def _moved(subject: Subject) -> float | None:
-    retrained = subject.reference.parameters if subject.reference else None
-    if retrained is None or subject.problem is None or subject.parameters is None:
+    problem, models = subject.problem, [each.parameters for each in subject.retrained or ()]
+    if problem is None or subject.parameters is None or None in models:
         return None
-    distance = moved(subject.problem, retrained)
-    return moved(subject.problem, subject.parameters) / distance if distance else None
+    distance = mean(moved(problem, parameters) for parameters in models if parameters is not None)
+    return moved(problem, subject.parameters) / distance if distance else None
 
 
 def _doubt(subject: Subject) -> float | None:
@@ -163,9 +165,9 @@ def _doubt(subject: Subject) -> float | None:
 
 
 _ACCURACIES = tuple(f"{part}_accuracy" for part in PARTS)
-_COMPARED, _FORGOTTEN = ("reference",), ("forgotten",)
+_COMPARED, _FORGOTTEN = ("retrained",), ("forgotten",)
 _ON_FORGOTTEN = *_COMPARED, *_FORGOTTEN
-_WITH_FLOOR, _ASKED = (*_ON_FORGOTTEN, "floor"), ("problem", "parameters", "forgotten")
+_WITH_FLOOR, _ASKED = (*_ON_FORGOTTEN, "pairs"), ("problem", "parameters", "forgotten")
 
 MEASURES: dict[str, Measure] = {
     "retain_accuracy": Measure(
@@ -180,20 +182,20 @@ MEASURES: dict[str, Measure] = {
     ),
     "forget_distance": Measure(
         "d forget",
-        _to_reference(logit_distance),
-        "root mean square logit distance to the retrained model on the forgotten images",
+        _to_retrained(logit_distance),
+        "root mean square logit distance to a retrained model on the forgotten images, mean over them",
         "less",
         _ON_FORGOTTEN,
         place="terminal",
     ),
     "test_distance": Measure(
-        "d test", _to_reference(logit_distance, "test"), "the same on the test images", "less", _COMPARED,
+        "d test", _to_retrained(logit_distance, "test"), "the same on the test images", "less", _COMPARED,
         place="terminal",
     ),
     "distance_ratio": Measure(
         "ratio",
         _ratio(logit_distance),
-        "d forget over that of a second retrained model",
+        "d forget over the mean distance of two retrained models",
         "less",
         _WITH_FLOOR,
         place="terminal",
@@ -218,22 +220,22 @@ MEASURES: dict[str, Measure] = {
     ),
     "average_gap": Measure(
         "gap",
-        _beside_reference(average_gap, *_ACCURACIES, "membership"),
-        "the mean difference of the accuracies and of member to the retrained model's, in points",
+        _beside_retrained(average_gap, *_ACCURACIES, "membership"),
+        "the mean difference of the accuracies and of member to a retrained model's, in points, mean over them",
         "less",
         _ON_FORGOTTEN,
         summarised=True,
     ),
     "tug_of_war": Measure(
-        "ToW", _beside_reference(tug_of_war, *_ACCURACIES), "the tug of war of the accuracies, 1 at best", "more",
+        "ToW", _beside_retrained(tug_of_war, *_ACCURACIES), "the tug of war of the accuracies, 1 at best", "more",
         _ON_FORGOTTEN,
     ),
     "forget_kl": Measure(
-        "KL", _to_reference(kl_divergence), "divergence of predictions on the forgotten images, in nats", "less",
+        "KL", _to_retrained(kl_divergence), "divergence of predictions on the forgotten images, in nats", "less",
         _ON_FORGOTTEN,
     ),
     "forget_agreement": Measure(
-        "agree %", _to_reference(agreement), "the share of forgotten images put into the same class", "more",
+        "agree %", _to_retrained(agreement), "the share of forgotten images put into the same class", "more",
         _ON_FORGOTTEN,
         decimals=1,
     ),
@@ -273,9 +275,9 @@ MEASURES: dict[str, Measure] = {
     "moved": Measure(
         "moved",
         _moved,
-        "how far the tuned parameters are from the original's, over the retrained model's distance",
+        "how far the tuned parameters are from the original's, over the retrained models' mean",
         "near",
-        ("problem", "parameters", "reference"),
+        ("problem", "parameters", "retrained"),
     ),
     "seconds": Measure(
         "seconds",

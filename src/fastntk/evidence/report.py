@@ -1,9 +1,10 @@
-"""Evidence: models side by side with one retrained without the forgotten data, as a table and as JSON."""
+"""Evidence: models side by side with those retrained without the forgotten data, as a table and as JSON."""
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from itertools import combinations
 
 import torch
 from jaxtyping import Float, Int
@@ -18,8 +19,16 @@ from fastntk.evidence.metrics import margins
 from fastntk.inputs.batches import labels_of
 from fastntk.tuning.outputs import Model, logits_of
 
-REFERENCE, FLOOR = "retrain", "retrain_other_seed"
-"""The rows of the two retrained models: what all are compared with, and how far apart two such models lie."""
+ORIGINAL = "original"
+"""The row of the fitted model."""
+
+RETRAINED = "retrain"
+"""The row of the first retrained model; those of others are called ``retrain_2``, ``retrain_3``, ..."""
+
+
+def is_retrained(row: str) -> bool:
+    """Whether a row is a retrained model's, by its name."""
+    return row == RETRAINED or row.startswith(f"{RETRAINED}_")
 
 
 @dataclass(frozen=True)
@@ -30,29 +39,34 @@ class Report:
         rows: per model the numbers of ``fastntk.evidence.measures.MEASURES``, by name; None where one cannot be told.
         logits: per model and set (``retain``, ``forget``, ``test``), so that other metrics need no model.
         labels: per set.
-        reference: the name of the row that distances are to.
+        retrained: the names of the rows that all others are compared with; how far apart these lie is the floor.
     """
 
     rows: dict[str, dict[str, float | None]]
     logits: dict[str, Mapping[str, Float[Tensor, "samples classes"]]]
     labels: Mapping[str, Int[Tensor, " samples"]]
-    reference: str
+    retrained: tuple[str, ...]
 
     def margins(self, model: str, part: str = "forget") -> Float[Tensor, " samples"]:
         """Per sample: the label's logit less the largest other."""
         return margins(self.logits[model][part], self.labels[part])
 
+    def repeated(self, model: str, name: str) -> "Report":
+        """With a model's row a second time, under another name."""
+        rows, logits = ({**table, name: table[model]} for table in (self.rows, self.logits))
+        return replace(self, rows=rows, logits=logits)  # type: ignore[arg-type]
+
     def to_dict(self) -> dict[str, object]:
         """For JSON: the rows and what they are compared with."""
-        return {"rows": self.rows, "reference": self.reference}
+        return {"rows": self.rows, "retrained": list(self.retrained)}
 
     def table(self, title: str = "") -> Table:
         """For a terminal."""
         columns = shown("terminal")
         caption = (
             "%: accuracies; member: of the forgotten, taken for members by an attack; d: root mean square logit "
-            f"distance to {self.reference}; ratio: d forget over that of {FLOOR}; ratio p: of probabilities, to be "
-            "read where the loss is cross-entropy"
+            f"distance to a retrained model, mean over {len(self.retrained)}; ratio: d forget over the mean over their "
+            "pairs; ratio p: of probabilities, to be read where the loss is cross-entropy"
         )
         table = Table(title=title, caption=caption, caption_justify="left", box=SIMPLE_HEAD, padding=0)
         table.add_column("model", no_wrap=True)
@@ -70,24 +84,28 @@ def evaluate(
     forget: Dataset,
     test: Dataset,
     seconds: Mapping[str, float | None] | None = None,
-    reference: str = REFERENCE,
+    retrained: Sequence[str] | None = None,
     device: torch.device | str = "cpu",
 ) -> Report:
-    """Compare models with the one retrained on the retained data.
+    """Compare models with those retrained on the retained data.
 
     Args:
-        models: by name; modules, or functions of a batch of images (``fastntk.model_at(model, parameters)``). One
-            should be called ``reference``; a second retrained model beside it shows how far apart two of them lie.
+        models: by name; modules, or functions of a batch of images (``fastntk.model_at(model, parameters)``). Two at
+            least should be retrained ones: only beside how far apart these lie does a distance say anything.
         retain: the training samples that stay.
         forget: those that go.
         test: samples that no model was fitted to.
         seconds: what each model took to make.
-        reference: the row that distances are to; without it, distances are left out.
+        retrained: the names of the retrained ones, ``retrain`` and ``retrain_*`` by default; without any, distances are
+            left out.
         device: where the models are.
 
     Raises:
-        InputError: there is no model, or a set is empty.
+        InputError: there is no model, or none of a name that was said to be retrained, or a set is empty.
     """
+    odd = sorted(set(retrained or ()) - set(models))
+    if odd:
+        raise InputError(f"there is no model {odd[0]!r} to compare with, only {', '.join(models)}.")
     if not len(forget):  # type: ignore[arg-type]
         raise InputError("the forget set is empty: there is nothing to measure on it.")
     sets = {"retain": retain, "forget": forget, "test": test}
@@ -95,7 +113,7 @@ def evaluate(
         name: replace(subject, seconds=(seconds or {}).get(name))
         for name, subject in subjects_of(models, sets, device).items()
     }
-    return reported(subjects, reference)
+    return reported(subjects, retrained)
 
 
 def subjects_of(
@@ -118,17 +136,27 @@ def subjects_of(
     }
 
 
-def reported(subjects: Mapping[str, Subject], reference: str = REFERENCE, thoroughly: bool = False) -> Report:
-    """All measures of at least one subject, beside those of the names ``reference`` and ``FLOOR``; the costly ones if
-    ``thoroughly``."""
-    retrained = subjects.get(reference)
-    floor = subjects.get(FLOOR) and replace(subjects[FLOOR], reference=retrained)
-    rows = {
-        name: measured_by_all(replace(subject, reference=retrained, floor=floor), thoroughly)
+def reported(
+    subjects: Mapping[str, Subject], retrained: Sequence[str] | None = None, thoroughly: bool = False
+) -> Report:
+    """All measures of at least one subject, beside the retrained ones; the costly measures if ``thoroughly``."""
+    names = tuple(filter(is_retrained, subjects) if retrained is None else retrained)
+    rows = {name: measured_by_all(each, thoroughly) for name, each in beside(subjects, names).items()}
+    labels = next(iter(subjects.values())).labels
+    return Report(rows, {name: subject.logits for name, subject in subjects.items()}, labels, names)
+
+
+def beside(subjects: Mapping[str, Subject], retrained: Sequence[str]) -> dict[str, Subject]:
+    """The subjects, each with the others of those names to be compared with."""
+    pairs = [(subjects[one], subjects[other]) for one, other in combinations(retrained, 2)]
+    return {
+        name: replace(
+            subject,
+            retrained=tuple(subjects[each] for each in retrained if each != name) or None,
+            pairs=pairs or None,
+        )
         for name, subject in subjects.items()
     }
-    labels = next(iter(subjects.values())).labels
-    return Report(rows, {name: subject.logits for name, subject in subjects.items()}, labels, reference)
 
 
 def environment() -> dict[str, str | int]:

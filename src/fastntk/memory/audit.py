@@ -5,17 +5,17 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastntk.tuning.loss import predictions
 from fastntk.tuning.outputs import margins
 
 LIMIT_RATIO = {"logits": 1.5, "probabilities": 1.25}
 """The distance to retrained models over that between two of them, up to which a memory is trusted, by unit. That
 between two retrained models scatters by some 6 % of itself in probabilities: 1.25 is what an answer at 1.15 may show
-(docs/benchmarks.md)."""
+(docs/benchmarks-cross-entropy.md)."""
 
 LIMIT_GAP = 4.0
 """The points of accuracy between the answer and retrained models up to which a memory is trusted. As many as the two
@@ -27,6 +27,9 @@ chance makes of so few."""
 
 CHANCE = 1.96
 """Standard deviations that chance is granted."""
+
+SURE = 0.95
+"""Of retrained models, whose accuracy lies within a doubt."""
 
 LIMIT_DOUBT = 3.0
 """Points of doubt up to which a request's accuracy is said to be known; see ``Audit.doubt``."""
@@ -60,6 +63,9 @@ class Audit:
         unseen: the share of those that the network classifies rightly.
         compared: how many samples each of the two shares is of.
         unit: what distances are of: ``"logits"`` or ``"probabilities"``.
+        errors: how much larger a retrained model's logit margin of a sample is than the answer's: the mean over F and
+            both models, and the standard deviation; None in an audit of before these were kept.
+        errors_with_gain: the same of the answer with the gain.
     """
 
     samples: int
@@ -77,6 +83,8 @@ class Audit:
     unseen: float | None = None
     compared: tuple[int, int] = (0, 0)
     unit: str = "logits"
+    errors: tuple[float, float] | None = None
+    errors_with_gain: tuple[float, float] | None = None
 
     @property
     def ratio(self) -> float:
@@ -109,19 +117,16 @@ class Audit:
     def with_gain(self) -> "Audit":
         """The same of answers with the gain. Samples left out say nothing of these and are not in it."""
         answered = replace(self, accuracy=self.accuracy_with_gain, distances=self.distances_with_gain)
+        answered = replace(answered, errors=self.errors_with_gain)
         return replace(answered, left_out=None, unseen=None, compared=(0, 0))
 
-    def doubt(self, logits: Float[Tensor, "samples classes"], labels: Int[Tensor, " samples"]) -> float:
-        """The points within which the accuracy of a retrained model should lie of an answer's.
+    def doubt(self, logits: Float[Tensor, "samples classes"], labels: Int[Tensor, " samples"]) -> float | None:
+        """The points within which the accuracy of a retrained model should lie of an answer's, in 19 of 20 cases.
 
-        An answer with these logits is taken to lie as far from retrained models as on the drawn samples, at a root
-        mean square distance ``d``, the mean of ``distances``, in all directions alike that change a prediction. Then a
-        margin differs by ``d sqrt(2 / (C - 1))``, and the doubt is ``CHANCE`` times what
-        ``accuracy_spread`` makes of that: 19 in 20 models lie within it if all of this holds; on the grid of
-        docs/benchmarks.md four in five did. It is large for few samples and for margins near 0.
+        A retrained model's margins are taken to differ from those of an answer with these logits as they did on the
+        drawn samples: normally, independently, with ``errors``. See ``accuracy_doubt``. None in an audit without them.
         """
-        error = sum(self.distances) / 2 * math.sqrt(2 / max(logits.shape[1] - 1, 1))
-        return CHANCE * accuracy_spread(margins(predictions(logits, self.unit), labels), error)
+        return None if self.errors is None else accuracy_doubt(margins(logits, labels), *self.errors)
 
     def __str__(self) -> str:
         text = (
@@ -151,11 +156,24 @@ class Audit:
         return cls(*values)
 
 
-def accuracy_spread(margins: Float[Tensor, " samples"], error: float) -> float:
-    """The standard deviation, in points, of the accuracy of models whose margins scatter about these.
+def accuracy_doubt(margins: Float[Tensor, " samples"], shift: float, scatter: float) -> float:
+    """The least ``100 k / n`` points within which the accuracies of ``SURE`` of models lie of that of n margins.
 
-    ``100/n sqrt(sum_i p_i (1 - p_i))`` with ``p_i = Phi(m_i / error)``, the share of models that classify sample i
-    rightly: the errors are taken to be normal, with this standard deviation, and independent. 0 for no samples.
+    A model's margins are those, ``m_i``, plus normal errors with mean ``shift`` and standard deviation ``scatter``, all
+    independent. Then it classifies sample i rightly with ``p_i = Phi((m_i + shift) / scatter)``, and the number that it
+    has right has the Poisson binomial distribution of these: k is the least with
+
+        P(|number right - #{m_i > 0}| <= k) >= SURE.
+
+    A class that models surely do not know has none, ten samples have steps of 10 points. 0 for no samples.
     """
-    right = torch.special.ndtr(margins.double() / max(error, torch.finfo(torch.float64).tiny))
-    return 100 * float((right * (1 - right)).sum().sqrt()) / max(len(margins), 1)
+    right = torch.special.ndtr((margins.double() + shift) / max(scatter, torch.finfo(torch.float64).tiny))
+    parts = [np.array([1 - p, p]) for p in right.tolist()] or [np.ones(1)]
+    while len(parts) > 1:  # neighbours together: a product of polynomials
+        paired = [np.convolve(one, other) for one, other in zip(parts[::2], parts[1::2], strict=False)]
+        parts = [*paired, *parts[2 * len(paired) :]]
+    below, own, count = np.concatenate([[0.0], parts[0].cumsum()]), int((margins > 0).sum()), len(margins)
+    for k in range(count):
+        if below[min(own + k, count) + 1] - below[max(own - k, 0)] >= SURE:
+            return 100 * k / count
+    return 100.0 if count else 0.0

@@ -8,7 +8,7 @@ the network really has on its training data:
     ridge = argmin |J s(D; ridge)|.
 
 With too small a ridge the linearised optimum fits the training data better than the network did, with too large a one
-worse. docs/benchmarks.md compares this rule with seven others on several models, against what is best in hindsight.
+worse. docs/benchmarks-ridge.md compares this rule with seven others on several models, against what is best in hindsight.
 """
 
 from dataclasses import dataclass, replace
@@ -31,7 +31,7 @@ USUAL = 25
 """A guess at how many: 20 to 30 were counted."""
 
 SAMPLED = 2048
-"""Rows of the samples that ``calibrate_convex`` looks at: docs/benchmarks.md has what others find."""
+"""Rows of the samples that ``calibrate_convex`` looks at: docs/benchmarks-cross-entropy.md has what others find."""
 
 STORED = 8192
 """Rows of the samples that ``calibrate_stored`` looks at."""

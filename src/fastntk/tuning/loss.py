@@ -85,7 +85,7 @@ class SquaredLoss:
 
     ``t = scale * (q - 1/C)`` with q the label, ``onehot(y)`` or a soft one. The Gauss-Newton matrix of this loss is
     ``sum J'J``, which is what makes one unlearning step enough; see docs/how-it-works.md. ``scale`` is in logits. A
-    scale of 1 trains badly with Adam's usual learning rates (58 % against 88 % on CIFAR-10, docs/benchmarks.md); 10
+    scale of 1 trains badly with Adam's usual learning rates (58 % against 88 % on CIFAR-10); 10
     tests as well as cross-entropy.
     """
 

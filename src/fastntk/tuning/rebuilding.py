@@ -36,7 +36,7 @@ def rebuilt_start(model: nn.Module, weights: Mapping[str, Tensor] | Path | str, 
 
     LoRA's added product was zero, whatever its ``A`` was, which is taken as it is; prompts and the head are drawn at
     random, small: of them nothing but the draw is lost where they are taken as zero. All else is what was pretrained.
-    What a wrong head costs was measured: docs/benchmarks.md.
+    What a wrong head costs was measured: docs/benchmarks-cross-entropy.md.
 
     Args:
         model: fitted, as ``tune`` left it.

@@ -58,16 +58,22 @@ def evaluate(
         str | None,
         typer.Option(callback=options.said, help="Held-out data; by default the test split of the run's own."),
     ] = None,
-    retrain: Annotated[bool, typer.Option(help="Retrain twice without the forgotten samples, to compare with.")] = True,
+    retrained: Annotated[
+        int, typer.Option(min=0, help="Models to retrain without the forgotten samples, to compare with.")
+    ] = 2,
     ids: options.Ids = None,
     ids_file: options.IdsFile = None,
     device: options.Device = "cpu",
     seed: Annotated[
-        int | None, typer.Option(**options.SEED, help="Of the second retrained model; the run's own + 1 by default.")
+        int | None,
+        typer.Option(
+            **options.SEED,
+            help="Of the second retrained model, and others from there on; the run's own + 1 by default.",
+        ),
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Show the unlearned model beside the original and two models retrained without the forgotten samples.
+    """Show the unlearned model beside the original and models retrained without the forgotten samples.
 
     Which these were need not be said where the memory can tell them from images that were never in it.
     """
@@ -77,7 +83,7 @@ def evaluate(
     from fastntk.evidence.report import document
 
     named = None if ids is None and ids_file is None else lambda images: asked.wanted(ids, ids_file, images)
-    report = Run(run, device).evaluate(test, retrain, seed, named)
+    report = Run(run, device).evaluate(test, retrained, seed, named)
     write_report(run, "What was forgotten, and how well", {"forgotten": report}, {})
     wrote = f"Wrote {run / 'report.json'} and {run / 'report.html'}."
     show(document({"forgotten": report}), as_json, report.table(), wrote)
@@ -99,7 +105,7 @@ def bench(
     from fastntk.cli.run import parse_device
     from fastntk.evidence.bench import drawing, grid
     from fastntk.evidence.bench.config import read_config
-    from fastntk.evidence.bench.results import Results
+    from fastntk.evidence.bench.results import stored_cells
     from fastntk.evidence.bench.summary import methods_of, summarise
 
     if (config is None) == (summary is None):
@@ -108,16 +114,10 @@ def bench(
         raise InputError("--methods goes with a CONFIG.yaml to run, not with --summary.")
     folder = summary or out
     if config:
-        results = grid.run(read_config(config, methods), folder, parse_device(device))
-    else:
-        if not (folder / "results.sqlite").is_file():
-            raise InputError(f"there are no results in {folder}. Run a configuration first.")
-        results = Results(folder / "results.sqlite")
-    cells = results.cells()
-    if not cells:
-        raise InputError(f"the results in {folder} hold no request yet. Run a configuration first.")
+        grid.run(read_config(config, methods), folder / f"{config.stem}.sqlite", parse_device(device))
+    cells = stored_cells(folder)
     if ours not in (names := methods_of(cells)):
         raise InputError(f"no request in {folder} was answered by {ours!r}. Name one of {', '.join(names)} by --ours.")
     found = summarise(cells, ours)
-    text = drawing.draw(results, cells, found, ours, folder)
+    text = drawing.draw(cells, found, ours, folder)
     show(found, as_json, f"{text}\nWrote {folder / 'tables.md'} and {folder / 'tables.html'}.")

@@ -1,6 +1,7 @@
 """What a configuration says.
 
-recipe: {epochs: 12}                # of fastntk.Recipe; loss: squared or cross-entropy
+recipe: {epochs: 12}                # of fastntk.Recipe, but for its loss
+losses: [squared, cross-entropy, smoothed]   # the last is cross-entropy with labels smoothed by 0.1
 seeds: [0, 1]
 per_class: [60, 100]                # training images of each class: the first ones
 test_per_class: 100
@@ -10,15 +11,18 @@ data:
 models:
   mobilenet_v2: {model: torchvision/mobilenet_v2, weights: mobilenet.pt, image_size: 128, select: [bn, head]}
 requests: [class, random 10%]       # the class whose number is the seed's, modulo C; a share at random
+retrained: 4                        # models, for every request
 methods:
-  fast_ntk: {method: FastNTK}       # of fastntk.evidence.methods, with its fields
-  scrub: {method: Scrub, share: 0.5}
+  fast_ntk: {method: FastNTK, choose: {exact_head: [true], gain: [1.25, 1.5]}}   # of fastntk.evidence.methods
+  scrub: {method: Scrub, share: 0.5, choose: {rate: [0.2, 1.0]}}                 # with its fields
+select: {requests: [class, random 10%], retrained: 2}   # others than those, see choosing.py
 
-``methods`` can also be the name of a file beside the configuration that holds such a table.
+What is to ``choose`` from are all combinations of the values named, with the method's own. ``methods`` can also be the
+name of a file beside the configuration that holds such a table.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,15 +32,34 @@ import yaml
 from fastntk.common.errors import InputError
 from fastntk.common.typed import check_types
 from fastntk.evidence import methods
-from fastntk.evidence.compare import COMPARED_WITH
 from fastntk.evidence.methods import Method
+from fastntk.evidence.report import ORIGINAL, is_retrained
 from fastntk.evidence.requests import share
-from fastntk.tuning.loss import loss_named
+from fastntk.tuning.loss import CrossEntropy, Loss, SquaredLoss
 from fastntk.tuning.recipe import Recipe
 
 T = TypeVar("T")
 
 _POSITIVE = "share", "rate", "temperature", "ridge"  # of a method
+_LISTS = "requests", "losses", "per_class", "seeds"
+_DEFAULTS = {
+    "losses": ["cross-entropy"],
+    "seeds": [0],
+    "recipe": {},
+    "test_per_class": 100,
+    "retrained": 4,
+    "select": None,
+}
+
+LOSSES: dict[str, Loss] = {
+    "squared": SquaredLoss(),
+    "cross-entropy": CrossEntropy(),
+    "smoothed": CrossEntropy(smoothing=0.1),
+}
+"""By the names that a configuration calls them."""
+
+CHOSEN = ", chosen"
+"""What follows a method's name in the row with the settings that were chosen for it."""
 
 METHODS: dict[str, type[Any]] = {
     name: kind
@@ -77,6 +100,30 @@ class Setting:
     model: str
     per_class: int
     seed: int
+    loss: str
+
+
+@dataclass(frozen=True)
+class Select:
+    """By what settings are chosen: requests that nobody asks for, and models retrained for each."""
+
+    requests: Sequence[str]
+    retrained: int = 2
+
+    def __post_init__(self) -> None:
+        _check_requests(self.requests, "select")
+        if self.retrained < 2:
+            raise InputError(
+                "retrained must be 2 at least: how far apart they lie is what distances are compared with."
+            )
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method with its settings, and other settings of it to choose from."""
+
+    default: Method
+    others: tuple[Method, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,20 +132,23 @@ class Config:
 
     data: Mapping[str, Data]
     models: Mapping[str, Model]
-    methods: Mapping[str, Method]
+    methods: Mapping[str, Entry]
     requests: tuple[str, ...]
+    losses: tuple[str, ...]
     per_class: tuple[int, ...]
     test_per_class: int
     seeds: tuple[int, ...]
     recipe: Mapping[str, Any]
+    retrained: int
+    select: Select | None
 
-    def fitting(self, seed: int) -> Recipe:
-        """How models are fitted with a seed."""
-        return _recipe({**self.recipe, "seed": seed})
+    def fitting(self, setting: Setting) -> Recipe:
+        """How a model is fitted."""
+        return replace(_recipe(self.recipe), seed=setting.seed, loss=LOSSES[setting.loss])
 
     def settings(self) -> Iterator[Setting]:
         """All combinations."""
-        for parts in product(self.data, self.models, self.per_class, self.seeds):
+        for parts in product(self.data, self.models, self.per_class, self.seeds, self.losses):
             yield Setting(*parts)
 
 
@@ -129,46 +179,72 @@ def _yaml(path: Path) -> Any:
 
 def _config(document: Any) -> Config:
     given = _checked(document, "the configuration", {field.name for field in fields(Config)})
-    given = {"seeds": [0], "recipe": {}, "test_per_class": 100, **given}
+    given = {**_DEFAULTS, **given}
     for field in fields(Config):
         if field.name not in given:
             raise InputError(f"it lacks {field.name!r}.")
-    for kind, names in ((list, ("requests", "per_class", "seeds")), (dict, ("data", "models", "methods"))):
+    for kind, names in ((list, _LISTS), (dict, ("data", "models", "methods"))):
         for name in names:
             if not isinstance(given[name], kind) or not given[name]:
                 shape = "a list" if kind is list else "a table of names and entries"
                 raise InputError(f"{name} must be {shape}, with something in it.")
-    lists = {name: tuple(given[name]) for name in ("requests", "per_class", "seeds")}
+    lists = {name: tuple(given[name]) for name in _LISTS}
     for name, least in (("per_class", 1), ("seeds", 0)):
         for each in lists[name]:
             if not isinstance(each, int) or isinstance(each, bool) or each < least:
                 raise InputError(f"{name} has {each!r} in it, which is no whole number from {least} on.")
-    if not isinstance(given["test_per_class"], int) or given["test_per_class"] < 1:
-        raise InputError(f"test_per_class must be a whole number above 0, not {given['test_per_class']!r}.")
-    for request in lists["requests"]:
-        share(request)
+    for name, least in (("test_per_class", 1), ("retrained", 2)):
+        if not isinstance(given[name], int) or given[name] < least:
+            raise InputError(f"{name} must be a whole number from {least} on, not {given[name]!r}.")
+    _check_requests(lists["requests"], "requests")
+    for loss in lists["losses"]:
+        if loss not in LOSSES:
+            raise InputError(f"a loss is one of {', '.join(LOSSES)}, not {loss!r}.")
     _recipe(given["recipe"])
+    select = None if given["select"] is None else _made(Select, given["select"], "select")
     return Config(
         data={name: _made(Data, entry, f"data {name}") for name, entry in given["data"].items()},
         models={name: _made(Model, entry, f"model {name}") for name, entry in given["models"].items()},
-        methods={name: _method(entry, name) for name, entry in given["methods"].items()},
-        test_per_class=int(given["test_per_class"]),
+        methods={name: _entry(entry, name) for name, entry in given["methods"].items()},
+        test_per_class=given["test_per_class"],
         recipe=given["recipe"],
+        retrained=given["retrained"],
+        select=select,
         **lists,
     )
 
 
 def _recipe(entry: Mapping[str, Any]) -> Recipe:
     if isinstance(entry, dict) and "loss" in entry:
-        entry = {**entry, "loss": loss_named(entry["loss"])}
+        raise InputError("recipe: losses have a list of their own, as losses: [cross-entropy].")
     return _made(Recipe, entry, "recipe")
 
 
-def _method(entry: Any, name: str) -> Method:
-    """A method of ``fastntk.evidence.methods`` by its class and fields."""
-    if name in COMPARED_WITH:
+def _check_requests(requests: Sequence[str], where: str) -> None:
+    if not requests:
+        raise InputError(f"{where}: there is no request.")
+    for request in requests:
+        share(request)
+
+
+def _entry(entry: Any, name: str) -> Entry:
+    """A method by its class and fields, and those with other values of them to choose from."""
+    if name == ORIGINAL or is_retrained(name) or name.endswith(CHOSEN):
         raise InputError(f"method {name}: this name is taken by what every method is compared with.")
     given = dict(entry) if isinstance(entry, dict) else {}
+    choose = given.pop("choose", {})
+    if not isinstance(choose, dict) or not all(isinstance(values, list) and values for values in choose.values()):
+        raise InputError(f"method {name}: choose must be a table of fields, each with a list of values.")
+    default = _method(given, name)
+    own = {field: getattr(default, field, None) for field in choose}
+    combined = product(*([own[field], *values] for field, values in choose.items()))
+    made = [_method({**given, **dict(zip(choose, values, strict=True))}, name) for values in combined]
+    return Entry(default, tuple({repr(each): each for each in made if each != default}.values()))
+
+
+def _method(given: Mapping[str, Any], name: str) -> Method:
+    """A method of ``fastntk.evidence.methods``."""
+    given = dict(given)
     kind = METHODS.get(str(given.pop("method", None)))
     if kind is None:
         raise InputError(f"method {name}: say which, as 'method: FastNTK'. There are {', '.join(METHODS)}.")

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,7 +15,8 @@ from fastntk.common.files import writable
 from fastntk.common.machine import device_name, elapsed, settle
 from fastntk.common.progress import console
 from fastntk.evidence.auditing import audit
-from fastntk.evidence.bench.config import Config, Setting
+from fastntk.evidence.bench.choosing import Choice, Trial, choose
+from fastntk.evidence.bench.config import CHOSEN, Config, Setting
 from fastntk.evidence.bench.results import Results
 from fastntk.evidence.bench.stored import Stored, fitted, stored_retraining
 from fastntk.evidence.compare import compare, references
@@ -24,55 +25,124 @@ from fastntk.evidence.report import Report
 from fastntk.evidence.requests import drawn
 from fastntk.inputs.images import Images, Preprocessing, in_memory
 from fastntk.inputs.sources import load_data
-from fastntk.memory.memory import Memory, prepare
-from fastntk.tuning.fitting import Fit
+from fastntk.memory.memory import prepare
 from fastntk.tuning.parameters import tuned
 from fastntk.tuning.start import start
 
 
-def run(config: Config, folder: Path, device: torch.device | str = "cpu") -> Results:
-    """Every cell of the grid that is not in ``folder/results.sqlite`` yet, made with the same settings.
+def run(config: Config, path: Path, device: torch.device | str = "cpu") -> Results:
+    """Every cell of the grid that is not in the results at ``path`` yet, made with the same settings.
 
-    Fits and the methods' answers are kept in ``folder/fits``, so that what was cut off goes on where it was. For every
-    fitted model the memory is audited once, on a random tenth.
+    Fits and the methods' answers are kept in the folder ``fits`` beside it, so that what was cut off goes on where it
+    was. For every fitted model the memory is audited once, on a random tenth, and settings are chosen once.
 
     Raises:
         InputError: the folder cannot be written, or a model or data cannot be had.
     """
     settle()
-    results = Results(writable(folder) / "results.sqlite")
+    results = Results(writable(path.parent) / path.name)
     for setting in config.settings():
-        described = {**_described(config, setting), "methods": {n: _method(m) for n, m in config.methods.items()}}
+        described = {**_described(config, setting), **_compared(config)}
         missing = [request for request in config.requests if not results.holds(setting, request, described)]
         if missing:
-            console.print(f"{setting.data}, {setting.model}, {setting.per_class} a class, seed {setting.seed}")
-            for request, facts, report in _cells(config, setting, missing, folder / "fits", device):
+            console.print(
+                f"{setting.data}, {setting.model}, {setting.per_class} a class, seed {setting.seed}, {setting.loss}"
+            )
+            bench = _Bench(config, setting, path.parent / "fits", device)
+            for request in missing:
+                facts, report = bench.cell(request)
                 results.add(setting, request, described, facts, report)
                 console.print(report.table(request))
     return results
 
 
-def _cells(
-    config: Config, setting: Setting, requests: Iterable[str], fits: Path, device: torch.device | str
-) -> Iterator[tuple[str, dict[str, object], Report]]:
-    """Requests against one fitted model: each with what is known of it and its report."""
-    key = _digest(_described(config, setting))
-    kept = writable(fits / f"{setting.data}-{setting.model}-{setting.per_class}-{setting.seed}-{key}")
-    model, train, test = opened(config, setting, device)
-    fit = fitted(model, train, config.fitting(setting.seed), kept / "original.safetensors", key)
-    started = time.perf_counter()
-    memory = prepare(model, train, fit.initial, loss=fit.recipe.loss, shrinkage=fit.shrinkage)
-    preparing = elapsed(started, memory.state.network.device)
-    audit(memory, stored_retraining(model, fit, kept, key), held_out=test, seed=setting.seed + 1)
-    for request in requests:
-        forget, held_out = drawn(request, train, test, setting.seed, setting.seed % memory.state.network.classes)
-        problem = Problem(memory, forget, fit.recipe)
+class _Bench:
+    """One fitted model with its memory, audited, and the settings that were chosen for it."""
+
+    def __init__(self, config: Config, setting: Setting, fits: Path, device: torch.device | str) -> None:
+        self.config, self.setting = config, setting
+        self.key = _digest(_described(config, setting))
+        names = setting.data, setting.model, setting.per_class, setting.seed, setting.loss, self.key
+        self.folder = writable(fits / "-".join(map(str, names)))
+        model, self.train, self.test = opened(config, setting, device)
+        recipe = config.fitting(setting)
+        self.fit = fitted(model, self.train, recipe, self.folder / "original.safetensors", self.key)
+        started = time.perf_counter()
+        self.memory = prepare(
+            model, self.train, self.fit.initial, loss=self.fit.recipe.loss, shrinkage=self.fit.shrinkage
+        )
+        self.preparing = elapsed(started, self.memory.state.network.device)
+        self.trials = [self._trial(request) for request in config.select.requests] if config.select else []
+        tried = {name: [each.default, *each.others] for name, each in config.methods.items() if each.others}
+        self.choices = choose(tried, self.trials) if self.trials else {}
+        retraining = stored_retraining(model, self.fit, self.folder, self.key)
+        audit(self.memory, retraining, held_out=self.test, seed=setting.seed + 1)
+
+    def cell(self, request: str) -> tuple[dict[str, object], Report]:
+        """What is known of a request and its report: every method as it is by default, and as it was chosen."""
+        problem, test = self._problem(request, self.setting.seed)
+        defaults = {name: each.default for name, each in self.config.methods.items()}
+        chosen = {name: each.method for name, each in self.choices.items() if each.method != defaults[name]}
         methods = {
-            name: Stored(method, kept / f"{request}-{name}.safetensors", _digest([key, *_method(method)]))
-            for name, method in {**references(setting.seed + 1), **config.methods}.items()
+            **references(self.setting.seed + 1, self.config.retrained),
+            **defaults,
+            **{f"{name}{CHOSEN}": method for name, method in chosen.items()},
         }
-        report, notes = compare(problem, held_out, methods, fit.seconds, thoroughly=True)
-        yield request, {**_facts(memory, fit, problem, held_out, notes), "prepare_seconds": preparing}, report
+        kept = {name: self._kept(request, name, method) for name, method in methods.items()}
+        report, notes = compare(problem, test, kept, self.fit.seconds, thoroughly=True)
+        for name in self.choices.keys() - chosen.keys():
+            report = report.repeated(name, f"{name}{CHOSEN}")
+            notes |= {f"{name}{CHOSEN}": notes[name]} if name in notes else {}
+        return self._facts(problem, test, notes), report
+
+    def _problem(self, request: str, seed: int) -> tuple[Problem, Dataset]:
+        """A request, the same for the same seed, and its test images."""
+        classes = self.memory.state.network.classes
+        forget, test = drawn(request, self.train, self.test, seed, seed % classes)
+        return Problem(self.memory, forget, self.fit.recipe), test
+
+    def _trial(self, request: str) -> Trial:
+        """A request that nobody asks for: that of another seed."""
+        problem, test = self._problem(request, self.setting.seed + 1)
+        models = references(self.setting.seed + 1, self.config.select.retrained if self.config.select else 0)
+
+        def kept(name: str, method: Method) -> Method:
+            return self._kept(f"trial {request}", name, method)
+
+        return Trial(problem, test, {name: kept(name, method)(problem) for name, method in models.items()}, kept)
+
+    def _kept(self, request: str, name: str, method: Method) -> Method:
+        """The method, with answers that are kept."""
+        digest = _digest([self.key, *_described_method(method)])
+        return Stored(method, self.folder / f"{request}-{name}-{digest}.safetensors", digest)
+
+    def _facts(self, problem: Problem, test: Dataset, notes: Mapping[str, str]) -> dict[str, object]:
+        """What is known of a cell beside the methods' measures."""
+        memory, calibration = self.memory, self.memory.calibration
+        methods = self.config.methods
+        return {
+            "classes": memory.state.network.classes,
+            "parameters": sum(tensor.numel() for tensor in tuned(memory.model).values()),
+            "images": len(memory.ids),
+            "forgotten": len(problem.forget),
+            "test_images": len(test),  # type: ignore[arg-type]
+            "unit": memory.state.network.loss.unit,
+            "form": memory.form,
+            "ridge": asdict(calibration) if calibration else memory.ridge,
+            "audit": memory.audit.to_dict() if memory.audit else None,
+            "notes": dict(notes),
+            "fit_seconds": self.fit.seconds,
+            "prepare_seconds": self.preparing,
+            "prepared": [name for name, each in methods.items() if getattr(each.default, "prepared", False)],
+            "audited": [name for name, each in methods.items() if getattr(each.default, "gain", False) is True],
+            "chosen": {name: self._chosen(choice) for name, choice in self.choices.items()},
+            "device": device_name(problem.device),
+        }
+
+    def _chosen(self, choice: Choice) -> dict[str, object]:
+        """What is said of a choice; its seconds are with those of retraining."""
+        retraining = sum(each.seconds or 0.0 for trial in self.trials for each in trial.retrained.values())
+        return {**vars(choice), "method": _described_method(choice.method), "seconds": choice.seconds + retraining}
 
 
 def _described(config: Config, setting: Setting) -> dict[str, object]:
@@ -86,7 +156,19 @@ def _described(config: Config, setting: Setting) -> dict[str, object]:
     }
 
 
-def _method(method: Method) -> list[object]:
+def _compared(config: Config) -> dict[str, object]:
+    """Everything else that a cell depends on."""
+    return {
+        "methods": {
+            name: [_described_method(method) for method in (each.default, *(each.others if config.select else ()))]
+            for name, each in config.methods.items()
+        },
+        "retrained": config.retrained,
+        "select": asdict(config.select) if config.select else None,
+    }
+
+
+def _described_method(method: Method) -> list[object]:
     return [type(method).__name__, asdict(method)]  # type: ignore[call-overload]
 
 
@@ -111,21 +193,3 @@ def opened(config: Config, setting: Setting, device: torch.device | str) -> tupl
     else:
         test = read(whole.preprocessing, "test").part(0, count)
     return model.to(device), in_memory(train), in_memory(test)
-
-
-def _facts(memory: Memory, fit: Fit, problem: Problem, test: Dataset, notes: Mapping[str, str]) -> dict[str, object]:
-    """What is known of a cell beside the methods' measures."""
-    calibration = memory.calibration
-    return {
-        "classes": memory.state.network.classes,
-        "parameters": sum(tensor.numel() for tensor in tuned(memory.model).values()),
-        "images": len(memory.ids),
-        "forgotten": len(problem.forget),
-        "test_images": len(test),  # type: ignore[arg-type]
-        "form": memory.form,
-        "ridge": asdict(calibration) if calibration else memory.ridge,
-        "audit": memory.audit.to_dict() if memory.audit else None,
-        "notes": dict(notes),
-        "fit_seconds": fit.seconds,
-        "device": device_name(problem.device),
-    }

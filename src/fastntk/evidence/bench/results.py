@@ -1,4 +1,4 @@
-"""The results of a grid: one SQLite file. Cells have labels, rows have measures and logits."""
+"""The results of a grid: an SQLite file a configuration. Cells have labels, rows have measures and logits."""
 
 import json
 import sqlite3
@@ -17,19 +17,19 @@ from fastntk.common.formats import Document, Format, unchanged
 from fastntk.evidence.bench.config import Setting
 from fastntk.evidence.report import Report
 
-FORMAT = Format("results", (unchanged,))
-"""Of the file."""
+FORMAT = Format("results", (unchanged, unchanged))
+"""Of the files. One of an older version has other tables, which hold less, and is refused."""
 
-_KEY = "data, model, per_class, seed, request"
-_PARTS = ("forget", "test")
+_KEY = "data, model, per_class, seed, loss, request"
+_THESE = f"({_KEY}) = (?, ?, ?, ?, ?, ?)"
 _TABLES = f"""
 CREATE TABLE about (format INTEGER NOT NULL, fastntk TEXT NOT NULL);
 CREATE TABLE cells (
-    data TEXT, model TEXT, per_class INTEGER, seed INTEGER, request TEXT, settings TEXT NOT NULL, facts TEXT NOT NULL,
-    forget BLOB NOT NULL, test BLOB NOT NULL, PRIMARY KEY ({_KEY}));
+    data TEXT, model TEXT, per_class INTEGER, seed INTEGER, loss TEXT, request TEXT, settings TEXT NOT NULL,
+    facts TEXT NOT NULL, labels BLOB NOT NULL, PRIMARY KEY ({_KEY}));
 CREATE TABLE rows (
-    data TEXT, model TEXT, per_class INTEGER, seed INTEGER, request TEXT, method TEXT, measures TEXT NOT NULL,
-    forget BLOB NOT NULL, test BLOB NOT NULL, PRIMARY KEY ({_KEY}, method));
+    data TEXT, model TEXT, per_class INTEGER, seed INTEGER, loss TEXT, request TEXT, method TEXT,
+    measures TEXT NOT NULL, logits BLOB NOT NULL, PRIMARY KEY ({_KEY}, method));
 """
 
 
@@ -53,17 +53,17 @@ class Results:
             if not there:
                 database.executescript(_TABLES)
                 database.execute("INSERT INTO about VALUES (:format, :fastntk)", FORMAT.stamped({}))
-            elif "about" in there:
-                about = database.execute("SELECT format, fastntk FROM about").fetchone()
-                FORMAT.read(dict(zip(("format", "fastntk"), about, strict=True)), path)
+                return
+            query = "SELECT format, fastntk FROM about"
+            about = database.execute(query).fetchone() if "about" in there else (0, "before 0.1.0")
+        FORMAT.read(dict(zip(("format", "fastntk"), about, strict=True)), path)
+        if about[0] < FORMAT.version:
+            raise InputError(f"the results {path} are of an older fastntk, {about[1]}. Run the grid anew.")
 
     def holds(self, setting: Setting, request: str, settings: Mapping[str, object]) -> bool:
         """Whether the cell is there, made with these settings."""
         with self._open() as database:
-            found = database.execute(
-                f"SELECT settings FROM cells WHERE ({_KEY}) = (?, ?, ?, ?, ?)", _key(setting, request)
-            )
-            row = found.fetchone()
+            row = database.execute(f"SELECT settings FROM cells WHERE {_THESE}", _key(setting, request)).fetchone()
         return row is not None and json.loads(row[0]) == settings
 
     def add(
@@ -74,17 +74,15 @@ class Results:
         facts: Mapping[str, object],
         report: Report,
     ) -> None:
-        """Enter a cell, in place of an earlier one. Logits are kept in half precision."""
+        """Enter a cell, in place of an earlier one. Logits are those on the forgotten samples, in half precision."""
         key = _key(setting, request)
         with self._open() as database:
             for table in ("cells", "rows"):
-                database.execute(f"DELETE FROM {table} WHERE ({_KEY}) = (?, ?, ?, ?, ?)", key)
-            labels = (_packed(report.labels[part], np.int16) for part in _PARTS)
-            made = (*key, json.dumps(settings), json.dumps(facts), *labels)
+                database.execute(f"DELETE FROM {table} WHERE {_THESE}", key)
+            made = (*key, json.dumps(settings), json.dumps(facts), _packed(report.labels["forget"], np.int16))
             database.execute("INSERT INTO cells VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", made)
             for method, measures in report.rows.items():
-                scores = (_packed(report.logits[method][part], np.float16) for part in _PARTS)
-                row = (*key, method, json.dumps(measures), *scores)
+                row = (*key, method, json.dumps(measures), _packed(report.logits[method]["forget"], np.float16))
                 database.execute("INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
 
     def cells(self) -> list[Cell]:
@@ -95,20 +93,20 @@ class Results:
         measures: dict[tuple, dict[str, Any]] = {}
         for *key, method, text in rows:
             measures.setdefault(tuple(key), {})[method] = self._document(text)
-        return [Cell(Setting(*key[:4]), key[4], self._document(facts), measures[tuple(key)]) for *key, facts in cells]
+        return [Cell(Setting(*key[:5]), key[5], self._document(facts), measures[tuple(key)]) for *key, facts in cells]
 
     def _document(self, text: str) -> Document:
         return Document(json.loads(text), str(self.path))
 
-    def logits(self, cell: Cell, method: str, part: str) -> Tensor:
-        """Of a method's model on the ``forget`` or ``test`` samples."""
+    def logits(self, cell: Cell, method: str) -> Tensor:
+        """Of a method's model on the forgotten samples."""
         key = *_key(cell.setting, cell.request), method
-        values = self._unpacked(f"SELECT {part} FROM rows WHERE ({_KEY}, method) = (?, ?, ?, ?, ?, ?)", key, np.float16)
+        values = self._unpacked(f"SELECT logits FROM rows WHERE {_THESE} AND method = ?", key, np.float16)
         return torch.from_numpy(values.reshape(-1, cell.facts["classes"]).astype(np.float32))
 
-    def labels(self, cell: Cell, part: str) -> Tensor:
-        """Of the ``forget`` or ``test`` samples."""
-        query = f"SELECT {part} FROM cells WHERE ({_KEY}) = (?, ?, ?, ?, ?)"
+    def labels(self, cell: Cell) -> Tensor:
+        """Of the forgotten samples."""
+        query = f"SELECT labels FROM cells WHERE {_THESE}"
         values = self._unpacked(query, _key(cell.setting, cell.request), np.int16)
         return torch.from_numpy(values.astype(np.int64))
 
@@ -133,8 +131,26 @@ class Results:
             database.close()
 
 
-def _key(setting: Setting, request: str) -> tuple[str, str, int, int, str]:
-    return setting.data, setting.model, setting.per_class, setting.seed, request
+def stored_cells(folder: Path) -> list[Cell]:
+    """Those of all configurations whose results are in a folder.
+
+    Raises:
+        InputError: there is none, or two of them hold the same one.
+    """
+    paths = sorted(folder.glob("*.sqlite"))
+    cells = {path: Results(path).cells() for path in paths}
+    if not any(cells.values()):
+        raise InputError(f"there are no results in {folder}. Run a configuration first.")
+    seen: dict[tuple, Path] = {}
+    for path, each in ((path, each) for path, some in cells.items() for each in some):
+        other = seen.setdefault(_key(each.setting, each.request), path)
+        if other != path:
+            raise InputError(f"{other} and {path} both have {each.setting}, {each.request}. Move one elsewhere.")
+    return [each for some in cells.values() for each in some]
+
+
+def _key(setting: Setting, request: str) -> tuple[str, str, int, int, str, str]:
+    return setting.data, setting.model, setting.per_class, setting.seed, setting.loss, request
 
 
 def _packed(values: Tensor, kind: type[np.generic]) -> bytes:

@@ -1,138 +1,256 @@
-"""Figures over all requests of a grid, from stored results alone."""
+"""Figures over the requests of a grid, from stored results alone: by loss, kind of request, method and settings."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import mean, median
 from typing import Any
 
 import numpy as np
 
+from fastntk.evidence.bench.config import CHOSEN
 from fastntk.evidence.bench.results import Cell
-from fastntk.evidence.compare import COMPARED_WITH
-from fastntk.evidence.measures import MEASURES, PARTS
-from fastntk.evidence.report import FLOOR, REFERENCE
+from fastntk.evidence.measures import PARTS
+from fastntk.evidence.report import ORIGINAL, RETRAINED, is_retrained
 from fastntk.memory.audit import LIMIT_DOUBT
 from fastntk.memory.certificate import VERDICTS
+
+POINTS = 3.0
+"""An accuracy is off that differs by more from a retrained model's."""
+
+KINDS = {"class": "class", "random 10%": "tenth", "random 1%": "hundredth"}
+"""What requests are called; others by themselves."""
+
+RATIOS = {"logits": "distance_ratio", "probabilities": "probability_ratio"}
+"""The measure that is the ratio in a unit."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A number of a method on one request: a measure, or one beside the retrained models'."""
+    """A number of a row on one request, whose median a summary has."""
 
     heading: str
     of: Callable[[Cell, str], float | None]
+    decimals: int = 2
 
 
-def _measure(name: str) -> Figure:
-    return Figure(name.replace("_", " "), lambda cell, method: cell.rows.get(method, {}).get(name))
-
-
-def _time_fraction(cell: Cell, method: str) -> float | None:
-    """Seconds over those of retraining."""
-    return _over(cell.rows.get(method, {}).get("seconds"), cell.rows[REFERENCE]["seconds"])
-
-
-def _relearn_ratio(cell: Cell, method: str) -> float | None:
-    """Relearn steps over the retrained models' mean."""
-    steps = [cell.rows[name]["relearn_steps"] for name in (REFERENCE, FLOOR)]
-    whole = None if None in steps else mean(steps)  # type: ignore[type-var]
-    return _over(cell.rows.get(method, {}).get("relearn_steps"), whole)
-
-
-FIGURES = {
-    **{name: _measure(name) for name, measure in MEASURES.items() if measure.summarised},
-    "time_fraction": Figure("time fraction", _time_fraction),
-    "relearn_ratio": Figure("relearn ratio", _relearn_ratio),
-}
-"""What a summary has the median of."""
-
-SHARES = {"membership_within": "membership within", "relearn_within": "relearning within", "off": "off by > 3"}
-"""What it has of shares of requests, with their headings."""
-
-
-def summarise(cells: Sequence[Cell], ours: str) -> dict[str, Any]:
-    """Medians over cells of every method, and how often the method ``ours`` was off, and flagged.
-
-    ``distance_ratio``, ``average_gap`` as in a report; ``time_fraction`` is a method's seconds over retraining's,
-    ``relearn_ratio`` its relearn steps over the retrained models' mean; ``time_fraction_with_preparing`` is that of
-    ``ours`` for who has no memory yet, over the cells in which preparing was timed. ``distance_ratio_interval`` is the
-    95 % interval of the median over requests of ``ours``, by the bootstrap. ``membership_within`` is the share of cells
-    in which the attack takes as many forgotten samples for members as in the retrained models; ``relearn_within`` that
-    in which relearning takes as many steps as in them, a quarter fewer or more. ``off`` is the share of cells in which
-    an accuracy differs from the reference's by more than 3 points; the second retrained model's is its floor.
-
-    A cell is off if an accuracy of ``ours`` differs from the retrained models' mean by more than 3 points, and off
-    beyond chance if it also is outside of what they span, and outside the 95 % interval (Wilson) of a share of so many
-    samples. It is flagged if its verdict was not "trusted", and doubted if the audit's doubt of it was over 3 points.
-    """
-    names = *methods_of(cells), FLOOR
-    medians = {f: {name: _median(figure_of(cell, name, f) for cell in cells) for name in names} for f in FIGURES}
-    within = {name: _share(_within(cell, name) for cell in cells if name in cell.rows) for name in names}
-    relearned = {name: _share(_relearned(cell, name) for cell in cells if name in cell.rows) for name in names}
-    far = {name: _share(_far(cell, name) for cell in cells if name in cell.rows) for name in names}
-    judged = [cell for cell in cells if ours in cell.rows]
-    return {
-        "cells": len(cells),
-        **medians,
-        "time_fraction_with_preparing": _median(_with_preparing(cell, ours) for cell in judged),
-        "distance_ratio_interval": interval([figure_of(cell, ours, "distance_ratio") for cell in judged], np.median),
-        "membership_within": within,
-        "relearn_within": relearned,
-        "off": far,
-        "flags": {off.__name__.removeprefix("_"): _flags(judged, ours, off) for off in (_off, _off_beyond_chance)},
-    }
-
-
-def _flags(cells: Sequence[Cell], ours: str, off: Callable[[Cell, str], bool]) -> dict[str, int]:
-    """How many cells are off, and of these and of the others, how many were flagged and how many doubted."""
-    counts: dict[str, int] = {}
-    for name, wanted in (("bad", True), ("good", False)):
-        part = [cell for cell in cells if off(cell, ours) is wanted]
-        counts |= {
-            name: len(part),
-            f"{name}_and_flagged": sum(_flagged(cell, ours) for cell in part),
-            f"{name}_and_doubted": sum(_doubted(cell, ours) for cell in part),
-        }
-    return counts
+def row_of(method: str, settings: str) -> str:
+    """The name of a method's row with its ``default`` or its ``chosen`` settings."""
+    return method if settings == "default" else f"{method}{CHOSEN}"
 
 
 def methods_of(cells: Iterable[Cell]) -> list[str]:
     """The names of all methods in any cell."""
-    return list({name: None for cell in cells for name in cell.rows if name not in COMPARED_WITH})
+    rows = (row for cell in cells for row in cell.rows if row != ORIGINAL and not is_retrained(row))
+    return list({row.removesuffix(CHOSEN): None for row in rows})
 
 
-def figure_of(cell: Cell, method: str, figure: str) -> float | None:
-    """One of ``FIGURES`` of a method."""
-    return FIGURES[figure].of(cell, method)
+def retrained_of(cell: Cell) -> list[str]:
+    """The names of the retrained models' rows."""
+    return list(filter(is_retrained, cell.rows))
 
 
-def verdict_of(cell: Cell, method: str) -> str | None:
+def groups(cells: Sequence[Cell]) -> dict[tuple[str, str], list[Cell]]:
+    """The cells of each loss and kind of request."""
+    found: dict[tuple[str, str], list[Cell]] = {}
+    for cell in cells:
+        found.setdefault((cell.setting.loss, KINDS.get(cell.request, cell.request)), []).append(cell)
+    return found
+
+
+def value(cell: Cell, row: str, measure: str) -> float | None:
+    """A measure of a row; of ``retrain`` the mean over all retrained models."""
+    if row != RETRAINED:
+        return cell.rows.get(row, {}).get(measure)
+    known = [each for name in retrained_of(cell) if (each := cell.rows[name][measure]) is not None]
+    return mean(known) if known else None
+
+
+def _beside(measure: str) -> Callable[[Cell, str], float | None]:
+    """How much more than the retrained models' mean."""
+
+    def figure(cell: Cell, row: str) -> float | None:
+        own, theirs = value(cell, row, measure), value(cell, RETRAINED, measure)
+        return None if own is None or theirs is None else own - theirs
+
+    return figure
+
+
+def _over(measure: str) -> Callable[[Cell, str], float | None]:
+    """Over the retrained models' mean."""
+
+    def figure(cell: Cell, row: str) -> float | None:
+        own, theirs = value(cell, row, measure), value(cell, RETRAINED, measure)
+        return own / theirs if own is not None and theirs else None
+
+    return figure
+
+
+def off(cell: Cell, row: str) -> float | None:
+    """The share of retrained models from which an accuracy on any set differs by more than ``POINTS``."""
+    if row not in cell.rows:
+        return None
+    rows = retrained_of(cell) if row == RETRAINED else [row]
+    pairs = [(one, other) for one in rows for other in retrained_of(cell) if one != other]
+    return sum(_far(cell, *pair) for pair in pairs) / len(pairs) if pairs else None
+
+
+def _far(cell: Cell, *pair: str) -> bool:
+    accuracies = ([cell.rows[name][f"{part}_accuracy"] or 0.0 for name in pair] for part in PARTS)
+    return any(abs(one - other) > POINTS for one, other in accuracies)
+
+
+def relearned_within(cell: Cell, row: str) -> float | None:
+    """1 if relearning on retained data gives back as much as of one of the retrained models, or between, else 0."""
+    theirs = [cell.rows[name]["relearned_without"] for name in retrained_of(cell)]
+    own = cell.rows.get(row, {}).get("relearned_without")
+    known = [each for each in theirs if each is not None]
+    return None if own is None or not known else float(min(known) <= own <= max(known))
+
+
+def _seconds(before: Callable[[Cell, str, str], float], cell: Cell, row: str) -> float | None:
+    """Of an answer and of what goes before it, over retraining's."""
+    own, retraining = value(cell, row, "seconds"), value(cell, RETRAINED, "seconds")
+    if own is None or not retraining or row == ORIGINAL or is_retrained(row):
+        return None
+    method = row.removesuffix(CHOSEN)
+    return (own + before(cell, row, method)) / retraining
+
+
+def _nothing(cell: Cell, row: str, method: str) -> float:
+    return 0.0
+
+
+def _preparing(cell: Cell, row: str, method: str) -> float:
+    return cell.facts["prepare_seconds"] if method in cell.facts["prepared"] else 0.0
+
+
+def _choosing(cell: Cell, row: str, method: str) -> float:
+    """Preparing, and what the choice of its settings took, or the audit that its gain comes from."""
+    chosen, audit = cell.facts["chosen"].get(method), cell.facts["audit"]
+    if row.endswith(CHOSEN) and chosen:
+        return _preparing(cell, row, method) + chosen["seconds"]
+    return _preparing(cell, row, method) + (audit["seconds"] if audit and method in cell.facts["audited"] else 0.0)
+
+
+FIGURES = {
+    "ratio_logits": Figure("ratio, logits", lambda cell, row: value(cell, row, RATIOS["logits"])),
+    "ratio_probabilities": Figure("ratio, probabilities", lambda cell, row: value(cell, row, RATIOS["probabilities"])),
+    "gap": Figure("gap", lambda cell, row: value(cell, row, "average_gap"), 1),
+    "membership": Figure("member, points more", _beside("membership"), 1),
+    "relearn_forgotten": Figure("relearn F, of theirs", _over("relearn_steps")),
+    "relearn_retained": Figure("relearn R, points more", _beside("relearned_without"), 1),
+    "moved": Figure("moved", lambda cell, row: value(cell, row, "moved")),
+    "request_fraction": Figure("time", partial(_seconds, _nothing), 3),
+    "prepared_fraction": Figure("with preparing", partial(_seconds, _preparing)),
+    "chosen_fraction": Figure("with choosing", partial(_seconds, _choosing)),
+}
+"""What a summary has the medians of. Times are of retraining; the first is from a prepared memory."""
+
+SHARES: dict[str, Callable[[Cell, str], float | None]] = {"off": off, "relearn_retained_within": relearned_within}
+"""What it has the means of."""
+
+
+def summarise(cells: Sequence[Cell], ours: str) -> dict[str, Any]:
+    """Of every loss, kind of request, method and settings the figures over its requests, and how ``ours`` did.
+
+    ``rows``: with ``FIGURES`` (medians) and ``SHARES`` (means); ``low`` and ``high`` bound the 95 % interval of the
+    median ratio in the loss's own unit, ``low_logits`` and so on that in each (bootstrap over requests); ``nearer`` is
+    that of the median over requests of the ratio over that of ``ours``, with its chosen settings where there are any:
+    above 1 throughout, ours is nearer to retraining. ``gap_retrained``, ``off_retrained``: the retrained models' own.
+
+    ``flags``: of all requests, how many answers of ``ours`` were off by more than 3 points from the retrained models'
+    mean (``bad``), and how many of these and of the others the verdict had flagged. ``doubt``: how many of the
+    retrained models' accuracies on the forgotten samples lay within the doubt of the answer's.
+    """
+    rows = [
+        _row(group, loss, kind, method, settings, ours)
+        for (loss, kind), group in groups(cells).items()
+        for method in (ORIGINAL, RETRAINED, *methods_of(group))
+        for settings in ("default", "chosen")
+        if any(row_of(method, settings) in cell.rows for cell in group)
+    ]
+    judged = [(cell, row) for cell in cells if (row := own_row(cell, ours)) in cell.rows]
+    return {"cells": len(cells), "ours": ours, "rows": rows, "flags": flags(judged), "doubt": covered(judged)}
+
+
+def own_row(cell: Cell, ours: str) -> str:
+    """The row of ``ours``: with chosen settings where there are any."""
+    chosen = row_of(ours, "chosen")
+    return chosen if chosen in cell.rows else ours
+
+
+def _row(group: Sequence[Cell], loss: str, kind: str, method: str, settings: str, ours: str) -> dict[str, Any]:
+    row = row_of(method, settings)
+    cells = [cell for cell in group if row in cell.rows]
+    unit = cells[0].facts["unit"]
+    bounds = {each: _bounds(value(cell, row, name) for cell in cells) for each, name in RATIOS.items()}
+    return {
+        "loss": loss,
+        "kind": kind,
+        "method": method,
+        "settings": settings,
+        "requests": len(cells),
+        "unit": unit,
+        **{name: middle(figure.of(cell, row) for cell in cells) for name, figure in FIGURES.items()},
+        **{name: _mean(share(cell, row) for cell in cells) for name, share in SHARES.items()},
+        "gap_retrained": middle(value(cell, RETRAINED, "average_gap") for cell in cells),
+        "off_retrained": _mean(off(cell, RETRAINED) for cell in cells),
+        "low": bounds[unit][0],
+        "high": bounds[unit][1],
+        **{f"low_{each}": low for each, (low, _) in bounds.items()},
+        **{f"high_{each}": high for each, (_, high) in bounds.items()},
+        "nearer": interval([_over_ours(cell, row, ours) for cell in cells]),
+    }
+
+
+def _over_ours(cell: Cell, row: str, ours: str) -> float | None:
+    """The ratio of a row over that of ours."""
+    theirs, own = (value(cell, name, RATIOS[cell.facts["unit"]]) for name in (row, own_row(cell, ours)))
+    return theirs / own if theirs is not None and own else None
+
+
+def _bounds(values: Iterable[float | None]) -> Sequence[float | None]:
+    return interval(list(values)) or (None, None)
+
+
+def flags(judged: Sequence[tuple[Cell, str]]) -> dict[str, int]:
+    """How many answers are off, and of these and of the others, how many were flagged and how many doubted."""
+    counts: dict[str, int] = {}
+    for name, wanted in (("bad", True), ("good", False)):
+        part = [(cell, row) for cell, row in judged if _off_their_mean(cell, row) is wanted]
+        counts |= {
+            name: len(part),
+            f"{name}_and_flagged": sum(verdict_of(*each) not in ("trusted", None) for each in part),
+            f"{name}_and_doubted": sum((value(*each, "doubt") or 0.0) > LIMIT_DOUBT for each in part),
+        }
+    return counts
+
+
+def covered(judged: Sequence[tuple[Cell, str]]) -> dict[str, int]:
+    """Of how many retrained models the accuracy on the forgotten samples lay within the doubt of the answer's."""
+    hits = [
+        abs((value(cell, row, "forget_accuracy") or 0.0) - (cell.rows[name]["forget_accuracy"] or 0.0)) <= doubt
+        for cell, row in judged
+        if (doubt := value(cell, row, "doubt")) is not None
+        for name in retrained_of(cell)
+    ]
+    return {"models": len(hits), "within": sum(hits)}
+
+
+def verdict_of(cell: Cell, row: str) -> str | None:
     """The certificate's; None of a method that gives none."""
-    verdict = cell.facts["notes"].get(method, "").partition(":")[0]
+    verdict = cell.facts["notes"].get(row, "").partition(":")[0]
     return verdict if verdict in VERDICTS else None
 
 
-def _with_preparing(cell: Cell, method: str) -> float | None:
-    preparing, seconds = cell.facts.get("prepare_seconds"), cell.rows[method]["seconds"]
-    whole = None if preparing is None or seconds is None else preparing + seconds
-    return _over(whole, cell.rows[REFERENCE]["seconds"])
+def _off_their_mean(cell: Cell, row: str) -> bool:
+    """Whether an accuracy differs from the retrained models' mean by more than ``POINTS``."""
+    gaps = (_beside(f"{part}_accuracy")(cell, row) or 0.0 for part in PARTS)
+    return any(abs(gap) > POINTS for gap in gaps)
 
 
-def _over(value: float | None, whole: float | None) -> float | None:
-    return value / whole if value is not None and whole else None
-
-
-def _median(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return median(known) if known else None
-
-
-def _share(hits: Iterable[bool]) -> float | None:
-    found = list(hits)
-    return sum(found) / len(found) if found else None
-
-
-def interval(values: Sequence[float | None], statistic: Callable[..., Any]) -> list[float] | None:
+def interval(values: Sequence[float | None], statistic: Callable[..., Any] = np.median) -> list[float] | None:
     """The 95 % interval of a statistic of the values, by the bootstrap; None for fewer than two values."""
     from scipy.stats import bootstrap  # a second to import
 
@@ -143,63 +261,12 @@ def interval(values: Sequence[float | None], statistic: Callable[..., Any]) -> l
     return [float(found.low), float(found.high)]
 
 
-def _retrained(cell: Cell, column: str) -> tuple[float, float]:
-    one, other = (cell.rows[name][column] or 0.0 for name in (REFERENCE, FLOOR))
-    return one, other
+def middle(values: Iterable[float | None]) -> float | None:
+    """The median of those that are known."""
+    known = [value for value in values if value is not None]
+    return median(known) if known else None
 
 
-def _far(cell: Cell, method: str) -> bool:
-    """Whether an accuracy differs from that of one retrained model, the reference, by more than 3 points."""
-    pairs = ([cell.rows[name][f"{part}_accuracy"] or 0.0 for name in (method, REFERENCE)] for part in PARTS)
-    return any(abs(own - wanted) > LIMIT_DOUBT for own, wanted in pairs)
-
-
-def _off(cell: Cell, method: str) -> bool:
-    return bool(_off_parts(cell, method))
-
-
-def _off_beyond_chance(cell: Cell, method: str) -> bool:
-    counts = {"retain": cell.facts["images"] - cell.facts["forgotten"], "test": cell.facts["test_images"]}
-    counts["forget"] = cell.facts["forgotten"]
-    return any(not _plausible(cell, method, f"{part}_accuracy", counts[part]) for part in _off_parts(cell, method))
-
-
-def _off_parts(cell: Cell, method: str) -> list[str]:
-    """The sets on which the accuracy differs from the retrained models' mean by more than 3 points."""
-    gaps = {
-        part: abs((cell.rows[method][f"{part}_accuracy"] or 0.0) - mean(_retrained(cell, f"{part}_accuracy")))
-        for part in PARTS
-    }
-    return [part for part, gap in gaps.items() if gap > LIMIT_DOUBT]
-
-
-def _flagged(cell: Cell, ours: str) -> bool:
-    return verdict_of(cell, ours) not in ("trusted", None)
-
-
-def _doubted(cell: Cell, ours: str) -> bool:
-    return (cell.rows[ours].get("doubt") or 0.0) > LIMIT_DOUBT
-
-
-def _within(cell: Cell, method: str) -> bool:
-    return _plausible(cell, method, "membership", cell.facts["forgotten"])
-
-
-def _plausible(cell: Cell, method: str, column: str, count: int) -> bool:
-    """Whether a percentage is one that the two retrained models span, or that chance makes of their mean (95 %)."""
-    from scipy.stats import binomtest
-
-    pair = _retrained(cell, column)
-    interval = binomtest(round(mean(pair) * count / 100), count).proportion_ci(method="wilson")
-    low, high = min(*pair, 100 * interval.low), max(*pair, 100 * interval.high)
-    return bool(low <= (cell.rows[method][column] or 0.0) <= high)
-
-
-def _relearned(cell: Cell, method: str) -> bool:
-    """Whether the steps are among those of the two retrained models, a quarter fewer or more."""
-    ours, *pair = (cell.rows[name]["relearn_steps"] for name in (method, REFERENCE, FLOOR))
-    known = [steps for steps in pair if steps is not None]
-    if ours is None or not known:
-        return ours in pair
-    most = float("inf") if None in pair else 1.25 * max(known)
-    return 0.75 * min(known) <= ours <= most
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return mean(known) if known else None

@@ -1,4 +1,4 @@
-"""Tables, drawn from stored results alone."""
+"""What a reader should conclude, and tables, from stored results alone."""
 
 import math
 from collections import defaultdict
@@ -8,9 +8,24 @@ from statistics import mean, stdev
 from typing import Any
 
 from fastntk.evidence.bench.results import Cell
-from fastntk.evidence.bench.summary import FIGURES, SHARES, figure_of, methods_of, summarise, verdict_of
+from fastntk.evidence.bench.summary import (
+    FIGURES,
+    KINDS,
+    RATIOS,
+    flags,
+    middle,
+    own_row,
+    retrained_of,
+    row_of,
+    value,
+    verdict_of,
+)
 from fastntk.evidence.measures import MEASURES, shown
-from fastntk.evidence.report import FLOOR, REFERENCE
+from fastntk.evidence.report import ORIGINAL, RETRAINED
+
+_NEAR, _GAP = 1.10, 0.3  # the ratio, and the points of gap beyond the retrained models' own, that are called near
+
+Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -30,27 +45,123 @@ class Table:
         return "\n".join([f"### {self.title}", "", self.note, "", *head, *rows])
 
 
+def conclusions(found: Row) -> list[str]:
+    """What a reader should conclude of ``ours``, by loss and kind of request, what falls short first; then of its
+    verdicts."""
+    told = []
+    for loss, kind, rows in grouped(found["rows"]):
+        own = [row for row in rows if row["method"] == found["ours"]]
+        if own:
+            told.append(_concluded(loss, kind, own[-1], rows))
+    flags, doubt = found["flags"], found["doubt"]
+    verdicts = (
+        f"{flags['bad']} of {flags['bad'] + flags['good']} answers were off by more than 3 points from the retrained "
+        f"models' mean; the verdict had flagged {flags['bad_and_flagged']} of these, and {flags['good_and_flagged']} "
+        "of the others."
+    )
+    within = (
+        f" {doubt['within']} of {doubt['models']} retrained models lay within the doubt." if doubt["models"] else ""
+    )
+    return [text for _, text in sorted(told, key=lambda each: not each[0])] + [verdicts + within]
+
+
+def _concluded(loss: str, kind: str, own: Row, rows: Sequence[Row]) -> tuple[bool, str]:
+    """Whether something falls short, and what is to be said of ours on one kind of request."""
+    ratio, gap, theirs = own[f"ratio_{own['unit']}"], own["gap"], own["gap_retrained"]
+    others = [row for row in rows if row["method"] not in (own["method"], ORIGINAL, RETRAINED)]
+    nearer = [row for row in others if row["nearer"] and row["nearer"][0] > 1]
+    rest = [f"{_name(row)} ({_range(row['nearer'])})" for row in others if row not in nearer]
+    short = [
+        *([f"the ratio is above {_NEAR:.2f}"] if ratio is None or ratio > _NEAR else []),
+        *(["the gap is more than theirs"] if gap is None or theirs is None or gap > theirs + _GAP else []),
+        *(["it is not nearer than every other row"] if rest else []),
+    ]
+    beside = f"It is nearer than {len(nearer)} of {len(others)} other rows by an interval that excludes them"
+    text = (
+        f"**{kind}, {loss}** ({own['requests']} requests): {_name(own)} lies {_text(ratio)} ({_range(_ends(own))}) "
+        f"times as far from retrained models as they from each other, in {own['unit']}; average gap {_text(gap, 1)}, "
+        f"theirs {_text(theirs, 1)}. {beside}{f'; not than {_list(rest)}' if rest else ''}."
+    )
+    return bool(short), f"{text} Falls short: {', '.join(short)}." if short else text
+
+
+def overviews(found: Row) -> list[Table]:
+    """A table for each loss and kind of request: medians of every method and its settings, the nearest first."""
+    return [_overview(*group) for group in grouped(found["rows"])]
+
+
+def _overview(loss: str, kind: str, rows: Sequence[Row]) -> Table:
+    def nearness(row: Row) -> float:
+        ratio = row[f"ratio_{row['unit']}"]
+        return math.inf if ratio is None else ratio
+
+    columns = ("settings", "95 %", *(figure.heading for figure in FIGURES.values()), "off", "R within")
+    return Table(
+        f"{kind}, {loss}",
+        f"Medians over {max(row['requests'] for row in rows)} requests; 95 %: of the ratio in {rows[0]['unit']}, by "
+        "which rows are ordered; off: the share of retrained models from which an accuracy is off by more than 3 "
+        "points; R within: in how many requests relearning on retained data lies in the range of theirs.",
+        columns,
+        {_name(row): _figures(row) for row in sorted(rows, key=nearness)},
+    )
+
+
+def _figures(row: Row) -> list[str]:
+    texts = [_text(row[name], figure.decimals) for name, figure in FIGURES.items()]
+    settings = "–" if row["method"] in (ORIGINAL, RETRAINED) else row["settings"]
+    return [settings, _range(_ends(row)), *texts, _text(row["off"]), _text(row["relearn_retained_within"])]
+
+
+def grouped(rows: Iterable[Row]) -> list[tuple[str, str, list[Row]]]:
+    """The rows of a summary for each loss and kind of request."""
+    found: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        found[row["loss"], row["kind"]].append(row)
+    return [(loss, kind, some) for (loss, kind), some in found.items()]
+
+
+def _name(row: Row) -> str:
+    return row_of(row["method"], row["settings"])
+
+
+def _ends(row: Row) -> tuple[float, float] | None:
+    return None if row["low"] is None else (row["low"], row["high"])
+
+
+def _range(ends: Sequence[float] | None) -> str:
+    return "–" if ends is None else f"{ends[0]:.2f} to {ends[1]:.2f}"
+
+
+def _text(number: float | None, decimals: int = 2) -> str:
+    return "–" if number is None else f"{number:.{decimals}f}"
+
+
+def _list(texts: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(texts[:-1]), texts[-1])))
+
+
 def tables(cells: Iterable[Cell]) -> list[Table]:
-    """One for each data, model, number of images and request: means over seeds, and standard deviations."""
-    groups: dict[tuple, list[Cell]] = defaultdict(list)
+    """One for each data, model, images a class, loss and request: means over seeds, and standard deviations."""
+    found: dict[tuple, list[Cell]] = defaultdict(list)
     for cell in cells:
-        groups[cell.setting.data, cell.setting.model, cell.setting.per_class, cell.request].append(cell)
-    return [_table(*group) for group in groups.items()]
+        setting = cell.setting
+        found[setting.data, setting.model, setting.per_class, setting.loss, cell.request].append(cell)
+    return [_table(*group) for group in found.items()]
 
 
 def _table(group: tuple, cells: Sequence[Cell]) -> Table:
-    (data, model, per_class, request), columns = group, shown("terminal", "pages")
+    (data, model, per_class, loss, request), columns = group, shown("terminal", "pages")
     found = {method: [cell.rows[method] for cell in cells if method in cell.rows] for method in cells[0].rows}
     return Table(
-        f"{data}, {model}, {per_class} images a class, forgotten: {request}",
-        f"{_audits(cells)} Seeds: {', '.join(str(cell.setting.seed) for cell in cells)}.",
+        f"{data}, {model}, {per_class} images a class, {loss}, forgotten: {request}",
+        f"{_audits(cells)} Seeds: {', '.join(str(cell.setting.seed) for cell in cells)}.{_choices(cells)}",
         [measure.heading for measure in columns.values()],
         {method: [_cell(rows, name) for name in columns] for method, rows in found.items()},
     )
 
 
 def _cell(rows: Sequence[Mapping[str, float | None]], name: str) -> str:
-    values, text = [value for row in rows if (value := row.get(name)) is not None], MEASURES[name].text
+    values, text = [each for row in rows if (each := row.get(name)) is not None], MEASURES[name].text
     spread = f" ± {text(stdev(values))}" if len(values) > 1 else ""
     return f"{text(mean(values) if values else None)}{spread}"
 
@@ -60,95 +171,55 @@ def _audits(cells: Sequence[Cell]) -> str:
     return f"Audit of the memory before the request: {', '.join(audits)}."
 
 
-def overviews(cells: Sequence[Cell], found: Mapping[str, Any], ours: str) -> list[Table]:
-    """All requests, from their summary, and those of each kind."""
-    kinds = {cell.request: None for cell in cells}
-    groups = {kind: summarise([cell for cell in cells if cell.request == kind], ours) for kind in kinds}
-    of_kinds = (overview(summary, f"All requests: {kind}") for kind, summary in groups.items())
-    return [overview(found, "All requests"), *of_kinds]
+def _choices(cells: Sequence[Cell]) -> str:
+    """What was chosen, where it is not what a method has by default; of the first seed."""
+    told = [f"{name}: {_settings(choice['method'])}" for name, choice in cells[0].facts["chosen"].items()]
+    return f" Chosen (seed {cells[0].setting.seed}): {'; '.join(told)}." if told else ""
 
 
-def overview(found: Mapping[str, Any], title: str) -> Table:
-    """The figures of a summary that are of every method, the nearest to retraining first."""
-    headings = {**{name: figure.heading for name, figure in FIGURES.items()}, **SHARES}
-    order = sorted(found["distance_ratio"], key=lambda name: found["distance_ratio"][name] or math.inf)
-    rows = {
-        name: ["–" if (value := found[figure][name]) is None else f"{value:.2f}" for figure in headings]
-        for name in order
-    }
-    note = (
-        f"Medians over {found['cells']} requests, and the shares of them that are within what retrained models do, and "
-        "in which an accuracy is off by more than 3 points from the first of these."
-    )
-    return Table(title, note, list(headings.values()), rows)
-
-
-_BY_MODEL = ("distance_ratio", "relearn_ratio", "membership_within", "relearn_within", "time_fraction")
+def _settings(method: Sequence[Any]) -> str:
+    name, fields = method
+    return f"{name}({', '.join(f'{field}={each}' for field, each in fields.items() if field != 'seed')})"
 
 
 def by_model(cells: Iterable[Cell], ours: str) -> Table:
-    """One method's figures for each data, model and number of images: over seeds and requests."""
-    groups: dict[str, list[Cell]] = defaultdict(list)
+    """One method's figures for each data, model, images a class and loss: over seeds and requests."""
+    found: dict[str, list[Cell]] = defaultdict(list)
     for cell in cells:
         if ours in cell.rows:
-            groups[f"{cell.setting.data}, {cell.setting.model}, {cell.setting.per_class}"].append(cell)
-    headings = (SHARES[name] if name in SHARES else FIGURES[name].heading for name in _BY_MODEL)
+            setting = cell.setting
+            found[f"{setting.data}, {setting.model}, {setting.per_class}, {setting.loss}"].append(cell)
     return Table(
         f"{ours}, by model",
-        "Medians over seeds and requests; the gap beside the second retrained model's; how many answers were off by "
-        "more than 3 points of accuracy, and how many of these and of the others had been doubted.",
-        ["requests", "average gap, retrained", "average gap", *headings, "off, doubted", "others, doubted"],
-        {name: _of_model(summarise(group, ours), ours) for name, group in groups.items()},
-        "data, model, images a class",
+        "Medians over seeds and kinds of request; the gap beside the retrained models' own; how many answers were off "
+        "by more than 3 points of accuracy, and how many of these and of the others the verdict had flagged.",
+        ["requests", "ratio", "gap, retrained", "gap", "off, flagged", "others, flagged"],
+        {name: _of_model(group, ours) for name, group in found.items()},
+        "data, model, images a class, loss",
     )
 
 
-def _of_model(found: Mapping[str, Any], ours: str) -> list[str]:
-    gaps, flags = found["average_gap"], found["flags"]["off"]
-    figures = [gaps[FLOOR], gaps[ours], *(found[figure][ours] for figure in _BY_MODEL)]
-    doubted = [f"{flags[part]}, {flags[f'{part}_and_doubted']}" for part in ("bad", "good")]
-    return [str(found["cells"]), *("–" if each is None else f"{each:.2f}" for each in figures), *doubted]
+def _of_model(cells: Sequence[Cell], ours: str) -> list[str]:
+    judged = [(cell, own_row(cell, ours)) for cell in cells]
+    count = flags(judged)
+    medians = [
+        middle(value(*each, RATIOS[each[0].facts["unit"]]) for each in judged),
+        middle(value(cell, RETRAINED, "average_gap") for cell in cells),
+        middle(value(*each, "average_gap") for each in judged),
+    ]
+    flagged = [f"{count[part]}, {count[f'{part}_and_flagged']}" for part in ("bad", "good")]
+    return [str(len(cells)), *map(_text, medians), *flagged]
 
 
-_BESIDE_RETRAINED = "forget_accuracy", "membership", "relearn_steps"
-
-
-def by_request(cells: Iterable[Cell], ours: str) -> Table:
-    """One method beside the two retrained models, request by request."""
-    headings = (MEASURES[name].heading for name in _BESIDE_RETRAINED)
-    pairs = [text for heading in headings for text in (f"{heading}, retrained", heading)]
-    return Table(
-        f"{ours}, request by request",
-        "Beside the figures of both retrained models, and the second's gap to the first; then the method that is "
-        "nearest to retraining, and what came with the answer, before anything was retrained: the verdict and the "
-        "doubt, the points within which a retrained model's accuracy on the forgotten images should lie.",
-        [*pairs, "gap, retrained", "gap", "ratio", "nearest", "verdict", "doubt"],
-        {_name_of(cell): _beside_retrained(cell, ours) for cell in cells if ours in cell.rows},
-        "request",
+def in_words(cell: Cell, ours: str) -> str:
+    """How near the answer of ``ours`` to a request came."""
+    row, setting, kind = own_row(cell, ours), cell.setting, KINDS.get(cell.request, cell.request)
+    ratio, original = (value(cell, name, RATIOS[cell.facts["unit"]]) for name in (row, ORIGINAL))
+    theirs = sorted(cell.rows[name]["forget_accuracy"] or 0.0 for name in retrained_of(cell))
+    verdict = verdict_of(cell, row)
+    return (
+        f"{setting.data}, {setting.model}, {setting.per_class} a class, {setting.loss}, seed {setting.seed}, {kind}: "
+        f"{_text(value(cell, row, 'forget_accuracy'), 1)} % of the forgotten images are still recognised, by retrained "
+        f"models {theirs[0]:.1f} to {theirs[-1]:.1f} %; {_text(ratio)} times as far from these as they from each "
+        f"other, the original {_text(original)}{f'; verdict: {verdict}' if verdict else ''}."
     )
-
-
-def _name_of(cell: Cell) -> str:
-    setting = cell.setting
-    return f"{setting.data}, {setting.model}, {setting.per_class}, {cell.request}, seed {setting.seed}"
-
-
-def _beside_retrained(cell: Cell, ours: str) -> list[str]:
-    pairs = (
-        [", ".join(_cell([cell.rows[name]], column) for name in (REFERENCE, FLOOR)), _cell([cell.rows[ours]], column)]
-        for column in _BESIDE_RETRAINED
-    )
-    gaps = [_cell([cell.rows[name]], "average_gap") for name in (FLOOR, ours)]
-    return [*(text for pair in pairs for text in pair), *gaps, *_nearest(cell, ours), *_said(cell, ours)]
-
-
-def _said(cell: Cell, ours: str) -> list[str]:
-    doubt = cell.rows[ours].get("doubt")
-    return [verdict_of(cell, ours) or "–", "–" if doubt is None else f"{doubt:.1f}"]
-
-
-def _nearest(cell: Cell, ours: str) -> list[str]:
-    """The ratio of a method, and the name and the ratio of the nearest one of all."""
-    ratios = {name: ratio for name in methods_of([cell]) if (ratio := figure_of(cell, name, "distance_ratio"))}
-    name = min(ratios, key=ratios.__getitem__, default=None)
-    return [_cell([cell.rows[ours]], "distance_ratio"), "–" if name is None else f"{name} {ratios[name]:.2f}"]

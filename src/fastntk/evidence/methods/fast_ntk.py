@@ -1,6 +1,7 @@
 """This project's method: the anchored difference, from a prepared memory."""
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from fastntk.common.errors import InputError
 from fastntk.evidence.methods.problem import Problem, Unlearned
@@ -19,14 +20,15 @@ class FastNTK:
             without a certificate.
         exact_head: solve the head anew at the features after the step (``fastntk.solve.head``), by a forward pass over
             the retained samples; with the memory's own ridge alone.
-        gain: multiply the step, before that, by the gain of the memory's audit (``fastntk.memory.finish``); one below 1
-            only if the exact head follows. The note explains the certificate of the step without it, with the audit of
-            answers with it.
+        gain: multiply the step, before that, by this number, or if ``True`` by the gain of the memory's audit
+            (``fastntk.memory.finish``); one below 1 only if the exact head follows. The note explains the certificate
+            of the step without it, with the audit's gain with the audit of answers with it.
     """
 
+    prepared: ClassVar[bool] = True
     ridge: float | None = None
     exact_head: bool = False
-    gain: bool = False
+    gain: bool | float = False
 
     def __post_init__(self) -> None:
         if self.exact_head and self.ridge is not None:
@@ -38,7 +40,7 @@ class FastNTK:
             return self._at_another_ridge(problem, self.ridge)
         answer = problem.memory.preview(problem.forget)
         certificate, least = answer.certificate, 0.0 if self.exact_head else 1.0
-        if self.gain and certificate.audit and certificate.audit.gain >= least:
+        if self.gain is True and certificate.audit and certificate.audit.gain >= least:
             certificate = replace(certificate, audit=certificate.audit.with_gain)
         parameters = finished(
             problem.memory, answer.parameters, gain=self.gain, exact_head=self.exact_head, without=problem.forget

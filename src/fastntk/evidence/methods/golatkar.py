@@ -1,6 +1,7 @@
 """The published one-shot step, which Fast-NTK takes over parameter-efficient parameters."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -28,6 +29,7 @@ class Golatkar:
     Source: Golatkar, Achille, Soatto 2020, "Forgetting Outside the Box" (arXiv 2003.02960).
     """
 
+    prepared: ClassVar[bool] = True
     weight_decay: float | None = None
     trapezium: bool = True
     noise: float = 0.0

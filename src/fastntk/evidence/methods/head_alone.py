@@ -1,6 +1,7 @@
 """The simplest of all: the head solved anew without what is to be forgotten, everything before it as it is."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fastntk.evidence.methods.problem import Problem, Unlearned
 from fastntk.memory.finish import finished
@@ -14,6 +15,8 @@ class HeadAlone:
 
     Source: the usual last-layer baseline; solved exactly here, as ``fastntk.exact_head`` does after a step.
     """
+
+    prepared: ClassVar[bool] = True
 
     def __call__(self, problem: Problem) -> Unlearned:
         """Answer the request by a forward pass over the retained samples."""

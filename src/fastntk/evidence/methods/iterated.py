@@ -1,6 +1,7 @@
 """Several steps in place of one, each from the gradient of the network where the last one led."""
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -32,6 +33,7 @@ class Iterated:
     (Newton Methods for Nonlinear Problems, 2004, section 3.2).
     """
 
+    prepared: ClassVar[bool] = True
     steps: int = 2
     tolerance: float = 1e-2
     halvings: int = 3

@@ -1,6 +1,7 @@
 """One Newton step toward the retained optimum, from a fit that is taken to be optimal."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fastntk.evidence.methods.problem import Problem, Unlearned
 from fastntk.jacobians.products import pull
@@ -20,6 +21,7 @@ class Newton:
     2017 (arXiv 1703.04730), whose inverse is over D.
     """
 
+    prepared: ClassVar[bool] = True
     ridge: float | None = None
 
     def __call__(self, problem: Problem) -> Unlearned:

@@ -109,7 +109,8 @@ class Unlearned:
 
 
 Method = Callable[[Problem], Unlearned]
-"""A method answers a request. It is a frozen dataclass whose fields are its hyper-parameters."""
+"""A method answers a request. It is a frozen dataclass whose fields are its hyper-parameters; one that needs a memory
+to be prepared says so by a class variable ``prepared``."""
 
 
 def measured(method: Method, problem: Problem) -> Unlearned:

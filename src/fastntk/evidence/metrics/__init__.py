@@ -6,12 +6,10 @@ from fastntk.evidence.metrics.gaps import average_gap, tug_of_war
 from fastntk.evidence.metrics.membership import attack_auc, modified_entropy, taken_for_members, threshold
 from fastntk.evidence.metrics.predictions import agreement, kl_divergence
 from fastntk.evidence.metrics.shadows import klom, published_klom, ulira
-from fastntk.memory.audit import accuracy_spread
 from fastntk.tuning.outputs import log_odds, margins
 
 __all__ = [
     "accuracy",
-    "accuracy_spread",
     "agreement",
     "attack_auc",
     "average_gap",

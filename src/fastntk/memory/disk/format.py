@@ -67,6 +67,14 @@ def _entry_1(document: dict[str, Any]) -> dict[str, Any]:
     return {"unit": "logits", "tail": 0.0, "has_head": False, **document} if "limit" in document else document
 
 
+def _entry_2(document: dict[str, Any]) -> dict[str, Any]:
+    """Audits did not keep how margins differ, so there is no doubt of what they saw."""
+    none = {"errors": None, "errors_with_gain": None}
+    if "floor" in document:  # an audit
+        return {**none, **document}
+    return {**document, "audit": {**none, **document["audit"]}} if document.get("audit") else document
+
+
 def _state_1(document: dict[str, Any]) -> dict[str, Any]:
     """Rows of all classes; cross-entropy without label smoothing."""
     made = document["made"]
@@ -114,5 +122,5 @@ JOURNAL = Format("request", (unchanged,))
 LEDGER = Format("ledger", (unchanged,))
 """Of the ledger's tables."""
 
-ENTRY = Format("ledger's entry", (_entry_0, _entry_1))
+ENTRY = Format("ledger's entry", (_entry_0, _entry_1, _entry_2))
 """Of what the ledger says of a request: a certificate, an audit or a refresh."""
