@@ -66,7 +66,8 @@ class Views(Labelled):
     """A dataset with some fixed augmentations of every sample beside the sample itself, for ``prepare`` after a fit to
     random ones: view v of the sample with the id i has the id ``"i/v"``.
 
-    A request names all views of a sample: ``memory.forget(views.of(ids))``. docs/benchmarks-cross-entropy.md has what it gains.
+    A request names all views of a sample: ``memory.forget(views.of(ids))``. docs/benchmarks-cross-entropy.md has what
+    it gains.
 
     Args:
         source: a map-style dataset of ``(image, label)``.

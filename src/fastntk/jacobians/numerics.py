@@ -23,8 +23,8 @@ class Numerics:
         precision: of the network. ``full``: the model's own dtype, no rounding in between. ``tf32``: products of
             float32 numbers on NVIDIA's tensor cores, with 10 bits of mantissa; elsewhere the same as ``full``.
             ``bf16``: the network runs under autocast to bfloat16 (8 bits of mantissa), parameters and sums stay as they
-            are. What bf16 costs is in docs/benchmarks-cost.md (a quarter of the answer to a request, in a hard case); what
-            TF32 costs has not been measured yet.
+            are. What bf16 costs is in docs/benchmarks-cost.md (a quarter of the answer to a request, in a hard case);
+            what TF32 costs has not been measured yet.
         dtype: of the sums and products of the primal form. ``torch.float32`` halves their memory; sums that samples are
             taken away from lose digits with it, so that a solve may come out less exact.
         workers: processes that read images ahead.

@@ -8,7 +8,7 @@ the network really has on its training data:
     ridge = argmin |J s(D; ridge)|.
 
 With too small a ridge the linearised optimum fits the training data better than the network did, with too large a one
-worse. docs/benchmarks-ridge.md compares this rule with seven others on several models, against what is best in hindsight.
+worse. docs/benchmarks-ridge.md compares this rule with seven others on several models, against the best in hindsight.
 """
 
 from dataclasses import dataclass, replace
