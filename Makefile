@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
 
-.PHONY: install demo test check docs clean
+.PHONY: install demo test check docs screens clean
 
 install: $(VENV)/installed
 
@@ -24,6 +24,10 @@ check: install
 
 docs: install
 	$(RUN)/mkdocs build --strict
+
+# What a browser makes of the pages, in runs/screens: needs Chromium, and the demo's report from make demo
+screens: install
+	$(RUN)/python tests/screens.py runs/demo/report.html results/tables.html
 
 clean:
 	rm -rf $(VENV) runs site

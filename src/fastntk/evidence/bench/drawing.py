@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fastntk.common.files import write
-from fastntk.evidence.bench.plots import overview
+from fastntk.evidence.bench.plots import against_time, ratios
 from fastntk.evidence.bench.results import Cell
 from fastntk.evidence.bench.tables import by_model, conclusions, grouped, in_words, overviews, tables
 from fastntk.evidence.pages import page, svg
@@ -27,7 +27,7 @@ def draw(cells: Sequence[Cell], found: Mapping[str, Any], ours: str, folder: Pat
         "cells": len(cells),
         "conclusions": [sentence.replace("**", "") for sentence in told],
         "overviews": [
-            {"table": table, "svg": svg(overview(rows, ours))}
+            {"table": table, "drawings": [svg(of(rows, ours)) for of in (against_time, ratios)]}
             for table, (_, _, rows) in zip(made, grouped(found["rows"]), strict=True)
         ],
         "by_model": model,

@@ -1,4 +1,4 @@
-"""A drawing of a table, from a summary alone."""
+"""Drawings of a table, from a summary alone."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,35 +11,31 @@ from fastntk.evidence.bench.summary import row_of
 from fastntk.evidence.drawings import COLOURS
 from fastntk.evidence.report import ORIGINAL, RETRAINED
 
-
-def overview(rows: Sequence[Mapping[str, Any]], ours: str) -> Figure:
-    """Of one loss and kind of request: accuracy against time, and the ratio of every row with its interval."""
-    figure = Figure(figsize=(10, 0.2 * len(rows) + 3), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    _against_time(left, rows, ours)
-    _ratios(right, rows, ours)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=7)
-    return figure
+_LEAST = 0.05  # points of gap, below which all are drawn alike
 
 
-def _against_time(axes: Axes, rows: Sequence[Mapping[str, Any]], ours: str) -> None:
-    """A point a row: time, of retraining, and average gap, medians; down and left is better."""
+def against_time(rows: Sequence[Mapping[str, Any]], ours: str) -> Figure:
+    """Of one loss and kind of request a point a row: time, of retraining, and average gap, medians; down and left is
+    better. Chosen settings are filled."""
+    figure, axes = _drawn(len(rows))
     for row in rows:
         time = 1.0 if row["method"] == RETRAINED else row["request_fraction"]
         if time is not None and row["gap"] is not None:
+            place = time, max(row["gap"], _LEAST)
             filled = "full" if row["settings"] == "chosen" else "none"
-            axes.plot(time, row["gap"], "o", color=_colour(row, ours), fillstyle=filled, markersize=6)
-            axes.annotate(_name(row), (time, row["gap"]), xytext=(5, 3), textcoords="offset points", fontsize=6)
+            axes.plot(*place, "o", color=_colour(row, ours), fillstyle=filled, markersize=5)
+            axes.annotate(row["method"], place, xytext=(5, -2), textcoords="offset points", fontsize=5.5)
     axes.set_xscale("log")
-    axes.set_xlabel("time of a request, of retraining", fontsize=8)
-    axes.set_ylabel("average gap to retrained models, points", fontsize=8)
-    axes.set_ylim(bottom=0)
+    axes.set_yscale("log")
+    axes.set_xlabel("time of a request, of retraining", fontsize=7)
+    axes.set_ylabel("average gap to retrained models, points", fontsize=7)
+    _plain(axes)
+    return figure
 
 
-def _ratios(axes: Axes, rows: Sequence[Mapping[str, Any]], ours: str) -> None:
-    """A row a method: the median ratio and its 95 % interval; nearest on top."""
+def ratios(rows: Sequence[Mapping[str, Any]], ours: str) -> Figure:
+    """Of one loss and kind of request a row a method: the median ratio and its 95 % interval; nearest on top."""
+    figure, axes = _drawn(len(rows))
     known = [(row[f"ratio_{row['unit']}"], row) for row in rows if row[f"ratio_{row['unit']}"] is not None]
     order = [row for ratio, row in sorted(known, key=lambda each: -each[0]) if math.isfinite(ratio)]
     for place, row in enumerate(order):
@@ -50,10 +46,27 @@ def _ratios(axes: Axes, rows: Sequence[Mapping[str, Any]], ours: str) -> None:
     axes.axvline(1, color="#cccccc", linewidth=0.8, zorder=0)
     axes.set_yticks(range(len(order)), list(map(_name, order)))
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter("{x:g}")
-    axes.tick_params(axis="x", which="minor", labelsize=6)
-    axes.set_xlabel("distance to retrained models, over theirs from each other", fontsize=8)
+    axes.set_xlabel("distance to retrained models, over theirs from each other", fontsize=7)
+    _plain(axes)
+    return figure
+
+
+def _drawn(rows: int) -> tuple[Figure, Axes]:
+    """An empty figure for so many rows."""
+    figure = Figure(figsize=(5, 0.13 * rows + 1.2), layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _plain(axes: Axes) -> None:
+    """Small figures, numbers written out."""
+    for axis, scale in ((axes.xaxis, axes.get_xscale()), (axes.yaxis, axes.get_yscale())):
+        if scale == "log":
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter("{x:g}")
+    axes.tick_params(labelsize=6)
+    axes.tick_params(which="minor", labelsize=4.5)
 
 
 def _name(row: Mapping[str, Any]) -> str:

@@ -16,7 +16,6 @@ from fastntk.evidence.bench.summary import (
     middle,
     own_row,
     retrained_of,
-    row_of,
     value,
     verdict_of,
 )
@@ -68,21 +67,34 @@ def conclusions(found: Row) -> list[str]:
 def _concluded(loss: str, kind: str, own: Row, rows: Sequence[Row]) -> tuple[bool, str]:
     """Whether something falls short, and what is to be said of ours on one kind of request."""
     ratio, gap, theirs = own[f"ratio_{own['unit']}"], own["gap"], own["gap_retrained"]
-    others = [row for row in rows if row["method"] not in (own["method"], ORIGINAL, RETRAINED)]
-    nearer = [row for row in others if row["nearer"] and row["nearer"][0] > 1]
-    rest = [f"{_name(row)} ({_range(row['nearer'])})" for row in others if row not in nearer]
+    others = _others(own, rows)
+    farther, nearer = (
+        [row for row in others if row["nearer"] and row["nearer"][end] * sign > sign] for end, sign in _SIDES
+    )
+    undecided = [row for row in others if row not in farther and row not in nearer]
     short = [
         *([f"the ratio is above {_NEAR:.2f}"] if ratio is None or ratio > _NEAR else []),
         *(["the gap is more than theirs"] if gap is None or theirs is None or gap > theirs + _GAP else []),
-        *(["it is not nearer than every other row"] if rest else []),
+        *(["it is not nearer than every other method"] if len(farther) < len(others) else []),
     ]
-    beside = f"It is nearer than {len(nearer)} of {len(others)} other rows by an interval that excludes them"
+    beside = f"{len(farther)} of {len(others)} other methods are farther, by an interval that excludes it"
+    for word, some in (("nearer", nearer), ("open", undecided)):
+        beside += f"; {word}: {_list([row['method'] for row in some])}" if some else ""
     text = (
         f"**{kind}, {loss}** ({own['requests']} requests): {_name(own)} lies {_text(ratio)} ({_range(_ends(own))}) "
         f"times as far from retrained models as they from each other, in {own['unit']}; average gap {_text(gap, 1)}, "
-        f"theirs {_text(theirs, 1)}. {beside}{f'; not than {_list(rest)}' if rest else ''}."
+        f"theirs {_text(theirs, 1)}. {beside}."
     )
     return bool(short), f"{text} Falls short: {', '.join(short)}." if short else text
+
+
+_SIDES = (0, 1), (1, -1)  # of an interval: all of it above 1, all of it below
+
+
+def _others(own: Row, rows: Sequence[Row]) -> list[Row]:
+    """A row of every other method, with chosen settings where there are any; those called as ours and more are ours."""
+    found = {row["method"]: row for row in rows if row["method"] not in (own["method"], ORIGINAL, RETRAINED)}
+    return [row for name, row in found.items() if not name.startswith(f"{own['method']}_")]
 
 
 def overviews(found: Row) -> list[Table]:
@@ -95,12 +107,13 @@ def _overview(loss: str, kind: str, rows: Sequence[Row]) -> Table:
         ratio = row[f"ratio_{row['unit']}"]
         return math.inf if ratio is None else ratio
 
-    columns = ("settings", "95 %", *(figure.heading for figure in FIGURES.values()), "off", "R within")
+    columns = ("95 %", *(figure.heading for figure in FIGURES.values()), "off", "R within", "over ours")
     return Table(
         f"{kind}, {loss}",
         f"Medians over {max(row['requests'] for row in rows)} requests; 95 %: of the ratio in {rows[0]['unit']}, by "
         "which rows are ordered; off: the share of retrained models from which an accuracy is off by more than 3 "
-        "points; R within: in how many requests relearning on retained data lies in the range of theirs.",
+        "points; R within: in how many requests relearning on retained data lies in the range of theirs; over ours: "
+        "the 95 % interval of the ratio over that of ours on the same requests.",
         columns,
         {_name(row): _figures(row) for row in sorted(rows, key=nearness)},
     )
@@ -108,8 +121,8 @@ def _overview(loss: str, kind: str, rows: Sequence[Row]) -> Table:
 
 def _figures(row: Row) -> list[str]:
     texts = [_text(row[name], figure.decimals) for name, figure in FIGURES.items()]
-    settings = "–" if row["method"] in (ORIGINAL, RETRAINED) else row["settings"]
-    return [settings, _range(_ends(row)), *texts, _text(row["off"]), _text(row["relearn_retained_within"])]
+    shares = _text(row["off"]), _text(row["relearn_retained_within"])
+    return [_range(_ends(row)), *texts, *shares, _range(row["nearer"])]
 
 
 def grouped(rows: Iterable[Row]) -> list[tuple[str, str, list[Row]]]:
@@ -121,7 +134,7 @@ def grouped(rows: Iterable[Row]) -> list[tuple[str, str, list[Row]]]:
 
 
 def _name(row: Row) -> str:
-    return row_of(row["method"], row["settings"])
+    return row["method"] if row["method"] in (ORIGINAL, RETRAINED) else f"{row['method']}, {row['settings']}"
 
 
 def _ends(row: Row) -> tuple[float, float] | None:
@@ -179,7 +192,8 @@ def _choices(cells: Sequence[Cell]) -> str:
 
 def _settings(method: Sequence[Any]) -> str:
     name, fields = method
-    return f"{name}({', '.join(f'{field}={each}' for field, each in fields.items() if field != 'seed')})"
+    given = (f"{field}={each:.3g}" if isinstance(each, float) else f"{field}={each}" for field, each in fields.items())
+    return f"{name}({', '.join(text for text in given if not text.startswith('seed='))})"
 
 
 def by_model(cells: Iterable[Cell], ours: str) -> Table:
