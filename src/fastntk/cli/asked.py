@@ -2,12 +2,16 @@
 
 import logging
 import unicodedata
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from fastntk.cli.options import text_of
+from fastntk.cli.settings import Settings
 from fastntk.common.errors import InputError
 from fastntk.inputs.ids import Id
 from fastntk.inputs.images import Images
+from fastntk.inputs.owners import owners_of
 from fastntk.memory.memory import Memory
 
 log = logging.getLogger(__name__)
@@ -21,12 +25,57 @@ def of_class(images: Images, class_name: str, memory: Memory) -> list[Id]:
     """
     if class_name not in images.classes:
         raise InputError(f"there is no class {class_name!r}. The classes are: {', '.join(images.classes)}.")
-    members = (images.labels == images.classes.index(class_name)).nonzero()[:, 0].tolist()
+    places = (images.labels == images.classes.index(class_name)).nonzero()[:, 0].tolist()
+    return _members([images.ids[place] for place in places], memory, f"of class {class_name!r}")
+
+
+def of_owners(images: Images, owners: Mapping[Id, str], names: Sequence[str], memory: Memory) -> list[Id]:
+    """The ids of some owners' samples that are in the memory.
+
+    Raises:
+        InputError: one of them owns nothing, or nothing that is in the memory still.
+    """
+    found: dict[Id, None] = {}
+    for name in names:
+        theirs = [each for each in images.ids if owners.get(each) == name]
+        if not theirs:
+            raise InputError(f"no sample of the data is owned by {name!r}. fastntk owners RUN lists who owns some.")
+        found |= dict.fromkeys(_members(theirs, memory, f"owned by {name!r}"))
+    return list(found)
+
+
+def owners(settings: Settings, data: str | None, images: Images, spec: str | None = None) -> dict[Id, str]:
+    """Whose a run's images are, as ``fit`` was told or as ``spec`` says; ``data``: where they lie now, if elsewhere.
+
+    Raises:
+        InputError: neither says it, or what they name cannot be read.
+    """
+    if not (said := spec or settings.owners):
+        raise InputError("nobody said whose the images are. Say it: --owners owners.csv, a column, or a pattern.")
+    return owners_of(said, data or settings.data, images)
+
+
+def matching(images: Images, patterns: Sequence[str], memory: Memory) -> list[Id]:
+    """The ids in the memory that match one of some patterns, as ``alice/*`` matches paths.
+
+    Raises:
+        InputError: a pattern matches no sample, or none that is in the memory still.
+    """
+    found: dict[Id, None] = {}
+    for pattern in patterns:
+        those = [each for each in images.ids if fnmatchcase(str(each), pattern)]
+        if not those:
+            raise InputError(f"no sample's id matches {pattern!r}.")
+        found |= dict.fromkeys(_members(those, memory, f"that matches {pattern!r}"))
+    return list(found)
+
+
+def _members(ids: Sequence[Id], memory: Memory, what: str) -> list[Id]:
     known = set(memory.ids)
-    ids = [images.ids[index] for index in members if images.ids[index] in known]
-    if not ids:
-        raise InputError(f"no sample of class {class_name!r} is in the memory: it was forgotten already.")
-    return ids
+    found = [each for each in ids if each in known]
+    if not found:
+        raise InputError(f"no sample {what} is in the memory: they were forgotten already.")
+    return found
 
 
 def wanted(ids: str | None, file: Path | None, images: Images) -> list[Id]:

@@ -33,6 +33,7 @@ for command in (
     memory.prepare,
     memory.plan,
     evidence.audit,
+    memory.owners,
     memory.forget,
     memory.remember,
     memory.purge,

@@ -101,6 +101,19 @@ Probes = Annotated[
     int | None, typer.Option(help="Random combinations of the logits in place of all classes; answers become rough.")
 ]
 Workers = Annotated[int, typer.Option(min=0, max=32, help="Processes that read images ahead.")]
+Moved = Annotated[
+    str | None, typer.Option("--data", callback=said, help="Where the training data lie now, if not where they did.")
+]
+Owners = Annotated[
+    str | None,
+    typer.Option(
+        callback=said,
+        help="Whose the images are: a FILE.csv (a header, then id, owner), a column, or a pattern over ids with one "
+        "group, as 'photos/([^/]+)/'.",
+    ),
+]
+Owner = Annotated[list[str] | None, typer.Option(help="All samples of an owner, repeatable.")]
+Match = Annotated[list[str] | None, typer.Option(help="All samples whose id matches, repeatable: 'alice/*'.")]
 Ids = Annotated[
     str | None,
     typer.Option(help="Places in the training set, as 3,17; paths in a folder of images; or what --id-column holds."),

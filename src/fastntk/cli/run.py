@@ -25,7 +25,7 @@ from fastntk.cli.asked import forgotten, of_class
 from fastntk.cli.options import check_out
 from fastntk.cli.settings import Given, Settings
 from fastntk.common import distributed
-from fastntk.common.errors import InputError, reason
+from fastntk.common.errors import InputError
 from fastntk.common.files import (
     DECIDED,
     check_writable,
@@ -39,6 +39,7 @@ from fastntk.common.files import (
     write_json,
     write_tensors,
 )
+from fastntk.common.machine import parse_device
 from fastntk.evidence.auditing import audit, left_out_gain
 from fastntk.evidence.compare import compare, references
 from fastntk.evidence.methods import Problem
@@ -47,6 +48,7 @@ from fastntk.inputs.called import state_at
 from fastntk.inputs.ids import Id
 from fastntk.inputs.images import Images, in_memory
 from fastntk.inputs.models import load_model
+from fastntk.inputs.owners import owners_of
 from fastntk.inputs.sources import load_data
 from fastntk.inputs.weights import check_state_file, load_weights, read_weights, write_state
 from fastntk.jacobians.numerics import Numerics
@@ -73,8 +75,9 @@ _RUN, _TENSORS = "run.json", ("initial.safetensors", "model.safetensors")
 class Run:
     """One run folder, open on one device."""
 
-    def __init__(self, folder: Path, device: str = "cpu") -> None:
-        self.folder, self.device = folder, parse_device(device)
+    def __init__(self, folder: Path, device: str = "cpu", data: str | None = None) -> None:
+        """``data`` says where the training data lie now; None where they were fitted from."""
+        self.folder, self.device, self.data = folder, parse_device(device), data
 
     def settings(self) -> Settings:
         """What the run was made with.
@@ -111,6 +114,8 @@ class Run:
         Folder(self.folder / "memory").check_unused()
         module, images = given.open(self.device, recipe.seed)
         log.info("%s", images)
+        if given.owners:
+            log.info("of %d owners", len(set(owners_of(given.owners, given.data, images).values())))
         held_out = None
         if validation:
             found = load_data(validation, images.preprocessing, split="test", root=given.root)
@@ -150,7 +155,7 @@ class Run:
         model, preprocessing = load_model(settings.model, len(settings.classes), size=settings.size or None)
         tune(model, *settings.select)
         load_weights(model, read_tensors(self.folder / "model.safetensors")[0], with_head=True)
-        return settings, model.to(self.device), settings.images(preprocessing)
+        return settings, model.to(self.device), settings.images(preprocessing, self.data)
 
     def _check(self, settings: Settings) -> None:
         """Raises ``InputError`` that names the first file which is missing or damaged."""
@@ -256,7 +261,7 @@ class Run:
         """Audit the memory, with the run's own recipe."""
         settings, memory, images = self._with_all_images()
         ids = None if class_name is None else of_class(images, class_name, memory)
-        held_out = _held_out(settings, images, test) if test else None
+        held_out = _held_out(settings, images, test, self.data) if test else None
         return audit(memory, settings.fitting(), fraction=fraction, ids=ids, held_out=held_out, seed=seed)
 
     def verify(self) -> Memory:
@@ -282,7 +287,7 @@ class Run:
         check_out(out)
         taken = audited_gain(memory.state) if gain else None
         if held_out is not None:
-            taken = left_out_gain(memory, _held_out(self.settings(), images, held_out))
+            taken = left_out_gain(memory, _held_out(self.settings(), images, held_out, self.data))
         if taken is not None and taken < 1 and not exact_head:
             raise InputError(
                 f"the gain is {taken:.2f}, and one below 1 draws the answer back towards what was forgotten. Export "
@@ -298,7 +303,7 @@ class Run:
         may name among the images."""
         settings, memory, images = self._with_all_images()
         forget = forgotten(images, memory, ids(images) if ids else None)
-        held_out = _held_out(settings, images, test)
+        held_out = _held_out(settings, images, test, self.data)
         problem = Problem(memory, forget, settings.fitting())
         other = problem.recipe.seed + 1 if seed is None else seed
         return compare(problem, held_out, references(other, retrained), answered=_answers(memory))[0]
@@ -315,27 +320,14 @@ def _answers(memory: Memory) -> dict[str, dict[str, Tensor]]:
     }
 
 
-def parse_device(name: str) -> torch.device:
-    """A device that is there.
-
-    Raises:
-        InputError: it is not.
-    """
-    try:
-        device = torch.device(name)
-        torch.ones(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"device {name!r} is not there ({reason(error)}). Use 'cpu'.") from error
-    return device
-
-
-def _held_out(settings: Settings, images: Images, test: str | None) -> Dataset:
-    """The test images: of ``test``, or the test split of the run's own data.
+def _held_out(settings: Settings, images: Images, test: str | None, data: str | None) -> Dataset:
+    """The test images: of ``test``, or the test split of the run's own data, which may lie elsewhere now (``data``).
 
     Raises:
         InputError: the run's own data have no test split, so that the training images would be taken.
     """
-    held_out = settings.images(images.preprocessing, test, split="test")
+    held_out = settings.images(images.preprocessing, test or data, split="test")
     if test is None and torch.equal(held_out.labels, images.labels) and torch.equal(held_out[0][0], images[0][0]):
-        raise InputError(f"{settings.data} has no test split. Give images that the model was not fitted to: --test.")
+        own = data or settings.data
+        raise InputError(f"{own} has no test split. Give images that the model was not fitted to: --test.")
     return in_memory(held_out)

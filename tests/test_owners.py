@@ -1,0 +1,140 @@
+"""Whose the samples are: from a file, a column and a pattern, and requests that name people."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from test_cli import MODEL, data, refuse, run, succeed  # noqa: F401
+
+import fastntk
+from fastntk.inputs.images import Images, Preprocessing
+from fastntk.inputs.owners import owners_of
+
+IDS = ["alice/1.png", "alice/2.png", "bob/1.png", "3", "é/1.png"]
+
+
+def images():
+    pixels = np.zeros((len(IDS), 4, 4, 3), dtype=np.uint8)
+    return Images(pixels, [0] * len(IDS), ["one"], Preprocessing(4, (0.5,) * 3, (0.5,) * 3), ids=IDS)
+
+
+def written(tmp_path, text):
+    path = tmp_path / "owners.csv"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_owners_from_a_file(tmp_path):
+    text = '\ufeffimage,who\nalice/1.png, Alice \n"bob/1.png","Bob, Jr."\n\n3,Alice\nlong/gone.png,Carol\né/1.png,\n'
+    found = owners_of(written(tmp_path, text), "anywhere", images())
+    assert found == {"alice/1.png": "Alice", "bob/1.png": "Bob, Jr.", "3": "Alice"}
+
+
+def test_owners_from_a_pattern():
+    assert owners_of("^([^/]+)/", "anywhere", images()) == {
+        "alice/1.png": "alice",
+        "alice/2.png": "alice",
+        "bob/1.png": "bob",
+        "é/1.png": "é",
+    }
+
+
+def test_owners_from_a_column(tmp_path):
+    who = np.array(["alice", "", "bob", "bob", "alice"])
+    arrays = {"x": np.zeros((5, 4, 4, 3), dtype=np.uint8), "y": np.zeros(5, dtype=int), "who": who, "short": who[:2]}
+    np.savez(tmp_path / "d.npz", **arrays)
+    found = owners_of("who", str(tmp_path / "d.npz"), images())
+    assert found == {"alice/1.png": "alice", "bob/1.png": "bob", "3": "bob", "é/1.png": "alice"}
+    with pytest.raises(fastntk.InputError, match="no array 'whom'"):
+        owners_of("whom", str(tmp_path / "d.npz"), images())
+    with pytest.raises(fastntk.InputError, match="one entry an image"):
+        owners_of("short", str(tmp_path / "d.npz"), images())
+    with pytest.raises(fastntk.InputError, match="has no columns"):
+        owners_of("who", str(tmp_path), images())
+
+
+def test_owners_from_a_column_of_a_hugging_face_dataset(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    stored = datasets.Dataset.from_dict({"who": ["a", None, "b", "b", "a"]})
+    stored.save_to_disk(str(tmp_path / "d"))
+    assert list(owners_of("who", str(tmp_path / "d"), images()).values()) == ["a", "b", "b", "a"]
+    with pytest.raises(fastntk.InputError, match="no column 'whom'; it holds who"):
+        owners_of("whom", str(tmp_path / "d"), images())
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("nowhere.csv", "nowhere.csv cannot be read as a table"),
+        ("([", "is no regular expression"),
+        ("(a)(b)", "must have one group, which is the owner, not 2"),
+        ("(nobody)", "gives none of the 5 images an owner"),
+    ],
+)
+def test_what_names_no_owners_is_refused(spec, message):
+    with pytest.raises(fastntk.InputError, match=message):
+        owners_of(spec, "anywhere", images())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("id,owner\n3\n", "row 2: needs an id and an owner"),
+        ("id,owner\n3,a\n3,b\n", "row 3: '3' has an owner already"),
+        ("", "gives none of the 5 images an owner"),
+    ],
+)
+def test_a_file_that_is_no_table_of_owners_is_refused(text, message, tmp_path):
+    with pytest.raises(fastntk.InputError, match=message):
+        owners_of(written(tmp_path, text), "anywhere", images())
+
+
+def test_requests_that_name_people(run, data, tmp_path):  # noqa: F811
+    """Counts, requests, who owns nothing any more, and data that have moved meanwhile; names stay out of the folder."""
+    folder = shutil.copytree(run, tmp_path / "run")
+    count = len(np.load(data)["y_train"])
+    people = written(
+        tmp_path, "id,owner\n" + "".join(f"{i},{'Zuleika' if i < 3 else 'Bob'}\n" for i in range(count - 1))
+    )
+    refuse("nobody said whose", "owners", folder)
+    listed = json.loads(succeed("owners", folder, "--owners", people, "--json"))
+    assert listed["owners"]["Zuleika"] == {"samples": 3, "members": 3}
+    assert listed["owners"]["Bob"] == {"samples": count - 4, "members": count - 4}
+    assert listed["without"] == 1
+    refuse("goes with --owner", "forget", folder, "--ids", "1", "--owners", people)
+    refuse("owned by 'Carol'", "forget", folder, "--owner", "Carol", "--owners", people)
+    twin = shutil.copytree(folder, tmp_path / "twin")
+    by_name = json.loads(succeed("forget", folder, "--owner", "Zuleika", "--owners", people, "--json"))
+    by_ids = json.loads(succeed("forget", twin, "--ids", "0,1,2", "--json"))
+    assert (by_name["samples"], by_name["after"]) == (3, by_ids["after"])
+    listed = succeed("owners", folder, "--owners", people)
+    assert "Zuleika" in listed
+    refuse("no sample owned by 'Zuleika' is in the memory", "forget", folder, "--owner", "Zuleika", "--owners", people)
+    for path in folder.rglob("*"):
+        assert path.is_dir() or b"Zuleika" not in path.read_bytes()
+    moved = tmp_path / "elsewhere.npz"
+    moved.write_bytes(data.read_bytes())
+    document = json.loads((folder / "run.json").read_text())
+    assert "forget: 1 samples" in succeed("forget", folder, "--match", "1[0]", "--data", moved)
+    refuse("no sample's id matches", "forget", folder, "--match", "x*", "--data", moved)
+    succeed("refresh", folder, "--data", moved)
+    assert json.loads((folder / "run.json").read_text())["data"] == document["data"], "where they were fitted from"
+    other = dict(np.load(data))
+    other["x_train"] = 255 - other["x_train"]
+    np.savez(tmp_path / "other.npz", **other)
+    refuse("changed|other|not those", "forget", folder, "--ids", "20", "--data", tmp_path / "other.npz")
+
+
+def test_a_fit_remembers_where_owners_are_named_and_not_who_they_are(data, tmp_path):  # noqa: F811
+    people = written(tmp_path, "id,owner\n0,Zuleika\n1,Bob\n")
+    given = ("fit", tmp_path / "run", *MODEL, "--data", data, "--epochs", 1)
+    refuse("cannot be read as a table", *given, "--owners", tmp_path / "nowhere.csv")
+    assert not (tmp_path / "run").exists()
+    succeed(*given, "--owners", people)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["owners"] == people
+    succeed("prepare", tmp_path / "run")
+    assert set(json.loads(succeed("owners", tmp_path / "run", "--json"))["owners"]) == {"Zuleika", "Bob"}
+    assert "forget: 1 samples" in succeed("forget", tmp_path / "run", "--owner", "Bob", "--dry-run")
+    for path in (tmp_path / "run").rglob("*"):
+        assert path.is_dir() or b"Zuleika" not in path.read_bytes()
