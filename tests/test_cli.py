@@ -251,7 +251,7 @@ def test_help_explains_every_command(command):
         ("id 'x' is not in the memory", ["--ids", "3,x"]),
         ("every sample", ["--ids", ",".join(map(str, range(30)))]),
         ("no class 'mauve'. The classes are: red, green, blue", ["--class-name", "mauve"]),
-        ("exactly one of --ids, --ids-file, --class-name, --owner and --match", []),
+        ("exactly one of --ids, --ids-file, --class-name, --owner, --match, --requests", []),
         ("cannot be read as text", ["--ids-file", "/nowhere.txt"]),
         ("--dry-run only shows the verdict", ["--ids", "3", "--dry-run", "--full"]),
         ("device 'cuda:7' is not there", ["--ids", "1", "--device", "cuda:7"]),

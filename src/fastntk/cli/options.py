@@ -113,6 +113,10 @@ Owners = Annotated[
     ),
 ]
 Owner = Annotated[list[str] | None, typer.Option(help="All samples of an owner, repeatable.")]
+Requests = Annotated[
+    Path | None,
+    typer.Option(help="A file of requests: a CSV with the columns request, owner, ids and date, or lines of JSON."),
+]
 Match = Annotated[list[str] | None, typer.Option(help="All samples whose id matches, repeatable: 'alice/*'.")]
 Ids = Annotated[
     str | None,
@@ -120,6 +124,9 @@ Ids = Annotated[
 ]
 IdsFile = Annotated[Path | None, typer.Option(help="A text file of such ids, one a line.")]
 Defer = Annotated[bool, typer.Option("--defer-purge", help="Leave the rewriting of the memory to a later command.")]
+Refresh = Annotated[
+    bool, typer.Option(help="Re-anchor afterwards, so that the folder tells nothing of them: a pass over the rest.")
+]
 Full = Annotated[bool, typer.Option("--full", help="Solve anew from the sums, to compare.")]
 CertificateFile = Annotated[
     Path | None, typer.Option(help="Where to write the certificate (JSON), with the salt of its hashed ids.")

@@ -1,5 +1,6 @@
 """Preparing a memory, requests to it, and its folder."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -115,11 +116,13 @@ def forget(
     owner: options.Owner = None,
     match: options.Match = None,
     owners: options.Owners = None,
+    requests: options.Requests = None,
+    out: Annotated[
+        Path | None, typer.Option(help="With --requests, the folder for certificates and a summary.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option(help="Show the verdict, change nothing.")] = False,
     defer_purge: options.Defer = False,
-    refresh: Annotated[
-        bool, typer.Option(help="Re-anchor afterwards, so that the folder tells nothing of them: a pass over the rest.")
-    ] = False,
+    refresh: options.Refresh = False,
     full: options.Full = False,
     certificate: options.CertificateFile = None,
     data: options.Moved = None,
@@ -129,18 +132,17 @@ def forget(
     """Forget samples, then purge their trace from the memory. A few others are read to check the answer."""
     from fastntk.cli.run import Run
 
-    if sum(given not in (None, []) for given in (ids, ids_file, class_name, owner, match)) != 1:
-        raise InputError("say what to forget by exactly one of --ids, --ids-file, --class-name, --owner and --match.")
-    if owners and not owner:
-        raise InputError("--owners says whose the images are: it goes with --owner.")
-    if dry_run and (full or certificate or defer_purge or refresh):
+    if sum(given not in (None, []) for given in (ids, ids_file, class_name, owner, match, requests)) != 1:
         raise InputError(
-            "--dry-run only shows the verdict: --full, --certificate, --defer-purge and --refresh do not go with it."
+            "say what to forget by exactly one of --ids, --ids-file, --class-name, --owner, --match, --requests."
         )
-    if refresh and defer_purge:
-        raise InputError("--refresh purges: leave out --defer-purge.")
+    more = {"--full": full, "--certificate": certificate, "--defer-purge": defer_purge, "--refresh": refresh}
+    _check_together(more, {"--dry-run": dry_run, "--requests": requests, "--out": out, "--owners": owners}, owner)
     options.check_out(certificate)
     opened = Run(run, device, data)
+    if requests and out:
+        _batch(opened, requests, out, owners, as_json)
+        return
     memory, images = opened.memory()
     chosen = _named(opened, memory, images, ids, ids_file, class_name, owner, match, owners)
     if dry_run:
@@ -151,6 +153,36 @@ def forget(
             opened.refresh()
         elif refresh:
             _refreshed(opened, as_json)
+
+
+def _check_together(more: Mapping[str, object], given: Mapping[str, object], owner: list[str] | None) -> None:
+    """Raises ``InputError`` for options of ``forget`` that do not go together."""
+    if given["--owners"] and not (owner or given["--requests"]):
+        raise InputError("--owners says whose the images are: it goes with --owner or --requests.")
+    if bool(given["--requests"]) != bool(given["--out"]):
+        raise InputError("--requests and --out, the folder for its certificates, go together.")
+    for name, why in (("--dry-run", "only shows the verdict"), ("--requests", "answers, certifies and purges")):
+        odd = [each for each, value in more.items() if value] if given[name] else []
+        if odd or (name == "--requests" and given[name] and given["--dry-run"]):
+            raise InputError(f"{name} {why}: {', '.join(odd or ['--dry-run'])} does not go with it.")
+    if more["--refresh"] and more["--defer-purge"]:
+        raise InputError("--refresh purges: leave out --defer-purge.")
+
+
+def _batch(opened: "Run", requests: Path, out: Path, owners: str | None, as_json: bool) -> None:
+    """All requests of a file."""
+    from fastntk.cli import asked, batch
+
+    wanted = batch.read_requests(requests)
+    done = batch.answer_all(
+        opened, wanted, out, lambda images: asked.owners(opened.settings(), opened.data, images, owners)
+    )
+    table = Table("request", "came", "what became of it", "samples", "verdict")
+    for row in done["requests"]:
+        told = (row["request"], row["date"], row["became"], str(row["samples"]), row.get("verdict", ""))
+        table.add_row(*map(Text, told))
+    purged = "Purged." if done["purged"] else f"Not all is purged: fastntk purge {opened.folder}"
+    show(done, as_json, table, f"{purged} Wrote {out / 'summary.html'}, {out / 'summary.json'} and the certificates.")
 
 
 def _named(
