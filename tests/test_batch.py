@@ -8,7 +8,10 @@ import pytest
 from test_cli import data, refuse, run, succeed  # noqa: F401
 
 import fastntk
-from fastntk.cli.batch import ANSWERED, GONE, UNKNOWN, Asked, read_requests
+from fastntk.cli import batch
+from fastntk.cli.batch import ANSWERED, GONE, REFUSED, UNKNOWN, Asked, read_requests
+from fastntk.cli.run import Run
+from fastntk.inputs.owners import owners_of
 from fastntk.memory.memory import Memory
 
 TABLE = """request,owner,ids,date
@@ -29,63 +32,79 @@ def asked(tmp_path):
 
 
 def test_a_batch(run, data, asked, tmp_path, monkeypatch):  # noqa: F811
-    folder = shutil.copytree(run, tmp_path / "run")
-    given = ("forget", folder, "--requests", asked, "--out", tmp_path / "out", "--owners", tmp_path / "owners.csv")
-    before = Memory.forget
+    """Killed before the second answer, and after it before its certificate; then gone on with."""
+    folder, out = shutil.copytree(run, tmp_path / "run"), tmp_path / "out"
+    people = str(tmp_path / "owners.csv")
+    given = ("forget", folder, "--requests", asked, "--out", out, "--owners", people)
+    opened, before = Run(folder), Memory.forget
 
-    def killed(self, ids, **more):
-        if 4 in ids:
-            raise KeyboardInterrupt
-        return before(self, ids, **more)
+    def killed(after):
+        def forget(self, ids, **more):
+            answer = before(self, ids, **more) if after or 4 not in ids else None
+            if 4 in ids:
+                raise KeyboardInterrupt
+            return answer
 
-    monkeypatch.setattr(Memory, "forget", killed)
-    from fastntk.cli import batch
-    from fastntk.cli.asked import owners
-    from fastntk.cli.run import Run
+        monkeypatch.setattr(Memory, "forget", forget)
+        with pytest.raises(KeyboardInterrupt):
+            batch.answer_all(opened, read_requests(asked), out, lambda images: owners_of(people, "", images))
 
-    opened = Run(folder)
-    whose = lambda images: owners(opened.settings(), None, images, str(tmp_path / "owners.csv"))  # noqa: E731
-    with pytest.raises(KeyboardInterrupt):
-        batch.answer_all(opened, read_requests(asked), tmp_path / "out", whose)
+    killed(after=False)
+    assert len(opened.memory()[0].requests()) == 1
+    killed(after=True)
+    assert len(opened.memory()[0].requests()) == 2
     monkeypatch.undo()
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["r1.json"]
 
     summary = json.loads(succeed(*given, "--json"))
-    became = {row["request"]: (row["became"], row["samples"]) for row in summary["requests"]}
+    became = {
+        row["request"]: (row["became"], *(row[name] for name in ("samples", "gone", "unknown")))
+        for row in summary["requests"]
+    }
     assert became == {
-        "r1": (ANSWERED, 2),
-        "r2": (ANSWERED, 2),
-        "r3": (UNKNOWN, 0),
-        "r/4": (GONE, 0),
-        "r5": (UNKNOWN, 0),
+        "r1": (ANSWERED, 2, 0, 0),
+        "r2": (ANSWERED, 2, 0, 1),
+        "r3": (UNKNOWN, 0, 0, 0),
+        "r/4": (GONE, 0, 2, 0),
+        "r5": (UNKNOWN, 0, 0, 1),
     }
     assert summary["purged"]
     assert summary["samples_left"] == len(np.load(data)["y_train"]) - 4
     entries = json.loads(succeed("ledger", folder, "--json"))["requests"]
     assert [each["state"] for each in entries] == ["purged", "purged"]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "r1.json",
-        "r2.json",
-        "summary.html",
-        "summary.json",
-    ]
-    certificate = json.loads((tmp_path / "out" / "r1.json").read_text())["certificate"]
+    assert sorted(path.name for path in (out / "certificates").iterdir()) == ["r1.json", "r2.json"]
+    first, second = (json.loads((out / "certificates" / f"r{k}.json").read_text())["certificate"] for k in (1, 2))
     twin = shutil.copytree(run, tmp_path / "twin")
-    assert certificate["after"] == json.loads(succeed("forget", twin, "--ids", "0,1", "--json"))["after"]
-    assert certificate["salt"]
-    page = (tmp_path / "out" / "summary.html").read_text()
-    assert "2026-11-21" in page
-    assert "no audit" in page
-    for path in [*(tmp_path / "out").iterdir(), *folder.rglob("*")]:
-        assert path.is_dir() or not {b"Zuleika", b"Nobody"} & {
-            w for w in (b"Zuleika", b"Nobody") if w in path.read_bytes()
-        }
-    again = succeed(*given)
-    assert "Purged." in again
+    assert first["after"] == json.loads(succeed("forget", twin, "--ids", "0,1", "--json"))["after"]
+    assert first["salt"]
+    assert second["hashes"] == entries[1]["certificate"]["hashes"], "from the ledger, which has no salt"
+    shown = (out / "summary.html").read_text()
+    assert "2026-11-21" in shown
+    assert "no audit" in shown
+    for path in [*out.rglob("*"), *folder.rglob("*")]:
+        assert path.is_dir() or not any(name in path.read_bytes() for name in (b"Zuleika", b"Nobody"))
+    assert "Purged." in succeed(*given)
     assert len(json.loads(succeed("ledger", folder, "--json"))["requests"]) == 2
+    asked.write_text("request,owner,ids,date\nr1,,7,2026-12-20\n")
+    refuse("not of the request 'r1' as it stands", *given)
     refuse("--out.*go together", *given[:4])
     refuse("--requests answers.*--full", *given, "--full")
     refuse("--requests answers.*--dry-run", *given, "--dry-run")
+
+
+def test_a_request_that_is_refused_does_not_keep_the_others(run, data, tmp_path):  # noqa: F811
+    folder, count = shutil.copytree(run, tmp_path / "run"), len(np.load(data)["y_train"])
+    rows = [
+        {"request": "everyone", "ids": list(range(count))},
+        {"request": "summary", "ids": [3, 3, "3"]},
+        {"request": "x" * 300, "ids": [4]},
+    ]
+    (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    out = tmp_path / "out"
+    refuse("some requests were refused", "forget", folder, "--requests", tmp_path / "asked.jsonl", "--out", out)
+    summary = json.loads((out / "summary.json").read_text())
+    assert [row["became"] for row in summary["requests"]] == [REFUSED, ANSWERED, ANSWERED]
+    assert [row["samples"] for row in summary["requests"]] == [count, 1, 1]
+    assert summary["purged"]
 
 
 def test_requests_as_a_table_and_as_lines_of_json(asked, tmp_path):
@@ -95,8 +114,15 @@ def test_requests_as_a_table_and_as_lines_of_json(asked, tmp_path):
     ]
     (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     first, second, *_ = read_requests(asked)
-    assert read_requests(tmp_path / "asked.jsonl") == [first, Asked("r2", "", "4,5,77", "2026-11-21")]
+    assert read_requests(tmp_path / "asked.jsonl") == [first, Asked("r2", "", "4\n5\n77", "2026-11-21", lines=True)]
     assert second.ids == "4, 5 77"
+    (tmp_path / "lines.csv").write_text('request,ids\nr1,"4\n5"\n')
+    assert read_requests(tmp_path / "lines.csv")[0].ids == "4\n5"
+    (tmp_path / "commas.jsonl").write_text(
+        '{"request": "r1", "ids": ["a,b.jpg", "z.jpg"]}\n{"request": "r2", "ids": 0}'
+    )
+    commas, zero = read_requests(tmp_path / "commas.jsonl")
+    assert (commas.ids, commas.lines, zero.ids) == ("a,b.jpg\nz.jpg", True, "0")
 
 
 @pytest.mark.parametrize(
@@ -105,7 +131,7 @@ def test_requests_as_a_table_and_as_lines_of_json(asked, tmp_path):
         ("request,owner,ids\nr1,,\n", "request 1: needs a name, and either an owner or ids"),
         ("request,owner,ids\nr1,a,3\n", "request 1: needs a name, and either"),
         ("request,owner\nr1,a\nr1,b\n", "request 2: another one is called 'r1' too"),
-        ("request,owner\nr/1,a\nr_1,b\n", "request 2: another one is called 'r_1' too, or nearly so"),
+        ("request,owner\nr1,a,b,c\n", "more entries than there are columns"),
         ("request,who\nr1,a\n", "there is no column 'who'; its columns are request, owner, ids, date"),
         ("request,owner\n", "has no request in it"),
         ('{"request": "r1", "ids": [3]}\n{nothing\n', "request 2 is no JSON"),

@@ -166,7 +166,7 @@ def test_the_command(config, tmp_path):
     last = json.loads(succeed("bench", "--summary", out, "--json"))
     assert last["cells"] == 2
     found = {(row["loss"], row["kind"], row["method"], row["settings"]) for row in last["rows"]}
-    rows = {("original", "default"), ("retrain", "default")}
+    rows = {("original", "default"), ("retrained models", "default")}
     rows |= {(name, settings) for name in ("fast_ntk", "tuned") for settings in ("default", "chosen")}
     assert found == {("smoothed", "tenth", *row) for row in rows}
     assert all(row["requests"] == 2 for row in last["rows"])
@@ -346,7 +346,7 @@ def test_a_summary_has_the_medians_of_each_loss_and_kind_beside_the_retrained_mo
     assert (found["gap"], found["gap_retrained"]) == (1.0, 1.0)
     assert found["off"] == pytest.approx((0 + 1 / 2 + 2 / 2) / 3)  # from 80 and 82: 3 and 1, 4.1 and 2.1, 6 and 4
     assert found["off_retrained"] == 0
-    assert found["relearn_forgotten"] == pytest.approx(1.0)
+    assert found["relearn_forgotten"] == pytest.approx(8 / 19.5)  # 8 and more than 30 steps: 31
     assert found["relearn_retained"] == pytest.approx(-3.0)  # -3, 4 and -3 beside 53
     assert found["relearn_retained_within"] == pytest.approx(2 / 3)
     assert found["request_fraction"] == pytest.approx(10 / 15)
@@ -355,7 +355,7 @@ def test_a_summary_has_the_medians_of_each_loss_and_kind_beside_the_retrained_mo
     assert tuned["prepared_fraction"] == tuned["chosen_fraction"] == pytest.approx(10 / 15)
     low, high = tuned["nearer"]  # 2.5, 1.43 and 3.08 times as far
     assert (low, high) == (pytest.approx(2 / 1.4), pytest.approx(4 / 1.3))
-    assert found_in(cells[:3], "retrain")["ratio_logits"] == 1
+    assert found_in(cells[:3], "retrained models")["ratio_logits"] == 1
     kinds = {(each["kind"], each["requests"]) for each in summarise(cells, "fast_ntk")["rows"]}
     assert kinds == {("class", 3), ("random 7%", 1)}
     few = summarise(cells[:1], "fast_ntk")["rows"]
@@ -377,11 +377,8 @@ def test_chosen_settings_stand_beside_the_default_ones_and_are_judged():
     assert found_in(cells, "tuned", "chosen")["prepared_fraction"] == pytest.approx(10 / 15)
     first, verdicts = conclusions(summarise(cells, "fast_ntk"))
     assert first.startswith("**class, squared** (2 requests): fast_ntk, chosen lies 1.00 (0.90 to 1.10) times as far")
-    assert (
-        "nearer than 1 of 2 other rows by an interval that excludes them; not than tuned, chosen (0.91 to 1.11)"
-        in first
-    )
-    assert first.endswith("Falls short: it is not nearer than every other row.")
+    assert "0 of 1 other methods are farther, by an interval that excludes it; open: tuned." in first
+    assert first.endswith("Falls short: it is not nearer than every other method.")
     assert verdicts.startswith("0 of 2 answers were off")
 
 
@@ -440,3 +437,21 @@ def test_results_of_an_older_version_are_refused(tmp_path):
     database.close()
     with pytest.raises(fastntk.InputError, match=r"old.sqlite are of an older fastntk, 0.1.0. Run the grid anew"):
         Results(tmp_path / "old.sqlite")
+
+
+def test_an_answer_that_came_to_nothing_is_not_left_out():
+    broken = {**row(), "distance_ratio": None, "relearn_steps": None}
+    cells = [cell(row(), tuned=each) for each in (row(ratio=1.1), broken, broken)]
+    assert found_in(cells, "tuned")["ratio_logits"] == 1000.0
+    assert found_in(cells, "tuned")["relearn_forgotten"] == pytest.approx(31 / 19.5)
+    assert found_in(cells, "retrained models")["relearn_retained_within"] == 0, "each beside the other one alone"
+
+
+def test_settings_that_nothing_chooses_are_refused(config, tmp_path):
+    methods = {"a": {"method": "Scrub", "choose": {"rate": [1.0]}}}
+    with pytest.raises(fastntk.InputError, match="a has settings to choose from, and nothing says by what"):
+        read_config(written(tmp_path, {**config, "methods": methods}))
+    with pytest.raises(fastntk.InputError, match="method 1: its name must be a text"):
+        read_config(written(tmp_path, {**config, "methods": {1: {"method": "Scrub"}}}))
+    with pytest.raises(fastntk.InputError, match="a loss is one of"):
+        read_config(written(tmp_path, {**config, "losses": [["squared"]]}))

@@ -1,7 +1,6 @@
 """Which samples a request on the command line asks for."""
 
 import logging
-import unicodedata
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 from fastntk.cli.options import text_of
 from fastntk.cli.settings import Settings
 from fastntk.common.errors import InputError
-from fastntk.inputs.ids import Id
+from fastntk.inputs.ids import Id, by_name, composed
 from fastntk.inputs.images import Images
 from fastntk.inputs.owners import owners_of
 from fastntk.memory.memory import Memory
@@ -96,17 +95,17 @@ def read_ids(text: str, images: Images, lines: bool = False) -> list[Id]:
     Raises:
         InputError: it names none.
     """
-    known = {_composed(str(each)): each for each in images.ids} | {str(each): each for each in images.ids}
+    known = by_name(images.ids)
     found: list[str] = []
     for line in text.replace("\r\n", "\n").split("\n"):
-        if line in known or _composed(line.strip()) in known or lines:
+        if line in known or composed(line.strip()) in known or lines:
             found.append(line if line in known else line.strip())
             continue
         words = [word.strip() for word in line.split(",")]
         numbers = all(part.isdecimal() for word in words for part in word.split())
         found += [part for word in words for part in word.split()] if numbers else words
     ids = [
-        known.get(each, known.get(_composed(each), int(each) if each.isdecimal() and len(each) < 19 else each))
+        known.get(each, known.get(composed(each), int(each) if each.isdecimal() and len(each) < 19 else each))
         for each in found
         if each
     ]
@@ -174,7 +173,3 @@ def _strangers(images: Images, memory: Memory) -> set[Id]:
             found.update(waiting)
         before, waiting = here, []
     return found
-
-
-def _composed(text: str) -> str:
-    return unicodedata.normalize("NFC", text)

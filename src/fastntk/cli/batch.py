@@ -1,16 +1,21 @@
 """Many requests from one file: each answered and certified by itself, all purged together, and told in a summary.
 
 A file is a table with the columns request, owner, ids and date (a CSV with such a header, or a line of JSON a request):
-what a request is called, whose samples or which, and when it came, which may be left out. Certificates are written into
-a folder, one a request that was answered; what has one is not asked again, so a batch that was cut off goes on.
+what a request is called, whose samples or which, and when it came, which may be left out. Beside the summary there is a
+folder of certificates, one a request that was answered; what has one is not asked again, so a batch that was cut off
+goes on. Before a request is answered its file says that it is to be, and as the how-manieth of the memory's ledger: an
+answer that is durable and whose certificate is not written yet is found again, without the salt of its hashes.
 """
 
 import csv
+import io
 import json
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from dataclasses import astuple, dataclass
+from datetime import datetime, timezone
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -25,26 +30,38 @@ from fastntk.inputs.ids import Id
 from fastntk.inputs.images import Images
 from fastntk.memory.memory import Memory
 
-COLUMNS = "request", "owner", "ids", "date"
-"""Of a file of requests."""
+log = logging.getLogger(__name__)
 
-ANSWERED, GONE, UNKNOWN = "answered", "nothing of it was in the memory any more", "it names nothing in the data"
+ANSWERED, REFUSED = "answered", "refused, and nothing was changed for it"
+GONE, UNKNOWN = "nothing of it was in the memory any more", "it names nothing in the data"
 """What became of a request."""
+
+_COLUMNS = "request", "owner", "ids", "date"
+_LONGEST = 80  # letters of a request's name in that of its certificate
+_TITLE = "Requests for deletion from a trained model"
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A request of a file; ``owner`` and ``ids`` are empty where the other one is not."""
+    """A request of a file; ``owner`` and ``ids`` are empty where the other one is not. Of ``lines``, each is an id."""
 
     request: str
     owner: str
     ids: str
     date: str
+    lines: bool = False
 
     @property
     def file(self) -> str:
         """Of its certificate."""
-        return re.sub(r"[^\w.-]", "_", self.request) + ".json"
+        plain = re.sub(r"[^\w.-]", "_", self.request)[:_LONGEST]
+        digest = sha256(self.request.encode(errors="surrogateescape")).hexdigest()[:8]
+        return f"{plain if plain == self.request else f'{plain}-{digest}'}.json"
+
+    @property
+    def digest(self) -> str:
+        """Of all that it says, to know it again by."""
+        return sha256(repr(astuple(self)).encode(errors="surrogateescape")).hexdigest()
 
 
 def read_requests(path: Path) -> list[Asked]:
@@ -58,15 +75,18 @@ def read_requests(path: Path) -> list[Asked]:
     rows = _lines_of_json(text, path) if text.lstrip().startswith("{") else _table(text, path)
     found: dict[str, Asked] = {}
     for number, row in enumerate(rows, 1):
-        odd = sorted(set(row) - set(COLUMNS))
+        odd = sorted(set(row) - set(_COLUMNS))
         if odd:
-            raise InputError(f"{path}: there is no column {odd[0]!r}; its columns are {', '.join(COLUMNS)}.")
-        asked = Asked(*(str(row.get(name) or "").strip() for name in COLUMNS))
+            raise InputError(f"{path}: there is no column {odd[0]!r}; its columns are {', '.join(_COLUMNS)}.")
+        listed = row.get("ids") if isinstance(row.get("ids"), list) else None
+        values = {**row, "ids": "\n".join(map(str, listed))} if listed is not None else row
+        texts = ["" if values.get(name) is None else str(values[name]).strip() for name in _COLUMNS]
+        asked = Asked(texts[0], texts[1], texts[2], texts[3], lines=listed is not None)
         if not asked.request or bool(asked.owner) == bool(asked.ids):
             raise InputError(f"{path}, request {number}: needs a name, and either an owner or ids.")
-        if asked.file in found:
-            raise InputError(f"{path}, request {number}: another one is called {asked.request!r} too, or nearly so.")
-        found[asked.file] = asked
+        if asked.request in found:
+            raise InputError(f"{path}, request {number}: another one is called {asked.request!r} too.")
+        found[asked.request] = asked
     if not found:
         raise InputError(f"{path} has no request in it.")
     return list(found.values())
@@ -74,9 +94,12 @@ def read_requests(path: Path) -> list[Asked]:
 
 def _table(text: str, path: Path) -> list[Mapping[str, Any]]:
     try:
-        return [{key or "": value for key, value in row.items()} for row in csv.DictReader(text.splitlines())]
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
     except csv.Error as error:
         raise InputError(f"{path} cannot be read as a table ({error}).") from error
+    if any(None in row for row in rows):
+        raise InputError(f"{path}: a row has more entries than there are columns. Put what has commas into quotes.")
+    return list(rows)
 
 
 def _lines_of_json(text: str, path: Path) -> list[Mapping[str, Any]]:
@@ -87,9 +110,8 @@ def _lines_of_json(text: str, path: Path) -> list[Mapping[str, Any]]:
         except ValueError as error:
             raise InputError(f"{path}, request {number} is no JSON ({error}).") from error
         if not isinstance(row, dict):
-            raise InputError(f"{path}, request {number}: must be an object with {', '.join(COLUMNS)}.")
-        ids = row.get("ids")
-        rows.append({**row, "ids": ",".join(map(str, ids)) if isinstance(ids, list) else ids})
+            raise InputError(f"{path}, request {number}: must be an object with {', '.join(_COLUMNS)}.")
+        rows.append(row)
     return rows
 
 
@@ -97,7 +119,7 @@ def answer_all(
     opened: Run, asked: Sequence[Asked], out: Path, owners: Callable[[Images], Mapping[Id, str]]
 ) -> dict[str, Any]:
     """Answer every request that has no certificate in ``out`` yet, purge, and write ``summary.json`` and
-    ``summary.html`` there; returns the former.
+    ``summary.html`` there; returns the former. A request that is refused does not keep the others.
 
     Args:
         opened: the run.
@@ -106,47 +128,90 @@ def answer_all(
         owners: whose the images are; called if a request names an owner.
 
     Raises:
-        InputError: the folder cannot be written, or a request cannot be answered: those before it are.
+        InputError: the folder cannot be written, or has the certificate of another request under a name.
     """
-    writable(out)
+    writable(out / "certificates")
     memory, images = opened.memory()
     whose = owners(images) if any(each.owner for each in asked) else {}
-    rows = [_answered(memory, images, whose, each, out) for each in track(asked, "requests")]
-    summary = {"run": str(opened.folder), "made": _now(), "requests": rows, **_kept(memory, opened.purge(memory))}
+    for each in asked:
+        _check_own(memory, each, out)
+    rows = [_told(memory, images, whose, each, out) for each in track(asked, "requests")]
+    seconds = opened.purge(memory)
+    summary = {"run": str(opened.folder), "made": _now(), "requests": rows, **_kept(memory, seconds)}
     write_json(out / "summary.json", summary)
     write(out / "summary.html", lambda file: file.write_text(page("requests.html", title=_TITLE, **summary)))
     return summary
 
 
-_TITLE = "Requests for deletion from a trained model"
+def _check_own(memory: Memory, asked: Asked, out: Path) -> None:
+    """Raises ``InputError`` if the certificate under a request's name is of another one, or of another memory."""
+    path = out / "certificates" / asked.file
+    if not path.exists():
+        return
+    known = read_json(path)
+    entries = {each.number: each.certificate.get("hashes") for each in memory.requests()}
+    certificate = known.get("certificate")
+    here = certificate is None or entries.get(known["number"]) == certificate["hashes"]
+    if known.get("asked") != asked.digest or not here:
+        raise InputError(
+            f"{path} is not of the request {asked.request!r} as it stands in the file, or not of this memory. Choose "
+            "another folder for --out, or another name for the request."
+        )
 
 
-def _answered(memory: Memory, images: Images, whose: Mapping[Id, str], asked: Asked, out: Path) -> dict[str, Any]:
+def _told(memory: Memory, images: Images, whose: Mapping[Id, str], asked: Asked, out: Path) -> dict[str, Any]:
     """What became of a request. Neither an owner nor an id is said."""
-    told = {"request": asked.request, "date": asked.date, "by": "owner" if asked.owner else "ids"}
-    path = out / asked.file
-    if path.exists():
-        return {**told, **read_json(path)["told"]}
-    known, members = set(images.ids), set(memory.ids)
-    named = [each for each in images.ids if whose.get(each) == asked.owner] if asked.owner else []
-    named = named or ([each for each in read_ids(asked.ids, images) if each in known] if asked.ids else [])
-    there = [each for each in named if each in members]
-    if not there:
-        return {**told, "became": GONE if named else UNKNOWN, "samples": 0}
-    answer = memory.forget(there)
-    entry = memory.requests()[-1]
-    became = {"became": ANSWERED, "samples": len(there), "number": entry.number, "answered": entry.answered}
-    became |= {"seconds": answer.seconds, "verdict": answer.certificate.verdict, "certificate": asked.file}
-    write_json(path, {"told": became, "certificate": answer.certificate.to_dict()})
-    return {**told, **became}
+    path = out / "certificates" / asked.file
+    told: dict[str, Any] = {"request": asked.request, "date": asked.date, "by": "owner" if asked.owner else "ids"}
+    known = read_json(path) if path.exists() else {}
+    if (entry := _entered(memory, known)) is None:
+        named, unknown = _named(images, whose, asked)
+        members = set(memory.ids)
+        there = [each for each in named if each in members]
+        told |= {"unknown": unknown, "gone": len(named) - len(there), "samples": len(there)}
+        if not there:
+            return {**told, "became": GONE if named else UNKNOWN}
+        known = {"asked": asked.digest, "number": len(memory.requests()) + 1, "told": told}
+        write_json(path, known)
+        try:
+            answer = memory.forget(there)
+        except InputError as error:
+            path.unlink()
+            log.warning("request %s: %s", asked.request, error)
+            return {**told, "became": REFUSED}
+        known["certificate"] = answer.certificate.to_dict()
+        write_json(path, known)
+        entry = _entered(memory, known)
+    if "certificate" not in known:
+        write_json(path, {**known, "certificate": dict(entry.certificate)})
+    more = {"number": entry.number, "answered": entry.answered, "seconds": entry.seconds}
+    said = {"verdict": entry.certificate["verdict"], "certificate": asked.file}
+    return {**told, **known["told"], "became": ANSWERED, **more, **said}
+
+
+def _entered(memory: Memory, known: Mapping[str, Any]) -> Any:
+    """The ledger's entry of a request that was begun, if it was answered; None if not, or if none was begun."""
+    if not known:
+        return None
+    entries = {each.number: each for each in memory.requests() if each.kind == "forget"}
+    entry = entries.get(known["number"])
+    return entry if entry and entry.certificate["samples"] == known["told"]["samples"] else None
+
+
+def _named(images: Images, whose: Mapping[Id, str], asked: Asked) -> tuple[list[Id], int]:
+    """The ids in the data that a request names, and how many of those that it names are not there."""
+    if asked.owner:
+        return [each for each in images.ids if whose.get(each) == asked.owner], 0
+    known, named = set(images.ids), list(dict.fromkeys(read_ids(asked.ids, images, lines=asked.lines)))
+    found = [each for each in named if each in known]
+    return found, len(named) - len(found)
 
 
 def _kept(memory: Memory, seconds: float) -> dict[str, Any]:
     """What is known of the memory after the purge, which took so many seconds."""
-    pending = sum(each.state == "answered" for each in memory.requests())
     audit = memory.audit
     return {
-        "purged": pending == 0,
+        "purged": all(each.state != "answered" for each in memory.requests()),
         "purge_seconds": seconds,
         "samples_left": len(memory.ids),
         "form": memory.form,
@@ -155,4 +220,4 @@ def _kept(memory: Memory, seconds: float) -> dict[str, Any]:
 
 
 def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -10,13 +10,15 @@ from fastntk.common.progress import track
 from fastntk.evidence.methods import FastNTK, Golatkar, Method, Problem, Retrain, Unlearned
 from fastntk.evidence.methods.problem import measured
 from fastntk.evidence.report import ORIGINAL, RETRAINED, Report, reported, subjects_of
+from fastntk.memory.audit import Audit
 from fastntk.tuning.outputs import model_at
 
 
-def references(other_seed: int, count: int = 2) -> dict[str, Method]:
+def references(other_seed: int, count: int = 2, own_seed: int | None = None) -> dict[str, Method]:
     """Models retrained without the data, the first with the fit's own seed and the others with ``other_seed`` and those
-    after it: the yardstick and its noise floor."""
-    others = {f"{RETRAINED}_{k + 2}": Retrain(other_seed + k) for k in range(count - 1)}
+    after it, but for ``own_seed``, the fit's if it is known: the yardstick and its noise floor."""
+    seeds = (seed for seed in range(other_seed, other_seed + count) if seed != own_seed)
+    others = {f"{RETRAINED}_{k + 2}": Retrain(seed) for k, seed in zip(range(count - 1), seeds, strict=False)}
     return {RETRAINED: Retrain(), **others} if count else {}
 
 
@@ -59,8 +61,14 @@ def compare(
             bytes=done[name].bytes,
             problem=problem,
             parameters=done[name].parameters,
-            audit=problem.memory.audit if done[name].note else None,
+            audit=_audit_of(methods.get(name), problem),
         )
         for name, subject in subjects_of(models, sets, problem.device).items()
     }
     return reported(subjects, thoroughly=thoroughly), {name: each.note for name, each in done.items() if each.note}
+
+
+def _audit_of(method: Method | None, problem: Problem) -> Audit | None:
+    """The audit that speaks of a method's answers."""
+    own = getattr(method, "method", method)  # of one whose answers are kept
+    return own.audit_of(problem.memory) if isinstance(own, FastNTK) else None

@@ -75,7 +75,6 @@ class Measure:
         needs: the subject's attributes without which it is None.
         decimals: that are shown.
         place: where its column is shown: on the ``terminal`` and on pages, on ``pages``, or nowhere by itself.
-        summarised: whether summaries of many requests have its median.
         costly: whether it takes long, so that it is measured only where that is asked for.
     """
 
@@ -86,7 +85,6 @@ class Measure:
     needs: tuple[str, ...] = ()
     decimals: int = 2
     place: Literal["terminal", "pages", "nowhere"] = "pages"
-    summarised: bool = False
     costly: bool = False
 
     def __call__(self, subject: Subject) -> float | None:
@@ -199,7 +197,6 @@ MEASURES: dict[str, Measure] = {
         "less",
         _WITH_FLOOR,
         place="terminal",
-        summarised=True,
     ),
     "probability_ratio": Measure(
         "ratio p",
@@ -224,7 +221,6 @@ MEASURES: dict[str, Measure] = {
         "the mean difference of the accuracies and of member to a retrained model's, in points, mean over them",
         "less",
         _ON_FORGOTTEN,
-        summarised=True,
     ),
     "tug_of_war": Measure(
         "ToW", _beside_retrained(tug_of_war, *_ACCURACIES), "the tug of war of the accuracies, 1 at best", "more",

@@ -1,6 +1,7 @@
 """What names a sample."""
 
 import operator
+import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -31,6 +32,17 @@ def ids_of(source: Dataset) -> Sequence[Id]:
     if len(found) != count:
         raise InputError(f"the data source has {len(found)} ids for {count} samples. Give each sample one.")
     return found
+
+
+def composed(text: str) -> str:
+    """With letters and their accents in one: names of files have both."""
+    return unicodedata.normalize("NFC", text)
+
+
+def by_name(ids: Iterable[Id]) -> dict[str, Id]:
+    """The ids by what they are written as, and by that composed."""
+    ids = list(ids)
+    return {composed(str(each)): each for each in ids} | {str(each): each for each in ids}
 
 
 def once(ids: Iterable[Id]) -> list[Id]:

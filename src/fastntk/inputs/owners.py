@@ -1,13 +1,16 @@
 """Whose each sample is, which is what a deletion request names."""
 
 import csv
+import logging
 import re
 from pathlib import Path
 
 from fastntk.common.errors import InputError
-from fastntk.inputs.ids import Id
+from fastntk.inputs.ids import Id, by_name, composed
 from fastntk.inputs.images import Images
 from fastntk.inputs.sources import read_column
+
+log = logging.getLogger(__name__)
 
 
 def owners_of(spec: str, source: str, images: Images) -> dict[Id, str]:
@@ -37,21 +40,27 @@ def owners_of(spec: str, source: str, images: Images) -> dict[Id, str]:
 
 
 def _from_file(path: Path, images: Images) -> dict[Id, str]:
-    """Rows of images that are not in the data any more are left out: they may have been removed."""
+    """Rows of images that are not in the data any more are left out, and counted: they may have been removed."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            _, *rows = list(csv.reader(file)) or [[]]
+            header, *rows = list(csv.reader(file, strict=True)) or [[]]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path} cannot be read as a table of ids and owners ({error}).") from error
-    known, found = {str(each): each for each in images.ids}, dict[Id, str]()
+    known, found, strange = by_name(images.ids), dict[Id, str](), 0
+    if header and known.get(composed(header[0].strip())) is not None:
+        raise InputError(f"{path} has no header: its first row names an image. Begin it with: id,owner")
     for number, row in enumerate(rows, 2):
         if not row:
             continue
         if len(row) < 2:
             raise InputError(f"{path}, row {number}: needs an id and an owner, not {row!r}.")
-        name, owner = row[0].strip(), row[1].strip()
-        if name in known and found.setdefault(known[name], owner) != owner:
+        name, owner = row[0], row[1].strip()
+        each = known.get(name, known.get(composed(name.strip())))
+        strange += each is None
+        if each is not None and found.setdefault(each, owner) != owner:
             raise InputError(f"{path}, row {number}: {name!r} has an owner already. Give each sample one.")
+    if strange:
+        log.warning("%s: %d of %d rows name no image of the data", path, strange, len(rows))
     return {each: owner for each, owner in found.items() if owner}
 
 

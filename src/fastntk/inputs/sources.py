@@ -93,7 +93,7 @@ def read_column(source: str, name: str, split: str = "train") -> list[Any]:
         return list(stored[name][:])
     if path.suffix != ".npz":
         raise InputError(f"{source} has no columns, so there is no {name!r}.")
-    *_, column = _arrays(path, split, name)[0]
+    [column], _ = _arrays(path, split, (name,))
     return [each.decode(errors="surrogateescape") if isinstance(each, bytes) else each for each in column.tolist()]
 
 
@@ -204,8 +204,8 @@ def _of_split(path: Path, split: str) -> Path:
     return next((path / name for name in _SPLITS[split] if name in found), path / "train")
 
 
-def _arrays(path: Path, split: str, column: str | None) -> tuple[list[np.ndarray], list[str] | None]:
-    """Images, labels and a column of an ``.npz``, and the names of its classes."""
+def _arrays(path: Path, split: str, names: Sequence[str]) -> tuple[list[np.ndarray], list[str] | None]:
+    """Arrays of a split of an ``.npz``, as long as there are labels, and the names of its classes."""
     if not path.is_file():
         raise InputError(f"there is no file {path}.")
     try:
@@ -213,13 +213,12 @@ def _arrays(path: Path, split: str, column: str | None) -> tuple[list[np.ndarray
         if not isinstance(opened, np.lib.npyio.NpzFile):
             raise ValueError("it holds one array alone")
         with opened as archive:
-            keys = ["x", "y", *([column] if column else [])]
-            keys = keys if "x" in archive else [f"{key}_{split}" for key in keys]
+            keys = [key if "x" in archive else f"{key}_{split}" for key in (*names, "y")]
             absent = [key for key in keys if key not in archive]
             if absent:
                 raise InputError(f"{path} has no array {absent[0]!r}; it holds {', '.join(archive.files)}.")
-            arrays = [archive[key] for key in keys]
-            names = _class_names(archive["classes"], path) if "classes" in archive else None
+            *arrays, labels = (archive[key] for key in keys)
+            classes = _class_names(archive["classes"], path) if "classes" in archive else None
     except InputError:
         raise
     except MemoryError as error:
@@ -228,13 +227,14 @@ def _arrays(path: Path, split: str, column: str | None) -> tuple[list[np.ndarray
         raise InputError(
             f"{path} cannot be read as an .npz file ({reason(error)}). It may be truncated: copy it again."
         ) from error
-    if column and arrays[2].shape != arrays[1].shape:
-        raise InputError(f"{path}: {column} must have one entry an image, not {list(arrays[2].shape)}.")
-    return arrays, names
+    for name, array in zip(names, arrays, strict=True):
+        if name not in ("x", "y") and array.shape != labels.shape:
+            raise InputError(f"{path}: {name} must have one entry an image, not {list(array.shape)}.")
+    return arrays, classes
 
 
 def _from_npz(path: Path, preprocessing: Preprocessing, split: str, id_column: str | None) -> Images:
-    (x, y, *column), names = _arrays(path, split, id_column)
+    (x, y, *column), names = _arrays(path, split, ("x", "y", *([id_column] if id_column else [])))
     if x.dtype != np.uint8 or not x.size or x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[3] != 3):
         raise InputError(f"{path}: images must be uint8 [N, H, W] or [N, H, W, 3], not {x.dtype} {list(x.shape)}.")
     if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer) or len(x) != len(y) or not len(y):

@@ -107,7 +107,7 @@ def bench(
     from fastntk.common.machine import parse_device
     from fastntk.evidence.bench import drawing, grid
     from fastntk.evidence.bench.config import read_config
-    from fastntk.evidence.bench.results import stored_cells
+    from fastntk.evidence.bench.results import check_results, stored_cells
     from fastntk.evidence.bench.summary import methods_of, summarise
 
     if (config is None) == (summary is None):
@@ -116,7 +116,11 @@ def bench(
         raise InputError("--methods goes with a CONFIG.yaml to run, not with --summary.")
     folder = summary or out
     if config:
-        grid.run(read_config(config, methods), folder / f"{config.stem}.sqlite", parse_device(device))
+        read = read_config(config, methods)
+        if ours not in read.methods:
+            raise InputError(f"{config} has no method {ours!r}. Name one of {', '.join(read.methods)} by --ours.")
+        check_results(folder)
+        grid.run(read, folder / f"{config.stem}.sqlite", parse_device(device))
     cells = stored_cells(folder)
     if ours not in (names := methods_of(cells)):
         raise InputError(f"no request in {folder} was answered by {ours!r}. Name one of {', '.join(names)} by --ours.")

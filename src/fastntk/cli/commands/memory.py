@@ -177,12 +177,14 @@ def _batch(opened: "Run", requests: Path, out: Path, owners: str | None, as_json
     done = batch.answer_all(
         opened, wanted, out, lambda images: asked.owners(opened.settings(), opened.data, images, owners)
     )
-    table = Table("request", "came", "what became of it", "samples", "verdict")
+    table = Table("request", "came", "what became of it", "samples", "gone before", "not in the data", "verdict")
     for row in done["requests"]:
-        told = (row["request"], row["date"], row["became"], str(row["samples"]), row.get("verdict", ""))
-        table.add_row(*map(Text, told))
+        counts = (str(row[name]) for name in ("samples", "gone", "unknown"))
+        table.add_row(*map(Text, (row["request"], row["date"], row["became"], *counts, row.get("verdict", ""))))
     purged = "Purged." if done["purged"] else f"Not all is purged: fastntk purge {opened.folder}"
     show(done, as_json, table, f"{purged} Wrote {out / 'summary.html'}, {out / 'summary.json'} and the certificates.")
+    if any(row["became"] == batch.REFUSED for row in done["requests"]):
+        raise InputError("some requests were refused, for the reasons above. The others are answered.")
 
 
 def _named(

@@ -198,14 +198,17 @@ def _config(document: Any) -> Config:
             raise InputError(f"{name} must be a whole number from {least} on, not {given[name]!r}.")
     _check_requests(lists["requests"], "requests")
     for loss in lists["losses"]:
-        if loss not in LOSSES:
+        if not isinstance(loss, str) or loss not in LOSSES:
             raise InputError(f"a loss is one of {', '.join(LOSSES)}, not {loss!r}.")
     _recipe(given["recipe"])
     select = None if given["select"] is None else _made(Select, given["select"], "select")
+    entries = {name: _entry(entry, name) for name, entry in given["methods"].items()}
+    if select is None and (open_ := [name for name, each in entries.items() if each.others]):
+        raise InputError(f"{open_[0]} has settings to choose from, and nothing says by what. Add a select section.")
     return Config(
         data={name: _made(Data, entry, f"data {name}") for name, entry in given["data"].items()},
         models={name: _made(Model, entry, f"model {name}") for name, entry in given["models"].items()},
-        methods={name: _entry(entry, name) for name, entry in given["methods"].items()},
+        methods=entries,
         test_per_class=given["test_per_class"],
         recipe=given["recipe"],
         retrained=given["retrained"],
@@ -227,8 +230,10 @@ def _check_requests(requests: Sequence[str], where: str) -> None:
         share(request)
 
 
-def _entry(entry: Any, name: str) -> Entry:
+def _entry(entry: Any, name: Any) -> Entry:
     """A method by its class and fields, and those with other values of them to choose from."""
+    if not isinstance(name, str):
+        raise InputError(f"method {name!r}: its name must be a text. Put it into quotes.")
     if name == ORIGINAL or is_retrained(name) or name.endswith(CHOSEN):
         raise InputError(f"method {name}: this name is taken by what every method is compared with.")
     given = dict(entry) if isinstance(entry, dict) else {}

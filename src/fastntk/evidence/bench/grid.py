@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -16,7 +17,7 @@ from fastntk.common.machine import device_name, elapsed, settle
 from fastntk.common.progress import console
 from fastntk.evidence.auditing import audit
 from fastntk.evidence.bench.choosing import Choice, Trial, choose
-from fastntk.evidence.bench.config import CHOSEN, Config, Setting
+from fastntk.evidence.bench.config import CHOSEN, Config, Entry, Setting
 from fastntk.evidence.bench.results import Results
 from fastntk.evidence.bench.stored import Stored, fitted, stored_retraining
 from fastntk.evidence.compare import compare, references
@@ -28,6 +29,8 @@ from fastntk.inputs.sources import load_data
 from fastntk.memory.memory import prepare
 from fastntk.tuning.parameters import tuned
 from fastntk.tuning.start import start
+
+log = logging.getLogger(__name__)
 
 
 def run(config: Config, path: Path, device: torch.device | str = "cpu") -> Results:
@@ -53,6 +56,9 @@ def run(config: Config, path: Path, device: torch.device | str = "cpu") -> Resul
                 facts, report = bench.cell(request)
                 results.add(setting, request, described, facts, report)
                 console.print(report.table(request))
+    wanted = {(setting, request) for setting in config.settings() for request in config.requests}
+    if others := [each for each in results.cells() if (each.setting, each.request) not in wanted]:
+        log.warning("%s has %d requests that this configuration does not name; they are shown too", path, len(others))
     return results
 
 
@@ -72,11 +78,11 @@ class _Bench:
             model, self.train, self.fit.initial, loss=self.fit.recipe.loss, shrinkage=self.fit.shrinkage
         )
         self.preparing = elapsed(started, self.memory.state.network.device)
+        retraining = stored_retraining(model, self.fit, self.folder, self.key)
+        audit(self.memory, retraining, held_out=self.test, seed=setting.seed + 2)
         self.trials = [self._trial(request) for request in config.select.requests] if config.select else []
         tried = {name: [each.default, *each.others] for name, each in config.methods.items() if each.others}
         self.choices = choose(tried, self.trials) if self.trials else {}
-        retraining = stored_retraining(model, self.fit, self.folder, self.key)
-        audit(self.memory, retraining, held_out=self.test, seed=setting.seed + 1)
 
     def cell(self, request: str) -> tuple[dict[str, object], Report]:
         """What is known of a request and its report: every method as it is by default, and as it was chosen."""
@@ -90,7 +96,7 @@ class _Bench:
         }
         kept = {name: self._kept(request, name, method) for name, method in methods.items()}
         report, notes = compare(problem, test, kept, self.fit.seconds, thoroughly=True)
-        for name in self.choices.keys() - chosen.keys():
+        for name in (each for each in self.choices if each not in chosen):
             report = report.repeated(name, f"{name}{CHOSEN}")
             notes |= {f"{name}{CHOSEN}": notes[name]} if name in notes else {}
         return self._facts(problem, test, notes), report
@@ -134,7 +140,7 @@ class _Bench:
             "fit_seconds": self.fit.seconds,
             "prepare_seconds": self.preparing,
             "prepared": [name for name, each in methods.items() if getattr(each.default, "prepared", False)],
-            "audited": [name for name, each in methods.items() if getattr(each.default, "gain", False) is True],
+            "audited": [name for name, each in methods.items() if _audited(each)],
             "chosen": {name: self._chosen(choice) for name, choice in self.choices.items()},
             "device": device_name(problem.device),
         }
@@ -143,6 +149,11 @@ class _Bench:
         """What is said of a choice; its seconds are with those of retraining."""
         retraining = sum(each.seconds or 0.0 for trial in self.trials for each in trial.retrained.values())
         return {**vars(choice), "method": _described_method(choice.method), "seconds": choice.seconds + retraining}
+
+
+def _audited(entry: Entry) -> bool:
+    """Whether a method may take the gain of an audit."""
+    return any(getattr(each, "gain", False) is True for each in (entry.default, *entry.others))
 
 
 def _described(config: Config, setting: Setting) -> dict[str, object]:

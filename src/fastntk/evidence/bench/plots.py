@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fastntk.evidence.bench.summary import row_of
+from fastntk.evidence.bench.summary import THEIRS, row_of
 from fastntk.evidence.drawings import COLOURS
 from fastntk.evidence.report import ORIGINAL, RETRAINED
 
@@ -19,7 +19,7 @@ def against_time(rows: Sequence[Mapping[str, Any]], ours: str) -> Figure:
     better. Chosen settings are filled."""
     figure, axes = _drawn(len(rows))
     for row in rows:
-        time = 1.0 if row["method"] == RETRAINED else row["request_fraction"]
+        time = 1.0 if row["method"] == THEIRS else row["request_fraction"]
         if time is not None and row["gap"] is not None:
             place = time, max(row["gap"], _LEAST)
             filled = "full" if row["settings"] == "chosen" else "none"
@@ -76,4 +76,4 @@ def _name(row: Mapping[str, Any]) -> str:
 def _colour(row: Mapping[str, Any], ours: str) -> str:
     if row["method"] == ours:
         return COLOURS["fastntk"]
-    return COLOURS[row["method"]] if row["method"] in (ORIGINAL, RETRAINED) else "#5b7db1"
+    return {ORIGINAL: COLOURS[ORIGINAL], THEIRS: COLOURS[RETRAINED]}.get(row["method"], "#5b7db1")

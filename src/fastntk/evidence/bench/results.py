@@ -131,6 +131,12 @@ class Results:
             database.close()
 
 
+def check_results(folder: Path) -> None:
+    """Raises ``InputError`` for results in a folder that cannot be read beside others: before hours are spent."""
+    for path in folder.glob("*.sqlite"):
+        Results(path)
+
+
 def stored_cells(folder: Path) -> list[Cell]:
     """Those of all configurations whose results are in a folder.
 

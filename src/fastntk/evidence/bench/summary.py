@@ -11,7 +11,8 @@ import numpy as np
 from fastntk.evidence.bench.config import CHOSEN
 from fastntk.evidence.bench.results import Cell
 from fastntk.evidence.measures import PARTS
-from fastntk.evidence.report import ORIGINAL, RETRAINED, is_retrained
+from fastntk.evidence.recovery import STEPS
+from fastntk.evidence.report import ORIGINAL, is_retrained
 from fastntk.memory.audit import LIMIT_DOUBT
 from fastntk.memory.certificate import VERDICTS
 
@@ -20,6 +21,12 @@ POINTS = 3.0
 
 KINDS = {"class": "class", "random 10%": "tenth", "random 1%": "hundredth"}
 """What requests are called; others by themselves."""
+
+THEIRS = "retrained models"
+"""The row of all retrained models together: the mean over them."""
+
+FAR = 1000.0
+"""How many times as far as retrained models from each other an answer counts whose outputs are not finite."""
 
 RATIOS = {"logits": "distance_ratio", "probabilities": "probability_ratio"}
 """The measure that is the ratio in a unit."""
@@ -59,18 +66,24 @@ def groups(cells: Sequence[Cell]) -> dict[tuple[str, str], list[Cell]]:
 
 
 def value(cell: Cell, row: str, measure: str) -> float | None:
-    """A measure of a row; of ``retrain`` the mean over all retrained models."""
-    if row != RETRAINED:
-        return cell.rows.get(row, {}).get(measure)
-    known = [each for name in retrained_of(cell) if (each := cell.rows[name][measure]) is not None]
-    return mean(known) if known else None
+    """A measure of a row; of ``THEIRS`` the mean over all retrained models. A ratio that could not be told is ``FAR``,
+    and relearning that took more than the steps that it was given takes one more."""
+    if row == THEIRS:
+        return middle((value(cell, name, measure) for name in retrained_of(cell)), mean)
+    found = cell.rows.get(row)
+    if found is None or found[measure] is not None:
+        return None if found is None else found[measure]
+    return _UNTOLD.get(measure)
+
+
+_UNTOLD = {**dict.fromkeys(RATIOS.values(), FAR), "relearn_steps": STEPS + 1.0}
 
 
 def _beside(measure: str) -> Callable[[Cell, str], float | None]:
     """How much more than the retrained models' mean."""
 
     def figure(cell: Cell, row: str) -> float | None:
-        own, theirs = value(cell, row, measure), value(cell, RETRAINED, measure)
+        own, theirs = value(cell, row, measure), value(cell, THEIRS, measure)
         return None if own is None or theirs is None else own - theirs
 
     return figure
@@ -80,7 +93,7 @@ def _over(measure: str) -> Callable[[Cell, str], float | None]:
     """Over the retrained models' mean."""
 
     def figure(cell: Cell, row: str) -> float | None:
-        own, theirs = value(cell, row, measure), value(cell, RETRAINED, measure)
+        own, theirs = value(cell, row, measure), value(cell, THEIRS, measure)
         return own / theirs if own is not None and theirs else None
 
     return figure
@@ -88,9 +101,9 @@ def _over(measure: str) -> Callable[[Cell, str], float | None]:
 
 def off(cell: Cell, row: str) -> float | None:
     """The share of retrained models from which an accuracy on any set differs by more than ``POINTS``."""
-    if row not in cell.rows:
+    if row != THEIRS and row not in cell.rows:
         return None
-    rows = retrained_of(cell) if row == RETRAINED else [row]
+    rows = retrained_of(cell) if row == THEIRS else [row]
     pairs = [(one, other) for one in rows for other in retrained_of(cell) if one != other]
     return sum(_far(cell, *pair) for pair in pairs) / len(pairs) if pairs else None
 
@@ -101,17 +114,19 @@ def _far(cell: Cell, *pair: str) -> bool:
 
 
 def relearned_within(cell: Cell, row: str) -> float | None:
-    """1 if relearning on retained data gives back as much as of one of the retrained models, or between, else 0."""
-    theirs = [cell.rows[name]["relearned_without"] for name in retrained_of(cell)]
-    own = cell.rows.get(row, {}).get("relearned_without")
-    known = [each for each in theirs if each is not None]
+    """1 if relearning on retained data gives back as much as of one of the retrained models, or between, else 0; of
+    these the mean, each beside the others."""
+    if row == THEIRS:
+        return middle((relearned_within(cell, name) for name in retrained_of(cell)), mean)
+    theirs = [value(cell, name, "relearned_without") for name in retrained_of(cell) if name != row]
+    own, known = value(cell, row, "relearned_without"), [each for each in theirs if each is not None]
     return None if own is None or not known else float(min(known) <= own <= max(known))
 
 
 def _seconds(before: Callable[[Cell, str, str], float], cell: Cell, row: str) -> float | None:
     """Of an answer and of what goes before it, over retraining's."""
-    own, retraining = value(cell, row, "seconds"), value(cell, RETRAINED, "seconds")
-    if own is None or not retraining or row == ORIGINAL or is_retrained(row):
+    own, retraining = value(cell, row, "seconds"), value(cell, THEIRS, "seconds")
+    if own is None or not retraining or row in (ORIGINAL, THEIRS):
         return None
     method = row.removesuffix(CHOSEN)
     return (own + before(cell, row, method)) / retraining
@@ -126,11 +141,11 @@ def _preparing(cell: Cell, row: str, method: str) -> float:
 
 
 def _choosing(cell: Cell, row: str, method: str) -> float:
-    """Preparing, and what the choice of its settings took, or the audit that its gain comes from."""
+    """Preparing, what the choice of its settings took, and the audit that a gain comes from."""
     chosen, audit = cell.facts["chosen"].get(method), cell.facts["audit"]
-    if row.endswith(CHOSEN) and chosen:
-        return _preparing(cell, row, method) + chosen["seconds"]
-    return _preparing(cell, row, method) + (audit["seconds"] if audit and method in cell.facts["audited"] else 0.0)
+    choice = chosen["seconds"] if row.endswith(CHOSEN) and chosen else 0.0
+    audited = audit["seconds"] if audit and method in cell.facts["audited"] else 0.0
+    return _preparing(cell, row, method) + choice + audited
 
 
 FIGURES = {
@@ -166,9 +181,9 @@ def summarise(cells: Sequence[Cell], ours: str) -> dict[str, Any]:
     rows = [
         _row(group, loss, kind, method, settings, ours)
         for (loss, kind), group in groups(cells).items()
-        for method in (ORIGINAL, RETRAINED, *methods_of(group))
+        for method in (ORIGINAL, THEIRS, *methods_of(group))
         for settings in ("default", "chosen")
-        if any(row_of(method, settings) in cell.rows for cell in group)
+        if (method, settings) == (THEIRS, "default") or any(row_of(method, settings) in cell.rows for cell in group)
     ]
     judged = [(cell, row) for cell in cells if (row := own_row(cell, ours)) in cell.rows]
     return {"cells": len(cells), "ours": ours, "rows": rows, "flags": flags(judged), "doubt": covered(judged)}
@@ -182,7 +197,7 @@ def own_row(cell: Cell, ours: str) -> str:
 
 def _row(group: Sequence[Cell], loss: str, kind: str, method: str, settings: str, ours: str) -> dict[str, Any]:
     row = row_of(method, settings)
-    cells = [cell for cell in group if row in cell.rows]
+    cells = [cell for cell in group if row == THEIRS or row in cell.rows]
     unit = cells[0].facts["unit"]
     bounds = {each: _bounds(value(cell, row, name) for cell in cells) for each, name in RATIOS.items()}
     return {
@@ -193,9 +208,9 @@ def _row(group: Sequence[Cell], loss: str, kind: str, method: str, settings: str
         "requests": len(cells),
         "unit": unit,
         **{name: middle(figure.of(cell, row) for cell in cells) for name, figure in FIGURES.items()},
-        **{name: _mean(share(cell, row) for cell in cells) for name, share in SHARES.items()},
-        "gap_retrained": middle(value(cell, RETRAINED, "average_gap") for cell in cells),
-        "off_retrained": _mean(off(cell, RETRAINED) for cell in cells),
+        **{name: middle((share(cell, row) for cell in cells), mean) for name, share in SHARES.items()},
+        "gap_retrained": middle(value(cell, THEIRS, "average_gap") for cell in cells),
+        "off_retrained": middle((off(cell, THEIRS) for cell in cells), mean),
         "low": bounds[unit][0],
         "high": bounds[unit][1],
         **{f"low_{each}": low for each, (low, _) in bounds.items()},
@@ -261,12 +276,7 @@ def interval(values: Sequence[float | None], statistic: Callable[..., Any] = np.
     return [float(found.low), float(found.high)]
 
 
-def middle(values: Iterable[float | None]) -> float | None:
-    """The median of those that are known."""
+def middle(values: Iterable[float | None], of: Callable[[list[float]], float] = median) -> float | None:
+    """The median of those that are known, or another number ``of`` them."""
     known = [value for value in values if value is not None]
-    return median(known) if known else None
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return mean(known) if known else None
+    return float(of(known)) if known else None

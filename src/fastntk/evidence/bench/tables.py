@@ -12,6 +12,7 @@ from fastntk.evidence.bench.summary import (
     FIGURES,
     KINDS,
     RATIOS,
+    THEIRS,
     flags,
     middle,
     own_row,
@@ -20,7 +21,7 @@ from fastntk.evidence.bench.summary import (
     verdict_of,
 )
 from fastntk.evidence.measures import MEASURES, shown
-from fastntk.evidence.report import ORIGINAL, RETRAINED
+from fastntk.evidence.report import ORIGINAL
 
 _NEAR, _GAP = 1.10, 0.3  # the ratio, and the points of gap beyond the retrained models' own, that are called near
 
@@ -93,7 +94,7 @@ _SIDES = (0, 1), (1, -1)  # of an interval: all of it above 1, all of it below
 
 def _others(own: Row, rows: Sequence[Row]) -> list[Row]:
     """A row of every other method, with chosen settings where there are any; those called as ours and more are ours."""
-    found = {row["method"]: row for row in rows if row["method"] not in (own["method"], ORIGINAL, RETRAINED)}
+    found = {row["method"]: row for row in rows if row["method"] not in (own["method"], ORIGINAL, THEIRS)}
     return [row for name, row in found.items() if not name.startswith(f"{own['method']}_")]
 
 
@@ -134,7 +135,7 @@ def grouped(rows: Iterable[Row]) -> list[tuple[str, str, list[Row]]]:
 
 
 def _name(row: Row) -> str:
-    return row["method"] if row["method"] in (ORIGINAL, RETRAINED) else f"{row['method']}, {row['settings']}"
+    return row["method"] if row["method"] in (ORIGINAL, THEIRS) else f"{row['method']}, {row['settings']}"
 
 
 def _ends(row: Row) -> tuple[float, float] | None:
@@ -185,7 +186,7 @@ def _audits(cells: Sequence[Cell]) -> str:
 
 
 def _choices(cells: Sequence[Cell]) -> str:
-    """What was chosen, where it is not what a method has by default; of the first seed."""
+    """What was chosen; of the first seed."""
     told = [f"{name}: {_settings(choice['method'])}" for name, choice in cells[0].facts["chosen"].items()]
     return f" Chosen (seed {cells[0].setting.seed}): {'; '.join(told)}." if told else ""
 
@@ -218,7 +219,7 @@ def _of_model(cells: Sequence[Cell], ours: str) -> list[str]:
     count = flags(judged)
     medians = [
         middle(value(*each, RATIOS[each[0].facts["unit"]]) for each in judged),
-        middle(value(cell, RETRAINED, "average_gap") for cell in cells),
+        middle(value(cell, THEIRS, "average_gap") for cell in cells),
         middle(value(*each, "average_gap") for each in judged),
     ]
     flagged = [f"{count[part]}, {count[f'{part}_and_flagged']}" for part in ("bad", "good")]

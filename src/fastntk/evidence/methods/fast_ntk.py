@@ -5,7 +5,9 @@ from typing import ClassVar
 
 from fastntk.common.errors import InputError
 from fastntk.evidence.methods.problem import Problem, Unlearned
+from fastntk.memory.audit import Audit
 from fastntk.memory.finish import finished
+from fastntk.memory.memory import Memory
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class FastNTK:
             the retained samples; with the memory's own ridge alone.
         gain: multiply the step, before that, by this number, or if ``True`` by the gain of the memory's audit
             (``fastntk.memory.finish``); one below 1 only if the exact head follows. The note explains the certificate
-            of the step without it, with the audit's gain with the audit of answers with it.
+            of the step, with what an audit found of answers like it, if one did.
     """
 
     prepared: ClassVar[bool] = True
@@ -39,13 +41,21 @@ class FastNTK:
         if self.ridge is not None:
             return self._at_another_ridge(problem, self.ridge)
         answer = problem.memory.preview(problem.forget)
-        certificate, least = answer.certificate, 0.0 if self.exact_head else 1.0
-        if self.gain is True and certificate.audit and certificate.audit.gain >= least:
-            certificate = replace(certificate, audit=certificate.audit.with_gain)
+        certificate = replace(answer.certificate, audit=self.audit_of(problem.memory))
+        if self.exact_head:
+            certificate = replace(certificate, still=None)  # it was of the step without the head
         parameters = finished(
             problem.memory, answer.parameters, gain=self.gain, exact_head=self.exact_head, without=problem.forget
         )
         return Unlearned(parameters, note=certificate.explanation)
+
+    def audit_of(self, memory: Memory) -> Audit | None:
+        """The memory's audit, of the step as it is or with the audit's gain; None where nothing audited such answers:
+        at another ridge, and with another gain."""
+        audit, least = memory.audit, 0.0 if self.exact_head else 1.0
+        if audit is None or self.ridge is not None or self.gain not in (False, True):
+            return None
+        return audit.with_gain if self.gain is True and audit.gain >= least else audit
 
     @staticmethod
     def _at_another_ridge(problem: Problem, ridge: float) -> Unlearned:

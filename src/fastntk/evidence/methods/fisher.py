@@ -63,8 +63,8 @@ class Dampening:
         threshold: ``a``, as a share of ``n / |F|``.
         strength: ``b``.
 
-    As in the official code ``I_D`` is taken for kept: the pass over all samples for it is not in a request's seconds,
-    but is with preparing.
+    As in the official code ``I_D`` is taken for kept: the pass over all samples for it is not in a request's seconds;
+    where preparing counts, the memory's own, which is such a pass, stands for it.
 
     Source: Foster, Schoepf, Brintrup 2024 (arXiv 2308.07707).
     """
