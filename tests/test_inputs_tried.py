@@ -76,7 +76,7 @@ TRIED = {
     (f"{FIT} --device", ["", "cuda:99", "tpu", "meta"], "is not there .* Use 'cpu'"),
     (f"{FIT} --select", ["", " ", "nothing", "ln", "(["], "is empty. Leave it out|It offers: bn|neither a name nor"),
     (FIT, ["--loss=x", "--loss=", "--optimizer=Adam", "--augment=x", "--mixup=1"], "one of squared|adamw|flip|be off"),
-    (FIT, ["--id-column=none", "--id-column=y", "--id-column=x"], "no array 'none_train'|Choose a column|needs one id"),
+    (FIT, ["--id-column=none", "--id-column=y", "--id-column=x"], "no array 'none_train'|Choose a column|one entry an image"),
     (f"{FIT} --model", ["resnet999", "", "timm/no", "a/b", "no.py", "no.py:f"], "(no|a) model|unknown library|no file"),
     (f"{FIT} --data-root @. --data", ["nowhere", "CIFAR10", "FakeData", "mnist"], "neither a|cannot open"),
     (FIT, ["--data=", "--validation=", "--fitted=", "--head-start=x"], "--(data|validation|fitted)"),
@@ -165,7 +165,7 @@ TRIED = {
      "@dataclasses.dataclass\nclass C:\n    width: int = 4\ndef f(n): return net(n), p\n"], 3)],
 "configurations": [
     (".grid", ["a: [", "!!python/object:os.system {}", b"\xff", "[" * 9999, ""], "as YAML|must be a table"),
-    (".grid", [{"requests": ["x"]}, {"requests": [3]}, {"recipe": {"loss": ["x"]}}], "'class' or|one of"),
+    (".grid", [{"requests": ["x"]}, {"requests": [3]}, {"losses": ["x"]}, {"losses": [["x"]]}], "'class' or|one of"),
     (".grid", [{"seeds": ["x"]}, {"per_class": [-1]}, {"test_per_class": "x"}, {"recipe": {"epochs": 1.5}},
      {"recipe": {"learning_rate": "1e-3"}}, {"models": {"m": {"model": "x", "select": "all"}}},
      {"models": {"m": {"model": "x", "select": [3]}}}], "seeds|per_class|epochs|learning_rate|select"),

@@ -93,7 +93,8 @@ def read_column(source: str, name: str, split: str = "train") -> list[Any]:
         return list(stored[name][:])
     if path.suffix != ".npz":
         raise InputError(f"{source} has no columns, so there is no {name!r}.")
-    [column], _ = _arrays(path, split, (name,))
+    (labels, column), _ = _arrays(path, split, ("y", name))
+    _check_one_each(path, name, column, labels)
     return [each.decode(errors="surrogateescape") if isinstance(each, bytes) else each for each in column.tolist()]
 
 
@@ -205,7 +206,7 @@ def _of_split(path: Path, split: str) -> Path:
 
 
 def _arrays(path: Path, split: str, names: Sequence[str]) -> tuple[list[np.ndarray], list[str] | None]:
-    """Arrays of a split of an ``.npz``, as long as there are labels, and the names of its classes."""
+    """Arrays of a split of an ``.npz``, and the names of its classes."""
     if not path.is_file():
         raise InputError(f"there is no file {path}.")
     try:
@@ -213,11 +214,11 @@ def _arrays(path: Path, split: str, names: Sequence[str]) -> tuple[list[np.ndarr
         if not isinstance(opened, np.lib.npyio.NpzFile):
             raise ValueError("it holds one array alone")
         with opened as archive:
-            keys = [key if "x" in archive else f"{key}_{split}" for key in (*names, "y")]
+            keys = [key if "x" in archive else f"{key}_{split}" for key in names]
             absent = [key for key in keys if key not in archive]
             if absent:
                 raise InputError(f"{path} has no array {absent[0]!r}; it holds {', '.join(archive.files)}.")
-            *arrays, labels = (archive[key] for key in keys)
+            arrays = [archive[key] for key in keys]
             classes = _class_names(archive["classes"], path) if "classes" in archive else None
     except InputError:
         raise
@@ -227,14 +228,19 @@ def _arrays(path: Path, split: str, names: Sequence[str]) -> tuple[list[np.ndarr
         raise InputError(
             f"{path} cannot be read as an .npz file ({reason(error)}). It may be truncated: copy it again."
         ) from error
-    for name, array in zip(names, arrays, strict=True):
-        if name not in ("x", "y") and array.shape != labels.shape:
-            raise InputError(f"{path}: {name} must have one entry an image, not {list(array.shape)}.")
     return arrays, classes
+
+
+def _check_one_each(path: Path, name: str, column: np.ndarray, labels: np.ndarray) -> None:
+    """Raises ``InputError`` unless a column has one entry an image."""
+    if column.shape != labels.shape:
+        raise InputError(f"{path}: {name} must have one entry an image, not {list(column.shape)}.")
 
 
 def _from_npz(path: Path, preprocessing: Preprocessing, split: str, id_column: str | None) -> Images:
     (x, y, *column), names = _arrays(path, split, ("x", "y", *([id_column] if id_column else [])))
+    if id_column:
+        _check_one_each(path, id_column, column[0], y)
     if x.dtype != np.uint8 or not x.size or x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[3] != 3):
         raise InputError(f"{path}: images must be uint8 [N, H, W] or [N, H, W, 3], not {x.dtype} {list(x.shape)}.")
     if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer) or len(x) != len(y) or not len(y):
