@@ -160,7 +160,7 @@ def test_the_command(config, tmp_path):
     assert "±" in drawn
     assert "- noise, small, 10 a class, smoothed, seed 1, tenth: " in drawn
     shown = (out / "tables.html").read_text()
-    assert shown.count("<svg") == 1
+    assert shown.count("<svg") == 2
     assert shown.count("<table") == 1 + 1 + 1
     assert '<tr class="ours"><td>fast_ntk, chosen</td>' in shown
     last = json.loads(succeed("bench", "--summary", out, "--json"))

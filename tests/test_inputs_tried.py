@@ -76,7 +76,7 @@ TRIED = {
     (f"{FIT} --device", ["", "cuda:99", "tpu", "meta"], "is not there .* Use 'cpu'"),
     (f"{FIT} --select", ["", " ", "nothing", "ln", "(["], "is empty. Leave it out|It offers: bn|neither a name nor"),
     (FIT, ["--loss=x", "--loss=", "--optimizer=Adam", "--augment=x", "--mixup=1"], "one of squared|adamw|flip|be off"),
-    (FIT, ["--id-column=none", "--id-column=y", "--id-column=x"], "no array 'none_train'|Choose a column|one entry an image"),
+    (FIT, ["--id-column=none", "--id-column=y", "--id-column=x"], "no array 'none_train'|Choose a column|one entry"),
     (f"{FIT} --model", ["resnet999", "", "timm/no", "a/b", "no.py", "no.py:f"], "(no|a) model|unknown library|no file"),
     (f"{FIT} --data-root @. --data", ["nowhere", "CIFAR10", "FakeData", "mnist"], "neither a|cannot open"),
     (FIT, ["--data=", "--validation=", "--fitted=", "--head-start=x"], "--(data|validation|fitted)"),
