@@ -31,6 +31,8 @@ FAR = 1000.0
 RATIOS = {"logits": "distance_ratio", "probabilities": "probability_ratio"}
 """The measure that is the ratio in a unit."""
 
+_UNTOLD = {**dict.fromkeys(RATIOS.values(), FAR), "relearn_steps": STEPS + 1.0}
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -74,9 +76,6 @@ def value(cell: Cell, row: str, measure: str) -> float | None:
     if found is None or found[measure] is not None:
         return None if found is None else found[measure]
     return _UNTOLD.get(measure)
-
-
-_UNTOLD = {**dict.fromkeys(RATIOS.values(), FAR), "relearn_steps": STEPS + 1.0}
 
 
 def _beside(measure: str) -> Callable[[Cell, str], float | None]:
