@@ -107,6 +107,31 @@ def test_a_request_that_is_refused_does_not_keep_the_others(run, data, tmp_path)
     assert summary["purged"]
 
 
+def test_what_another_command_answered_meanwhile_is_not_taken_for_a_request(run, tmp_path, monkeypatch):  # noqa: F811
+    """Killed after it said what it would do; then somebody else's request gets the number that it had in mind."""
+    folder, out = shutil.copytree(run, tmp_path / "run"), tmp_path / "out"
+    (tmp_path / "asked.csv").write_text("request,ids\nr1,4 5\n")
+
+    def killed(self, ids, **more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Memory, "forget", killed)
+    with pytest.raises(KeyboardInterrupt):
+        batch.answer_all(Run(folder), read_requests(tmp_path / "asked.csv"), out, lambda images: {})
+    monkeypatch.undo()
+    succeed("forget", folder, "--ids", "7,8")
+    [row] = json.loads(succeed("forget", folder, "--requests", tmp_path / "asked.csv", "--out", out, "--json"))[
+        "requests"
+    ]
+    assert (row["became"], row["samples"], row["number"]) == (ANSWERED, 2, 2)
+    assert not {4, 5} & set(Run(folder).memory()[0].ids)
+    (tmp_path / "asked.csv").write_text('request,ids\nr1,4 5\nr2,",,"\n')
+    rows = json.loads(succeed("forget", folder, "--requests", tmp_path / "asked.csv", "--out", out, "--json"))[
+        "requests"
+    ]
+    assert [each["became"] for each in rows] == [ANSWERED, UNKNOWN]
+
+
 def test_requests_as_a_table_and_as_lines_of_json(asked, tmp_path):
     rows = [
         {"request": "r1", "owner": "Zuleika", "date": "2026-11-20"},

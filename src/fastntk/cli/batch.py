@@ -12,6 +12,7 @@ import io
 import json
 import logging
 import re
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from datetime import datetime, timezone
@@ -29,6 +30,7 @@ from fastntk.evidence.pages import page
 from fastntk.inputs.ids import Id
 from fastntk.inputs.images import Images
 from fastntk.memory.memory import Memory
+from fastntk.memory.request import hashed
 
 log = logging.getLogger(__name__)
 
@@ -149,9 +151,8 @@ def _check_own(memory: Memory, asked: Asked, out: Path) -> None:
     if not path.exists():
         return
     known = read_json(path)
-    entries = {each.number: each.certificate.get("hashes") for each in memory.requests()}
-    certificate = known.get("certificate")
-    here = certificate is None or entries.get(known["number"]) == certificate["hashes"]
+    certified = known.get("certificate", {}).get("hashes")
+    here = certified is None or any(each.certificate.get("hashes") == certified for each in memory.requests())
     if known.get("asked") != asked.digest or not here:
         raise InputError(
             f"{path} is not of the request {asked.request!r} as it stands in the file, or not of this memory. Choose "
@@ -171,8 +172,9 @@ def _told(memory: Memory, images: Images, whose: Mapping[Id, str], asked: Asked,
         told |= {"unknown": unknown, "gone": len(named) - len(there), "samples": len(there)}
         if not there:
             return {**told, "became": GONE if named else UNKNOWN}
+        salt = secrets.token_hex(16)
         known = {"asked": asked.digest, "number": len(memory.requests()) + 1, "told": told}
-        write_json(path, known)
+        write_json(path, {**known, "salt": salt, "hashes": hashed(there, salt)})
         try:
             answer = memory.forget(there)
         except InputError as error:
@@ -180,8 +182,8 @@ def _told(memory: Memory, images: Images, whose: Mapping[Id, str], asked: Asked,
             log.warning("request %s: %s", asked.request, error)
             return {**told, "became": REFUSED}
         known["certificate"] = answer.certificate.to_dict()
-        write_json(path, known)
         entry = _entered(memory, known)
+        write_json(path, {**known, "number": entry.number})
     if "certificate" not in known:
         write_json(path, {**known, "certificate": dict(entry.certificate)})
     more = {"number": entry.number, "answered": entry.answered, "seconds": entry.seconds}
@@ -190,19 +192,31 @@ def _told(memory: Memory, images: Images, whose: Mapping[Id, str], asked: Asked,
 
 
 def _entered(memory: Memory, known: Mapping[str, Any]) -> Any:
-    """The ledger's entry of a request that was begun, if it was answered; None if not, or if none was begun."""
+    """The ledger's entry of a request that was begun, if it was answered; None if not, or if none was begun.
+
+    That of a certificate has its hashes. Of a request that was only begun, somebody else's may have its number: it was
+    answered only if none of its samples is in the memory any more.
+    """
     if not known:
         return None
-    entries = {each.number: each for each in memory.requests() if each.kind == "forget"}
-    entry = entries.get(known["number"])
-    return entry if entry and entry.certificate["samples"] == known["told"]["samples"] else None
+    entries = [each for each in memory.requests() if each.kind == "forget"]
+    if "certificate" in known:
+        hashes = known["certificate"]["hashes"]
+        return next(each for each in entries if each.certificate["hashes"] == hashes)
+    if not set(known["hashes"]).isdisjoint(hashed(memory.ids, known["salt"])):
+        return None
+    return next((each for each in entries if each.number == known["number"]), None)
 
 
 def _named(images: Images, whose: Mapping[Id, str], asked: Asked) -> tuple[list[Id], int]:
     """The ids in the data that a request names, and how many of those that it names are not there."""
     if asked.owner:
         return [each for each in images.ids if whose.get(each) == asked.owner], 0
-    known, named = set(images.ids), list(dict.fromkeys(read_ids(asked.ids, images, lines=asked.lines)))
+    try:
+        named = list(dict.fromkeys(read_ids(asked.ids, images, lines=asked.lines)))
+    except InputError:  # separators alone
+        return [], 0
+    known = set(images.ids)
     found = [each for each in named if each in known]
     return found, len(named) - len(found)
 

@@ -103,7 +103,8 @@ def plan(
         planned = Run(run, device, data).plan(form, options.classes(classes), numerics)
     else:
         given = Given(str(model), str(data), data_root, select or options.SELECTED, image_size)
-        asked = {"form": form, "classes": options.classes(classes), "loss": options.loss(loss or "cross-entropy", 0.0)}
+        named = "cross-entropy" if loss is None else loss
+        asked = {"form": form, "classes": options.classes(classes), "loss": options.loss(named, 0.0)}
         planned = planning.plan(*given.open(parse_device(device)), **asked, numerics=numerics)
     show(planned.to_dict(), as_json, planned.text())
 
