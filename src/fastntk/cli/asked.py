@@ -28,6 +28,11 @@ def of_class(images: Images, class_name: str, memory: Memory) -> list[Id]:
     return _members([images.ids[place] for place in places], memory, f"of class {class_name!r}")
 
 
+def owned(images: Images, owners: Mapping[Id, str], name: str) -> list[Id]:
+    """The ids of an owner's samples in the data."""
+    return [each for each in images.ids if owners.get(each) == name]
+
+
 def of_owners(images: Images, owners: Mapping[Id, str], names: Sequence[str], memory: Memory) -> list[Id]:
     """The ids of some owners' samples that are in the memory.
 
@@ -36,7 +41,7 @@ def of_owners(images: Images, owners: Mapping[Id, str], names: Sequence[str], me
     """
     found: dict[Id, None] = {}
     for name in names:
-        theirs = [each for each in images.ids if owners.get(each) == name]
+        theirs = owned(images, owners, name)
         if not theirs:
             raise InputError(f"no sample of the data is owned by {name!r}. fastntk owners RUN lists who owns some.")
         found |= dict.fromkeys(_members(theirs, memory, f"owned by {name!r}"))

@@ -20,7 +20,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from fastntk.cli.asked import read_ids
+from fastntk.cli.asked import owned, read_ids
 from fastntk.cli.options import text_of
 from fastntk.cli.run import Run
 from fastntk.common.errors import InputError
@@ -151,9 +151,11 @@ def _check_own(memory: Memory, asked: Asked, out: Path) -> None:
     if not path.exists():
         return
     known = read_json(path)
-    certified = known.get("certificate", {}).get("hashes")
-    here = certified is None or any(each.certificate.get("hashes") == certified for each in memory.requests())
-    if known.get("asked") != asked.digest or not here:
+    own = known.get("asked") == asked.digest
+    if own and "certificate" in known:
+        hashes = known["certificate"]["hashes"]
+        own = any(each.certificate.get("hashes") == hashes for each in memory.requests())
+    if not own:
         raise InputError(
             f"{path} is not of the request {asked.request!r} as it stands in the file, or not of this memory. Choose "
             "another folder for --out, or another name for the request."
@@ -211,7 +213,7 @@ def _entered(memory: Memory, known: Mapping[str, Any]) -> Any:
 def _named(images: Images, whose: Mapping[Id, str], asked: Asked) -> tuple[list[Id], int]:
     """The ids in the data that a request names, and how many of those that it names are not there."""
     if asked.owner:
-        return [each for each in images.ids if whose.get(each) == asked.owner], 0
+        return owned(images, whose, asked.owner), 0
     try:
         named = list(dict.fromkeys(read_ids(asked.ids, images, lines=asked.lines)))
     except InputError:  # separators alone

@@ -306,9 +306,8 @@ class Run:
         held_out = _held_out(settings, images, test, self.data)
         problem = Problem(memory, forget, settings.fitting())
         other = problem.recipe.seed + 1 if seed is None else seed
-        return compare(problem, held_out, references(other, retrained, problem.recipe.seed), answered=_answers(memory))[
-            0
-        ]
+        methods = references(other, retrained, problem.recipe.seed)
+        return compare(problem, held_out, methods, answered=_answers(memory))[0]
 
 
 def _answers(memory: Memory) -> dict[str, dict[str, Tensor]]:

@@ -156,16 +156,19 @@ def forget(
             _refreshed(opened, as_json)
 
 
+_ALONE = {"--requests": "answers, certifies and purges", "--dry-run": "only shows the verdict"}
+
+
 def _check_together(more: Mapping[str, object], given: Mapping[str, object], owner: list[str] | None) -> None:
     """Raises ``InputError`` for options of ``forget`` that do not go together."""
     if given["--owners"] and not (owner or given["--requests"]):
         raise InputError("--owners says whose the images are: it goes with --owner or --requests.")
     if bool(given["--requests"]) != bool(given["--out"]):
         raise InputError("--requests and --out, the folder for its certificates, go together.")
-    for name, why in (("--dry-run", "only shows the verdict"), ("--requests", "answers, certifies and purges")):
-        odd = [each for each, value in more.items() if value] if given[name] else []
-        if odd or (name == "--requests" and given[name] and given["--dry-run"]):
-            raise InputError(f"{name} {why}: {', '.join(odd or ['--dry-run'])} does not go with it.")
+    mode = next((name for name in _ALONE if given[name]), None)
+    odd = [name for name, value in {**more, "--dry-run": given["--dry-run"]}.items() if value and name != mode]
+    if mode and odd:
+        raise InputError(f"{mode} {_ALONE[mode]}: {', '.join(odd)} does not go with it.")
     if more["--refresh"] and more["--defer-purge"]:
         raise InputError("--refresh purges: leave out --defer-purge.")
 

@@ -80,7 +80,8 @@ class _Bench:
         self.preparing = elapsed(started, self.memory.state.network.device)
         retraining = stored_retraining(model, self.fit, self.folder, self.key)
         audit(self.memory, retraining, held_out=self.test, seed=setting.seed + 2)
-        self.trials = [self._trial(request) for request in config.select.requests] if config.select else []
+        select = config.select
+        self.trials = [self._trial(request, select.retrained) for request in select.requests] if select else []
         tried = {name: [each.default, *each.others] for name, each in config.methods.items() if each.others}
         self.choices = choose(tried, self.trials) if self.trials else {}
 
@@ -107,10 +108,10 @@ class _Bench:
         forget, test = drawn(request, self.train, self.test, seed, seed % classes)
         return Problem(self.memory, forget, self.fit.recipe), test
 
-    def _trial(self, request: str) -> Trial:
+    def _trial(self, request: str, retrained: int) -> Trial:
         """A request that nobody asks for: that of another seed."""
         problem, test = self._problem(request, self.setting.seed + 1)
-        models = references(self.setting.seed + 1, self.config.select.retrained if self.config.select else 0)
+        models = references(self.setting.seed + 1, retrained)
 
         def kept(name: str, method: Method) -> Method:
             return self._kept(f"trial {request}", name, method)
@@ -171,7 +172,7 @@ def _compared(config: Config) -> dict[str, object]:
     """Everything else that a cell depends on."""
     return {
         "methods": {
-            name: [_described_method(method) for method in (each.default, *(each.others if config.select else ()))]
+            name: [_described_method(method) for method in (each.default, *each.others)]
             for name, each in config.methods.items()
         },
         "retrained": config.retrained,

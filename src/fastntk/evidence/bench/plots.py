@@ -1,13 +1,12 @@
 """Drawings of a table, from a summary alone."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fastntk.evidence.bench.summary import THEIRS, row_of
+from fastntk.evidence.bench.summary import THEIRS, label_of
 from fastntk.evidence.drawings import COLOURS
 from fastntk.evidence.report import ORIGINAL, RETRAINED
 
@@ -36,15 +35,14 @@ def against_time(rows: Sequence[Mapping[str, Any]], ours: str) -> Figure:
 def ratios(rows: Sequence[Mapping[str, Any]], ours: str) -> Figure:
     """Of one loss and kind of request a row a method: the median ratio and its 95 % interval; nearest on top."""
     figure, axes = _drawn(len(rows))
-    known = [(row[f"ratio_{row['unit']}"], row) for row in rows if row[f"ratio_{row['unit']}"] is not None]
-    order = [row for ratio, row in sorted(known, key=lambda each: -each[0]) if math.isfinite(ratio)]
+    order = sorted(rows, key=lambda row: -row["ratio"])
     for place, row in enumerate(order):
         colour = _colour(row, ours)
         if row["low"] is not None:
             axes.plot([row["low"], row["high"]], [place] * 2, color=colour, linewidth=1.6)
-        axes.plot(row[f"ratio_{row['unit']}"], place, "o", color=colour, markersize=5)
+        axes.plot(row["ratio"], place, "o", color=colour, markersize=5)
     axes.axvline(1, color="#cccccc", linewidth=0.8, zorder=0)
-    axes.set_yticks(range(len(order)), list(map(_name, order)))
+    axes.set_yticks(range(len(order)), list(map(label_of, order)))
     axes.set_xscale("log")
     axes.set_xlabel("distance to retrained models, over theirs from each other", fontsize=7)
     _plain(axes)
@@ -67,10 +65,6 @@ def _plain(axes: Axes) -> None:
             axis.set_minor_formatter("{x:g}")
     axes.tick_params(labelsize=6)
     axes.tick_params(which="minor", labelsize=4.5)
-
-
-def _name(row: Mapping[str, Any]) -> str:
-    return row_of(row["method"], row["settings"])
 
 
 def _colour(row: Mapping[str, Any], ours: str) -> str:

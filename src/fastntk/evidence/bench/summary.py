@@ -1,6 +1,6 @@
 """Figures over the requests of a grid, from stored results alone: by loss, kind of request, method and settings."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import mean, median
@@ -168,10 +168,10 @@ SHARES: dict[str, Callable[[Cell, str], float | None]] = {"off": off, "relearn_r
 def summarise(cells: Sequence[Cell], ours: str) -> dict[str, Any]:
     """Of every loss, kind of request, method and settings the figures over its requests, and how ``ours`` did.
 
-    ``rows``: with ``FIGURES`` (medians) and ``SHARES`` (means); ``low`` and ``high`` bound the 95 % interval of the
-    median ratio in the loss's own unit, ``low_logits`` and so on that in each (bootstrap over requests); ``nearer`` is
-    that of the median over requests of the ratio over that of ``ours``, with its chosen settings where there are any:
-    above 1 throughout, ours is nearer to retraining. ``gap_retrained``, ``off_retrained``: the retrained models' own.
+    ``rows``: with ``FIGURES`` (medians) and ``SHARES`` (means); ``ratio`` is that in the loss's own unit, ``low`` and
+    ``high`` bound the 95 % interval of its median, ``low_logits`` and so on that in each (bootstrap over requests);
+    ``nearer`` is that of the median over requests of the ratio over that of ``ours``, with its chosen settings where
+    there are any: above 1 throughout, ours is nearer to retraining. ``gap_retrained``, ``off_retrained``: the retrained models' own.
 
     ``flags``: of all requests, how many answers of ``ours`` were off by more than 3 points from the retrained models'
     mean (``bad``), and how many of these and of the others the verdict had flagged. ``doubt``: how many of the
@@ -186,6 +186,11 @@ def summarise(cells: Sequence[Cell], ours: str) -> dict[str, Any]:
     ]
     judged = [(cell, row) for cell in cells if (row := own_row(cell, ours)) in cell.rows]
     return {"cells": len(cells), "ours": ours, "rows": rows, "flags": flags(judged), "doubt": covered(judged)}
+
+
+def label_of(row: Mapping[str, Any]) -> str:
+    """What a row of a summary is called."""
+    return row["method"] if row["method"] in (ORIGINAL, THEIRS) else f"{row['method']}, {row['settings']}"
 
 
 def own_row(cell: Cell, ours: str) -> str:
@@ -210,6 +215,7 @@ def _row(group: Sequence[Cell], loss: str, kind: str, method: str, settings: str
         **{name: middle((share(cell, row) for cell in cells), mean) for name, share in SHARES.items()},
         "gap_retrained": middle(value(cell, THEIRS, "average_gap") for cell in cells),
         "off_retrained": middle((off(cell, THEIRS) for cell in cells), mean),
+        "ratio": middle(value(cell, row, RATIOS[unit]) for cell in cells),
         "low": bounds[unit][0],
         "high": bounds[unit][1],
         **{f"low_{each}": low for each, (low, _) in bounds.items()},

@@ -1,6 +1,5 @@
 """What a reader should conclude, and tables, from stored results alone."""
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from fastntk.evidence.bench.summary import (
     RATIOS,
     THEIRS,
     flags,
+    label_of,
     middle,
     own_row,
     retrained_of,
@@ -67,7 +67,7 @@ def conclusions(found: Row) -> list[str]:
 
 def _concluded(loss: str, kind: str, own: Row, rows: Sequence[Row]) -> tuple[bool, str]:
     """Whether something falls short, and what is to be said of ours on one kind of request."""
-    ratio, gap, theirs = own[f"ratio_{own['unit']}"], own["gap"], own["gap_retrained"]
+    ratio, gap, theirs = own["ratio"], own["gap"], own["gap_retrained"]
     others = _others(own, rows)
     farther, nearer = (
         [row for row in others if row["nearer"] and row["nearer"][end] * sign > sign] for end, sign in _SIDES
@@ -82,7 +82,7 @@ def _concluded(loss: str, kind: str, own: Row, rows: Sequence[Row]) -> tuple[boo
     for word, some in (("nearer", nearer), ("open", undecided)):
         beside += f"; {word}: {_list([row['method'] for row in some])}" if some else ""
     text = (
-        f"**{kind}, {loss}** ({own['requests']} requests): {_name(own)} lies {_text(ratio)} ({_range(_ends(own))}) "
+        f"**{kind}, {loss}** ({own['requests']} requests): {label_of(own)} lies {_text(ratio)} ({_range(_ends(own))}) "
         f"times as far from retrained models as they from each other, in {own['unit']}; average gap {_text(gap, 1)}, "
         f"theirs {_text(theirs, 1)}. {beside}."
     )
@@ -104,10 +104,6 @@ def overviews(found: Row) -> list[Table]:
 
 
 def _overview(loss: str, kind: str, rows: Sequence[Row]) -> Table:
-    def nearness(row: Row) -> float:
-        ratio = row[f"ratio_{row['unit']}"]
-        return math.inf if ratio is None else ratio
-
     columns = ("95 %", *(figure.heading for figure in FIGURES.values()), "off", "R within", "over ours")
     return Table(
         f"{kind}, {loss}",
@@ -116,7 +112,7 @@ def _overview(loss: str, kind: str, rows: Sequence[Row]) -> Table:
         "points; R within: in how many requests relearning on retained data lies in the range of theirs; over ours: "
         "the 95 % interval of the ratio over that of ours on the same requests.",
         columns,
-        {_name(row): _figures(row) for row in sorted(rows, key=nearness)},
+        {label_of(row): _figures(row) for row in sorted(rows, key=lambda row: row["ratio"])},
     )
 
 
@@ -132,10 +128,6 @@ def grouped(rows: Iterable[Row]) -> list[tuple[str, str, list[Row]]]:
     for row in rows:
         found[row["loss"], row["kind"]].append(row)
     return [(loss, kind, some) for (loss, kind), some in found.items()]
-
-
-def _name(row: Row) -> str:
-    return row["method"] if row["method"] in (ORIGINAL, THEIRS) else f"{row['method']}, {row['settings']}"
 
 
 def _ends(row: Row) -> tuple[float, float] | None:
