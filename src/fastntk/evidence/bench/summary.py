@@ -171,7 +171,8 @@ def summarise(cells: Sequence[Cell], ours: str) -> dict[str, Any]:
     ``rows``: with ``FIGURES`` (medians) and ``SHARES`` (means); ``ratio`` is that in the loss's own unit, ``low`` and
     ``high`` bound the 95 % interval of its median, ``low_logits`` and so on that in each (bootstrap over requests);
     ``nearer`` is that of the median over requests of the ratio over that of ``ours``, with its chosen settings where
-    there are any: above 1 throughout, ours is nearer to retraining. ``gap_retrained``, ``off_retrained``: the retrained models' own.
+    there are any: above 1 throughout, ours is nearer to retraining. ``gap_retrained`` and ``off_retrained`` are the
+    retrained models' own.
 
     ``flags``: of all requests, how many answers of ``ours`` were off by more than 3 points from the retrained models'
     mean (``bad``), and how many of these and of the others the verdict had flagged. ``doubt``: how many of the
