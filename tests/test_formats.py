@@ -64,13 +64,16 @@ def test_a_folder_of_before_formats_is_opened_and_goes_on(form, tmp_path):
     assert memory.state.solution.over.tolist() == memory.state.positions.tolist()
     assert [each.kind for each in memory.requests()] == ["audit", "forget", "remember", "forget"]
     assert "inexactness" in memory.requests()[1].certificate
+    assert fastntk.copies(memory, [5]) is None, "nobody kept that then"
     answer = memory.forget([5])
+    assert answer.certificate.copies is None
     memory.purge()
     again = fastntk.load(folder, model, case.data())
     close(again.parameters, answer.parameters, 0)
     [path] = folder.glob("base-*")
-    assert read_tensors(path, names=[])[1]["format"] == 4
+    assert read_tensors(path, names=[])[1]["format"] == 5
     fastntk.refresh(memory)
+    assert fastntk.copies(memory, [7]) == []
 
 
 @pytest.mark.parametrize(
@@ -103,7 +106,7 @@ def test_a_format_of_the_future_is_refused_and_its_writer_named(tmp_path):
     memory = prepared()
     memory.save(tmp_path / "m")
     rewritten(tmp_path / "m", lambda _, record: record.update(format=9, fastntk="7.5.0"))
-    message = r"base-1.*format 9, written by fastntk 7\.5\.0.*knows formats 0 to 4.*Install"
+    message = r"base-1.*format 9, written by fastntk 7\.5\.0.*knows formats 0 to 5.*Install"
     with pytest.raises(fastntk.InputError, match=message):
         fastntk.load(tmp_path / "m", memory.model, memory.state.members.source)
     prepared().save(tmp_path / "l")

@@ -156,7 +156,7 @@ def test_a_refresh_that_is_cut_off_is_completed(run, call, monkeypatch):
     again, _ = run.memory()
     model = read_tensors(run.folder / "model.safetensors")[0]
     assert all((model[name] == tensor).all() for name, tensor in again.anchor.items())
-    run.verify()
+    run.memory()
     run.refresh()
     assert not leftovers(run.folder)
 
@@ -188,7 +188,7 @@ def test_every_flipped_bit_of_run_json_is_noticed(run):
 def test_what_is_damaged_is_named_by_every_command(run, name):
     path = run.folder / name
     path.write_bytes(path.read_bytes()[:-1] + b"x")
-    calls = (run.memory, run.refresh, run.verify, lambda: prepared(run), lambda: run.plan("auto", "auto", Numerics()))
+    calls = (run.memory, run.refresh, lambda: prepared(run), lambda: run.plan("auto", "auto", Numerics()))
     for call in (*calls, lambda: run.export(run.folder / "out.safetensors"), lambda: run.evaluate(None, False)):
         with pytest.raises(fastntk.InputError, match=f"{name} is damaged"):
             call()
@@ -203,3 +203,32 @@ def test_run_json_of_an_older_fastntk_has_no_sum(run):
     write_json(path, document)
     with pytest.raises(fastntk.InputError, match="its sum is missing"):
         run.memory()
+
+
+def test_a_model_and_data_that_have_moved(given, tmp_path):
+    """They are read where they are said to lie; another model under the name is refused; nothing is written of it."""
+    place = shutil.copytree(os.path.dirname(given.data), tmp_path / "given")
+    moved = tmp_path / "moved"
+    run = Run(tmp_path / "run")
+    run.fit(replace(given, model=f"{place}/own.py:small", data=f"{place}/data.npz"), RECIPE)
+    prepared(run)
+    place.rename(moved)
+    before = state(run.folder)
+    with pytest.raises(fastntk.InputError, match="there is no file .*own.py"):
+        Run(run.folder).memory()
+    with pytest.raises(fastntk.InputError, match="there is no file .*data.npz"):
+        Run(run.folder, model=f"{moved}/own.py:small").memory()
+    there = Run(run.folder, "cpu", f"{moved}/data.npz", f"{moved}/own.py:small")
+    there.memory()[0].forget([3])
+    assert there.evaluate(None, 1).to_dict()
+    assert state(run.folder) == before
+    (moved / "own.py").write_text(MODEL.replace("nn.ReLU()", "nn.Tanh()"))
+    with pytest.raises(fastntk.InputError, match="or the model is another"):
+        Run(run.folder, "cpu", f"{moved}/data.npz", f"{moved}/own.py:small").memory()
+
+
+def test_of_a_torchvision_dataset_the_folder_moves(run):
+    settings = replace(run.settings(), data="CIFAR10", root="before")
+    assert settings.moved("now", None) == replace(settings, root="now")
+    assert settings.moved(None, "a.py:f") == replace(settings, model="a.py:f")
+    assert run.settings().moved("now", None) == replace(run.settings(), data="now")

@@ -85,7 +85,9 @@ def test_a_purged_sample_leaves_no_trace(form, tmp_path):
     assert b"anna-4" not in found
     assert b"anna-5" in found
     assert not any(part in found for part in trace)
-    assert before["fingerprints"][4].any()
+    for name in ("fingerprints", "pixels"):
+        assert before[name][4].any()
+        assert not base(folder)[0][name][4].any()
     never = fastntk.prepare(
         model, Subset(data, [i for i in range(14) if i != 4]), initial, ridge=0.5, form=form, loss=fastntk.SquaredLoss()
     )

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from fastntk.memory.audit import Audit as Audit
     from fastntk.memory.certificate import Answer as Answer
     from fastntk.memory.certificate import Certificate as Certificate
+    from fastntk.memory.copies import copies as copies
+    from fastntk.memory.copies import near_copies as near_copies
     from fastntk.memory.finish import amplified as amplified
     from fastntk.memory.finish import exact_head as exact_head
     from fastntk.memory.finish import finished as finished
@@ -80,6 +82,7 @@ _HOMES = {
     "jacobians.numerics": ["Numerics"],
     "memory.audit": ["Audit"],
     "memory.certificate": ["Answer", "Certificate"],
+    "memory.copies": ["copies", "near_copies"],
     "memory.finish": ["amplified", "exact_head", "finished"],
     "memory.memory": ["Memory", "load", "prepare", "refresh"],
     "memory.plan": ["Plan", "plan"],

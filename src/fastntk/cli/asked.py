@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -11,9 +12,12 @@ from fastntk.common.errors import InputError
 from fastntk.inputs.ids import Id, by_name, composed
 from fastntk.inputs.images import Images
 from fastntk.inputs.owners import owners_of
+from fastntk.memory.copies import copies
 from fastntk.memory.memory import Memory
 
 log = logging.getLogger(__name__)
+
+_NAMED = 20  # copies in a text
 
 
 def of_class(images: Images, class_name: str, memory: Memory) -> list[Id]:
@@ -48,15 +52,15 @@ def of_owners(images: Images, owners: Mapping[Id, str], names: Sequence[str], me
     return list(found)
 
 
-def owners(settings: Settings, data: str | None, images: Images, spec: str | None = None) -> dict[Id, str]:
-    """Whose a run's images are, as ``fit`` was told or as ``spec`` says; ``data``: where they lie now, if elsewhere.
+def owners(settings: Settings, images: Images, spec: str | None = None) -> dict[Id, str]:
+    """Whose a run's images are, as ``fit`` was told or as ``spec`` says.
 
     Raises:
         InputError: neither says it, or what they name cannot be read.
     """
     if not (said := spec or settings.owners):
         raise InputError("nobody said whose the images are. Say it: --owners owners.csv, a column, or a pattern.")
-    return owners_of(said, data or settings.data, images)
+    return owners_of(said, settings.data, images)
 
 
 def matching(images: Images, patterns: Sequence[str], memory: Memory) -> list[Id]:
@@ -80,6 +84,57 @@ def _members(ids: Sequence[Id], memory: Memory, what: str) -> list[Id]:
     if not found:
         raise InputError(f"no sample {what} is in the memory: they were forgotten already.")
     return found
+
+
+@dataclass(frozen=True)
+class Copies:
+    """What stays, and shows the same image as what was forgotten.
+
+    Attributes:
+        same: members with the very same pixels; None if that is not known.
+        near: members within the asked distance, with theirs.
+        taken: how many were taken too.
+    """
+
+    same: list[Id] | None
+    near: dict[Id, float]
+    taken: int = 0
+
+    def to_dict(self) -> dict[str, object]:
+        """For JSON."""
+        near = [{"id": each, "distance": far} for each, far in self.near.items()]
+        return {"copies_taken": self.taken, "copies_left": self.same, "near": near}
+
+    def text(self) -> str:
+        """For people; empty if there is nothing to say."""
+        told = [f"{self.taken} copies, the same pixel by pixel, were taken too."] if self.taken else []
+        if self.same is None:
+            told.append("Whether others show the same images is not known: the memory is of an older version.")
+        elif self.same:
+            told.append(f"Pixel by pixel the same, and staying (--with-copies takes them): {_listed(self.same)}.")
+        if self.near:
+            near = [f"{each} ({far:.2f})" for each, far in self.near.items()]
+            told.append(f"Near, and staying (distance; two at random are 1 apart): {_listed(near)}.")
+        return "\n".join(told)
+
+
+def _listed(names: Sequence[object]) -> str:
+    shown = ", ".join(map(str, names[:_NAMED]))
+    return shown if len(names) <= _NAMED else f"{shown} and {len(names) - _NAMED} more"
+
+
+def with_copies(memory: Memory, ids: list[Id], take: bool) -> tuple[list[Id], Copies]:
+    """Some samples, with those that show the very same image if these are to be taken too, and what was found.
+
+    Raises:
+        InputError: they are to be taken, and not known.
+    """
+    same = copies(memory, ids)
+    if not take:
+        return ids, Copies(same, {})
+    if same is None:
+        raise InputError("the memory was prepared before copies were known. Refresh it: fastntk refresh RUN")
+    return [*ids, *same], Copies([], {}, taken=len(same))
 
 
 def wanted(ids: str | None, file: Path | None, images: Images) -> list[Id]:

@@ -20,7 +20,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from fastntk.cli.asked import owned, read_ids
+from fastntk.cli.asked import owned, read_ids, with_copies
 from fastntk.cli.options import text_of
 from fastntk.cli.run import Run
 from fastntk.common.errors import InputError
@@ -118,7 +118,11 @@ def _lines_of_json(text: str, path: Path) -> list[Mapping[str, Any]]:
 
 
 def answer_all(
-    opened: Run, asked: Sequence[Asked], out: Path, owners: Callable[[Images], Mapping[Id, str]]
+    opened: Run,
+    asked: Sequence[Asked],
+    out: Path,
+    owners: Callable[[Images], Mapping[Id, str]],
+    copies: bool = False,
 ) -> dict[str, Any]:
     """Answer every request that has no certificate in ``out`` yet, purge, and write ``summary.json`` and
     ``summary.html`` there; returns the former. A request that is refused does not keep the others.
@@ -128,6 +132,7 @@ def answer_all(
         asked: the requests.
         out: a folder.
         owners: whose the images are; called if a request names an owner.
+        copies: whether what shows the same image as a sample of a request is taken with it.
 
     Raises:
         InputError: the folder cannot be written, or has the certificate of another request under a name.
@@ -137,7 +142,7 @@ def answer_all(
     whose = owners(images) if any(each.owner for each in asked) else {}
     for each in asked:
         _check_own(memory, each, out)
-    rows = [_told(memory, images, whose, each, out) for each in track(asked, "requests")]
+    rows = [_told(memory, images, whose, each, out, copies) for each in track(asked, "requests")]
     seconds = opened.purge(memory)
     summary = {"run": str(opened.folder), "made": _now(), "requests": rows, **_kept(memory, seconds)}
     write_json(out / "summary.json", summary)
@@ -162,7 +167,9 @@ def _check_own(memory: Memory, asked: Asked, out: Path) -> None:
         )
 
 
-def _told(memory: Memory, images: Images, whose: Mapping[Id, str], asked: Asked, out: Path) -> dict[str, Any]:
+def _told(
+    memory: Memory, images: Images, whose: Mapping[Id, str], asked: Asked, out: Path, copies: bool
+) -> dict[str, Any]:
     """What became of a request. Neither an owner nor an id is said."""
     path = out / "certificates" / asked.file
     told: dict[str, Any] = {"request": asked.request, "date": asked.date, "by": "owner" if asked.owner else "ids"}
@@ -174,16 +181,12 @@ def _told(memory: Memory, images: Images, whose: Mapping[Id, str], asked: Asked,
         told |= {"unknown": unknown, "gone": len(named) - len(there), "samples": len(there)}
         if not there:
             return {**told, "became": GONE if named else UNKNOWN}
-        salt = secrets.token_hex(16)
-        known = {"asked": asked.digest, "number": len(memory.requests()) + 1, "told": told}
-        write_json(path, {**known, "salt": salt, "hashes": hashed(there, salt)})
         try:
-            answer = memory.forget(there)
+            known = _answered(memory, there, copies, {"asked": asked.digest, "told": told}, path)
         except InputError as error:
-            path.unlink()
+            path.unlink(missing_ok=True)
             log.warning("request %s: %s", asked.request, error)
             return {**told, "became": REFUSED}
-        known["certificate"] = answer.certificate.to_dict()
         entry = _entered(memory, known)
         write_json(path, {**known, "number": entry.number})
     if "certificate" not in known:
@@ -191,6 +194,20 @@ def _told(memory: Memory, images: Images, whose: Mapping[Id, str], asked: Asked,
     more = {"number": entry.number, "answered": entry.answered, "seconds": entry.seconds}
     said = {"verdict": entry.certificate["verdict"], "certificate": asked.file}
     return {**told, **known["told"], "became": ANSWERED, **more, **said}
+
+
+def _answered(memory: Memory, there: list[Id], copies: bool, known: dict[str, Any], path: Path) -> dict[str, Any]:
+    """What is known of a request, which is being answered, before in the file at ``path`` and after.
+
+    Raises:
+        InputError: it is refused.
+    """
+    salt, (there, found) = secrets.token_hex(16), with_copies(memory, there, copies)
+    left = None if found.same is None else len(found.same)
+    known["told"] |= {"copies_taken": found.taken, "copies_left": left}
+    known["number"] = len(memory.requests()) + 1
+    write_json(path, {**known, "salt": salt, "hashes": hashed(there, salt)})
+    return {**known, "certificate": memory.forget(there).certificate.to_dict()}
 
 
 def _entered(memory: Memory, known: Mapping[str, Any]) -> Any:

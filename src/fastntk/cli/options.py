@@ -102,7 +102,15 @@ Probes = Annotated[
 ]
 Workers = Annotated[int, typer.Option(min=0, max=32, help="Processes that read images ahead.")]
 Moved = Annotated[
-    str | None, typer.Option("--data", callback=said, help="Where the training data lie now, if not where they did.")
+    str | None,
+    typer.Option(
+        "--data",
+        callback=said,
+        help="Where the training data lie now, if not where they did; of a torchvision dataset its folder.",
+    ),
+]
+MovedModel = Annotated[
+    str | None, typer.Option("--model", callback=said, help="What makes the model now, if not what did: as for fit.")
 ]
 Owners = Annotated[
     str | None,
@@ -117,7 +125,17 @@ Requests = Annotated[
     Path | None,
     typer.Option(help="A file of requests: a CSV with the columns request, owner, ids and date, or lines of JSON."),
 ]
+Certificates = Annotated[Path | None, typer.Option(help="With --requests, the folder for certificates and a summary.")]
 Match = Annotated[list[str] | None, typer.Option(help="All samples whose id matches, repeatable: 'alice/*'.")]
+WithCopies = Annotated[
+    bool, typer.Option("--with-copies", help="Take the samples too that show the very same image, pixel by pixel.")
+]
+Near = Annotated[
+    float | None,
+    typer.Option(
+        help="Name the samples that are so near to a forgotten one (1: like two at random; try 0.4); all are read."
+    ),
+]
 Ids = Annotated[
     str | None,
     typer.Option(help="Places in the training set, as 3,17; paths in a folder of images; or what --id-column holds."),

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from fastntk.cli.asked import Copies
     from fastntk.memory.certificate import Answer
     from fastntk.memory.disk.ledger import Request
     from fastntk.tuning.fitting import Fit
@@ -55,14 +56,22 @@ def show_fit(run: Path, fit: "Fit", as_json: bool) -> None:
 
 
 def show_answer(
-    run: Path, answer: "Answer", purge_seconds: float | None, as_json: bool, unpurged: str = "answered, not purged"
+    run: Path,
+    answer: "Answer",
+    purge_seconds: float | None,
+    as_json: bool,
+    unpurged: str = "answered, not purged",
+    copies: "Copies | None" = None,
 ) -> None:
-    """An answer and its certificate; ``purge_seconds`` is None if nothing was purged, which is said as ``unpurged``."""
+    """An answer and its certificate, and what was found of copies; ``purge_seconds`` is None if nothing was purged,
+    which is said as ``unpurged``."""
     certificate = answer.certificate
     document = {"run": str(run), "seconds": answer.seconds, "purge_seconds": purge_seconds, **certificate.to_dict()}
+    document |= copies.to_dict() if copies else {}
     text = (
         f"{certificate.kind}: {certificate.samples} samples in {answer.seconds:.2f} s; {certificate.retained:,} others "
         f"stay.\n{certificate.explanation}"
     )
     purged = unpurged if purge_seconds is None else f"purged in {purge_seconds:.2f} s (see docs/limits.md)"
-    show(document, as_json, f"{text}\nThe memory's folder: {purged}.")
+    found = copies.text() if copies else ""
+    show(document, as_json, f"{text}\nThe memory's folder: {purged}.", *([found] if found else []))

@@ -75,9 +75,14 @@ _RUN, _TENSORS = "run.json", ("initial.safetensors", "model.safetensors")
 class Run:
     """One run folder, open on one device."""
 
-    def __init__(self, folder: Path, device: str = "cpu", data: str | None = None) -> None:
-        """``data`` says where the training data lie now; None where they were fitted from."""
-        self.folder, self.device, self.data = folder, parse_device(device), data
+    def __init__(self, folder: Path, device: str = "cpu", data: str | None = None, model: str | None = None) -> None:
+        """``data`` and ``model`` say where the training data and the model lie now; None where they did."""
+        self.folder, self.device, self._moved = folder, parse_device(device), (data, model)
+
+    @property
+    def here(self) -> Settings:
+        """The settings, with where data and model lie now."""
+        return self.settings().moved(*self._moved)
 
     def settings(self) -> Settings:
         """What the run was made with.
@@ -150,12 +155,12 @@ class Run:
 
     def _opened(self) -> tuple[Settings, nn.Module, Images]:
         """Settings, the fitted model and its training data, of which no image is read."""
-        settings = self.settings()
+        settings, here = self.settings(), self.here
         self._check(settings)
-        model, preprocessing = load_model(settings.model, len(settings.classes), size=settings.size or None)
+        model, preprocessing = load_model(here.model, len(settings.classes), size=settings.size or None)
         tune(model, *settings.select)
         load_weights(model, read_tensors(self.folder / "model.safetensors")[0], with_head=True)
-        return settings, model.to(self.device), settings.images(preprocessing, self.data)
+        return settings, model.to(self.device), here.images(preprocessing)
 
     def _check(self, settings: Settings) -> None:
         """Raises ``InputError`` that names the first file which is missing or damaged."""
@@ -164,7 +169,11 @@ class Run:
                 raise InputError(f"{self.folder / name} is damaged. Restore it from a backup, or fit again.")
 
     def memory(self) -> tuple[Memory, Images]:
-        """The memory, over the training data; only the images that are asked for are read."""
+        """The memory, over the training data; only the images that are asked for are read.
+
+        Raises:
+            InputError: a file is missing or damaged, or they do not belong together.
+        """
         settings, model, images = self._opened()
         return self._loaded(settings, model, images), images
 
@@ -261,16 +270,8 @@ class Run:
         """Audit the memory, with the run's own recipe."""
         settings, memory, images = self._with_all_images()
         ids = None if class_name is None else of_class(images, class_name, memory)
-        held_out = _held_out(settings, images, test, self.data) if test else None
+        held_out = _held_out(self.here, images, test) if test else None
         return audit(memory, settings.fitting(), fraction=fraction, ids=ids, held_out=held_out, seed=seed)
-
-    def verify(self) -> Memory:
-        """The memory, if every file of the run is what was written.
-
-        Raises:
-            InputError: one is missing or damaged, or they do not belong together.
-        """
-        return self.memory()[0]
 
     def export(
         self, out: Path, exact_head: bool = False, gain: bool = False, held_out: str | None = None
@@ -287,7 +288,7 @@ class Run:
         check_out(out)
         taken = audited_gain(memory.state) if gain else None
         if held_out is not None:
-            taken = left_out_gain(memory, _held_out(self.settings(), images, held_out, self.data))
+            taken = left_out_gain(memory, _held_out(self.here, images, held_out))
         if taken is not None and taken < 1 and not exact_head:
             raise InputError(
                 f"the gain is {taken:.2f}, and one below 1 draws the answer back towards what was forgotten. Export "
@@ -303,7 +304,7 @@ class Run:
         may name among the images."""
         settings, memory, images = self._with_all_images()
         forget = forgotten(images, memory, ids(images) if ids else None)
-        held_out = _held_out(settings, images, test, self.data)
+        held_out = _held_out(self.here, images, test)
         problem = Problem(memory, forget, settings.fitting())
         other = problem.recipe.seed + 1 if seed is None else seed
         methods = references(other, retrained, problem.recipe.seed)
@@ -321,14 +322,13 @@ def _answers(memory: Memory) -> dict[str, dict[str, Tensor]]:
     }
 
 
-def _held_out(settings: Settings, images: Images, test: str | None, data: str | None) -> Dataset:
-    """The test images: of ``test``, or the test split of the run's own data, which may lie elsewhere now (``data``).
+def _held_out(settings: Settings, images: Images, test: str | None) -> Dataset:
+    """The test images: of ``test``, or the test split of the run's own data.
 
     Raises:
         InputError: the run's own data have no test split, so that the training images would be taken.
     """
-    held_out = settings.images(images.preprocessing, test or data, split="test")
+    held_out = settings.images(images.preprocessing, test, split="test")
     if test is None and torch.equal(held_out.labels, images.labels) and torch.equal(held_out[0][0], images[0][0]):
-        own = data or settings.data
-        raise InputError(f"{own} has no test split. Give images that the model was not fitted to: --test.")
+        raise InputError(f"{settings.data} has no test split. Give images that the model was not fitted to: --test.")
     return in_memory(held_out)

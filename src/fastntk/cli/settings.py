@@ -1,7 +1,7 @@
 """What a run folder says of how its model was made: what it started from, and ``run.json``."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,14 @@ class Settings:
     def written(self) -> dict[str, Any]:
         """As ``read`` reads it."""
         return sealed(FORMAT.stamped(asdict(self)))
+
+    def moved(self, data: str | None, model: str | None) -> "Settings":
+        """The same with data and a model that lie elsewhere now, each None where it does not; of a torchvision dataset
+        it is the folder that has moved."""
+        found = replace(self, model=model or self.model)
+        if data is None:
+            return found
+        return replace(found, root=data) if self.root else replace(found, data=data)
 
     def fitting(self) -> Recipe:
         """How the model was fitted.

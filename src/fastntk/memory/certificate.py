@@ -22,6 +22,9 @@ LIMIT_STILL = 5.0
 """Percent of the samples of a class that no member is left of which may still be classified as it: a model that never
 saw the class has none."""
 
+_OF_SAMPLES = "salt", "doubt", "still", "copies"
+"""What a certificate says that is in no ledger."""
+
 VERDICTS = "trusted", "exact head needed", "refresh needed", "retrain needed"
 """Of a certificate; see ``Certificate.verdict``."""
 
@@ -68,6 +71,9 @@ class Certificate:
         doubt: the points within which a retrained model's accuracy on F should lie of the answer's, by the audit
             (``Audit.doubt``). It is in no ledger: of a single sample it says how surely it is classified. None
             without an audit, and where nothing was forgotten.
+        copies: how many of the samples that stay have the very pixels of one that was forgotten; None where nothing
+            was, and where a memory was prepared before that was kept. It is in no ledger: beside the folder it would
+            tell something of an image that is gone.
     """
 
     request: str
@@ -91,6 +97,7 @@ class Certificate:
     has_head: bool = False
     still: float | None = None
     doubt: float | None = None
+    copies: int | None = None
 
     @property
     def limits(self) -> tuple[float, float]:
@@ -181,7 +188,7 @@ class Certificate:
     def to_ledger(self) -> dict[str, Any]:
         """The same without the salt, as ids are often small numbers, which hashes with a known salt do not hide, and
         without what is said of the samples alone."""
-        return {key: value for key, value in self.to_dict().items() if key not in ("salt", "doubt", "still")}
+        return {key: value for key, value in self.to_dict().items() if key not in _OF_SAMPLES}
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from fastntk.common.errors import InputError
 from fastntk.common.files import room
 from fastntk.common.machine import free_bytes
 from fastntk.common.typed import check_seed
-from fastntk.inputs.batches import check_any
+from fastntk.inputs.batches import check_any, digests
 from fastntk.jacobians import combinations
 from fastntk.jacobians.linearised import FIRST, Linearised, enough, tails
 from fastntk.jacobians.numerics import Numerics
@@ -85,6 +85,7 @@ def prepared(
         network,
         solved.solution,
         fingerprints=solved.residuals,
+        pixels=digests(network.train, range(count), network.numerics.batch_size, network.numerics.workers),
         vector=network.layout.flatten(network.jacobian.parameters),
         head_shortfall=_head_shortfall(network, solved.solution, center),
         order=torch.randperm(count, generator=torch.Generator().manual_seed(options["seed"])),

@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -16,11 +16,12 @@ from torch import Tensor
 
 from fastntk.common.errors import InputError
 from fastntk.common.files import digest
+from fastntk.inputs.batches import digests
 from fastntk.inputs.ids import Id
 from fastntk.jacobians.rows import Rows
 from fastntk.memory.agreement import observed
 from fastntk.memory.certificate import Answer, Certificate
-from fastntk.memory.state import State
+from fastntk.memory.state import State, copied
 from fastntk.solve.solution import Update
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ class Draft:
         kind: ``"forget"`` or ``"remember"``.
         update: of the solution.
         vector: the tuned parameters after it.
-        joined: the fingerprints of who joins, if anybody does.
+        joined: what is known of who joins, if anybody does.
         answer: what the caller gets.
     """
 
@@ -45,7 +46,7 @@ class Draft:
     kind: str
     update: Update
     vector: Float[Tensor, " p"]
-    joined: Float[Tensor, "some outputs"] | None
+    joined: "_Joined | None"
     answer: Answer
 
     def after(self) -> State:
@@ -59,7 +60,7 @@ class Draft:
         if self.joined is None:
             return tensors, {"kind": self.kind, "ids": []}
         names = [self.state.members.by_position[position] for position in update.positions.tolist()]
-        return {**tensors, "residual": self.joined}, {"kind": self.kind, "ids": names}
+        return {**tensors, **self.joined._asdict()}, {"kind": self.kind, "ids": names}
 
 
 def draft(state: State, kind: str, ids: Iterable[Id], started: float) -> Draft:
@@ -76,7 +77,8 @@ def draft(state: State, kind: str, ids: Iterable[Id], started: float) -> Draft:
     state, update, inexactness = _update(state, positions, SIGNS[kind])
     joined = None
     if SIGNS[kind] > 0:
-        joined = update.rows.residual if update.rows else state.network.residuals(positions.tolist())
+        residual = update.rows.residual if update.rows else state.network.residuals(positions.tolist())
+        joined = _Joined(residual, digests(state.members, positions.tolist(), state.network.numerics.batch_size))
     vector = state.vector + update.change
     parameters = state.layout.unflatten(vector, state.anchor)
     certificate = _certificate(state, kind, update, parameters, inexactness)
@@ -95,7 +97,8 @@ def replayed(state: State, tensors: Mapping[str, Tensor], record: Mapping[str, A
         return state
     rows = Rows.from_tensors(tensors) if "rest" in tensors else None
     update = state.solution.replayed(state.network, positions, sign, rows, tensors)
-    return _after(state, update, tensors["vector"], tensors["residual"] if sign > 0 else None)
+    joined = _Joined(*(tensors[name] for name in _Joined._fields)) if sign > 0 else None
+    return _after(state, update, tensors["vector"], joined)
 
 
 def _update(state: State, positions: Int[Tensor, " some"], sign: int) -> tuple[State, Update, float]:
@@ -116,16 +119,25 @@ def _update(state: State, positions: Int[Tensor, " some"], sign: int) -> tuple[S
     return state, update, inexactness
 
 
-def _after(state: State, update: Update, vector: Tensor, joined: Tensor | None) -> State:
+class _Joined(NamedTuple):
+    """What a state keeps of every member, of who joins: ``State.fingerprints`` and ``State.pixels``."""
+
+    residual: Float[Tensor, "some outputs"]
+    pixels: Int[Tensor, " some"]
+
+
+def _after(state: State, update: Update, vector: Tensor, joined: _Joined | None) -> State:
     """Everything that an update changes, changed."""
     if not len(update.positions):
         return state
     solved = replace(state, solution=state.solution.apply(update), vector=vector)
     if joined is None:
         fingerprints = state.fingerprints.index_fill(0, update.positions.to(state.fingerprints.device), 0)
-        return replace(solved, fingerprints=fingerprints).with_members(state.members.without(update.positions))
-    fingerprints = torch.cat([state.fingerprints, joined.to(state.fingerprints)])
-    return replace(solved, fingerprints=fingerprints, order=torch.cat([state.order, update.positions]))
+        left = replace(solved, fingerprints=fingerprints, pixels=state.pixels.index_fill(0, update.positions, 0))
+        return left.with_members(state.members.without(update.positions))
+    fingerprints = torch.cat([state.fingerprints, joined.residual.to(state.fingerprints)])
+    pixels, order = torch.cat([state.pixels, joined.pixels]), torch.cat([state.order, update.positions])
+    return replace(solved, fingerprints=fingerprints, pixels=pixels, order=order)
 
 
 def _certificate(
@@ -136,6 +148,7 @@ def _certificate(
     known = update.rows.jacobian.matvec(change) if update.rows and state.network.of_logits else None
     audit, salt = state.audit if kind == "forget" else None, secrets.token_hex(16)
     gone = state.emptied(update.positions) if kind == "forget" else ()
+    copies = copied(state, update.positions) if kind == "forget" else None
     seen = observed(state.network, change, before, parameters, asked, witnesses, known, audit, gone)
     return Certificate(
         request=str(uuid.uuid4()),
@@ -155,6 +168,7 @@ def _certificate(
         salt=salt,
         hashes=hashed((state.members.by_position[position] for position in asked), salt),
         audit=state.audit,
+        copies=None if copies is None else len(copies),
     )
 
 

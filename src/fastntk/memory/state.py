@@ -38,6 +38,8 @@ class State:
         network: linearised at the anchor ``theta*``, the tuned parameters after fitting, over the members.
         solution: of the linear problem over the members.
         fingerprints: the residual of every member at the anchor, by which it is known again; zeros for who has left.
+        pixels: a digest of every member's image (``fastntk.copies``); 0 for who has left, and where it is not
+            known, in a memory that was prepared before there were any.
         vector: the tuned parameters after all requests so far, in the layout's order.
         head_shortfall: what the fitted head falls short of (``fastntk.solve.head``), or None.
         order: positions, in the order in which they are drawn for witnesses: retained samples that check every request.
@@ -51,6 +53,7 @@ class State:
     network: Linearised
     solution: Solution
     fingerprints: Float[Tensor, "positions outputs"] = field(metadata=_TENSOR)
+    pixels: Int[Tensor, " positions"] = field(metadata=_TENSOR)
     vector: Float[Tensor, " p"] = field(metadata=_TENSOR)
     head_shortfall: Float[Tensor, "classes features"] | None = field(metadata=_OPTIONAL)
     order: Int[Tensor, " positions"] = field(metadata=_TENSOR)
@@ -165,3 +168,12 @@ class State:
         if missing:
             raise InputError(f"the data source lacks {missing:,} of the memory's {len(self.positions):,} samples.")
         self.check(self.positions)
+
+
+def copied(state: State, asked: Int[Tensor, " some"]) -> Int[Tensor, " copies"] | None:
+    """The positions of the other members that have the same pixels as one at ``asked``, whatever their labels; None if
+    some members' pixels are not known."""
+    if (state.pixels[state.members.present] == 0).any():
+        return None
+    same = torch.isin(state.pixels, state.pixels[asked]) & state.members.present
+    return same.index_fill(0, asked, False).nonzero()[:, 0]

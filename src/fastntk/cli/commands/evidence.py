@@ -38,6 +38,7 @@ def audit(
         str | None, typer.Option(callback=options.said, help="Held-out data, to compare samples left out with.")
     ] = None,
     data: options.Moved = None,
+    model: options.MovedModel = None,
     device: options.Device = "cpu",
     seed: Annotated[int, typer.Option(**options.SEED, help="Of the draw.")] = 0,
     as_json: options.Json = False,
@@ -48,7 +49,7 @@ def audit(
     """
     from fastntk.cli.run import Run
 
-    done = Run(run, device, data).audit(fraction, class_name, test, seed)
+    done = Run(run, device, data, model).audit(fraction, class_name, test, seed)
     text = f"The memory {'passed' if done.passed else 'FAILED'}: {done}.\nRetraining twice took {done.seconds:.0f} s."
     show({"run": str(run), **done.to_dict()}, as_json, text)
 
@@ -65,6 +66,7 @@ def evaluate(
     ids: options.Ids = None,
     ids_file: options.IdsFile = None,
     data: options.Moved = None,
+    model: options.MovedModel = None,
     device: options.Device = "cpu",
     seed: Annotated[
         int | None,
@@ -85,7 +87,7 @@ def evaluate(
     from fastntk.evidence.report import document
 
     named = None if ids is None and ids_file is None else lambda images: asked.wanted(ids, ids_file, images)
-    report = Run(run, device, data).evaluate(test, retrained, seed, named)
+    report = Run(run, device, data, model).evaluate(test, retrained, seed, named)
     write_report(run, "What was forgotten, and how well", {"forgotten": report}, {})
     wrote = f"Wrote {run / 'report.json'} and {run / 'report.html'}."
     show(document({"forgotten": report}), as_json, report.table(), wrote)

@@ -1,6 +1,7 @@
 """Preparing a memory, requests to it, and its folder."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +14,7 @@ from fastntk.cli.printing import show, show_answer, table_of
 from fastntk.common.errors import InputError
 
 if TYPE_CHECKING:
+    from fastntk.cli.asked import Copies
     from fastntk.cli.run import Run
     from fastntk.inputs.ids import Id
     from fastntk.inputs.images import Images
@@ -32,6 +34,7 @@ def prepare(
     class_probes: options.Probes = None,
     workers: options.Workers = 0,
     data: options.Moved = None,
+    model: options.MovedModel = None,
     device: options.Device = "cpu",
     ready: Annotated[bool, typer.Option("--ready", help="Solve as well, which the first request waits for.")] = False,
     seed: Annotated[
@@ -49,7 +52,7 @@ def prepare(
     from fastntk.common.launch import local_device
 
     numerics = options.numerics(sums, precision, class_probes, workers)
-    opened = Run(run, local_device(device), data)
+    opened = Run(run, local_device(device), data, model)
     with distributed.session(opened.device):
         memory = opened.prepare(
             ridge if ridge == "auto" else options.number(ridge), form, options.classes(classes), seed, numerics, ready
@@ -68,7 +71,7 @@ def plan(
         Path | None,
         typer.Argument(parser=options.place, metavar="RUN", help="A run folder that holds a fitted model."),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="In place of a run: what fit would be given.")] = None,
+    model: Annotated[str | None, typer.Option(help="In place of a run; with one: where its model lies now.")] = None,
     data: Annotated[
         str | None, typer.Option(help="In place of a run: what fit would be given; with one: where its data lie now.")
     ] = None,
@@ -96,11 +99,11 @@ def plan(
     from fastntk.memory import plan as planning
 
     numerics = options.numerics(sums, precision, class_probes, workers)
-    described = any(each is not None for each in (model, data_root, select, image_size, loss))
+    described = any(each is not None for each in (data_root, select, image_size, loss))
     if (run and described) or (not run and (model is None or data is None)):
         raise InputError("say what to plan for: either a run folder, or --model and --data with what goes with them.")
     if run:
-        planned = Run(run, device, data).plan(form, options.classes(classes), numerics)
+        planned = Run(run, device, data, model).plan(form, options.classes(classes), numerics)
     else:
         given = Given(str(model), str(data), data_root, select or options.SELECTED, image_size)
         named = "cross-entropy" if loss is None else loss
@@ -117,73 +120,82 @@ def forget(
     owner: options.Owner = None,
     match: options.Match = None,
     owners: options.Owners = None,
+    copies: options.WithCopies = False,
+    near: options.Near = None,
     requests: options.Requests = None,
-    out: Annotated[
-        Path | None, typer.Option(help="With --requests, the folder for certificates and a summary.")
-    ] = None,
+    out: options.Certificates = None,
     dry_run: Annotated[bool, typer.Option(help="Show the verdict, change nothing.")] = False,
     defer_purge: options.Defer = False,
     refresh: options.Refresh = False,
     full: options.Full = False,
     certificate: options.CertificateFile = None,
     data: options.Moved = None,
+    model: options.MovedModel = None,
     device: options.Device = "cpu",
     as_json: options.Json = False,
 ) -> None:
     """Forget samples, then purge their trace from the memory. A few others are read to check the answer."""
     from fastntk.cli.run import Run
 
-    if sum(given not in (None, []) for given in (ids, ids_file, class_name, owner, match, requests)) != 1:
-        raise InputError(
-            "say what to forget by exactly one of --ids, --ids-file, --class-name, --owner, --match, --requests."
-        )
+    named = {"--ids": ids, "--ids-file": ids_file, "--class-name": class_name, "--owner": owner, "--match": match}
     more = {"--full": full, "--certificate": certificate, "--defer-purge": defer_purge, "--refresh": refresh}
-    _check_together(more, {"--dry-run": dry_run, "--requests": requests, "--out": out, "--owners": owners}, owner)
+    modes = {"--dry-run": dry_run, "--requests": requests, "--out": out, "--owners": owners, "--near": near}
+    _check_together(named, more, modes)
     options.check_out(certificate)
-    opened = Run(run, device, data)
+    opened = Run(run, device, data, model)
     if requests and out:
-        _batch(opened, requests, out, owners, as_json)
+        _batch(opened, requests, out, owners, copies, as_json)
         return
     memory, images = opened.memory()
     chosen = _named(opened, memory, images, ids, ids_file, class_name, owner, match, owners)
+    chosen, found = _with_copies(memory, chosen, copies, near)
     if dry_run:
-        show_answer(run, memory.preview(chosen), None, as_json, "nothing was changed")
-    else:
-        _answered(opened, memory, memory.forget(chosen, full=full), certificate, defer_purge, as_json)
-        if refresh and as_json:  # one object has been printed
-            opened.refresh()
-        elif refresh:
-            _refreshed(opened, as_json)
+        show_answer(run, memory.preview(chosen), None, as_json, "nothing was changed", found)
+        return
+    _answered(opened, memory, memory.forget(chosen, full=full), certificate, defer_purge, as_json, found)
+    if refresh:
+        _refreshed(opened, as_json, silent=as_json)  # one object has been printed
+
+
+def _with_copies(memory: "Memory", chosen: "list[Id]", take: bool, near: float | None) -> "tuple[list[Id], Copies]":
+    """What a request takes, and what is to be said of images that show the same, or within ``near`` the same."""
+    from fastntk.cli import asked
+    from fastntk.memory.copies import near_copies
+
+    chosen, found = asked.with_copies(memory, chosen, take)
+    return chosen, found if near is None else replace(found, near=near_copies(memory, chosen, near))
 
 
 _ALONE = {"--requests": "answers, certifies and purges", "--dry-run": "only shows the verdict"}
 
 
-def _check_together(more: Mapping[str, object], given: Mapping[str, object], owner: list[str] | None) -> None:
+def _check_together(named: Mapping[str, object], more: Mapping[str, object], modes: Mapping[str, object]) -> None:
     """Raises ``InputError`` for options of ``forget`` that do not go together."""
-    if given["--owners"] and not (owner or given["--requests"]):
+    if sum(given not in (None, []) for given in (*named.values(), modes["--requests"])) != 1:
+        raise InputError(f"say what to forget by exactly one of {', '.join(named)}, --requests.")
+    if modes["--owners"] and not (named["--owner"] or modes["--requests"]):
         raise InputError("--owners says whose the images are: it goes with --owner or --requests.")
-    if bool(given["--requests"]) != bool(given["--out"]):
+    if bool(modes["--requests"]) != bool(modes["--out"]):
         raise InputError("--requests and --out, the folder for its certificates, go together.")
-    mode = next((name for name in _ALONE if given[name]), None)
-    odd = [name for name, value in {**more, "--dry-run": given["--dry-run"]}.items() if value and name != mode]
+    mode = next((name for name in _ALONE if modes[name]), None)
+    others = {**more, **{name: modes[name] for name in ("--dry-run", "--near") if modes["--requests"]}}
+    odd = [name for name, value in others.items() if value not in (None, False)]
     if mode and odd:
         raise InputError(f"{mode} {_ALONE[mode]}: {', '.join(odd)} does not go with it.")
     if more["--refresh"] and more["--defer-purge"]:
         raise InputError("--refresh purges: leave out --defer-purge.")
 
 
-def _batch(opened: "Run", requests: Path, out: Path, owners: str | None, as_json: bool) -> None:
+def _batch(opened: "Run", requests: Path, out: Path, owners: str | None, copies: bool, as_json: bool) -> None:
     """All requests of a file."""
     from fastntk.cli import asked, batch
 
     wanted = batch.read_requests(requests)
-    done = batch.answer_all(
-        opened, wanted, out, lambda images: asked.owners(opened.settings(), opened.data, images, owners)
-    )
-    table = Table("request", "came", "what became of it", "samples", "gone before", "not in the data", "verdict")
+    done = batch.answer_all(opened, wanted, out, lambda images: asked.owners(opened.here, images, owners), copies)
+    heads = "request", "came", "what became of it", "samples", "copies too", "copies left", "gone before"
+    table = Table(*heads, "not in the data", "verdict")
     for row in done["requests"]:
-        counts = (str(row[name]) for name in ("samples", "gone", "unknown"))
+        counts = (str(row.get(name, "")) for name in ("samples", "copies_taken", "copies_left", "gone", "unknown"))
         table.add_row(*map(Text, (row["request"], row["date"], row["became"], *counts, row.get("verdict", ""))))
     purged = "Purged." if done["purged"] else f"Not all is purged: fastntk purge {opened.folder}"
     show(done, as_json, table, f"{purged} Wrote {out / 'summary.html'}, {out / 'summary.json'} and the certificates.")
@@ -208,7 +220,7 @@ def _named(
     if class_name is not None:
         return asked.of_class(images, class_name, memory)
     if owner:
-        return asked.of_owners(images, asked.owners(opened.settings(), opened.data, images, owners), owner, memory)
+        return asked.of_owners(images, asked.owners(opened.here, images, owners), owner, memory)
     return asked.matching(images, match, memory) if match else asked.wanted(ids, ids_file, images)
 
 
@@ -216,15 +228,16 @@ def owners(
     run: options.Folder,
     said: Annotated[str | None, typer.Option("--owners", callback=options.said, help="In place of fit's.")] = None,
     data: options.Moved = None,
+    model: options.MovedModel = None,
     as_json: options.Json = False,
 ) -> None:
     """Who owns samples of the training data, and how many of them are in the memory."""
     from fastntk.cli import asked
     from fastntk.cli.run import Run
 
-    opened = Run(run, data=data)
+    opened = Run(run, data=data, model=model)
     memory, images = opened.memory()
-    found, members = asked.owners(opened.settings(), data, images, said), set(memory.ids)
+    found, members = asked.owners(opened.here, images, said), set(memory.ids)
     counts: dict[str, list[int]] = {}
     for each, name in found.items():
         count = counts.setdefault(name, [0, 0])
@@ -246,6 +259,7 @@ def remember(
     full: options.Full = False,
     certificate: options.CertificateFile = None,
     data: options.Moved = None,
+    model: options.MovedModel = None,
     device: options.Device = "cpu",
     as_json: options.Json = False,
 ) -> None:
@@ -256,19 +270,23 @@ def remember(
     if (ids is None) == (ids_file is None):
         raise InputError("say what to remember by exactly one of --ids and --ids-file.")
     options.check_out(certificate)
-    opened = Run(run, device, data)
+    opened = Run(run, device, data, model)
     memory, images = opened.memory()
     answer = memory.remember(wanted(ids, ids_file, images), full=full)
     _answered(opened, memory, answer, certificate, defer_purge, as_json)
 
 
 def purge(
-    run: options.Folder, data: options.Moved = None, device: options.Device = "cpu", as_json: options.Json = False
+    run: options.Folder,
+    data: options.Moved = None,
+    model: options.MovedModel = None,
+    device: options.Device = "cpu",
+    as_json: options.Json = False,
 ) -> None:
     """Remove the trace of every request that is answered and not yet purged."""
     from fastntk.cli.run import Run
 
-    opened = Run(run, device, data)
+    opened = Run(run, device, data, model)
     memory, _ = opened.memory()
     pending = sum(each.state == "answered" for each in memory.requests())
     seconds = opened.purge(memory)
@@ -288,13 +306,14 @@ def verify(
     run: options.Folder,
     full: options.Full = False,
     data: options.Moved = None,
+    model: options.MovedModel = None,
     device: options.Device = "cpu",
     as_json: options.Json = False,
 ) -> None:
     """Check every file of the memory, that it belongs to the model and data, and that its solution is exact."""
     from fastntk.cli.run import Run
 
-    memory = Run(run, device, data).verify()
+    memory, _ = Run(run, device, data, model).memory()
     state, solution = memory.state, memory.state.solution
     inexactness, limit, error = solution.inexactness(), solution.limit, state.error() if full else None
     pending = sum(each.state == "answered" for each in memory.requests())
@@ -313,16 +332,22 @@ def verify(
 
 
 def refresh(
-    run: options.Folder, data: options.Moved = None, device: options.Device = "cpu", as_json: options.Json = False
+    run: options.Folder,
+    data: options.Moved = None,
+    model: options.MovedModel = None,
+    device: options.Device = "cpu",
+    as_json: options.Json = False,
 ) -> None:
     """Linearise anew where the weights are now, by one pass over the samples that are left."""
     from fastntk.cli.run import Run
 
-    _refreshed(Run(run, device, data), as_json)
+    _refreshed(Run(run, device, data, model), as_json)
 
 
-def _refreshed(opened: "Run", as_json: bool) -> None:
+def _refreshed(opened: "Run", as_json: bool, silent: bool = False) -> None:
     seconds, memory = opened.refresh()
+    if silent:
+        return
     document = {"run": str(opened.folder), "seconds": seconds, "ridge": memory.ridge, "samples": len(memory.ids)}
     show(document, as_json, f"Refreshed on {len(memory.ids):,} samples in {seconds:.1f} s; ridge {memory.ridge:.4g}.")
 
@@ -342,6 +367,7 @@ def export(
         ),
     ] = None,
     data: options.Moved = None,
+    model: options.MovedModel = None,
     device: options.Device = "cpu",
     as_json: options.Json = False,
 ) -> None:
@@ -351,13 +377,19 @@ def export(
     path = out or run / "unlearned.safetensors"
     if gain and left_out_gain:
         raise InputError("there are two gains: leave out --gain or --left-out-gain.")
-    taken = Run(run, device, data).export(path, exact_head, gain, left_out_gain)
+    taken = Run(run, device, data, model).export(path, exact_head, gain, left_out_gain)
     told = "" if taken is None else f" The step was multiplied by {taken:.2f}."
     show({"run": str(run), "out": str(path), "gain": taken}, as_json, f"Wrote {path}.{told}")
 
 
 def _answered(
-    opened: "Run", memory: "Memory", answer: "Answer", file: Path | None, defer_purge: bool, as_json: bool
+    opened: "Run",
+    memory: "Memory",
+    answer: "Answer",
+    file: Path | None,
+    defer_purge: bool,
+    as_json: bool,
+    copies: "Copies | None" = None,
 ) -> None:
     """Write the certificate of a request, then purge: its salt is kept, and the answer shown, even if that fails."""
     from fastntk.common.files import write_json
@@ -370,4 +402,4 @@ def _answered(
     except InputError as error:
         raise InputError(f"{error} The request is answered, and not purged: fastntk purge {opened.folder}") from error
     finally:
-        show_answer(opened.folder, answer, seconds, as_json)
+        show_answer(opened.folder, answer, seconds, as_json, copies=copies)

@@ -113,10 +113,22 @@ def _state_3(document: dict[str, Any]) -> dict[str, Any]:
     return {**document, "tensors": tensors}
 
 
-BASE = Format("memory", (_state_0, _state_1, _state_2, _state_3))
+def _state_4(document: dict[str, Any]) -> dict[str, Any]:
+    """Nobody knew of copies."""
+    unknown = torch.zeros(len(document["ids"]), dtype=torch.long)
+    return {**document, "tensors": {**document["tensors"], "pixels": unknown}}
+
+
+def _request_1(document: dict[str, Any]) -> dict[str, Any]:
+    """Nobody knew of copies."""
+    unknown = torch.zeros(len(document["tensors"]["positions"]), dtype=torch.long)
+    return {**document, "tensors": {**document["tensors"], "pixels": unknown}}
+
+
+BASE = Format("memory", (_state_0, _state_1, _state_2, _state_3, _state_4))
 """Of ``base-N.safetensors``: ``packing``."""
 
-JOURNAL = Format("request", (unchanged,))
+JOURNAL = Format("request", (unchanged, _request_1))
 """Of ``journal-N.safetensors``."""
 
 LEDGER = Format("ledger", (unchanged,))
