@@ -36,7 +36,7 @@ from fastntk.inputs.libraries import timm, torchvision
 from fastntk.jacobians.linearised import jacobians
 from fastntk.jacobians.numerics import PRECISIONS
 from fastntk.jacobians.per_sample import PerSampleJacobian
-from fastntk.tuning.loss import loss_named
+from fastntk.tuning.losses import loss_named
 from fastntk.tuning.parameters import snapshot, tuned
 
 EPOCHS = 12  # of the retraining that is compared with

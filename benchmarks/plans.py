@@ -23,7 +23,7 @@ from timing import in_own_process
 
 import fastntk
 from fastntk.common.machine import peak_memory
-from fastntk.tuning.loss import loss_named
+from fastntk.tuning.losses import loss_named
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ import fastntk
 from fastntk.common.machine import peak_memory, settle
 from fastntk.evidence.bench.config import Config, Setting, read_config
 from fastntk.evidence.bench.grid import opened
-from fastntk.tuning.loss import loss_named
+from fastntk.tuning.losses import loss_named
 
 GRID = Path(__file__).parent / "grid"
 CONFIGURATIONS = ("cifar10", "eurosat", "mnist", "prompts", "large")

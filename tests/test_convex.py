@@ -19,7 +19,8 @@ from fastntk.solve import convex, newton
 from fastntk.solve.forms import FORMS
 from fastntk.solve.kernel import kernel
 from fastntk.solve.solution import Task
-from fastntk.tuning.loss import CrossEntropy, SquaredLoss, contrasts, kept_of
+from fastntk.tuning.loss import contrasts, kept_of
+from fastntk.tuning.losses import CrossEntropy, SquaredLoss
 from fastntk.tuning.parameters import snapshot, tuned
 
 LINEAR = Case(LinearInTuned, ("head",))

@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 import fastntk
 from fastntk.inputs.augmentations import augmented
 from fastntk.inputs.batches import labels_of
-from fastntk.tuning.loss import CrossEntropy, SquaredLoss
+from fastntk.tuning.losses import CrossEntropy, SquaredLoss
 from fastntk.tuning.parameters import snapshot, tuned
 from fastntk.tuning.recipe import Recipe
 

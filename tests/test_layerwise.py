@@ -19,7 +19,7 @@ from fastntk.solve.forms import FORMS
 from fastntk.solve.kernel import kernel
 from fastntk.solve.layers import layered_kernel
 from fastntk.solve.solution import Task
-from fastntk.tuning.loss import CrossEntropy, SquaredLoss
+from fastntk.tuning.losses import CrossEntropy, SquaredLoss
 from fastntk.tuning.parameters import snapshot, tuned
 
 ALL = [Case(make, ("all",)) for make in (Convolutional, Attention, Grouped, SharedScale, Prompted)]

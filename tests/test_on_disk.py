@@ -16,7 +16,7 @@ from fastntk.jacobians.per_sample import PerSampleJacobian
 from fastntk.solve import collect, convex, on_disk, reading
 from fastntk.solve.forms import FORMS
 from fastntk.solve.solution import Task
-from fastntk.tuning.loss import CrossEntropy, SquaredLoss
+from fastntk.tuning.losses import CrossEntropy, SquaredLoss
 from fastntk.tuning.parameters import snapshot, tuned
 
 LOSSES = [CrossEntropy(), CrossEntropy(smoothing=0.1, weights=(1.0, 2.0, 0.5)), SquaredLoss()]

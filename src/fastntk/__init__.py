@@ -51,8 +51,8 @@ if TYPE_CHECKING:
     from fastntk.tuning.fitting import fit as fit
     from fastntk.tuning.lora import add_lora as add_lora
     from fastntk.tuning.lora import remove_lora as remove_lora
-    from fastntk.tuning.loss import CrossEntropy as CrossEntropy
-    from fastntk.tuning.loss import SquaredLoss as SquaredLoss
+    from fastntk.tuning.losses import CrossEntropy as CrossEntropy
+    from fastntk.tuning.losses import SquaredLoss as SquaredLoss
     from fastntk.tuning.outputs import model_at as model_at
     from fastntk.tuning.parameters import snapshot as snapshot
     from fastntk.tuning.prompts import add_prompts as add_prompts
@@ -72,7 +72,7 @@ _HOMES = {
     "inputs.models": ["load_model"],
     "tuning.fitting": ["Fit", "fit"],
     "tuning.lora": ["add_lora", "remove_lora"],
-    "tuning.loss": ["CrossEntropy", "SquaredLoss"],
+    "tuning.losses": ["CrossEntropy", "SquaredLoss"],
     "tuning.outputs": ["model_at"],
     "tuning.parameters": ["snapshot"],
     "tuning.prompts": ["add_prompts", "remove_prompts"],

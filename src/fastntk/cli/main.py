@@ -30,6 +30,7 @@ for command in (
     fitting.fit,
     fitting.models,
     fitting.tunables,
+    fitting.plugins,
     memory.prepare,
     memory.plan,
     evidence.audit,

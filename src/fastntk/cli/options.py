@@ -175,7 +175,7 @@ def loss(name: str, smoothing: float) -> Any:
     Raises:
         InputError: there is none of that name, or it has no smoothing.
     """
-    from fastntk.tuning.loss import CrossEntropy, loss_named
+    from fastntk.tuning.losses import CrossEntropy, loss_named
 
     found = loss_named(name)
     if not smoothing:

@@ -13,7 +13,7 @@ from fastntk.common.files import read_json
 from fastntk.common.formats import Format, sealed, unchanged, unsealed
 from fastntk.inputs.images import Images, Preprocessing
 from fastntk.inputs.sources import load_data
-from fastntk.tuning.loss import loss_from
+from fastntk.tuning.losses import loss_from
 from fastntk.tuning.recipe import Recipe
 from fastntk.tuning.start import start
 

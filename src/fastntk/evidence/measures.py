@@ -1,4 +1,5 @@
-"""What is measured of a model beside retrained ones. A new measure is one function and one line in ``MEASURES``.
+"""What is measured of a model beside retrained ones. A new measure is one function and one line in ``_OWN``,
+or another package's entry point in ``fastntk.metrics``.
 
 Reports, tables, pages and summaries iterate over ``MEASURES``.
 """
@@ -12,6 +13,7 @@ from typing import Literal
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fastntk.common.plugins import Registry
 from fastntk.evidence.methods import Problem
 from fastntk.evidence.metrics import (
     accuracy,
@@ -167,7 +169,7 @@ _COMPARED, _FORGOTTEN = ("retrained",), ("forgotten",)
 _ON_FORGOTTEN = *_COMPARED, *_FORGOTTEN
 _WITH_FLOOR, _ASKED = (*_ON_FORGOTTEN, "pairs"), ("problem", "parameters", "forgotten")
 
-MEASURES: dict[str, Measure] = {
+_OWN: dict[str, Measure] = {
     "retain_accuracy": Measure(
         "retain %", _accuracy_on("retain"), "accuracy on the retained images", "near", decimals=1, place="terminal"
     ),
@@ -295,4 +297,8 @@ MEASURES: dict[str, Measure] = {
         place="nowhere",
     ),
 }  # fmt: skip
+
+MEASURES: Registry[Measure] = Registry(
+    "metrics", _OWN, lambda made: isinstance(made, Measure), "a fastntk.evidence.measures.Measure"
+)
 """By name, in the order of their columns."""

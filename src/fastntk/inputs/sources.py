@@ -2,7 +2,7 @@
 
 import inspect
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,14 @@ import numpy as np
 import torch
 
 from fastntk.common.errors import InputError, reason
+from fastntk.common.plugins import Registry
 from fastntk.inputs.images import Images, Preprocessing, rgb
 from fastntk.inputs.libraries import datasets, torchvision
+
+READERS: Registry[Callable[[str, Preprocessing, str], Images]] = Registry(
+    "data", {}, callable, "a function of the text after its name and a colon, a Preprocessing and a split, to Images"
+)
+"""Of other packages, by the names that come before a colon."""
 
 _HUGGING_FACE = "dataset_info.json", "dataset_dict.json"  # one of which is in a folder that it saved
 
@@ -54,8 +60,8 @@ def load_data(
             samples' ids are their paths in it, or a folder that has train, val and test with such folders in each; an
             ``.npz`` with arrays ``x`` (uint8, ``[N, H, W]`` or ``[N, H, W, 3]``) and ``y`` (integers), or ``x_train``,
             ``y_train``, ``x_test``, ``y_test``, optionally ``classes`` (names); a folder that ``save_to_disk`` of
-            Hugging Face datasets wrote, with one column of images and one of class labels; or the name of a torchvision
-            dataset, found under ``root`` (never downloaded).
+            Hugging Face datasets wrote, with one column of images and one of class labels; the name of a torchvision
+            dataset, found under ``root`` (never downloaded); or ``NAME:REST``, NAME being another package's reader.
         preprocessing: as the model wants it.
         split: ``"train"`` or ``"test"``, where the source has both (a folder: test, or else val).
         root: the folder of a torchvision dataset.
@@ -74,9 +80,15 @@ def load_data(
         raise InputError(f"{source} has no columns: ids can be taken from an .npz or a Hugging Face dataset.")
     if path.is_dir():
         return _from_folder(path, preprocessing, split)
+    name, colon, rest = source.partition(":")
+    if colon and name in READERS:
+        return READERS[name](rest, preprocessing, split)
     if isinstance(getattr(torchvision().datasets, source, None), type):
         return _from_torchvision(source, preprocessing, split, root)
-    raise InputError(f"{source!r} is neither a folder, an .npz file nor a torchvision dataset name such as 'CIFAR10'.")
+    more = f", nor NAME:... with one of {READERS.listed()} for a name" if READERS else ""
+    raise InputError(
+        f"{source!r} is neither a folder, an .npz file nor a torchvision dataset name such as 'CIFAR10'{more}."
+    )
 
 
 def read_column(source: str, name: str, split: str = "train") -> list[Any]:

@@ -20,7 +20,8 @@ from fastntk.jacobians.numerics import Numerics, arithmetic
 from fastntk.jacobians.outer import Outer
 from fastntk.jacobians.per_sample import PerSampleJacobian
 from fastntk.jacobians.rows import Point, Rows
-from fastntk.tuning.loss import Labels, Loss, SquaredLoss, check_labels, contrasts, kept_of
+from fastntk.tuning.loss import Labels, Loss, check_labels, contrasts, kept_of
+from fastntk.tuning.losses import SquaredLoss
 
 _NOISE = {"full": 1e-4, "tf32": 1e-2, "bf16": 5e-2}
 """What a logit may change between machines and batches, relative to the targets and residuals, by the arithmetic."""

@@ -28,7 +28,8 @@ from fastntk.memory.prepare import check_initial, linearised, prepared, pull_of,
 from fastntk.memory.request import draft, replayed
 from fastntk.memory.state import State
 from fastntk.solve.ridge import Calibration
-from fastntk.tuning.loss import CrossEntropy, Loss
+from fastntk.tuning.loss import Loss
+from fastntk.tuning.losses import CrossEntropy
 from fastntk.tuning.parameters import tuned
 
 _CHECKED = 8  # samples that are compared when a memory is opened

@@ -14,7 +14,8 @@ from fastntk.memory.prepare import linearised, priced
 from fastntk.solve.forms import FORMS
 from fastntk.solve.prices import Price, Timing, Workload
 from fastntk.solve.speeds import Speeds
-from fastntk.tuning.loss import CrossEntropy, Loss
+from fastntk.tuning.loss import Loss
+from fastntk.tuning.losses import CrossEntropy
 from fastntk.tuning.recipe import Recipe
 
 _LOOKED_AT = 16  # images, for how many classes are kept

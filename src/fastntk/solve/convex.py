@@ -38,7 +38,8 @@ from fastntk.solve.prices import Price, Timing, Workload, forward, passes
 from fastntk.solve.ridge import SAMPLED, Calibration, calibrate_convex
 from fastntk.solve.solution import Ownership, Solved, Task, Update
 from fastntk.solve.speeds import Speeds
-from fastntk.tuning.loss import Loss, loss_numbers, loss_of
+from fastntk.tuning.loss import Loss
+from fastntk.tuning.losses import loss_numbers, loss_of
 
 FACTORS, RIDGE_FACTORS = 5, 10
 """That are made to solve, and to choose the ridge: 3 to 6, and 8 to 14, were counted."""

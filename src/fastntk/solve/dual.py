@@ -25,7 +25,8 @@ from fastntk.solve.prices import ONE_STEP, Price, Timing, Workload, passes
 from fastntk.solve.ridge import STORED, USUAL, calibrate_stored
 from fastntk.solve.solution import Solved, Task, Update
 from fastntk.solve.speeds import Speeds
-from fastntk.tuning.loss import Kept, SquaredLoss
+from fastntk.tuning.loss import Kept
+from fastntk.tuning.losses import SquaredLoss
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,8 @@ from fastntk.solve.reading import TOLERANCE, Objective, Place, Sample, minimise
 from fastntk.solve.ridge import SAMPLED, Calibration, calibrate_convex, sampled
 from fastntk.solve.solution import Ownership, Solved, Task, Update
 from fastntk.solve.speeds import Speeds
-from fastntk.tuning.loss import Loss, loss_numbers, loss_of
+from fastntk.tuning.loss import Loss
+from fastntk.tuning.losses import loss_numbers, loss_of
 
 log = logging.getLogger(__name__)
 

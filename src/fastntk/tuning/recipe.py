@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from fastntk.common.errors import InputError
 from fastntk.common.typed import check_seed, check_types
 from fastntk.inputs.augmentations import check_augmentations
-from fastntk.tuning.loss import CrossEntropy, Loss
+from fastntk.tuning.loss import Loss
+from fastntk.tuning.losses import CrossEntropy
 
 _OPTIMIZERS = "adam", "adamw", "sgd"
 

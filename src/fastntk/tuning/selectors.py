@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from fastntk.common.errors import InputError
+from fastntk.common.plugins import Registry
 from fastntk.inputs.heads import head_parameters
 from fastntk.inputs.structure import blocks, transformer_blocks
 from fastntk.tuning.lora import adapters, add_lora, lora_targets, remove_lora
@@ -94,7 +95,7 @@ def _whole(text: str, selector: str) -> int:
     return int(text)
 
 
-SELECTORS: dict[str, Selector] = {
+_OWN: dict[str, Selector] = {
     "bn": Selector("batch norms", _of_modules(BATCH_NORMS)),
     "ln": Selector("layer norms", _of_modules(LAYER_NORMS)),
     "norm": Selector("all norms", _of_modules(NORMS)),
@@ -106,6 +107,10 @@ SELECTORS: dict[str, Selector] = {
     "last": Selector("the last blocks, so many", _of_last, "1"),
     "all": Selector("everything", lambda model, _: _parameters(model)),
 }
+
+SELECTORS: Registry[Selector] = Registry(
+    "selectors", _OWN, lambda made: isinstance(made, Selector), "a fastntk.tuning.selectors.Selector"
+)
 """Selectors by name."""
 
 

@@ -30,12 +30,14 @@ from typing import Any, TypeVar
 import yaml
 
 from fastntk.common.errors import InputError
+from fastntk.common.plugins import Registry
 from fastntk.common.typed import check_types
 from fastntk.evidence import methods
 from fastntk.evidence.methods import Method
 from fastntk.evidence.report import ORIGINAL, is_retrained
 from fastntk.evidence.requests import share
-from fastntk.tuning.loss import CrossEntropy, Loss, SquaredLoss
+from fastntk.tuning.loss import Loss
+from fastntk.tuning.losses import LOSSES, CrossEntropy, loss_named
 from fastntk.tuning.recipe import Recipe
 
 T = TypeVar("T")
@@ -51,21 +53,22 @@ _DEFAULTS = {
     "select": None,
 }
 
-LOSSES: dict[str, Loss] = {
-    "squared": SquaredLoss(),
-    "cross-entropy": CrossEntropy(),
-    "smoothed": CrossEntropy(smoothing=0.1),
-}
-"""By the names that a configuration calls them."""
+_SMOOTHED = {"smoothed": CrossEntropy(smoothing=0.1)}  # beside those that have names of their own
 
 CHOSEN = ", chosen"
 """What follows a method's name in the row with the settings that were chosen for it."""
 
-METHODS: dict[str, type[Any]] = {
-    name: kind
-    for name, kind in vars(methods).items()
-    if isinstance(kind, type) and is_dataclass(kind) and "__call__" in vars(kind)
-}
+
+def _is_method(made: Any) -> bool:
+    return isinstance(made, type) and is_dataclass(made) and "__call__" in vars(made)
+
+
+METHODS: Registry[type[Any]] = Registry(
+    "methods",
+    {name: kind for name, kind in vars(methods).items() if _is_method(kind)},
+    _is_method,
+    "a dataclass that is called with a fastntk.methods.Problem",
+)
 """By the names that a configuration calls them."""
 
 
@@ -144,7 +147,7 @@ class Config:
 
     def fitting(self, setting: Setting) -> Recipe:
         """How a model is fitted."""
-        return replace(_recipe(self.recipe), seed=setting.seed, loss=LOSSES[setting.loss])
+        return replace(_recipe(self.recipe), seed=setting.seed, loss=_loss(setting.loss))
 
     def settings(self) -> Iterator[Setting]:
         """All combinations."""
@@ -198,8 +201,7 @@ def _config(document: Any) -> Config:
             raise InputError(f"{name} must be a whole number from {least} on, not {given[name]!r}.")
     _check_requests(lists["requests"], "requests")
     for loss in lists["losses"]:
-        if not isinstance(loss, str) or loss not in LOSSES:
-            raise InputError(f"a loss is one of {', '.join(LOSSES)}, not {loss!r}.")
+        _loss(loss)
     _recipe(given["recipe"])
     select = None if given["select"] is None else _made(Select, given["select"], "select")
     entries = {name: _entry(entry, name) for name, entry in given["methods"].items()}
@@ -221,6 +223,12 @@ def _recipe(entry: Mapping[str, Any]) -> Recipe:
     if isinstance(entry, dict) and "loss" in entry:
         raise InputError("recipe: losses have a list of their own, as losses: [cross-entropy].")
     return _made(Recipe, entry, "recipe")
+
+
+def _loss(name: Any) -> Loss:
+    if not isinstance(name, str) or name not in (*_SMOOTHED, *LOSSES):
+        raise InputError(f"a loss is one of {LOSSES.listed()}, {', '.join(_SMOOTHED)}, not {name!r}.")
+    return _SMOOTHED.get(name) or loss_named(name)
 
 
 def _check_requests(requests: Sequence[str], where: str) -> None:
@@ -252,7 +260,7 @@ def _method(given: Mapping[str, Any], name: str) -> Method:
     given = dict(given)
     kind = METHODS.get(str(given.pop("method", None)))
     if kind is None:
-        raise InputError(f"method {name}: say which, as 'method: FastNTK'. There are {', '.join(METHODS)}.")
+        raise InputError(f"method {name}: say which, as 'method: FastNTK'. There are {METHODS.listed()}.")
     made = _made(kind, given, f"method {name}")
     for field, value in vars(made).items():
         least = "above 0" if field in _POSITIVE else "not negative"

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from fastntk.common.errors import InputError
 from fastntk.evidence.methods.descent import descend, endlessly, shuffled
 from fastntk.evidence.methods.problem import Problem, Unlearned
-from fastntk.tuning.loss import CrossEntropy
+from fastntk.tuning.losses import CrossEntropy
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ first tuned parameter is not differentiated.
 """
 
 from collections.abc import Callable, Collection, Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fastntk.common.errors import InputError
+from fastntk.common.plugins import Registry
 from fastntk.jacobians.outer import Layer, Outer
 from fastntk.jacobians.rules.functions import BatchNorm, Convolution, GroupNorm, LayerNorm, Linear, Noted
 
@@ -135,13 +137,13 @@ class PerSample(TorchFunctionMode):
     def _name(self, tensor: Any) -> str | None:
         return self.names.get(id(tensor))
 
-    def _copy(self, tensor: Tensor | None) -> Tensor | None:
+    def copied(self, tensor: Tensor | None) -> Tensor | None:
         """The per-sample copies of a tuned parameter; None for a frozen one, and for none."""
         return None if tensor is None or self._name(tensor) is None else self._copies(tensor)
 
     def _weights(self, weight: Tensor) -> Tensor | None:
         """The same of a layer's weight, unless its gradient is kept as outer products."""
-        return None if self._name(weight) in self.outer else self._copy(weight)
+        return None if self._name(weight) in self.outer else self.copied(weight)
 
     def _noted(self, out: Tensor, input: Tensor, weight: Tensor, geometry: tuple | None = None) -> Tensor:
         """What a layer puts out; where its weight's gradient is kept as outer products, noted."""
@@ -162,10 +164,10 @@ class PerSample(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _ELEMENTWISE and len(args) == 2:
             return self._elementwise(func, *args, **kwargs)
-        rule = _RULES.get(func)
+        rule = _rules().get(func)
         return func(*args, **kwargs) if rule is None else rule(self, *args, **kwargs)
 
-    def _fits(self, x: Tensor | None, *parameters: Tensor | None) -> bool:
+    def fits(self, x: Tensor | None, *parameters: Tensor | None) -> bool:
         """Whether a rule applies: one of the parameters is tuned and samples lie along the first axis of ``x``.
 
         A module that regroups samples is noticed in the trial run, and its parameters are left to ``torch.func``.
@@ -182,27 +184,29 @@ class PerSample(TorchFunctionMode):
             )
         if training:  # of a batch, or of weights that are standardised
             return F.batch_norm(input, None, None, weight, bias, True, momentum, eps)
-        if not self._fits(input, weight, bias):
+        if not self.fits(input, weight, bias):
             return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
-        copies = self._copy(weight), self._copy(bias)
+        copies = self.copied(weight), self.copied(bias)
         noted = getattr(input, "_convolved", None)
         origin = noted.arguments if noted and noted.holds(input) else (None, None, None)
         input = input if origin[0] is None else input.detach()
         return BatchNorm.apply(input, _data(weight), _data(bias), running_mean, running_var, eps, *copies, *origin)
 
     def _group_norm(self, input, num_groups, weight=None, bias=None, eps=1e-5):
-        if not self._fits(input, weight, bias):
+        if not self.fits(input, weight, bias):
             return F.group_norm(input, num_groups, weight, bias, eps)
-        return GroupNorm.apply(input, num_groups, _data(weight), _data(bias), eps, self._copy(weight), self._copy(bias))
+        return GroupNorm.apply(
+            input, num_groups, _data(weight), _data(bias), eps, self.copied(weight), self.copied(bias)
+        )
 
     def _layer_norm(self, input, normalized_shape, weight=None, bias=None, eps=1e-5):
-        if not self._fits(input if input.ndim > len(normalized_shape) else None, weight, bias):
+        if not self.fits(input if input.ndim > len(normalized_shape) else None, weight, bias):
             return F.layer_norm(input, normalized_shape, weight, bias, eps)
-        copies = self._copy(weight), self._copy(bias)
+        copies = self.copied(weight), self.copied(bias)
         return LayerNorm.apply(input, tuple(normalized_shape), _data(weight), _data(bias), eps, *copies)
 
     def _linear(self, input, weight, bias=None):
-        if not self._fits(input, weight, bias):
+        if not self.fits(input, weight, bias):
             if self._name(weight) or self._name(bias) or not input.requires_grad:
                 return F.linear(input, weight, bias)
             return Linear.apply(input, _data(weight), _data(bias), None, None)
@@ -210,7 +214,7 @@ class PerSample(TorchFunctionMode):
         if names == self.head:
             out = F.linear(input, weight.detach(), _data(bias))
         else:
-            out = Linear.apply(input, _data(weight), _data(bias), self._weights(weight), self._copy(bias))
+            out = Linear.apply(input, _data(weight), _data(bias), self._weights(weight), self.copied(bias))
             out = self._noted(out, input, weight)
         self.linear_calls.append(LinearCall(out, input, names, _versions(out, input)))
         return out
@@ -218,12 +222,12 @@ class PerSample(TorchFunctionMode):
     def _conv2d(self, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
         tuned = self._name(weight) or self._name(bias)
         known = not isinstance(padding, str) and input.ndim == 4
-        if tuned and not self._fits(input if known else None, weight, bias):
+        if tuned and not self.fits(input if known else None, weight, bias):
             return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
         pairs = [[each] * 2 if isinstance(each, int) else list(each) for each in (stride, padding, dilation) if known]
         geometry = (*pairs, groups)
         if tuned:
-            copies = self._weights(weight), self._copy(bias)
+            copies = self._weights(weight), self.copied(bias)
             out = Convolution.apply(input, _data(weight), _data(bias), geometry, *copies)
             return self._noted(out, input, weight, geometry)
         out = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
@@ -238,7 +242,7 @@ class PerSample(TorchFunctionMode):
             return operation(left, right, **options)
         shape = parameter.shape[1:] if parameter.ndim == other.ndim else parameter.shape
         shared = parameter.ndim < other.ndim or parameter.shape[0] == 1
-        if not self._fits(other if shared else None, parameter):
+        if not self.fits(other if shared else None, parameter):
             return operation(left, right, **options)
         copies = self._copies(parameter).reshape(self.batch, *[1] * (other.ndim - 1 - len(shape)), *shape)
         left, right = (left, copies) if parameter is right else (copies, right)
@@ -248,12 +252,12 @@ class PerSample(TorchFunctionMode):
         """A parameter that is repeated for every sample: a class token or a visual prompt."""
         out = tensor.expand(*sizes)
         per_sample = out.ndim > tensor.ndim or (tensor.ndim > 1 and tensor.shape[0] == 1 and out.ndim == tensor.ndim)
-        if not per_sample or not self._fits(out, tensor):
+        if not per_sample or not self.fits(out, tensor):
             return out
         return self._copies(tensor).reshape(out.shape)
 
     def _prelu(self, input, weight):
-        if not self._fits(input, weight):
+        if not self.fits(input, weight):
             return F.prelu(input, weight)
         slopes = self._copies(weight).reshape(self.batch, -1, *[1] * (input.ndim - 2))
         return torch.where(input > 0, input, slopes * input)
@@ -271,6 +275,31 @@ class PerSample(TorchFunctionMode):
     def _scaled_attention(self, query, key, value, attn_mask=None, dropout_p=0.0, *args, **kwargs):
         self._dropout(query, dropout_p)
         return F.scaled_dot_product_attention(query, key, value, attn_mask, 0.0, *args, **kwargs)
+
+
+class Rule(NamedTuple):
+    """What another package's entry point in ``fastntk.rules`` says of a function that uses parameters.
+
+    Attributes:
+        function: as the model calls it, such as ``torch.nn.functional.rms_norm``.
+        does: in its place, called with the ``PerSample`` and the function's arguments. Where ``fits`` it uses what
+            ``copied`` gives in place of a tuned parameter, a copy a sample along the first axis. A trial run compares
+            every rule with autograd.
+    """
+
+    function: Callable[..., Any]
+    does: Callable[..., Any]
+
+
+PLUGGED: Registry[Rule] = Registry(
+    "rules", {}, lambda made: isinstance(made, Rule), "a fastntk.jacobians.rules.calls.Rule"
+)
+"""Rules of other packages."""
+
+
+@cache
+def _rules() -> dict[Any, Callable[..., Any]]:
+    return {**{rule.function: rule.does for rule in PLUGGED.values()}, **_RULES}
 
 
 _RULES: dict[Any, Callable[..., Any]] = {

@@ -10,7 +10,7 @@ from fastntk.common.formats import Format, unchanged
 from fastntk.solve.linalg import lower_of
 from fastntk.solve.schur import complement, factored
 from fastntk.solve.sums import Sums
-from fastntk.tuning.loss import SquaredLoss, loss_numbers
+from fastntk.tuning.losses import CrossEntropy, SquaredLoss, loss_numbers
 
 _SOLVED = ("kernel", "inverse", "targets", "coefficients", "base")
 _GONE = {"primal": ("inverse",), "dual": _SOLVED, "convex": _SOLVED}
@@ -103,7 +103,8 @@ def _state_3(document: dict[str, Any]) -> dict[str, Any]:
     gone = {f"solution.{name}" for name in _GONE.get(document["form"], ())}
     tensors = {name: each for name, each in document["tensors"].items() if name not in gone}
     if document["form"] == "dual":
-        tensors |= {f"solution.{name}": each for name, each in loss_numbers(SquaredLoss()).items()}
+        squared = {"smoothing": -1.0, "scale": 10.0, "weights": []}
+        tensors |= {f"solution.{name}": torch.tensor(each, dtype=torch.float64) for name, each in squared.items()}
     if document["form"] == "primal":
         sums = Sums(*(tensors[f"solution.sums.{each.name}"] for each in fields(Sums)))
         known = tensors["solution.head_inverse"], document["ridge"]
@@ -114,9 +115,14 @@ def _state_3(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def _state_4(document: dict[str, Any]) -> dict[str, Any]:
-    """Nobody knew of copies."""
-    unknown = torch.zeros(len(document["ids"]), dtype=torch.long)
-    return {**document, "tensors": {**document["tensors"], "pixels": unknown}}
+    """Nobody knew of copies; there were two losses, and a smoothing of -1 told them apart."""
+    tensors = {**document["tensors"], "pixels": torch.zeros(len(document["ids"]), dtype=torch.long)}
+    smoothing, scale, weights = (tensors.pop(f"solution.{name}", None) for name in ("smoothing", "scale", "weights"))
+    if smoothing is not None:
+        squared = float(smoothing) < 0
+        loss = SquaredLoss(float(scale)) if squared else CrossEntropy(float(smoothing), weights.tolist())
+        tensors |= {f"solution.{name}": each for name, each in loss_numbers(loss).items()}
+    return {**document, "tensors": tensors}
 
 
 def _request_1(document: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from fastntk.jacobians.per_sample import PerSampleJacobian
 from fastntk.memory.members import Members
 from fastntk.memory.state import State
 from fastntk.solve.forms import FORMS
-from fastntk.tuning.loss import loss_from
+from fastntk.tuning.losses import loss_from
 
 _PLACES = ("fast", "slow", "head")  # of a layout
 
