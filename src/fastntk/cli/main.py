@@ -11,7 +11,7 @@ import typer
 from rich.logging import RichHandler
 from rich.text import Text
 
-from fastntk.cli.commands import evidence, fitting, memory
+from fastntk.cli.commands import evidence, fitting, memory, plugins
 from fastntk.common.errors import InputError, PeerLost
 from fastntk.common.launch import first, launched
 from fastntk.common.progress import console
@@ -30,7 +30,7 @@ for command in (
     fitting.fit,
     fitting.models,
     fitting.tunables,
-    fitting.plugins,
+    plugins.plugins,
     memory.prepare,
     memory.plan,
     evidence.audit,

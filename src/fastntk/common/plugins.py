@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 
 from fastntk.common.errors import InputError, reason
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
-class Registry(Mapping[str, T]):
+class Registry(Mapping[str, _T]):
     """Things of a kind by name: fastntk's own, then those of other packages.
 
     Args:
@@ -31,10 +31,10 @@ class Registry(Mapping[str, T]):
         InputError: when others' are looked at: one cannot be loaded, is not what is wanted, or has a taken name.
     """
 
-    def __init__(self, kind: str, own: Mapping[str, T], fits: Callable[[Any], bool], wanted: str) -> None:
+    def __init__(self, kind: str, own: Mapping[str, _T], fits: Callable[[Any], bool], wanted: str) -> None:
         self.kind, self.own, self._fits, self._wanted = kind, own, fits, wanted
 
-    def __getitem__(self, name: str) -> T:
+    def __getitem__(self, name: str) -> _T:
         return self.own[name] if name in self.own else self._others[name][0]
 
     def __iter__(self) -> Iterator[str]:
@@ -54,8 +54,8 @@ class Registry(Mapping[str, T]):
         return ", ".join([*self.own, *(f"{name} (of {package})" for name, package in self.others.items())])
 
     @cached_property
-    def _others(self) -> dict[str, tuple[T, str]]:
-        found: dict[str, tuple[T, str]] = {}
+    def _others(self) -> dict[str, tuple[_T, str]]:
+        found: dict[str, tuple[_T, str]] = {}
         for point in sorted(entry_points(group=f"fastntk.{self.kind}"), key=lambda each: (each.name, each.value)):
             package = f"{point.dist.name} {point.dist.version}" if point.dist else "an unknown package"
             if point.name in self.own or point.name in found:
@@ -64,7 +64,7 @@ class Registry(Mapping[str, T]):
             found[point.name] = self._loaded(point, package), package
         return found
 
-    def _loaded(self, point: EntryPoint, package: str) -> T:
+    def _loaded(self, point: EntryPoint, package: str) -> _T:
         try:
             made = point.load()
         except Exception as error:  # whatever a package's code raises

@@ -9,7 +9,7 @@ from rich.progress import track as rich_track
 
 from fastntk.common.launch import first
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 console = Console(stderr=True, markup=False, emoji=False)
 """Where progress and messages go; results go to standard output. What is printed is data: brackets are brackets."""
@@ -24,6 +24,6 @@ def busy(description: str) -> AbstractContextManager[object]:
     return console.status(description) if _watched() else nullcontext()
 
 
-def track(items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
+def track(items: Iterable[_T], description: str, total: int | None = None) -> Iterable[_T]:
     """``items`` as they are, with a bar on standard error while they last if that is a terminal."""
     return rich_track(items, description, total, console=console, transient=True, disable=not _watched())
