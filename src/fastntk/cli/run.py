@@ -41,10 +41,12 @@ from fastntk.common.files import (
 )
 from fastntk.common.machine import parse_device
 from fastntk.evidence.auditing import audit, left_out_gain
+from fastntk.evidence.card import card
 from fastntk.evidence.compare import compare, references
 from fastntk.evidence.methods import Problem
 from fastntk.evidence.report import Report
 from fastntk.inputs.called import state_at
+from fastntk.inputs.hub import check_hub, write_hub
 from fastntk.inputs.ids import Id
 from fastntk.inputs.images import Images, in_memory
 from fastntk.inputs.models import load_model
@@ -59,6 +61,7 @@ from fastntk.memory.memory import Memory, load, prepare
 from fastntk.memory.plan import Plan, plan
 from fastntk.solve.collect import clear
 from fastntk.tuning.fitting import Fit, fit
+from fastntk.tuning.lora import merged
 from fastntk.tuning.parameters import snapshot, tuned
 from fastntk.tuning.rebuilding import rebuilt_start
 from fastntk.tuning.recipe import Recipe
@@ -274,18 +277,24 @@ class Run:
         return audit(memory, settings.fitting(), fraction=fraction, ids=ids, held_out=held_out, seed=seed)
 
     def export(
-        self, out: Path, exact_head: bool = False, gain: bool = False, held_out: str | None = None
-    ) -> float | None:
-        """Write the whole model after all requests, a plain state dict; if asked, finished (``fastntk.memory.finish``)
-        by the audit's gain or by the one that held-out data set; returns the gain.
+        self, out: Path, exact_head: bool = False, gain: bool = False, held_out: str | None = None, hub: bool = False
+    ) -> tuple[float | None, str]:
+        """Write the whole model after all requests, a plain state dict or (``hub``) a folder that timm or transformers
+        load; if asked, finished (``fastntk.memory.finish``) by the audit's gain or by the one that held-out data set.
+
+        Returns:
+            The gain, and what loads the folder.
 
         Raises:
-            InputError: the memory has no audit or exact head, the gain is below 1 and no head follows, or the data lack
-                one of its members.
+            InputError: the memory has no audit or exact head, the gain is below 1 and no head follows, the data lack
+                one of its members, or the architecture is not the library's own any more.
         """
-        check_state_file(out)
+        if hub:
+            check_hub(self.here.model, out)
+        else:
+            check_state_file(out)
         memory, images = self.memory()
-        check_out(out)
+        check_out(None if hub else out)
         taken = audited_gain(memory.state) if gain else None
         if held_out is not None:
             taken = left_out_gain(memory, _held_out(self.here, images, held_out))
@@ -294,8 +303,12 @@ class Run:
                 f"the gain is {taken:.2f}, and one below 1 draws the answer back towards what was forgotten. Export "
                 "with --exact-head too, or without a gain."
             )
-        write_state(out, state_at(memory.model, finished(memory, gain=taken or False, exact_head=exact_head)))
-        return taken
+        parameters = finished(memory, gain=taken or False, exact_head=exact_head)
+        if not hub:
+            write_state(out, state_at(memory.model, parameters))
+            return taken, ""
+        model, told = merged(memory.model, parameters), card(memory, taken, exact_head)
+        return taken, write_hub(self.here.model, model, images.preprocessing, images.classes, told, out)
 
     def evaluate(
         self, test: str | None, retrained: int, seed: int | None = None, ids: Callable[[Images], list[Id]] | None = None

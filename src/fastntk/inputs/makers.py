@@ -40,24 +40,34 @@ Make = Callable[[int, int | None, bool], tuple[nn.Module, Preprocessing]]
 """Classes, side or None, and whether the library's own weights are wanted, to a model and its preprocessing."""
 
 
-def maker(name: str) -> Make:
-    """Who makes the model of that name."""
-    file, _, function = name.rpartition(":")
-    if file.endswith(".py"):
-        return lambda *how: _from_file(Path(file), function, *how)
+def resolved(name: str) -> tuple[str, str]:
+    """The library whose model it is, or ``"file"`` for a function of the user's, and the name that it has there.
+
+    Raises:
+        InputError: nobody has it.
+    """
+    if name.rpartition(":")[0].endswith(".py"):
+        return "file", name
     library, slash, short = name.partition("/")
     if not slash:
         library, short = "", name
     elif library not in LIBRARIES:
         raise InputError(f"unknown library {library!r} in {name!r}. Use one of {', '.join(LIBRARIES)}, as 'timm/NAME'.")
     if library == "transformers":
-        return lambda *how: _from_transformers(short, *how)
+        return library, short
     if library != "torchvision" and short in timm().list_models():
-        return lambda *how: _from_timm(short, *how)
+        return "timm", short
     if library != "timm" and short in torchvision().models.list_models(module=torchvision().models):
-        return lambda *how: _from_torchvision(short, *how)
+        return "torchvision", short
     nobody = f"{library} has no" if library else "neither timm nor torchvision has a"
     raise InputError(f"{nobody} model {short!r}.{_similar(short)}")
+
+
+def maker(name: str) -> Make:
+    """Who makes the model of that name. Raises like ``resolved``."""
+    library, short = resolved(name)
+    make = _MAKERS[library]
+    return lambda *how: make(short, *how)
 
 
 def list_models(pattern: str = "") -> list[str]:
@@ -109,7 +119,7 @@ def _from_transformers(name: str, classes: int, size: int | None, pretrained: bo
         config.architectures = config.architectures or []  # which some types of transformers fail without
         if size and hasattr(config, "image_size"):
             config.image_size = size
-        processor = _processor(name if stored else None, config)
+        processor = processor_of(name if stored else None, config)
         preprocessing, bgr = _preprocessing(processor, config, size), getattr(processor, "do_flip_channel_order", False)
         if not stored:
             return Logits(auto.AutoModelForImageClassification.from_config(config), bgr), preprocessing
@@ -138,8 +148,8 @@ def _from_transformers(name: str, classes: int, size: int | None, pretrained: bo
     return wrapped, preprocessing
 
 
-def _processor(name: str | None, config: Any) -> Any:
-    """The image processor that was saved with a model, or the default one of its type."""
+def processor_of(name: str | None, config: Any) -> Any:
+    """The image processor that was saved with a transformers model, or the default one of its type."""
     if name is not None:
         return transformers().AutoImageProcessor.from_pretrained(name)
     kinds = transformers().models.auto.image_processing_auto.IMAGE_PROCESSOR_MAPPING[type(config)]
@@ -168,10 +178,10 @@ def _preprocessing(processor: Any, config: Any, size: int | None) -> Preprocessi
     return Preprocessing(int(size or own), mean, std)
 
 
-def _from_file(
-    path: Path, function: str, classes: int, size: int | None, pretrained: bool
-) -> tuple[nn.Module, Preprocessing]:
+def _from_file(name: str, classes: int, size: int | None, pretrained: bool) -> tuple[nn.Module, Preprocessing]:
     """What a user's own function makes."""
+    file, _, function = name.rpartition(":")
+    path = Path(file)
     if pretrained:
         raise InputError(f"{path} says itself what its model starts from: leave 'pretrained' out, or name a file.")
     if not path.is_file():
@@ -214,3 +224,11 @@ def _running(path: Path) -> Iterator[None]:
         raise InputError(f"{path}{place} fails ({type(error).__name__}: {error}).") from error
     finally:
         sys.path.remove(beside)
+
+
+_MAKERS: dict[str, Callable[..., tuple[nn.Module, Preprocessing]]] = {
+    "file": _from_file,
+    "timm": _from_timm,
+    "torchvision": _from_torchvision,
+    "transformers": _from_transformers,
+}

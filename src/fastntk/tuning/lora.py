@@ -4,15 +4,18 @@ An adapted layer computes ``W x + B A x`` with ``A`` ``[rank, inputs]`` drawn at
 zero at first. Source: Hu et al. 2021, LoRA (arXiv 2106.09685).
 """
 
+import copy
 import re
+from collections.abc import Mapping
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastntk.common.errors import InputError
 from fastntk.inputs.libraries import peft
 from fastntk.inputs.structure import attention_blocks
+from fastntk.tuning.prompts import prompts_of
 
 
 def adapters(model: nn.Module) -> dict[str, int]:
@@ -113,6 +116,23 @@ def remove_lora(model: nn.Module) -> None:
     if not adapters(model):
         raise InputError("the model has no adapters.")
     _take_off(model)
+
+
+def merged(model: nn.Module, parameters: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of ``model`` at other values of its tuned parameters, in its library's own architecture: the product of
+    every adapter is added to its layer's weight, ``W + B A``.
+
+    Raises:
+        InputError: it has prompts, which no library's architecture has.
+    """
+    if prompts_of(model):
+        raise InputError("prompts are in no library's architecture, so neither timm nor transformers loads the model.")
+    found = copy.deepcopy(model)
+    found.load_state_dict(parameters, strict=False)
+    for name in adapters(found):
+        found.get_submodule(name).merge()  # type: ignore[operator]
+    _take_off(found)
+    return found.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
 
 def _take_off(model: nn.Module) -> None:

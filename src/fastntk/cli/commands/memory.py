@@ -355,6 +355,10 @@ def _refreshed(opened: "Run", as_json: bool, silent: bool = False) -> None:
 def export(
     run: options.Folder,
     out: Annotated[Path | None, typer.Option(help="The file; by default unlearned.safetensors in the run.")] = None,
+    hub: Annotated[
+        Path | None,
+        typer.Option(help="In place of a file: a folder that timm or transformers load by themselves."),
+    ] = None,
     exact_head: Annotated[bool, typer.Option(help="Solve the head anew, over the retained images.")] = False,
     gain: Annotated[
         bool, typer.Option(help="Multiply the step by the audit's gain (below 1: with a new head).")
@@ -374,12 +378,16 @@ def export(
     """Write the whole model after all requests: a plain state dict, for load_state_dict(strict=True)."""
     from fastntk.cli.run import Run
 
-    path = out or run / "unlearned.safetensors"
     if gain and left_out_gain:
         raise InputError("there are two gains: leave out --gain or --left-out-gain.")
-    taken = Run(run, device, data, model).export(path, exact_head, gain, left_out_gain)
+    if out and hub:
+        raise InputError("--out is a file and --hub a folder: leave out one.")
+    path = hub or out or run / "unlearned.safetensors"
+    taken, load = Run(run, device, data, model).export(path, exact_head, gain, left_out_gain, hub is not None)
     told = "" if taken is None else f" The step was multiplied by {taken:.2f}."
-    show({"run": str(run), "out": str(path), "gain": taken}, as_json, f"Wrote {path}.{told}")
+    loaded = f"\nLoad it: {load}" if load else ""
+    document = {"run": str(run), "out": str(path), "gain": taken, "load": load or None}
+    show(document, as_json, f"Wrote {path}.{told}{loaded}")
 
 
 def _answered(
