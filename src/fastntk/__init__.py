@@ -21,6 +21,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastntk.cli.training import lightning_callback as lightning_callback
+    from fastntk.cli.training import trainer_callback as trainer_callback
     from fastntk.common.errors import InputError as InputError
     from fastntk.evidence import methods as methods
     from fastntk.evidence import metrics as metrics
@@ -88,6 +90,7 @@ _HOMES = {
     "memory.plan": ["Plan", "plan"],
     "evidence.auditing": ["audit", "left_out_gain"],
     "evidence.report": ["Report", "evaluate"],
+    "cli.training": ["lightning_callback", "trainer_callback"],
 }
 _HOME = {name: f"{__name__}.{module}" for module, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME)

@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from filelock import FileLock
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -56,7 +55,7 @@ from fastntk.inputs.weights import check_state_file, load_weights, read_weights,
 from fastntk.jacobians.numerics import Numerics
 from fastntk.memory.audit import Audit
 from fastntk.memory.disk.folder import Folder
-from fastntk.memory.finish import audited_gain, finished
+from fastntk.memory.finish import audited_gain, every_way, finished
 from fastntk.memory.memory import Memory, load, prepare
 from fastntk.memory.plan import Plan, plan
 from fastntk.solve.collect import clear
@@ -117,9 +116,7 @@ class Run:
             InputError: the folder cannot be written, or holds a run whose memory has answered requests, at last
                 while this was fitted.
         """
-        check_writable(self.folder)
-        self._check_vacant()
-        Folder(self.folder / "memory").check_unused()
+        self.check_free()
         module, images = given.open(self.device, recipe.seed)
         log.info("%s", images)
         if given.owners:
@@ -134,19 +131,34 @@ class Run:
             done = Fit(begun.initial, [], recipe, 0.0, assumed=begun.assumed)
         else:
             done = fit(module, in_memory(images), recipe, validation=held_out)
-        if distributed.rank():
-            return done
-        tensors = dict(zip(_TENSORS, (done.initial, module.state_dict()), strict=True))
-        writable(self.folder)
-        with self._locked(), Folder(self.folder / "memory").unused():
-            self._replace(Settings.of(given, images, recipe), tensors, gone=("memory", "partial"))
+        if distributed.rank() == 0:
+            self.write(Settings.of(given, images, recipe), done.initial, module)
         return done
 
-    def _check_vacant(self) -> None:
-        """Raises ``InputError`` if somebody else's files would be written over."""
+    def write(self, settings: Settings, initial: Mapping[str, Tensor], model: nn.Module) -> None:
+        """The run of a fitted model, in place of what is in the folder.
+
+        Args:
+            settings: how it was fitted.
+            initial: its tuned parameters before.
+            model: fitted.
+
+        Raises:
+            InputError: like ``check_free``.
+        """
+        tensors = dict(zip(_TENSORS, (initial, model.state_dict()), strict=True))
+        writable(self.folder)
+        with self._locked(), Folder(self.folder / "memory").unused():
+            self._replace(settings, tensors, gone=("memory", "partial"))
+
+    def check_free(self) -> None:
+        """Raises ``InputError`` if the folder cannot be written, holds somebody else's files, or a run whose memory has
+        answered requests."""
+        check_writable(self.folder)
         others = [name for name in _TENSORS if (self.folder / name).exists()]
         if others and not (self.folder / _RUN).exists() and not (self.folder / DECIDED).is_dir():
             raise InputError(f"{self.folder} holds no run, but {others[0]}. Choose a folder that is empty or new.")
+        Folder(self.folder / "memory").check_unused()
 
     def _replace(self, settings: Settings, tensors: Mapping[str, Mapping[str, Tensor]], gone: Sequence[str]) -> None:
         """Other tensors, with a ``run.json`` that says so, in one step; the lock must be held."""
@@ -159,17 +171,11 @@ class Run:
     def _opened(self) -> tuple[Settings, nn.Module, Images]:
         """Settings, the fitted model and its training data, of which no image is read."""
         settings, here = self.settings(), self.here
-        self._check(settings)
+        settings.check_files(self.folder)
         model, preprocessing = load_model(here.model, len(settings.classes), size=settings.size or None)
         tune(model, *settings.select)
         load_weights(model, read_tensors(self.folder / "model.safetensors")[0], with_head=True)
         return settings, model.to(self.device), here.images(preprocessing)
-
-    def _check(self, settings: Settings) -> None:
-        """Raises ``InputError`` that names the first file which is missing or damaged."""
-        for name, expected in settings.files.items():
-            if file_digest(self.folder / name) != expected:
-                raise InputError(f"{self.folder / name} is damaged. Restore it from a backup, or fit again.")
 
     def memory(self) -> tuple[Memory, Images]:
         """The memory, over the training data; only the images that are asked for are read.
@@ -273,7 +279,7 @@ class Run:
         """Audit the memory, with the run's own recipe."""
         settings, memory, images = self._with_all_images()
         ids = None if class_name is None else of_class(images, class_name, memory)
-        held_out = _held_out(self.here, images, test) if test else None
+        held_out = self.here.held_out(images, test) if test else None
         return audit(memory, settings.fitting(), fraction=fraction, ids=ids, held_out=held_out, seed=seed)
 
     def export(
@@ -297,7 +303,7 @@ class Run:
         check_out(None if hub else out)
         taken = audited_gain(memory.state) if gain else None
         if held_out is not None:
-            taken = left_out_gain(memory, _held_out(self.here, images, held_out))
+            taken = left_out_gain(memory, self.here.held_out(images, held_out))
         if taken is not None and taken < 1 and not exact_head:
             raise InputError(
                 f"the gain is {taken:.2f}, and one below 1 draws the answer back towards what was forgotten. Export "
@@ -317,31 +323,8 @@ class Run:
         may name among the images."""
         settings, memory, images = self._with_all_images()
         forget = forgotten(images, memory, ids(images) if ids else None)
-        held_out = _held_out(self.here, images, test)
+        held_out = self.here.held_out(images, test)
         problem = Problem(memory, forget, settings.fitting())
         other = problem.recipe.seed + 1 if seed is None else seed
         methods = references(other, retrained, problem.recipe.seed)
-        return compare(problem, held_out, methods, answered=_answers(memory))[0]
-
-
-def _answers(memory: Memory) -> dict[str, dict[str, Tensor]]:
-    """The memory's parameters, and every way to finish them that it has."""
-    gains = {"": False, "_gain": True} if memory.audit else {"": False}
-    heads = {"": False, "_exact_head": True} if memory.state.head_shortfall is not None else {"": False}
-    return {
-        f"fastntk{gained}{headed}": finished(memory, gain=gain, exact_head=head)
-        for headed, head in heads.items()
-        for gained, gain in gains.items()
-    }
-
-
-def _held_out(settings: Settings, images: Images, test: str | None) -> Dataset:
-    """The test images: of ``test``, or the test split of the run's own data.
-
-    Raises:
-        InputError: the run's own data have no test split, so that the training images would be taken.
-    """
-    held_out = settings.images(images.preprocessing, test, split="test")
-    if test is None and torch.equal(held_out.labels, images.labels) and torch.equal(held_out[0][0], images[0][0]):
-        raise InputError(f"{settings.data} has no test split. Give images that the model was not fitted to: --test.")
-    return in_memory(held_out)
+        return compare(problem, held_out, methods, answered=every_way(memory))[0]

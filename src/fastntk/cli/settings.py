@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 
 from fastntk.common.errors import InputError
-from fastntk.common.files import read_json
+from fastntk.common.files import file_digest, read_json
 from fastntk.common.formats import Format, sealed, unchanged, unsealed
-from fastntk.inputs.images import Images, Preprocessing
+from fastntk.inputs.images import Images, Preprocessing, in_memory
 from fastntk.inputs.sources import load_data
 from fastntk.tuning.losses import loss_from
 from fastntk.tuning.recipe import Recipe
@@ -153,3 +154,20 @@ class Settings:
         """
         found = load_data(source or self.data, preprocessing, split=split, root=self.root, id_column=self.id_column)
         return found.under(self.classes)
+
+    def held_out(self, images: Images, test: str | None) -> Dataset:
+        """The test images: of ``test``, or the test split of the run's own data, whose training ``images`` these are.
+
+        Raises:
+            InputError: the run's own data have no test split, so that the training images would be taken.
+        """
+        found = self.images(images.preprocessing, test, split="test")
+        if test is None and torch.equal(found.labels, images.labels) and torch.equal(found[0][0], images[0][0]):
+            raise InputError(f"{self.data} has no test split. Give images that the model was not fitted to: --test.")
+        return in_memory(found)
+
+    def check_files(self, folder: Path) -> None:
+        """Raises ``InputError`` that names the first of the run's files which is missing or damaged."""
+        for name, expected in self.files.items():
+            if file_digest(folder / name) != expected:
+                raise InputError(f"{folder / name} is damaged. Restore it from a backup, or fit again.")

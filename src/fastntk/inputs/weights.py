@@ -1,8 +1,8 @@
 """Weights in local files: read without running code, fitted to a model, renamed by order, written."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from fastntk.common.errors import InputError, reason
 from fastntk.common.files import write, write_tensors
 from fastntk.inputs.heads import head_parameters
+
+_T = TypeVar("_T")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -82,15 +84,15 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, with_head: bo
     """Copy a state dict into ``model``, in place. A prefix that all its names have (``module.`` of DataParallel,
     ``_orig_mod.`` of torch.compile) and the model's have not is left out.
 
-    Unless ``with_head``, the head may be missing or of another shape and then stays as it is.
+    One that all the model's names have and the state's have not (``model.`` of ``fastntk.Logits``) is added. Unless
+    ``with_head``, the head may be missing or of another shape and then stays as it is.
 
     Raises:
         InputError: another tensor is missing, too many or of another shape.
     """
     heads = [] if with_head else head_parameters(model)
     wanted = model.state_dict()
-    while not set(state) & set(wanted) and len({name.partition(".")[0] for name in state}) == 1 and "." in min(state):
-        state = {name.partition(".")[2]: tensor for name, tensor in state.items()}
+    state = named_as(wanted, state)
     usable = {
         name: tensor
         for name, tensor in state.items()
@@ -117,6 +119,20 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, with_head: bo
                 f"{list(wanted[name].shape)}."
             )
     model.load_state_dict(usable, strict=False)
+
+
+def named_as(wanted: Collection[str], given: Mapping[str, _T]) -> Mapping[str, _T]:
+    """What is given, without a prefix that all its names have and none of the wanted, or with one that all of these
+    have and none of its."""
+    named = dict(given)
+    while not set(named) & set(wanted) and len({name.partition(".")[0] for name in named}) == 1 and "." in min(named):
+        named = {name.partition(".")[2]: each for name, each in named.items()}
+    if set(named) & set(wanted):
+        return named
+    first, dot, _ = min(wanted, default="").partition(".")
+    added = {f"{first}{dot}{name}": each for name, each in given.items()}
+    shared = dot and all(name.startswith(f"{first}.") for name in wanted)
+    return added if shared and set(added) & set(wanted) else given
 
 
 def _in_head(name: str, heads: Sequence[str]) -> bool:

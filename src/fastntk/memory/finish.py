@@ -99,3 +99,14 @@ def _with_head(state: State, parameters: Mapping[str, Tensor], without: Iterable
         )
     center = state.layout.unflatten(state.center, state.anchor)
     return new_head(state.network, parameters, center, retain.tolist(), state.ridge, state.head_shortfall)
+
+
+def every_way(memory: Memory) -> dict[str, dict[str, Tensor]]:
+    """The memory's parameters, and every way to finish them that it has."""
+    gains = {"": False, "_gain": True} if memory.audit else {"": False}
+    heads = {"": False, "_exact_head": True} if memory.state.head_shortfall is not None else {"": False}
+    return {
+        f"fastntk{gained}{headed}": finished(memory, gain=gain, exact_head=head)
+        for headed, head in heads.items()
+        for gained, gain in gains.items()
+    }
