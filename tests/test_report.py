@@ -15,7 +15,7 @@ import fastntk
 from fastntk.evidence import metrics
 from fastntk.evidence.drawings import draw
 from fastntk.evidence.measures import MEASURES, PARTS, Subject, shown
-from fastntk.evidence.pages import write_report
+from fastntk.evidence.pages import html, write_report
 from fastntk.evidence.report import document
 
 LOGITS = torch.tensor([[3.0, 1.0, 0.0], [0.0, 2.0, 5.0], [1.0, 0.0, -1.0]])
@@ -195,3 +195,15 @@ def test_no_drawing_has_a_forgotten_image_s_own_margin():
         drawn = {round(float(x), 6) for line in axes.lines for x in line.get_xdata()}
         assert not drawn & own
         assert all(len(line.get_xdata()) <= 2 for line in axes.lines)
+
+
+def test_the_demo_s_page_tells_a_story_first():
+    _, _, report = reported()
+    rows = {name: {**row, "seconds": 1.25} for name, row in report.rows.items()}
+    rows["fastntk_exact_head"] = {**rows["fastntk"], "forget_accuracy": 7.0, "probability_ratio": 1.06}
+    logits = {**report.logits, "fastntk_exact_head": report.logits["fastntk"]}
+    told = replace(report, rows=rows, logits=logits)
+    text = html("A network forgets every 3", {"class": told, "random": told}, {}, "demo.html")
+    assert text.index("The memory.") < text.index("7 %") < text.index("1.06 times") < text.index("Request: class")
+    assert not re.search(r"""(src|href)=["']https?:""", text)
+    assert "The memory." not in html("Another", {"class": told}, {})

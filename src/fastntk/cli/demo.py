@@ -40,5 +40,5 @@ def run(out: Path, device: torch.device | str = "cpu", seed: int = 0) -> tuple[d
         methods = references(seed + 1) | one_shot()
         reports[name], notes = compare(problem, held_out, methods, fitted.seconds)
         verdicts[name] = notes["fastntk"]
-    write_report(out, "Forgetting MNIST digits with EfficientNet-Lite0", reports, verdicts)
+    write_report(out, "A network forgets every 3", reports, verdicts, "demo.html")
     return reports, verdicts

@@ -32,16 +32,18 @@ def svg(figure: Figure) -> str:
     return text.getvalue()[text.getvalue().index("<svg") :]
 
 
-def write_report(folder: Path, title: str, reports: Mapping[str, Report], notes: Mapping[str, str]) -> None:
+def write_report(
+    folder: Path, title: str, reports: Mapping[str, Report], notes: Mapping[str, str], template: str = "report.html"
+) -> None:
     """``report.json``, ``report.html`` and a drawing a report in ``folder``; ``notes`` stand above the tables."""
     write_json(folder / "report.json", document(reports))
     for name, report in reports.items():
         drawing = svg(draw(report))
         write(folder / f"{name}.svg", lambda file, text=drawing: file.write_text(text))  # type: ignore[misc]
-    write(folder / "report.html", lambda file: file.write_text(html(title, reports, notes)))
+    write(folder / "report.html", lambda file: file.write_text(html(title, reports, notes, template)))
 
 
-def html(title: str, reports: Mapping[str, Report], notes: Mapping[str, str]) -> str:
+def html(title: str, reports: Mapping[str, Report], notes: Mapping[str, str], template: str = "report.html") -> str:
     """A page without outside references: per scenario the table, the accuracies and the margins as drawings. Costly
     measures have a column where they were taken."""
     rows = [row for report in reports.values() for row in report.rows.values()]
@@ -62,5 +64,5 @@ def html(title: str, reports: Mapping[str, Report], notes: Mapping[str, str]) ->
         }
         for name, report in reports.items()
     ]
-    content = {"title": title, "columns": list(columns.values()), "sections": sections}
-    return page("report.html", **content, environment=environment())
+    content = {"title": title, "reports": reports, "columns": list(columns.values()), "sections": sections}
+    return page(template, **content, environment=environment())
