@@ -42,12 +42,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         source = copied(place / "source", arguments.site)
-        shutil.rmtree(arguments.out, ignore_errors=True)
-        run([sys.executable, "-m", "build", "--outdir", arguments.out.absolute(), source], place)
-        built = sorted(arguments.out.iterdir())
+        out = arguments.out.absolute()
+        shutil.rmtree(out, ignore_errors=True)
+        run([sys.executable, "-m", "build", "--outdir", out, source], place)
+        built = sorted(out.iterdir())
         run([sys.executable, "-m", "twine", "check", "--strict", *built], place)
         [wheel] = (each for each in built if each.suffix == ".whl")
-        print(json.dumps({"built": [each.name for each in built], **tried(wheel.absolute(), place)}))
+        print(json.dumps({"built": [each.name for each in built], **tried(wheel, place)}))
 
 
 def copied(place: Path, site: str | None) -> Path:
