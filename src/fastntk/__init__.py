@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from fastntk.memory.certificate import Certificate as Certificate
     from fastntk.memory.copies import copies as copies
     from fastntk.memory.copies import near_copies as near_copies
+    from fastntk.memory.exact import Removal as Removal
+    from fastntk.memory.exact import fit_exact as fit_exact
     from fastntk.memory.finish import amplified as amplified
     from fastntk.memory.finish import exact_head as exact_head
     from fastntk.memory.finish import finished as finished
@@ -85,6 +87,7 @@ _HOMES = {
     "memory.audit": ["Audit"],
     "memory.certificate": ["Answer", "Certificate"],
     "memory.copies": ["copies", "near_copies"],
+    "memory.exact": ["Removal", "fit_exact"],
     "memory.finish": ["amplified", "exact_head", "finished"],
     "memory.memory": ["Memory", "load", "prepare", "refresh"],
     "memory.plan": ["Plan", "plan"],

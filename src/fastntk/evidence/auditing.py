@@ -70,6 +70,7 @@ def audit(
             parameters than the tuned ones, or the two retrained models are equal.
     """
     state = memory.state
+    state.check_anchored("there is nothing to audit: use fastntk verify")
     unseen = _checked(state, recipe, held_out, seed)
     drawn = state.members.positions(_drawn(memory, fraction, seed) if ids is None else ids)
     if not len(drawn):

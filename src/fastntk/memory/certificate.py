@@ -25,7 +25,7 @@ saw the class has none."""
 _OF_SAMPLES = "salt", "doubt", "still", "copies"
 """What a certificate says that is in no ledger."""
 
-VERDICTS = "trusted", "exact head needed", "refresh needed", "retrain needed"
+VERDICTS = "exact", "trusted", "exact head needed", "refresh needed", "retrain needed"
 """Of a certificate; see ``Certificate.verdict``."""
 
 
@@ -74,6 +74,9 @@ class Certificate:
         copies: how many of the samples that stay have the very pixels of one that was forgotten; None where nothing
             was, and where a memory was prepared before that was kept. It is in no ledger: beside the folder it would
             tell something of an image that is gone.
+        exact: whether the weights are those of the same procedure on what stays (``fastntk.memory.exact``).
+        gradient: the norm of what is left of the objective's gradient. The parameters are within that over the ridge of
+            the optimum, in norm, since the objective is convex beyond the ridge.
     """
 
     request: str
@@ -98,6 +101,8 @@ class Certificate:
     still: float | None = None
     doubt: float | None = None
     copies: int | None = None
+    exact: bool = False
+    gradient: float | None = None
 
     @property
     def limits(self) -> tuple[float, float]:
@@ -117,6 +122,8 @@ class Certificate:
         earlier requests have moved the parameters, a refresh linearises the network anew where they are now; if not,
         this request alone is too much for a linear prediction.
         """
+        if self.exact:
+            return "exact" if self.inexactness <= self.limit else "retrain needed"
         if not self.inexactness <= self.limit:
             return "refresh needed"
         if self.audit and not self.audit.passed:
@@ -132,11 +139,13 @@ class Certificate:
     @property
     def trusted(self) -> bool:
         """Whether the verdict is that."""
-        return self.verdict == "trusted"
+        return self.verdict in ("exact", "trusted")
 
     @property
     def explanation(self) -> str:
         """The verdict with its reasons, in a sentence or two."""
+        if self.exact:
+            return self._exactly
         advice = {
             "trusted": "",
             "exact head needed": " Finish the answer with an exact head (export --exact-head), or retrain.",
@@ -157,6 +166,16 @@ class Certificate:
             f"solve is exact to {self.inexactness:.0e} of its gradient over all {self.retained:,} others (limit "
             f"{self.limit:.0e}){self._left}; {audited}.{self._doubt}"
             f"{advice[self.verdict]}"
+        )
+
+    @property
+    def _exactly(self) -> str:
+        left, away = self.gradient or 0.0, (self.gradient or 0.0) / self.ridge
+        return (
+            f"{self.verdict}: the weights are those that the same fit gives on the {self.retained:,} samples that "
+            f"stay, by construction and not by a measurement. Of the gradient {left:.1e} is left, so they are within "
+            f"{away:.1e} of that optimum, in the norm of all tuned parameters (the solve is exact to "
+            f"{self.inexactness:.0e}, limit {self.limit:.0e}){self._left}."
         )
 
     @property

@@ -45,6 +45,8 @@ def finished(
         InputError: there is no audit for the gain, or no exact head (see ``exact_head``).
     """
     state, done = memory.state, dict(memory.parameters if parameters is None else parameters)
+    if gain is not False or exact_head:
+        state.check_anchored("a gain or another head would make them others")
     if gain is not False:
         found = audited_gain(state) if gain is True else float(gain)
         if not 0 < found < float("inf"):

@@ -146,6 +146,7 @@ def refreshed(state: State, checkpoint: Path | None) -> State:
     Raises:
         InputError: a member is missing in the data source or has changed.
     """
+    state.check_anchored("there is no anchor to be moved")
     state.check_complete()
     jacobian = PerSampleJacobian(state.model, state.parameters, state.layout)
     members = Members(state.members.source, state.members.ids)

@@ -74,6 +74,7 @@ def draft(state: State, kind: str, ids: Iterable[Id], started: float) -> Draft:
         state, positions = state.with_members(members), torch.arange(before, len(members))
     else:
         positions = state.members.positions(ids)
+        _check_outside_core(state, positions)
     state, update, inexactness = _update(state, positions, SIGNS[kind])
     joined = None
     if SIGNS[kind] > 0:
@@ -83,6 +84,17 @@ def draft(state: State, kind: str, ids: Iterable[Id], started: float) -> Draft:
     parameters = state.layout.unflatten(vector, state.anchor)
     certificate = _certificate(state, kind, update, parameters, inexactness)
     return Draft(state, kind, update, vector, joined, Answer(parameters, time.perf_counter() - started, certificate))
+
+
+def _check_outside_core(state: State, positions: Int[Tensor, " some"]) -> None:
+    """Raises ``InputError`` for a sample that an exact fit began from."""
+    if state.core is None:
+        return
+    for position in positions[torch.isin(positions, state.core)].tolist():
+        raise InputError(
+            f"sample {state.members.by_position[position]!r} is of the core, which this fit began from and cannot "
+            "forget. Fit again with a core without it; no other answer would be exact."
+        )
 
 
 def replayed(state: State, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> State:
@@ -169,6 +181,8 @@ def _certificate(
         hashes=hashed((state.members.by_position[position] for position in asked), salt),
         audit=state.audit,
         copies=None if copies is None else len(copies),
+        exact=state.core is not None,
+        gradient=inexactness * state.ridge * float((state.vector + change - state.center).norm()),
     )
 
 

@@ -47,6 +47,8 @@ class State:
         made: how the memory was made, for replay: versions and options.
         tail: the share of the loss's gradient at the anchor, beside a probability's 1, that is of classes which the
             solution keeps no rows of: a mean over the first samples; 0 where all are kept.
+        core: in a fit that forgets exactly (``fastntk.memory.exact``), the positions of those who cannot be forgotten;
+            None in any other.
         audit: the latest one since the network was linearised, or None. It is in the ledger, not among what is kept.
     """
 
@@ -60,6 +62,7 @@ class State:
     calibration: Calibration | None = field(metadata=_CALIBRATION)
     made: Mapping[str, Any] = field(metadata=_PLAIN)
     tail: float = field(metadata=_PLAIN)
+    core: Int[Tensor, " core"] | None = field(default=None, metadata=_OPTIONAL)
     audit: Audit | None = None
 
     @property
@@ -111,6 +114,13 @@ class State:
     def positions(self) -> Int[Tensor, " members"]:
         """Of the members."""
         return self.members.present.nonzero()[:, 0]
+
+    def check_anchored(self, what: str) -> None:
+        """Raises ``InputError`` where answers are exact: what an anchored answer asks for has no place there."""
+        if self.core is not None:
+            raise InputError(
+                f"this fit forgets exactly: its weights are those that it gives on what stays, and {what}."
+            )
 
     def with_members(self, members: Members) -> "State":
         """The same with other members, or the same ones over another data source."""

@@ -1,0 +1,161 @@
+"""A fit that forgets exactly, by construction: the samples that may be asked for enter by a convex problem alone.
+
+A core B that nobody will ask to forget is fitted in the ordinary way, which gives ``theta_B``. With the other samples S
+
+    theta(S) = theta_B + argmin_d  sum_{B and S} l(f_i + J_i d, t_i) + ridge/2 |d + u|^2        f_i, J_i at theta_B
+
+These are ordinary weights of the network. To forget F is ``theta(S without F)``, which is what this procedure gives on
+the data that stay: there is no anchor that has seen F, no gain, and no distance. Whatever is chosen by looking at data
+(the ridge, how many classes a sample keeps) is chosen on the core's images alone.
+
+``u`` is 0, or noise: with ``b = ridge u`` drawn from ``N(0, (c e' / eps)^2)``, ``c = sqrt(2 log(1.5 / delta))`` and
+e' a bound on the norm of the gradient that is left, forgetting is an (eps, delta) certified removal (Guo et al. 2020,
+arXiv 1911.03030, Theorem 3, where this is the second case): whoever sees the weights can hardly tell them from those of
+the optimum on what stays.
+
+Sources: for linearised networks as models, Achille et al. 2020 (LQF, arXiv 2012.11140); for a core that is not
+forgotten, Golatkar et al. 2020 (mixed-privacy forgetting, arXiv 2012.13431).
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Subset, TensorDataset
+
+from fastntk.common.errors import InputError
+from fastntk.common.machine import settle
+from fastntk.inputs.batches import item
+from fastntk.inputs.ids import Id
+from fastntk.jacobians.linearised import FIRST, Linearised, enough
+from fastntk.jacobians.numerics import Numerics
+from fastntk.memory.members import Members
+from fastntk.memory.memory import Memory
+from fastntk.memory.prepare import linearised, prepared, pull_of
+from fastntk.memory.state import State
+from fastntk.tuning.fitting import fit
+from fastntk.tuning.recipe import Recipe
+
+FACTOR = 1e-2
+"""Of the mean diagonal of the kernel over the core: the ridge, if nothing is said (docs/exact.md)."""
+
+
+class Removal(NamedTuple):
+    """What certified removal is asked for: ``P[A] <= e^eps P'[A] + delta`` for every set A of weights, and likewise the
+    other way round."""
+
+    eps: float
+    delta: float
+
+
+def fit_exact(
+    model: nn.Module,
+    train: Dataset,
+    core: Iterable[Id] | Dataset,
+    recipe: Recipe = Recipe(),
+    *,
+    fitted: bool = False,
+    ridge: float | str = "auto",
+    classes: int | str = "auto",
+    removal: Removal | None = None,
+    checkpoint: Path | str | None = None,
+    numerics: Numerics = Numerics(),
+) -> Memory:
+    """Fit ``model`` to the core, in place, and solve for the rest; from then on every answer is exact.
+
+    Args:
+        model: in eval mode, with the tuned parameters requiring gradients. It ends at ``theta_B``; the weights to serve
+            are ``memory.parameters``.
+        train: B and S, a map-style dataset.
+        core: the ids of B; or, if ``fitted``, the images that ``theta_B`` was fitted to, which may be of other classes:
+            they are then not in the sum.
+        recipe: how the core is fitted; its loss is l.
+        fitted: whether the model is at ``theta_B`` already.
+        ridge: a total, or ``"auto"``: ``FACTOR`` of the kernel's mean diagonal over the core.
+        classes: of each sample that rows are kept of: a number, ``"all"``, or ``"auto"``: enough for the core.
+        removal: add noise for certified removal. It is drawn by the system and not by the seed, and is in the folder.
+        checkpoint, numerics: as for ``fastntk.prepare``.
+
+    Raises:
+        InputError: the core is empty or unknown, or everything; or like ``fit`` and ``prepare``.
+    """
+    settle()
+    if isinstance(core, Dataset):
+        if not fitted:
+            raise InputError("a core of other data must be fitted already: fitted=True, with a head for these classes.")
+        positions, images = torch.zeros(0, dtype=torch.long), core
+    else:
+        positions = Members(train).positions(core)
+        images = Subset(train, positions.tolist())
+    if not len(images):  # type: ignore[arg-type]
+        raise InputError("the core is empty. Name samples that nobody will ask to forget.")
+    if not fitted:
+        fit(model, images, recipe)
+    network = linearised(model, train, recipe.loss, numerics)
+    chosen = chosen_on(network, images, ridge, classes)
+    return Memory(_solved(network, positions, chosen, removal, checkpoint))
+
+
+class Chosen(NamedTuple):
+    """What is chosen on the core: the total ridge, and how many classes a sample keeps."""
+
+    ridge: float
+    classes: int
+
+
+def chosen_on(network: Linearised, core: Dataset, ridge: float | str, classes: int | str) -> Chosen:
+    """What is not given, from the first images of the core and the network's own predictions on them: the labels are
+    not looked at, so the core may be of other classes."""
+    pull_of(ridge, 1.0)
+    count = min(FIRST, len(core))  # type: ignore[arg-type]
+    images = torch.stack([item(core, place)[0] for place in range(count)])
+    labels = torch.cat([network.logits(part.to(network.device)).argmax(1).cpu() for part in images.split(64)])
+    few = replace(network, train=TensorDataset(images, labels))
+    kept = enough(few) if classes == "auto" else network.classes if classes == "all" else classes
+    if ridge != "auto":
+        return Chosen(float(ridge), int(kept))
+    rows = replace(few, keep=int(kept)).rows(range(count), "the core")
+    scale = rows.mean_diagonal(torch.float64, rows.jacobian.rest.device)
+    return Chosen(FACTOR * scale, int(kept))
+
+
+def _solved(
+    network: Linearised,
+    core: Int[Tensor, " core"],
+    chosen: Chosen,
+    removal: Removal | None,
+    checkpoint: Path | str | None,
+) -> State:
+    here = network.layout.flatten(network.jacobian.parameters).double()
+    bound = chosen.ridge * _LEFT
+    center = here - (0 if removal is None else noise(removal, bound, len(here)).to(here) / chosen.ridge)
+    initial = network.layout.unflatten(center, network.jacobian.parameters)
+    pull = {**pull_of(chosen.ridge, 1.0), "form": "convex", "classes": chosen.classes}
+    state = prepared(network, initial, {**pull, **_DRAWN}, checkpoint)
+    state = replace(state, solution=state.solution.ready())
+    return replace(state, vector=here + state.solution.step, head_shortfall=None, core=core)
+
+
+_DRAWN = {"witnesses": 24, "seed": 0}  # retained samples that look at every answer
+
+_LEFT = 1e-6  # of the ridge: the norm of the gradient that noise is drawn for
+
+
+def noise(removal: Removal, bound: float, size: int) -> Float[Tensor, " size"]:
+    """b, from the system's own randomness.
+
+    Raises:
+        InputError: eps is not positive, or delta not between 0 and 1.
+    """
+    eps, delta = removal
+    if not (eps > 0 and 0 < delta < 1):
+        raise InputError(f"certified removal needs eps above 0 and delta between 0 and 1, not {eps} and {delta}.")
+    generator = torch.Generator()
+    generator.seed()
+    sigma = math.sqrt(2 * math.log(1.5 / delta)) * bound / eps
+    return sigma * torch.randn(size, generator=generator, dtype=torch.float64)

@@ -1,0 +1,145 @@
+"""A fit that forgets exactly: what it has forgotten, it is as if it had never been given."""
+
+import copy
+
+import pytest
+import torch
+from cases import CASES
+from test_memory import close
+from torch.func import functional_call, jacrev
+from torch.utils.data import Subset, TensorDataset
+
+import fastntk
+from fastntk.memory.exact import Removal, chosen_on, fit_exact, noise
+from fastntk.memory.prepare import linearised
+from fastntk.tuning.parameters import snapshot, tuned
+
+CORE = [0, 1, 2, 3, 4]
+RECIPE = fastntk.Recipe(epochs=3, batch_size=2, learning_rate=1e-2)
+LOSSES = [fastntk.CrossEntropy(), fastntk.CrossEntropy(smoothing=0.1), fastntk.SquaredLoss()]
+
+
+class Named(TensorDataset):
+    """Samples that keep their names whoever else is there."""
+
+    def __init__(self, names):
+        images, labels = (tensor[list(names)] for tensor in CASES["bn+head"].data().tensors)
+        super().__init__(images, labels)
+        self.ids = list(names)
+
+
+def made(names=range(14), loss=LOSSES[0], **more):
+    recipe = fastntk.Recipe(epochs=3, batch_size=2, learning_rate=1e-2, loss=loss)
+    return fit_exact(CASES["bn+head"].model(), Named(names), CORE, recipe, **more)
+
+
+def without(*gone):
+    return [each for each in range(14) if each not in gone]
+
+
+@pytest.mark.parametrize("classes", ["auto", "all"])
+@pytest.mark.parametrize("loss", LOSSES, ids=str)
+def test_the_weights_are_those_of_the_fit_on_what_stays(loss, classes, tmp_path):
+    """After one request, after several in any order, a purge, and learning and forgetting again."""
+    memory, never = made(loss=loss, classes=classes), made(without(7, 9), loss, classes=classes)
+    memory.save(tmp_path / "m")
+    answer = memory.forget([7, 9])
+    close(answer.parameters, never.parameters, 1e-9)
+    assert answer.certificate.verdict == "exact"
+    memory.remember([9])
+    memory.forget([12])
+    memory.purge()
+    again = fastntk.load(tmp_path / "m", memory.model, Named(range(14)))
+    again.forget([9])
+    again.remember([12])
+    close(again.parameters, never.parameters, 1e-8)
+    again.remember([7])
+    again.remember([9])
+    close(again.parameters, made(loss=loss, classes=classes).parameters, 1e-8)
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=str)
+def test_they_are_the_optimum(loss):
+    """The objective's gradient, by dense Jacobians of the core's model, is as small as the certificate says."""
+    memory = made(loss=loss, classes="all")
+    certificate = memory.forget([8]).certificate
+    data, anchor = Named(without(8)), memory.anchor
+    images, labels = data.tensors
+    dense = jacrev(lambda parameters: functional_call(memory.model, parameters, (images,)))(anchor)
+    logits = functional_call(memory.model, anchor, (images,)).detach()
+    change = {name: memory.parameters[name] - anchor[name] for name in anchor}
+    moved = sum((dense[name].flatten(2) @ change[name].flatten()) for name in anchor)
+    residual = loss.residual(logits + moved.detach(), labels)
+    parts = [
+        memory.ridge * change[name].flatten() - torch.einsum("nc,ncp->p", residual, dense[name].flatten(2))
+        for name in anchor
+    ]
+    norm = float(torch.cat(parts).norm())
+    assert norm <= 2 * certificate.gradient + 1e-9 * memory.ridge
+    assert certificate.gradient <= 1e-8 * memory.ridge * float(
+        torch.cat([each.flatten() for each in change.values()]).norm()
+    )
+
+
+def test_what_is_chosen_rests_on_the_core_alone():
+    """Whatever the other samples are, and whatever the core's labels are."""
+    model, loss = CASES["bn+head"].model(), LOSSES[0]
+    network = linearised(model, Named(range(14)), loss, fastntk.Numerics())
+    found = chosen_on(network, Subset(Named(range(14)), CORE), "auto", "auto")
+    other = linearised(model, Named([*CORE, 13]), loss, fastntk.Numerics())
+    images, labels = Named(CORE).tensors
+    assert chosen_on(other, TensorDataset(images, (labels + 1) % 3), "auto", "auto") == found
+    assert chosen_on(other, Named(CORE), 0.25, 2) == (0.25, 2)
+    assert made(without(6)).ridge == made().ridge
+
+
+def test_a_model_that_stands_at_the_core_already():
+    """And a core of other images, of which no class is known."""
+    model, data = CASES["bn+head"].model(), Named(range(14))
+    before = snapshot(tuned(model))
+    memory = fit_exact(model, data, Named(CORE), RECIPE, fitted=True)
+    close(memory.anchor, before, 0)
+    close(
+        memory.forget([0, 9]).parameters,
+        fit_exact(model, Named(without(0, 9)), Named(CORE), RECIPE, fitted=True).parameters,
+        1e-9,
+    )
+
+
+def test_what_has_no_place_is_refused():
+    memory = made()
+    state = memory.state
+    for ids in ([2], [8, 2]):
+        with pytest.raises(fastntk.InputError, match="sample 2 is of the core"):
+            memory.forget(ids)
+    for call, why in (
+        (lambda: fastntk.refresh(memory), "no anchor to be moved"),
+        (lambda: fastntk.exact_head(memory), "would make them others"),
+        (lambda: fastntk.finished(memory, gain=2.0), "would make them others"),
+        (lambda: fastntk.audit(memory, RECIPE), "nothing to audit"),
+    ):
+        with pytest.raises(fastntk.InputError, match=f"forgets exactly.*{why}"):
+            call()
+    assert memory.state is state
+    with pytest.raises(fastntk.InputError, match="the core is empty"):
+        fit_exact(CASES["bn+head"].model(), Named(range(14)), [], RECIPE)
+    with pytest.raises(fastntk.InputError, match="must be fitted already"):
+        fit_exact(CASES["bn+head"].model(), Named(range(14)), Named(CORE), RECIPE)
+
+
+def test_noise_for_certified_removal(tmp_path):
+    """Of the scale that the theorem asks for, in the objective; it costs nothing, and requests keep it."""
+    asked = Removal(1.0, 1e-5)
+    drawn = noise(asked, 3.0, 200_000)
+    assert float(drawn.std()) == pytest.approx(3.0 * (2 * torch.log(torch.tensor(1.5e5))).sqrt().item(), rel=0.02)
+    assert not torch.equal(drawn, noise(asked, 3.0, 200_000))
+    for eps, delta in ((0.0, 0.1), (1.0, 0.0), (1.0, 1.0)):
+        with pytest.raises(fastntk.InputError, match="eps above 0 and delta between"):
+            noise(Removal(eps, delta), 1.0, 3)
+    memory, plain = made(removal=asked), made()
+    assert memory.state.displacement.norm() > 0
+    close(memory.parameters, plain.parameters, 1e-4)
+    with_noise = copy.deepcopy(memory.state.displacement)
+    certificate = memory.forget([8]).certificate
+    assert torch.equal(memory.state.displacement, with_noise)
+    assert certificate.gradient <= 1e-6 * memory.ridge
