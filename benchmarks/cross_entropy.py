@@ -31,7 +31,7 @@ from itertools import combinations
 from pathlib import Path
 from statistics import mean, stdev
 
-from exact import linear_model, peak_gib, solved_independently
+from exactness import linear_model, peak_gib, solved_independently
 from fastntk.metrics import accuracy, label_probability, logit_distance, probability_distance
 from pretrained import cifar, fingerprint, mobilenet_v2, vit_s14
 from rich.console import Console

@@ -1,135 +1,223 @@
-"""How exact the convex form is, against solvers that know nothing of it, and what it holds at the most.
+"""A fit that forgets exactly (fastntk.fit_exact): is it, what does it cost in accuracy, and what in time?
 
-    python benchmarks/exact.py                 both figures of exactness, and the peak at 10, 100 and 1,000 classes
-    python benchmarks/exact.py --peak 1000     the peak of preparing, in GiB, and the seconds
+    python benchmarks/exact.py --quick --data cifar10.npz      MobileNetV2, one head, 40 images a class, in ten minutes
+    python benchmarks/exact.py --data cifar10.npz [--only mobilenet_v2-50-0]
 
-Exactness is the largest difference of a parameter over the largest parameter's change since before fitting. The peak is
-of ResNet-18 with random weights on 1,000 random images of 64 px with random labels, batch norms and head tuned, four
-classes a sample kept.
+The .npz holds x_train, y_train, x_test, y_test. Batch norms and head are tuned (ViT: ten prompts and the head) on 100
+images a class, for 12 epochs of cross-entropy; the core is a share of each class, the others enter by the convex
+problem.
+
+same       how far the weights after forgetting are from those of the same procedure on what stays, as a share of the
+           weights' norm: after one request (a tenth of the others), after 100 in any order, after a purge and opening
+           the folder again, after learning some of them again and forgetting them
+accuracy   on test images: of the core alone, of the exact fit, and of an ordinary fit to everything
+u-lira     the share that the attack places rightly of images that were forgotten and of models that never had them,
+           with so many models a side, each of another half of the others; with a 95 % interval by the bootstrap over
+           images
+seconds    of one process; retrain is an ordinary fit to everything
+
+Results are kept under --out, setting by setting; the last line is JSON.
 """
 
 import argparse
 import json
-import subprocess
-import sys
 import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
-import numpy as np
 import torch
-from scipy.optimize import minimize
-from sklearn.linear_model import LogisticRegression
-from torch import Tensor, nn
-from torch.func import functional_call, jacrev
-from torch.utils.data import TensorDataset
+from cross_entropy import MODELS
+from fastntk.metrics import accuracy, log_odds, ulira
+from pretrained import cifar, fingerprint
+from rich.console import Console
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
 
 import fastntk
-from fastntk.common.machine import peak_memory, settle
-from fastntk.inputs.libraries import timm
-from fastntk.jacobians.layout import Layout
+from fastntk.common.files import read_json, writable, write_json
+from fastntk.common.machine import settle
+from fastntk.inputs.batches import labels_of
+from fastntk.memory.exact import fit_exact
+from fastntk.tuning.outputs import logits_of, model_at
 
-LOSS = fastntk.CrossEntropy()
+RECIPE = fastntk.Recipe(loss=fastntk.CrossEntropy())
+NAMES = ("mobilenet_v2", "efficientnet_lite0", "vit_s14")
 
 
-def linear_model(ridge: float = 0.7) -> float:
-    """A linear model at its optimum, after each of several requests, in two orders: how far it is from scikit-learn's
-    logistic regression of the samples that are left."""
+@dataclass(frozen=True)
+class Setting:
+    """A network, the core's share in percent, and a head."""
+
+    model: str
+    core: int
+    head: int
+
+    def __str__(self) -> str:
+        return f"{self.model}-{self.core}-{self.head}"
+
+
+class Case:
+    """A setting's data and model, and fits of it."""
+
+    def __init__(self, setting: Setting, data: Path, per_class: int) -> None:
+        self.setting = setting
+        self.make, self.select = MODELS[setting.model]
+        _, preprocessing = self.make(setting.head, 10)
+        self.train, self.test = cifar(data, preprocessing, per_class)
+        labels = labels_of(self.train)
+        own = [(labels == c).nonzero()[:, 0].tolist() for c in range(10)]
+        self.core = sorted(place for each in own for place in each[: round(len(each) * setting.core / 100)])
+        self.others = [place for place in range(len(labels)) if place not in set(self.core)]
+
+    def model(self) -> torch.nn.Module:
+        """Before any fit."""
+        model, _ = self.make(self.setting.head, 10)
+        fastntk.tune(model, *self.select)
+        return model
+
+    def exact(self, model: torch.nn.Module, others: Sequence[int], fitted: bool = True) -> fastntk.Memory:
+        """The exact fit on the core and some others."""
+        return fit_exact(model, _named(self.train, [*self.core, *others]), self.core, RECIPE, fitted=fitted)
+
+    def accuracy(self, model: torch.nn.Module, parameters: dict[str, Tensor]) -> float:
+        """On the test images."""
+        return accuracy(logits_of(model_at(model, parameters), self.test, "cpu"), labels_of(self.test))
+
+
+def _named(data: Dataset, places: Sequence[int]) -> Dataset:
+    """Some of the samples, under the names that they have among all."""
+    some = Subset(data, sorted(places))
+    some.ids = sorted(places)  # type: ignore[attr-defined]
+    return some
+
+
+def distance(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
+    """Relative, of all weights together."""
+    a, b = (torch.cat([each[name].double().flatten() for name in left]) for each in (left, right))
+    return float((a - b).norm() / b.norm())
+
+
+def measured(case: Case, thoroughly: bool, folder: Path, models: int) -> dict[str, object]:
+    """One setting, as a record."""
+    model, seconds = case.model(), {}
+    started = time.perf_counter()
+    fastntk.fit(model, Subset(case.train, case.core), RECIPE)
+    seconds["fit"] = time.perf_counter() - started
+    base = {name: each.detach().clone() for name, each in model.named_parameters() if each.requires_grad}
+    started = time.perf_counter()
+    memory = case.exact(model, case.others)
+    seconds["prepare"] = time.perf_counter() - started
+    whole, started = case.model(), time.perf_counter()
+    fastntk.fit(whole, case.train, RECIPE)
+    seconds["retrain"] = time.perf_counter() - started
+    accuracies = {
+        "core_alone": case.accuracy(model, base),
+        "exact": case.accuracy(model, memory.parameters),
+        "fine_tuned": case.accuracy(whole, {}),
+    }
+    record: dict[str, object] = {**asdict(case.setting), **accuracies, "ridge": memory.ridge}
+    if thoroughly:
+        record["same"] = sameness(case, model, memory, folder, seconds)
+        record["u_lira"] = attacked(case, model, models)
+    return {**record, "seconds": {name: round(each, 2) for name, each in seconds.items()}}
+
+
+def sameness(
+    case: Case, model: torch.nn.Module, memory: fastntk.Memory, folder: Path, seconds: dict[str, float]
+) -> dict[str, float]:
+    """How far from never having seen them."""
     generator = torch.Generator().manual_seed(0)
-    features, labels = torch.randn(200, 1, 1, 20, generator=generator).double(), torch.arange(200) % 5
-    model = nn.Sequential(nn.Flatten(), nn.Linear(20, 5, bias=False)).double()
-
-    def regression(stay: Tensor) -> Tensor:
-        fit = LogisticRegression(C=1 / ridge, fit_intercept=False, tol=1e-14, max_iter=100_000, solver="newton-cg")
-        return torch.tensor(fit.fit(features[stay].flatten(1).numpy(), labels[stay].numpy()).coef_)
-
-    everyone = torch.arange(200)
-    with torch.no_grad():
-        model[1].weight.copy_(regression(everyone))
-    initial = {"1.weight": torch.zeros(5, 20).double()}
-    requests = [("forget", [3, 50, 120]), ("forget", list(range(0, 50, 7))), ("remember", [50]), ("forget", [9, 110])]
-    worst = 0.0
-    for order in (requests, [requests[k] for k in (1, 3, 0, 2)]):
-        memory = fastntk.prepare(model, TensorDataset(features, labels), initial, ridge=ridge, loss=LOSS, classes="all")
-        for kind, ids in order:
-            answer = getattr(memory, kind)(ids)
-            expected = regression(torch.tensor(sorted(memory.ids)))
-            off = (answer.parameters["1.weight"] - expected).abs().max() / expected.abs().max()
-            worst = max(worst, float(off))
-    return worst
-
-
-def solved_independently(ridge: float = 0.3) -> float:
-    """The linearised optimum of a small convolutional network without some samples, all classes kept, against scipy's
-    L-BFGS over all parameters."""
-    torch.manual_seed(0)
-    body = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
-    model = nn.Sequential(body, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 6)).double().eval()
-    data = TensorDataset(torch.randn(60, 3, 12, 12).double(), torch.randint(6, (60,)))
-    fastntk.tune(model, "bn", "head")
-    initial = fastntk.fit(model, data, loss=LOSS, epochs=20, learning_rate=0.03).initial
-    memory = fastntk.prepare(model, data, initial, ridge=ridge, loss=LOSS, classes="all")
-    gone = [2, 7, 30, 41]
-    moved = memory.preview(gone).parameters
-    layout, stay = memory.state.layout, [i for i in range(60) if i not in gone]
-    solved = {len(some): _optimum(model, layout, data, some, initial, ridge) for some in (list(range(60)), stay)}
-    expected = solved[len(stay)] - solved[60]
-    found = layout.flatten(moved) - layout.flatten(memory.anchor)
-    return float((found - expected).abs().max() / memory.state.displacement.abs().max())
-
-
-def _optimum(
-    model: nn.Module, layout: Layout, data: TensorDataset, some: list[int], initial: dict[str, Tensor], ridge: float
-) -> Tensor:
-    images, labels = (tensor[some] for tensor in data.tensors)
-    tuned = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    here = layout.flatten(tuned)
-    logits = functional_call(model, tuned, (images,)).detach()
-    dense = jacrev(lambda v: functional_call(model, layout.unflatten(v, tuned), (images,)))(here)
-    u = here - layout.flatten(initial)
-
-    def objective(vector: np.ndarray) -> tuple[float, np.ndarray]:
-        d = torch.tensor(vector, requires_grad=True)
-        value = len(labels) * LOSS(logits + dense @ d, labels) + ridge / 2 * (d + u).square().sum()
-        value.backward()
-        return value.item(), d.grad.numpy()
-
-    options = {"maxiter": 50_000, "maxfun": 100_000, "ftol": 1e-17, "gtol": 1e-11, "maxcor": 60}
-    return torch.tensor(minimize(objective, np.zeros(len(u)), jac=True, method="L-BFGS-B", options=options).x)
-
-
-def peak_gib(classes: int) -> float:
-    """Of preparing, in a process of its own."""
-    command = [sys.executable, __file__, "--peak", str(classes)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["peak_gib"]
-
-
-def _peak(classes: int) -> dict[str, float]:
-    settle()
-    generator = torch.Generator().manual_seed(0)
-    data = TensorDataset(
-        torch.randn(1000, 3, 64, 64, generator=generator), torch.randint(classes, (1000,), generator=generator)
+    drawn = [case.others[k] for k in torch.randperm(len(case.others), generator=generator).tolist()]
+    gone, more = drawn[: len(drawn) // 10], drawn[len(drawn) // 10 : len(drawn) // 10 + 100]
+    stays = [each for each in case.others if each not in set(gone)]
+    never = case.exact(model, stays).parameters
+    memory.save(folder)
+    started = time.perf_counter()
+    memory.forget(gone)
+    seconds["request"] = time.perf_counter() - started
+    found = {"weights": distance(memory.parameters, never)}
+    for number in torch.randperm(len(more), generator=generator).tolist():
+        memory.forget([more[number]])
+    memory.purge()
+    found["after_purge"] = distance(
+        fastntk.load(folder, model, _named(case.train, [*case.core, *case.others])).parameters,
+        case.exact(model, [each for each in stays if each not in set(more)]).parameters,
     )
-    model = timm().create_model("resnet18", num_classes=classes).eval()
-    fastntk.tune(model, "bn", "head")
-    initial = fastntk.fit(model, data, loss=LOSS, epochs=1).initial
-    planned = fastntk.plan(model, data, loss=LOSS, classes=4, form="convex")
-    with peak_memory(torch.device("cpu")) as peak:
-        started = time.perf_counter()
-        memory = fastntk.prepare(model, data, initial, loss=LOSS, classes=4, form="convex")
-        seconds = time.perf_counter() - started
-    requests = {f"request_of_{n}": memory.preview(memory.ids[:n]).seconds for n in (10, 100)}
-    foreseen = {"planned_gib": planned.bytes / 2**30, "planned_seconds": planned.total_seconds}
-    return {"peak_gib": peak.bytes / 2**30, "seconds": seconds, **requests, **foreseen}
+    started = time.perf_counter()
+    memory.remember(more[:50])
+    seconds["learn"] = time.perf_counter() - started
+    memory.remember(more[50:])
+    found["after_requests"] = distance(memory.parameters, never)
+    memory.remember(gone)
+    memory.forget(gone)
+    found["after_learning"] = distance(memory.parameters, never)
+    return found
+
+
+def attacked(case: Case, model: torch.nn.Module, models: int) -> dict[str, float]:
+    """U-LiRA on a tenth of the others: models that forgot them against models that never had them."""
+    generator = torch.Generator().manual_seed(1)
+    count = len(case.others)
+    drawn = torch.randperm(count, generator=generator).tolist()
+    gone = sorted(case.others[k] for k in drawn[: count // 10])
+    rest = [case.others[k] for k in drawn[count // 10 :]]
+    images, labels = Subset(case.train, gone), labels_of(case.train)[gone]
+
+    def odds(number: int, forgets: bool) -> Tensor:
+        own = torch.Generator().manual_seed(2 * number + forgets)
+        half = [rest[k] for k in torch.randperm(len(rest), generator=own)[: len(rest) // 2].tolist()]
+        memory = case.exact(model, [*half, *gone] if forgets else half)
+        if forgets:
+            memory.forget(gone)
+        return log_odds(logits_of(model_at(model, memory.parameters), images, "cpu").double(), labels)
+
+    forgot, never = (torch.stack([odds(k, forgets) for k in range(models)]) for forgets in (True, False))
+    hits = ulira(forgot, never).double().mean(0)  # by image
+    boots = torch.stack([hits[torch.randint(len(hits), (len(hits),), generator=generator)].mean() for _ in range(2000)])
+    low, high = boots.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return {"auc": float(hits.mean()), "low": low, "high": high, "models": models}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peak", type=int)
+    parser.add_argument("--data", type=Path, required=True, help="CIFAR-10 as .npz")
+    parser.add_argument("--many", type=Path, help="CIFAR-100, for cores of other classes: not tried yet")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only", help="one setting, as MODEL-SHARE-HEAD")
+    parser.add_argument("--models", type=int, default=100, help="a side, of the attack")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/exact"))
     arguments = parser.parse_args()
-    if arguments.peak:
-        print(json.dumps(_peak(arguments.peak)))
-        return
-    exact = {"linear_model": linear_model(), "independent_solve": solved_independently()}
-    print(json.dumps({"exact": exact, "peak_gib": {classes: peak_gib(classes) for classes in (10, 100, 1000)}}))
+    settle()
+    settings = [Setting(name, core, head) for name in NAMES for core in (20, 50, 80) for head in range(3)]
+    per_class, thoroughly = 100, [Setting(NAMES[0], 50, 0)]
+    if arguments.quick:
+        per_class, settings = 40, [Setting(NAMES[0], 50, 0)]
+    wanted = [each for each in settings if arguments.only in (None, str(each))]
+    rows = []
+    for setting in wanted:
+        key = fingerprint(arguments.data.name, str(setting), per_class, arguments.models)
+        path = writable(arguments.out) / f"{setting}-{key}.json"
+        if not path.exists():
+            case = Case(setting, arguments.data, per_class)
+            models = 20 if arguments.quick else arguments.models
+            write_json(path, measured(case, setting in thoroughly, arguments.out / f"{setting}-{key}", models))
+        rows.append(read_json(path))
+        Console().print(rows[-1])
+    whole = next((row for row in rows if "same" in row), {})
+    accuracies = [
+        {name: row[name] for name in ("model", "core", "head", "core_alone", "exact", "fine_tuned")} for row in rows
+    ]
+    print(
+        json.dumps(
+            {
+                "same": whole.get("same"),
+                "accuracy": accuracies,
+                "u_lira": whole.get("u_lira"),
+                "seconds": whole.get("seconds"),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,15 +1,20 @@
 """A fit that forgets exactly: what it has forgotten, it is as if it had never been given."""
 
 import copy
+import json
+import shutil
 
+import numpy as np
 import pytest
 import torch
 from cases import CASES
+from test_cli import MODEL, RATE, data, refuse, succeed  # noqa: F401
 from test_memory import close
 from torch.func import functional_call, jacrev
 from torch.utils.data import Subset, TensorDataset
 
 import fastntk
+from fastntk.cli.run import Run
 from fastntk.memory.exact import Removal, chosen_on, fit_exact, noise
 from fastntk.memory.prepare import linearised
 from fastntk.tuning.parameters import snapshot, tuned
@@ -63,8 +68,7 @@ def test_they_are_the_optimum(loss):
     """The objective's gradient, by dense Jacobians of the core's model, is as small as the certificate says."""
     memory = made(loss=loss, classes="all")
     certificate = memory.forget([8]).certificate
-    data, anchor = Named(without(8)), memory.anchor
-    images, labels = data.tensors
+    anchor, (images, labels) = memory.anchor, Named(without(8)).tensors
     dense = jacrev(lambda parameters: functional_call(memory.model, parameters, (images,)))(anchor)
     logits = functional_call(memory.model, anchor, (images,)).detach()
     change = {name: memory.parameters[name] - anchor[name] for name in anchor}
@@ -95,9 +99,9 @@ def test_what_is_chosen_rests_on_the_core_alone():
 
 def test_a_model_that_stands_at_the_core_already():
     """And a core of other images, of which no class is known."""
-    model, data = CASES["bn+head"].model(), Named(range(14))
+    model, samples = CASES["bn+head"].model(), Named(range(14))
     before = snapshot(tuned(model))
-    memory = fit_exact(model, data, Named(CORE), RECIPE, fitted=True)
+    memory = fit_exact(model, samples, Named(CORE), RECIPE, fitted=True)
     close(memory.anchor, before, 0)
     close(
         memory.forget([0, 9]).parameters,
@@ -143,3 +147,33 @@ def test_noise_for_certified_removal(tmp_path):
     certificate = memory.forget([8]).certificate
     assert torch.equal(memory.state.displacement, with_noise)
     assert certificate.gradient <= 1e-6 * memory.ridge
+
+
+def test_on_the_command_line(data, tmp_path):  # noqa: F811
+    """Fitted, asked, learned, exported; what the core is stays, and new images are found again."""
+    run, core = tmp_path / "run", tmp_path / "core.txt"
+    core.write_text("\n".join(map(str, range(0, 30, 2))))
+    given = ["--data", data, "--epochs", 2, *RATE, "--seed", 3]
+    succeed("fit", run, *MODEL, *given, "--core", core)
+    never = shutil.copytree(run, tmp_path / "never")
+    told = json.loads(succeed("forget", run, "--ids", "3,5", "--json"))
+    assert (told["verdict"], told["exact"]) == ("exact", True)
+    refuse("is of the core", "forget", run, "--ids", "4")
+    refuse("nothing to audit", "audit", run)
+    refuse("no anchor to be moved", "refresh", run)
+    refuse("the convex form alone", "prepare", never, "--form", "primal")
+    new = tmp_path / "new.npz"
+    with np.load(data) as arrays:
+        np.savez(new, x=arrays["x_test"], y=arrays["y_test"], classes=arrays["classes"])
+    before = Run(run).memory()[0].parameters
+    told = json.loads(succeed("learn", run, "--data", new, "--json"))
+    assert (told["kind"], told["samples"], told["verdict"]) == ("remember", 6, "exact")
+    refuse("was learned already", "learn", run, "--data", new)
+    refuse("no file|neither", "learn", run, "--data", tmp_path / "none.npz")
+    assert "6 samples" in succeed("forget", run, "--match", "new.npz/*")
+    close(Run(run).memory()[0].parameters, before, 1e-6)
+    succeed("verify", run)
+    succeed("export", run)
+    refuse("no file, and matches no", "fit", tmp_path / "x", *MODEL, *given, "--core", "public/*")
+    core.write_text("0\n99\n")
+    refuse("names '99'|names 99", "fit", tmp_path / "x", *MODEL, *given, "--core", core)

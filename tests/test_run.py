@@ -11,6 +11,7 @@ import pytest
 from test_folder import Killed, failing
 
 import fastntk
+from fastntk.cli import preparing
 from fastntk.cli import run as runs
 from fastntk.cli.run import Run
 from fastntk.cli.settings import Given, Settings
@@ -131,13 +132,13 @@ def test_a_memory_that_answers_while_its_run_is_fitted_anew_stays(run, given, mo
 
 
 def test_a_run_that_is_fitted_anew_while_it_is_prepared_is_not_given_that_memory(run, given, monkeypatch):
-    real = runs.prepare
+    real = preparing.prepare
 
     def fitting(*arguments, **options):
         Run(run.folder).fit(given, replace(RECIPE, seed=5))
         return real(*arguments, **options)
 
-    monkeypatch.setattr(runs, "prepare", fitting)
+    monkeypatch.setattr(preparing, "prepare", fitting)
     with pytest.raises(fastntk.InputError, match="was fitted anew meanwhile"):
         prepared(run)
     assert not (run.folder / "memory").exists()

@@ -63,6 +63,20 @@ def owners(settings: Settings, images: Images, spec: str | None = None) -> dict[
     return owners_of(said, settings.data, images)
 
 
+def core_of(images: Images, spec: str) -> list[Id]:
+    """The ids of a core: those that a pattern matches, as ``public/*``, or that a file names, one a line.
+
+    Raises:
+        InputError: there are none, or the file cannot be read.
+    """
+    if Path(spec).is_file():
+        return read_ids(text_of(Path(spec)), images, lines=True)
+    found = [each for each in images.ids if fnmatchcase(str(each), spec)]
+    if not found:
+        raise InputError(f"the core {spec!r} is no file, and matches no sample's id.")
+    return found
+
+
 def matching(images: Images, patterns: Sequence[str], memory: Memory) -> list[Id]:
     """The ids in the memory that match one of some patterns, as ``alice/*`` matches paths.
 

@@ -37,6 +37,7 @@ for command in (
     memory.owners,
     memory.forget,
     memory.remember,
+    memory.learn,
     memory.purge,
     memory.ledger,
     memory.verify,

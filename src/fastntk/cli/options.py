@@ -112,6 +112,14 @@ Moved = Annotated[
 MovedModel = Annotated[
     str | None, typer.Option("--model", callback=said, help="What makes the model now, if not what did: as for fit.")
 ]
+Core = Annotated[
+    str | None,
+    typer.Option(
+        callback=said,
+        help="Fit these alone in the ordinary way, and solve for the rest, which is then forgotten exactly: a pattern "
+        "of ids, as 'public/*', or a file of ids. They themselves cannot be forgotten.",
+    ),
+]
 Owners = Annotated[
     str | None,
     typer.Option(

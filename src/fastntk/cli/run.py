@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 
 from fastntk.cli.asked import forgotten, of_class
 from fastntk.cli.options import check_out
+from fastntk.cli.preparing import Asked, fitted_to, memory_of
 from fastntk.cli.settings import Given, Settings
 from fastntk.common import distributed
 from fastntk.common.errors import InputError
@@ -54,9 +55,10 @@ from fastntk.inputs.sources import load_data
 from fastntk.inputs.weights import check_state_file, load_weights, read_weights, write_state
 from fastntk.jacobians.numerics import Numerics
 from fastntk.memory.audit import Audit
+from fastntk.memory.certificate import Answer
 from fastntk.memory.disk.folder import Folder
 from fastntk.memory.finish import audited_gain, every_way, finished
-from fastntk.memory.memory import Memory, load, prepare
+from fastntk.memory.memory import Memory, load
 from fastntk.memory.plan import Plan, plan
 from fastntk.solve.collect import clear
 from fastntk.tuning.fitting import Fit, fit
@@ -130,7 +132,7 @@ class Run:
             begun = rebuilt_start(module, given.pretrained, head=given.head_start)
             done = Fit(begun.initial, [], recipe, 0.0, assumed=begun.assumed)
         else:
-            done = fit(module, in_memory(images), recipe, validation=held_out)
+            done = fit(module, fitted_to(images, given.core), recipe, validation=held_out)
         if distributed.rank() == 0:
             self.write(Settings.of(given, images, recipe), done.initial, module)
         return done
@@ -175,21 +177,16 @@ class Run:
         model, preprocessing = load_model(here.model, len(settings.classes), size=settings.size or None)
         tune(model, *settings.select)
         load_weights(model, read_tensors(self.folder / "model.safetensors")[0], with_head=True)
-        return settings, model.to(self.device), here.images(preprocessing)
+        return settings, model.to(self.device), here.training(preprocessing)
 
-    def memory(self) -> tuple[Memory, Images]:
-        """The memory, over the training data; only the images that are asked for are read.
+    def memory(self, all_images: bool = False) -> tuple[Memory, Images]:
+        """The memory, over the training data; only the images that are asked for are read, or all at once.
 
         Raises:
             InputError: a file is missing or damaged, or they do not belong together.
         """
         settings, model, images = self._opened()
-        return self._loaded(settings, model, images), images
-
-    def _with_all_images(self) -> tuple[Settings, Memory, Images]:
-        """Settings, the memory over the training data, all of it read, and the data."""
-        settings, model, images = self._opened()
-        return settings, self._loaded(settings, model, in_memory(images)), images
+        return self._loaded(settings, model, in_memory(images) if all_images else images), images
 
     def _loaded(self, settings: Settings, model: nn.Module, images: Dataset) -> Memory:
         """The memory; the run's model is its anchor, which a refresh that was cut off has not made it yet.
@@ -222,21 +219,10 @@ class Run:
         check_writable(self.folder)
         Folder(self.folder / "memory").check_unused()
         settings, model, images = self._opened()
-        recipe = settings.fitting()
         tensors, _ = read_tensors(self.folder / "initial.safetensors")
-        memory = prepare(
-            model,
-            in_memory(images),
-            {name: tensor.to(self.device) for name, tensor in tensors.items()},
-            ridge=ridge,
-            form=form,
-            classes=classes,
-            loss=recipe.loss,
-            shrinkage=recipe.shrinkage(len(images)),
-            seed=seed,
-            checkpoint=self.folder / "partial",
-            numerics=numerics,
-        )
+        initial = {name: tensor.to(self.device) for name, tensor in tensors.items()}
+        asked = Asked(ridge, form, classes, seed, self.folder / "partial", numerics)
+        memory = memory_of(settings, model, images, initial, asked)
         if distributed.rank() == 0:
             if ready:
                 memory.ready()
@@ -246,6 +232,26 @@ class Run:
                 memory.save(self.folder / "memory")
             clear(self.folder / "partial")  # of an earlier attempt in another form
         return memory
+
+    def learn(self, data: str) -> tuple[Memory, Answer]:
+        """Add all images of other data to the memory, and to the run's data; exact as a request is.
+
+        Raises:
+            InputError: they are there already, of other classes, or cannot be read.
+        """
+        settings = self.settings()
+        if data in settings.added:
+            raise InputError(f"{data} was learned already. Name other images, or use: fastntk remember.")
+        before = set(self.memory()[1].ids)
+        with self._locked():
+            self._replace(replace(settings, added=[*settings.added, data]), {}, gone=())
+        try:
+            memory, images = self.memory()
+            return memory, memory.remember([each for each in images.ids if each not in before])
+        except InputError:
+            with self._locked():
+                self._replace(settings, {}, gone=())
+            raise
 
     def plan(self, form: str, classes: int | str, numerics: Numerics) -> Plan:
         """What preparing would take."""
@@ -270,17 +276,17 @@ class Run:
 
     def refresh(self) -> tuple[float, Memory]:
         """Re-anchor the memory at the current weights, which become the run's model; the seconds, and the memory."""
-        settings, memory, _ = self._with_all_images()
+        memory, _ = self.memory(all_images=True)
         seconds = memory.refresh(self.folder / "partial")
-        self._anchored(settings, memory)
+        self._anchored(self.settings(), memory)
         return seconds, memory
 
     def audit(self, fraction: float, class_name: str | None, test: str | None, seed: int) -> Audit:
         """Audit the memory, with the run's own recipe."""
-        settings, memory, images = self._with_all_images()
+        memory, images = self.memory(all_images=True)
         ids = None if class_name is None else of_class(images, class_name, memory)
         held_out = self.here.held_out(images, test) if test else None
-        return audit(memory, settings.fitting(), fraction=fraction, ids=ids, held_out=held_out, seed=seed)
+        return audit(memory, self.settings().fitting(), fraction=fraction, ids=ids, held_out=held_out, seed=seed)
 
     def export(
         self, out: Path, exact_head: bool = False, gain: bool = False, held_out: str | None = None, hub: bool = False
@@ -321,10 +327,10 @@ class Run:
     ) -> Report:
         """The fitted and the unlearned model beside some that are retrained without what was forgotten, which ``ids``
         may name among the images."""
-        settings, memory, images = self._with_all_images()
+        memory, images = self.memory(all_images=True)
         forget = forgotten(images, memory, ids(images) if ids else None)
         held_out = self.here.held_out(images, test)
-        problem = Problem(memory, forget, settings.fitting())
+        problem = Problem(memory, forget, self.settings().fitting())
         other = problem.recipe.seed + 1 if seed is None else seed
         methods = references(other, retrained, problem.recipe.seed)
         return compare(problem, held_out, methods, answered=every_way(memory))[0]

@@ -39,7 +39,12 @@ def _run_4(document: dict[str, Any]) -> dict[str, Any]:
     return {"owners": None, **document}
 
 
-FORMAT = Format("run", (unchanged, _run_1, _run_2, unchanged, _run_4))
+def _run_5(document: dict[str, Any]) -> dict[str, Any]:
+    """No fit forgot exactly, and no data came later."""
+    return {"core": None, "added": [], **document}
+
+
+FORMAT = Format("run", (unchanged, _run_1, _run_2, unchanged, _run_4, _run_5))
 """Of ``run.json``; from version 4 on it is sealed."""
 
 _SEALED = 4
@@ -59,6 +64,7 @@ class Given:
     fitted: str | None = None
     head_start: str = "zero"
     owners: str | None = None
+    core: str | None = None
 
     @property
     def pretrained(self) -> str:
@@ -83,7 +89,8 @@ class Given:
 
 @dataclass(frozen=True)
 class Settings:
-    """What ``run.json`` holds; ``files`` are the SHA-256 of the tensors beside it."""
+    """What ``run.json`` holds: as ``Given``, with other data that were ``added`` later; ``files`` are the SHA-256 of
+    the tensors beside it."""
 
     model: str
     data: str
@@ -94,6 +101,8 @@ class Settings:
     recipe: dict[str, Any]
     id_column: str | None
     owners: str | None = None
+    core: str | None = None
+    added: list[str] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -108,6 +117,7 @@ class Settings:
             asdict(recipe),
             given.id_column,
             given.owners,
+            given.core,
         )
 
     @classmethod
@@ -154,6 +164,17 @@ class Settings:
         """
         found = load_data(source or self.data, preprocessing, split=split, root=self.root, id_column=self.id_column)
         return found.under(self.classes)
+
+    def training(self, preprocessing: Preprocessing) -> Images:
+        """The training data, with all that was added; the latter's ids begin with the name of where they come from.
+
+        Raises:
+            InputError: like ``images``; or two samples have the same id.
+        """
+        found = self.images(preprocessing)
+        for each in self.added:
+            found = found.joined_by(self.images(preprocessing, each), Path(each).name)
+        return found
 
     def held_out(self, images: Images, test: str | None) -> Dataset:
         """The test images: of ``test``, or the test split of the run's own data, whose training ``images`` these are.

@@ -70,7 +70,6 @@ def audit(
             parameters than the tuned ones, or the two retrained models are equal.
     """
     state = memory.state
-    state.check_anchored("there is nothing to audit: use fastntk verify")
     unseen = _checked(state, recipe, held_out, seed)
     drawn = state.members.positions(_drawn(memory, fraction, seed) if ids is None else ids)
     if not len(drawn):
@@ -95,6 +94,7 @@ def _checked(state: State, recipe: Recipe | Retraining, held_out: Dataset | None
     Raises:
         InputError: for arguments of an audit that would fail it after the retraining.
     """
+    state.check_anchored("there is nothing to audit: use fastntk verify")
     check_seed(seed)
     if not isinstance(recipe, Recipe) and not callable(recipe):
         raise InputError(f"an audit retrains by a fastntk.Recipe or a function, not a {type(recipe).__name__}.")

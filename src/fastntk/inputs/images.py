@@ -87,6 +87,18 @@ class Images(Labelled):
         places = torch.tensor([classes.index(name) for name in self.classes], dtype=torch.long)
         return Images(self.source, places[self.labels].tolist(), list(classes), self.preprocessing, self.ids)
 
+    def joined_by(self, others: "Images", name: str) -> "Images":
+        """With other images of the same classes at the end, whose ids become ``name/id``.
+
+        Raises:
+            InputError: an id is there already.
+        """
+        ids = [*self.ids, *(f"{name}/{each}" for each in others.ids)]
+        if len(set(ids)) < len(ids):
+            raise InputError(f"images of {name!r} have ids that are there already. Call the new data otherwise.")
+        labels = [*self.labels.tolist(), *others.labels.tolist()]
+        return Images(_Joined(self, others), labels, self.classes, self.preprocessing, ids)
+
     def part(self, first: int, last: int) -> "Images":
         """Images ``first`` to ``last`` of each class, in the order in which they all are.
 
@@ -133,6 +145,17 @@ def rgb(image: Any) -> Any:
     if image.mode in ("I", "F"):
         raise InputError(f"values of mode {image.mode!r} have no known range. Save the images with 8 or 16 bits.")
     return image.convert("RGB")
+
+
+class _Joined:
+    """Two sources' images, one after the other."""
+
+    def __init__(self, first: Images, second: Images) -> None:
+        self.first, self.second = first, second
+
+    def __getitem__(self, index: int) -> Any:
+        count = len(self.first)
+        return self.first.source[index] if index < count else self.second.source[index - count]
 
 
 class _Chosen:

@@ -97,8 +97,7 @@ def fit_exact(
     if not fitted:
         fit(model, images, recipe)
     network = linearised(model, train, recipe.loss, numerics)
-    chosen = chosen_on(network, images, ridge, classes)
-    return Memory(_solved(network, positions, chosen, removal, checkpoint))
+    return Memory(_solved(network, positions, chosen_on(network, images, ridge, classes), removal, checkpoint))
 
 
 class Chosen(NamedTuple):

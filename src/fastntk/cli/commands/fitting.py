@@ -22,6 +22,7 @@ def fit(
     data_root: options.Root = None,
     id_column: options.IdColumn = None,
     owners: options.Owners = None,
+    core: options.Core = None,
     weights: options.Weights = None,
     select: options.Select = None,
     image_size: options.Size = None,
@@ -49,8 +50,8 @@ def fit(
     options.no_mixup(mixup)
     numbers = epochs, learning_rate, batch_size, weight_decay, seed
     recipe = options.recipe(*numbers, options.loss(loss, label_smoothing), optimizer, decay_toward, augment or ())
-    begun = options.head_start(head_start, fitted)
-    named = model, data, data_root, select or options.SELECTED, image_size, weights, id_column, fitted, begun, owners
+    begun, place = options.head_start(head_start, fitted), (model, data, data_root)
+    named = *place, select or options.SELECTED, image_size, weights, id_column, fitted, begun, owners, core
     done = _fitted(run, device, named, recipe, validation)
     if done:
         show_fit(run, done, as_json)
@@ -62,10 +63,14 @@ def _fitted(run: Path, device: str, named: Sequence[Any], recipe: "Recipe", vali
     from fastntk.cli.settings import Given
     from fastntk.common import distributed
     from fastntk.common.launch import local_device
+    from fastntk.jacobians.numerics import Numerics
 
     opened = Run(run, local_device(device))
     with distributed.session(opened.device):
-        done = opened.fit(Given(*named), recipe, validation)
+        given = Given(*named)
+        done = opened.fit(given, recipe, validation)
+        if given.core:
+            opened.prepare("auto", "auto", "auto", 0, Numerics())
         return None if distributed.rank() else done
 
 

@@ -276,6 +276,24 @@ def remember(
     _answered(opened, memory, answer, certificate, defer_purge, as_json)
 
 
+def learn(
+    run: options.Folder,
+    data: Annotated[str, typer.Option(callback=options.said, help="New images, as for fit, of the run's classes.")],
+    defer_purge: options.Defer = False,
+    full: options.Full = False,
+    certificate: options.CertificateFile = None,
+    device: options.Device = "cpu",
+    as_json: options.Json = False,
+) -> None:
+    """Add new images to the memory: as exact as forgetting, and as fast. Their ids begin with where they come from."""
+    from fastntk.cli.run import Run
+
+    options.check_out(certificate)
+    opened = Run(run, device)
+    memory, answer = opened.learn(data)
+    _answered(opened, memory, answer, certificate, defer_purge, as_json)
+
+
 def purge(
     run: options.Folder,
     data: options.Moved = None,
