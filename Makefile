@@ -38,7 +38,7 @@ screens: install
 # Wheel and sdist in dist/, checked, installed into an empty environment and tried there; SITE= address of the files
 package: install
 	$(RUN)/pip install --quiet --constraint constraints.txt --editable ".[release]"
-	$(RUN)/python tests/package.py $(if $(SITE),--site $(SITE))
+	$(RUN)/python tests/package.py $(if $(SITE),--site $(SITE)) $(if $(ONLY_BUILD),--only-build)
 
 # The tests once with the lowest versions that pyproject.toml allows, and once with the newest, each in a .venv of its own
 oldest newest:

@@ -38,6 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--site", help="address of the repository's files, as https://HOST/OWNER/NAME/blob/v0.1.0")
     parser.add_argument("--out", type=Path, default=Path("dist"))
+    parser.add_argument("--only-build", action="store_true", help="and check, without installing")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
@@ -48,7 +49,8 @@ def main() -> None:
         built = sorted(out.iterdir())
         run([sys.executable, "-m", "twine", "check", "--strict", *built], place)
         [wheel] = (each for each in built if each.suffix == ".whl")
-        print(json.dumps({"built": [each.name for each in built], **tried(wheel, place)}))
+        found = {} if arguments.only_build else tried(wheel, place)
+        print(json.dumps({"built": [each.name for each in built], **found}))
 
 
 def copied(place: Path, site: str | None) -> Path:
