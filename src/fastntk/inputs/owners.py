@@ -32,7 +32,10 @@ def owners_of(spec: str, source: str, images: Images) -> dict[Id, str]:
     elif "(" in spec:
         found = _by_pattern(spec, images)
     else:
-        named = zip(images.ids, read_column(source, spec), strict=True)
+        column = read_column(source, spec)
+        if len(column) > len(images):
+            raise InputError(f"{source} has {len(column):,} rows, and there are {len(images):,} images of it.")
+        named = zip(images.ids, column, strict=False)  # images that were learned later come after them
         found = {each: str(owner) for each, owner in named if owner not in (None, "")}
     if not found:
         raise InputError(f"{spec!r} gives none of the {len(images):,} images an owner.")
