@@ -21,7 +21,7 @@ demo: $(VENV)/demo-installed
 	$(RUN)/fastntk demo
 
 test: install
-	OMP_NUM_THREADS=1 $(RUN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 check: install
 	$(RUN)/ruff check .
@@ -45,7 +45,7 @@ oldest newest:
 	$(PYTHON) -m venv .venv-$@
 	$(PYTHON) tests/versions.py $@ > .venv-$@/constraints.txt
 	.venv-$@/bin/pip install --constraint .venv-$@/constraints.txt --editable ".[demo,test]"
-	OMP_NUM_THREADS=1 .venv-$@/bin/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 .venv-$@/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 clean:
 	rm -rf $(VENV) .venv-oldest .venv-newest runs site dist

@@ -6,7 +6,10 @@ import os
 import torch
 from jaxtyping import install_import_hook
 
-LONG = ("test_faults", "test_store", "test_distributed", "test_bench", "test_cli", "test_gpu_benchmark")
+LONG = [
+    *("test_store", "test_contracts", "test_bench", "test_distributed", "test_faults", "test_run", "test_cli"),
+    *("test_examples", "test_methods", "test_gpu_benchmark"),
+]
 
 install_import_hook("fastntk", "beartype.beartype")
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
@@ -20,4 +23,5 @@ def pytest_collection_finish() -> None:
 
 def pytest_collection_modifyitems(items: list) -> None:
     """The longest files first, so that no process waits for the other's last one."""
-    items.sort(key=lambda item: item.path.stem not in LONG)
+    order = {stem: place for place, stem in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))

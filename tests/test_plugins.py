@@ -193,7 +193,7 @@ def test_the_example_s_loss_is_answered_as_retrained(example, monkeypatch):
 
 
 def test_the_example_s_rule_and_metric(example, monkeypatch):
-    monkeypatch.setattr(calls, "_rules", lambda: {example.RMS_NORM.function: example.RMS_NORM.does})
+    monkeypatch.setattr(calls, "_plugged", lambda: {example.RMS_NORM.function: example.RMS_NORM.does})
     x, weight = torch.randn(3, 4, 5, dtype=torch.float64), torch.rand(5, dtype=torch.float64)
     with PerSample({"w": weight}, 3) as copies:
         out = F.rms_norm(x, [5], weight)

@@ -164,7 +164,7 @@ class PerSample(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _ELEMENTWISE and len(args) == 2:
             return self._elementwise(func, *args, **kwargs)
-        rule = _rules().get(func)
+        rule = _RULES.get(func) or _plugged().get(func)
         return func(*args, **kwargs) if rule is None else rule(self, *args, **kwargs)
 
     def fits(self, x: Tensor | None, *parameters: Tensor | None) -> bool:
@@ -298,8 +298,8 @@ PLUGGED: Registry[Rule] = Registry(
 
 
 @cache
-def _rules() -> dict[Any, Callable[..., Any]]:
-    return {**{rule.function: rule.does for rule in PLUGGED.values()}, **_RULES}
+def _plugged() -> dict[Any, Callable[..., Any]]:
+    return {rule.function: rule.does for rule in PLUGGED.values()}
 
 
 _RULES: dict[Any, Callable[..., Any]] = {
