@@ -41,7 +41,7 @@ from fastntk.memory.state import State
 from fastntk.tuning.fitting import fit
 from fastntk.tuning.recipe import Recipe
 
-FACTOR = 1e-2
+FACTOR = 3e-2
 """Of the mean diagonal of the kernel over the core: the ridge, if nothing is said (docs/exact.md)."""
 
 
