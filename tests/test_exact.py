@@ -162,6 +162,8 @@ def test_on_the_command_line(data, tmp_path):  # noqa: F811
     refuse("nothing to audit", "audit", run)
     refuse("no anchor to be moved", "refresh", run)
     refuse("the convex form alone", "prepare", never, "--form", "primal")
+    core.write_text("0\n2\n")
+    refuse("names other samples than when it was fitted", "prepare", never)
     new = tmp_path / "new.npz"
     with np.load(data) as arrays:
         np.savez(new, x=arrays["x_test"], y=arrays["y_test"], classes=arrays["classes"])

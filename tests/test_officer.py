@@ -4,22 +4,14 @@ import csv
 import hashlib
 import hmac
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+from alone import alone
 from PIL import Image
 from test_plugins import Environment
 
 WITHOUT = """
-import sys
-sys.modules['fastntk'] = None
-import torch
-library = torch.library.Library('torchvision', 'DEF')
-for operator in ('nms', 'qnms'):
-    library.define(f'{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
-import timm
 from safetensors.torch import load_file
 model = timm.create_model('mobilenetv3_small_050', num_classes=2).eval()
 model.load_state_dict(load_file(sys.argv[1]), strict=True)
@@ -111,5 +103,4 @@ def test_old_answers_can_still_be_verified(day):
 
 def test_the_weights_load_without_fastntk(day):
     file = day[0] / "run" / "unlearned.safetensors"
-    done = subprocess.run([sys.executable, "-c", WITHOUT, file], capture_output=True, text=True, check=False)
-    assert done.stdout == "(1, 2)\n", done.stderr
+    assert alone(WITHOUT, file) == "(1, 2)\n"

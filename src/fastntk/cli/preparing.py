@@ -1,6 +1,7 @@
 """What a run is fitted to, and the memory that is prepared of it: of an ordinary fit or of one that forgets exactly."""
 
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from fastntk.memory.exact import fit_exact
 from fastntk.memory.memory import Memory, prepare
 
 
-class Asked(NamedTuple):
+class Preparation(NamedTuple):
     """How to prepare; as of ``fastntk.prepare``."""
 
     ridge: float | str
@@ -38,29 +39,37 @@ def fitted_to(images: Images, core: str | None) -> Dataset:
     return Subset(in_memory(images), [place[each] for each in ids])
 
 
+def core_sum(images: Images, core: str | None) -> str | None:
+    """By which a core is known again, whatever its file or pattern names by then."""
+    if core is None:
+        return None
+    return sha256("\n".join(sorted(map(str, core_of(images, core)))).encode(errors="surrogateescape")).hexdigest()
+
+
 def memory_of(
-    settings: Settings, model: nn.Module, images: Images, initial: Mapping[str, Tensor], asked: Asked
+    settings: Settings, model: nn.Module, images: Images, initial: Mapping[str, Tensor], how: Preparation
 ) -> Memory:
     """The memory of a run's fitted model.
 
     Raises:
-        InputError: like ``fastntk.prepare`` and ``fastntk.fit_exact``, which has one form alone.
+        InputError: like ``fastntk.prepare`` and ``fastntk.fit_exact``, which has one form alone; or the core is not
+            the one that was fitted, and others would be promised to be forgotten exactly.
     """
     recipe, data = settings.fitting(), in_memory(images)
     if settings.core is None:
-        return prepare(
-            model, data, initial, loss=recipe.loss, shrinkage=recipe.shrinkage(len(images)), **asked._asdict()
-        )
-    if asked.form not in ("auto", "convex"):
-        raise InputError(f"a fit that forgets exactly has the convex form alone, not {asked.form!r}. Leave --form out.")
+        return prepare(model, data, initial, loss=recipe.loss, shrinkage=recipe.shrinkage(len(images)), **how._asdict())
+    if how.form not in ("auto", "convex"):
+        raise InputError(f"a fit that forgets exactly has the convex form alone, not {how.form!r}. Leave --form out.")
+    if core_sum(images, settings.core) != settings.core_sum:
+        raise InputError(f"the core {settings.core!r} names other samples than when it was fitted. Fit again.")
     return fit_exact(
         model,
         data,
         core_of(images, settings.core),
         recipe,
         fitted=True,
-        ridge=asked.ridge,
-        classes=asked.classes,
-        checkpoint=asked.checkpoint,
-        numerics=asked.numerics,
+        ridge=how.ridge,
+        classes=how.classes,
+        checkpoint=how.checkpoint,
+        numerics=how.numerics,
     )

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 
 from fastntk.cli.asked import forgotten, of_class
 from fastntk.cli.options import check_out
-from fastntk.cli.preparing import Asked, fitted_to, memory_of
+from fastntk.cli.preparing import Preparation, core_sum, fitted_to, memory_of
 from fastntk.cli.settings import Given, Settings
 from fastntk.common import distributed
 from fastntk.common.errors import InputError
@@ -134,7 +134,8 @@ class Run:
         else:
             done = fit(module, fitted_to(images, given.core), recipe, validation=held_out)
         if distributed.rank() == 0:
-            self.write(Settings.of(given, images, recipe), done.initial, module)
+            settings = replace(Settings.of(given, images, recipe), core_sum=core_sum(images, given.core))
+            self.write(settings, done.initial, module)
         return done
 
     def write(self, settings: Settings, initial: Mapping[str, Tensor], model: nn.Module) -> None:
@@ -172,7 +173,8 @@ class Run:
 
     def _opened(self) -> tuple[Settings, nn.Module, Images]:
         """Settings, the fitted model and its training data, of which no image is read."""
-        settings, here = self.settings(), self.here
+        settings = self.settings()
+        here = settings.moved(*self._moved)
         settings.check_files(self.folder)
         model, preprocessing = load_model(here.model, len(settings.classes), size=settings.size or None)
         tune(model, *settings.select)
@@ -221,8 +223,8 @@ class Run:
         settings, model, images = self._opened()
         tensors, _ = read_tensors(self.folder / "initial.safetensors")
         initial = {name: tensor.to(self.device) for name, tensor in tensors.items()}
-        asked = Asked(ridge, form, classes, seed, self.folder / "partial", numerics)
-        memory = memory_of(settings, model, images, initial, asked)
+        how = Preparation(ridge, form, classes, seed, self.folder / "partial", numerics)
+        memory = memory_of(settings, model, images, initial, how)
         if distributed.rank() == 0:
             if ready:
                 memory.ready()
@@ -239,15 +241,15 @@ class Run:
         Raises:
             InputError: they are there already, of other classes, or cannot be read.
         """
-        settings = self.settings()
-        if data in settings.added:
+        if data in self.settings().added:
             raise InputError(f"{data} was learned already. Name other images, or use: fastntk remember.")
-        before = set(self.memory()[1].ids)
+        settings, model, images = self._opened()
+        more = images.joined_by(settings.images(images.preprocessing, data), Path(data).name)
+        memory = self._loaded(settings, model, more)
         with self._locked():
             self._replace(replace(settings, added=[*settings.added, data]), {}, gone=())
         try:
-            memory, images = self.memory()
-            return memory, memory.remember([each for each in images.ids if each not in before])
+            return memory, memory.remember(more.ids[len(images) :])
         except InputError:
             with self._locked():
                 self._replace(settings, {}, gone=())

@@ -41,7 +41,7 @@ def _run_4(document: dict[str, Any]) -> dict[str, Any]:
 
 def _run_5(document: dict[str, Any]) -> dict[str, Any]:
     """No fit forgot exactly, and no data came later."""
-    return {"core": None, "added": [], **document}
+    return {"core": None, "core_sum": None, "added": [], **document}
 
 
 FORMAT = Format("run", (unchanged, _run_1, _run_2, unchanged, _run_4, _run_5))
@@ -89,8 +89,8 @@ class Given:
 
 @dataclass(frozen=True)
 class Settings:
-    """What ``run.json`` holds: as ``Given``, with other data that were ``added`` later; ``files`` are the SHA-256 of
-    the tensors beside it."""
+    """What ``run.json`` holds: as ``Given``, with other data that were ``added`` later; ``core_sum`` knows the
+    core again that was fitted, and ``files`` are the SHA-256 of the tensors beside it."""
 
     model: str
     data: str
@@ -102,6 +102,7 @@ class Settings:
     id_column: str | None
     owners: str | None = None
     core: str | None = None
+    core_sum: str | None = None
     added: list[str] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
 

@@ -21,7 +21,6 @@ from fastntk.cli.run import Run
 from fastntk.cli.settings import Given, Settings
 from fastntk.common.errors import InputError
 from fastntk.common.files import discard, read_tensors, writable, write_tensors
-from fastntk.inputs.images import Images
 from fastntk.inputs.libraries import torchvision, transformers
 from fastntk.inputs.weights import load_weights, named_as
 from fastntk.jacobians.numerics import Numerics
@@ -69,7 +68,8 @@ class _Recorder:
                 "anew, or take the run over afterwards: fastntk fit RUN --fitted WEIGHTS --weights START."
             )
         module, _ = self.given.open(run.device)
-        load_weights(module, _state(model), with_head=True)
+        state = _state(model)
+        load_weights(module, state, with_head=True)
         trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
         odd = set(named_as(module.state_dict(), _plain(trained))) ^ set(tuned(module))
         if odd:
@@ -79,7 +79,7 @@ class _Recorder:
                 f"such). Tune the model with {tune}, or say select=."
             )
         if not goes_on:
-            write_tensors(writable(self.folder) / self._begun.name, _state(model))
+            write_tensors(writable(self.folder) / self._begun.name, state)
 
     def end(self, model: nn.Module, read_off: Recipe) -> None:
         """After the last step; ``read_off`` is how the training went, as far as it is known.
@@ -93,16 +93,11 @@ class _Recorder:
         initial, before = snapshot(tuned(module)), {name: each.clone() for name, each in module.state_dict().items()}
         load_weights(module, _state(model), with_head=True)
         self._check_frozen(before, module)
-        self._write(run, images, recipe, initial, module)
-        discard(self._begun)
-
-    def _write(
-        self, run: Run, images: Images, recipe: Recipe, initial: Mapping[str, Tensor], module: nn.Module
-    ) -> None:
         log.info("the run's recipe: %s", recipe)
-        run.write(Settings.of(self.given, images, recipe), dict(initial), module)
+        run.write(Settings.of(self.given, images, recipe), initial, module)
         if self.prepare:
             run.prepare("auto", "auto", "auto", 0, Numerics())
+        discard(self._begun)
 
     def _check_frozen(self, before: Mapping[str, Tensor], module: nn.Module) -> None:
         moved = {name for name, each in module.state_dict().items() if not torch.equal(each, before[name])}
