@@ -86,10 +86,8 @@ def figures() -> dict[str, object]:
     trees, edges = sources(), graph()
     nodes = [node for tree in trees.values() for node in ast.walk(tree)]
     lengths = sorted(node.end_lineno - node.lineno + 1 for node in nodes if isinstance(node, FUNCTIONS))
-    methods = {
-        n.name: sum(isinstance(each, FUNCTIONS) for each in n.body) for n in nodes if isinstance(n, ast.ClassDef)
-    }
-    files = {path.name: len(path.read_text().splitlines()) for path in ROOT.rglob("*.py")}
+    methods = [sum(isinstance(each, FUNCTIONS) for each in n.body) for n in nodes if isinstance(n, ast.ClassDef)]
+    files = [len(path.read_text().splitlines()) for path in ROOT.rglob("*.py")]
     packages = {name.rpartition(".")[0] for name in trees}
     names = [len(_public(tree)) for name, tree in trees.items() if name not in packages]
     return {
@@ -99,8 +97,8 @@ def figures() -> dict[str, object]:
         "function_median": statistics.median(lengths),
         "function_p90": lengths[int(0.9 * len(lengths))],
         "function_max": lengths[-1],
-        "file_max": max(files.values()),
-        "class_methods_max": max(methods.values()),
+        "file_max": max(files),
+        "class_methods_max": max(methods),
         "public_names_median": statistics.median(names),
         "modules": len(names),
     }

@@ -11,7 +11,7 @@ import typer
 from rich.logging import RichHandler
 from rich.text import Text
 
-from fastntk.cli.commands import evidence, fitting, memory, plugins
+from fastntk.cli.commands import evidence, fitting, memory, plugins, requests
 from fastntk.common.errors import InputError, PeerLost
 from fastntk.common.launch import first, launched
 from fastntk.common.progress import console
@@ -34,10 +34,10 @@ for command in (
     memory.prepare,
     memory.plan,
     evidence.audit,
-    memory.owners,
-    memory.forget,
-    memory.remember,
-    memory.learn,
+    requests.owners,
+    requests.forget,
+    requests.remember,
+    requests.learn,
     memory.purge,
     memory.ledger,
     memory.verify,

@@ -1,25 +1,16 @@
-"""Preparing a memory, requests to it, and its folder."""
+"""Preparing a memory, its folder, and what comes of it."""
 
-from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
 from fastntk.cli import options
-from fastntk.cli.printing import show, show_answer, table_of
+from fastntk.cli.printing import show, table_of
 from fastntk.common.errors import InputError
 
 if TYPE_CHECKING:
-    from fastntk.cli.asked import Copies
     from fastntk.cli.run import Run
-    from fastntk.inputs.ids import Id
-    from fastntk.inputs.images import Images
-    from fastntk.memory.certificate import Answer
-    from fastntk.memory.memory import Memory
 
 
 def prepare(
@@ -112,188 +103,6 @@ def plan(
     show(planned.to_dict(), as_json, planned.text())
 
 
-def forget(
-    run: options.Folder,
-    ids: options.Ids = None,
-    ids_file: options.IdsFile = None,
-    class_name: Annotated[str | None, typer.Option(help="All samples of one class.")] = None,
-    owner: options.Owner = None,
-    match: options.Match = None,
-    owners: options.Owners = None,
-    copies: options.WithCopies = False,
-    near: options.Near = None,
-    requests: options.Requests = None,
-    out: options.Certificates = None,
-    dry_run: Annotated[bool, typer.Option(help="Show the verdict, change nothing.")] = False,
-    defer_purge: options.Defer = False,
-    refresh: options.Refresh = False,
-    full: options.Full = False,
-    certificate: options.CertificateFile = None,
-    data: options.Moved = None,
-    model: options.MovedModel = None,
-    device: options.Device = "cpu",
-    as_json: options.Json = False,
-) -> None:
-    """Forget samples, then purge their trace from the memory. A few others are read to check the answer."""
-    from fastntk.cli.run import Run
-
-    named = {"--ids": ids, "--ids-file": ids_file, "--class-name": class_name, "--owner": owner, "--match": match}
-    more = {"--full": full, "--certificate": certificate, "--defer-purge": defer_purge, "--refresh": refresh}
-    modes = {"--dry-run": dry_run, "--requests": requests, "--out": out, "--owners": owners, "--near": near}
-    _check_together(named, more, modes)
-    options.check_out(certificate)
-    opened = Run(run, device, data, model)
-    if requests and out:
-        _batch(opened, requests, out, owners, copies, as_json)
-        return
-    memory, images = opened.memory()
-    chosen = _named(opened, memory, images, ids, ids_file, class_name, owner, match, owners)
-    chosen, found = _with_copies(memory, chosen, copies, near)
-    if dry_run:
-        show_answer(run, memory.preview(chosen), None, as_json, "nothing was changed", found)
-        return
-    _answered(opened, memory, memory.forget(chosen, full=full), certificate, defer_purge, as_json, found)
-    if refresh:
-        _refreshed(opened, as_json, silent=as_json)  # one object has been printed
-
-
-def _with_copies(memory: "Memory", chosen: "list[Id]", take: bool, near: float | None) -> "tuple[list[Id], Copies]":
-    """What a request takes, and what is to be said of images that show the same, or within ``near`` the same."""
-    from fastntk.cli import asked
-    from fastntk.memory.copies import near_copies
-
-    chosen, found = asked.with_copies(memory, chosen, take)
-    return chosen, found if near is None else replace(found, near=near_copies(memory, chosen, near))
-
-
-_ALONE = {"--requests": "answers, certifies and purges", "--dry-run": "only shows the verdict"}
-
-
-def _check_together(named: Mapping[str, object], more: Mapping[str, object], modes: Mapping[str, object]) -> None:
-    """Raises ``InputError`` for options of ``forget`` that do not go together."""
-    if sum(given not in (None, []) for given in (*named.values(), modes["--requests"])) != 1:
-        raise InputError(f"say what to forget by exactly one of {', '.join(named)}, --requests.")
-    if modes["--owners"] and not (named["--owner"] or modes["--requests"]):
-        raise InputError("--owners says whose the images are: it goes with --owner or --requests.")
-    if bool(modes["--requests"]) != bool(modes["--out"]):
-        raise InputError("--requests and --out, the folder for its certificates, go together.")
-    mode = next((name for name in _ALONE if modes[name]), None)
-    others = {**more, **{name: modes[name] for name in ("--dry-run", "--near") if modes["--requests"]}}
-    odd = [name for name, value in others.items() if value not in (None, False)]
-    if mode and odd:
-        raise InputError(f"{mode} {_ALONE[mode]}: {', '.join(odd)} does not go with it.")
-    if more["--refresh"] and more["--defer-purge"]:
-        raise InputError("--refresh purges: leave out --defer-purge.")
-
-
-def _batch(opened: "Run", requests: Path, out: Path, owners: str | None, copies: bool, as_json: bool) -> None:
-    """All requests of a file."""
-    from fastntk.cli import asked, batch
-
-    wanted = batch.read_requests(requests)
-    done = batch.answer_all(opened, wanted, out, lambda images: asked.owners(opened.here, images, owners), copies)
-    heads = "request", "came", "what became of it", "samples", "copies too", "copies left", "gone before"
-    table = Table(*heads, "not in the data", "verdict")
-    for row in done["requests"]:
-        counts = (str(row.get(name, "")) for name in ("samples", "copies_taken", "copies_left", "gone", "unknown"))
-        table.add_row(*map(Text, (row["request"], row["date"], row["became"], *counts, row.get("verdict", ""))))
-    purged = "Purged." if done["purged"] else f"Not all is purged: fastntk purge {opened.folder}"
-    show(done, as_json, table, f"{purged} Wrote {out / 'summary.html'}, {out / 'summary.json'} and the certificates.")
-    if any(row["became"] == batch.REFUSED for row in done["requests"]):
-        raise InputError("some requests were refused, for the reasons above. The others are answered.")
-
-
-def _named(
-    opened: "Run",
-    memory: "Memory",
-    images: "Images",
-    ids: str | None,
-    ids_file: Path | None,
-    class_name: str | None,
-    owner: list[str] | None,
-    match: list[str] | None,
-    owners: str | None,
-) -> "list[Id]":
-    """The ids of a request, which exactly one of the options names."""
-    from fastntk.cli import asked
-
-    if class_name is not None:
-        return asked.of_class(images, class_name, memory)
-    if owner:
-        return asked.of_owners(images, asked.owners(opened.here, images, owners), owner, memory)
-    return asked.matching(images, match, memory) if match else asked.wanted(ids, ids_file, images)
-
-
-def owners(
-    run: options.Folder,
-    said: Annotated[str | None, typer.Option("--owners", callback=options.said, help="In place of fit's.")] = None,
-    data: options.Moved = None,
-    model: options.MovedModel = None,
-    as_json: options.Json = False,
-) -> None:
-    """Who owns samples of the training data, and how many of them are in the memory."""
-    from fastntk.cli import asked
-    from fastntk.cli.run import Run
-
-    opened = Run(run, data=data, model=model)
-    memory, images = opened.memory()
-    found, members = asked.owners(opened.here, images, said), set(memory.ids)
-    counts: dict[str, list[int]] = {}
-    for each, name in found.items():
-        count = counts.setdefault(name, [0, 0])
-        count[0] += 1
-        count[1] += each in members
-    table = Table("owner", "samples", "in the memory")
-    for name, count in sorted(counts.items(), key=lambda each: (-each[1][1], each[0])):
-        table.add_row(Text(name), *(f"{number:,}" for number in count))
-    listed = {name: {"samples": whole, "members": there} for name, (whole, there) in counts.items()}
-    document = {"run": str(run), "owners": listed, "without": len(images) - len(found)}
-    show(document, as_json, table, f"{document['without']:,} images have no owner.")
-
-
-def remember(
-    run: options.Folder,
-    ids: options.Ids = None,
-    ids_file: options.IdsFile = None,
-    defer_purge: options.Defer = False,
-    full: options.Full = False,
-    certificate: options.CertificateFile = None,
-    data: options.Moved = None,
-    model: options.MovedModel = None,
-    device: options.Device = "cpu",
-    as_json: options.Json = False,
-) -> None:
-    """Add samples that are in the data and not in the memory: new ones, or some that were forgotten."""
-    from fastntk.cli.asked import wanted
-    from fastntk.cli.run import Run
-
-    if (ids is None) == (ids_file is None):
-        raise InputError("say what to remember by exactly one of --ids and --ids-file.")
-    options.check_out(certificate)
-    opened = Run(run, device, data, model)
-    memory, images = opened.memory()
-    answer = memory.remember(wanted(ids, ids_file, images), full=full)
-    _answered(opened, memory, answer, certificate, defer_purge, as_json)
-
-
-def learn(
-    run: options.Folder,
-    data: Annotated[str, typer.Option(callback=options.said, help="New images, as for fit, of the run's classes.")],
-    defer_purge: options.Defer = False,
-    full: options.Full = False,
-    certificate: options.CertificateFile = None,
-    device: options.Device = "cpu",
-    as_json: options.Json = False,
-) -> None:
-    """Add new images to the memory: as exact as forgetting, and as fast. Their ids begin with where they come from."""
-    from fastntk.cli.run import Run
-
-    options.check_out(certificate)
-    opened = Run(run, device)
-    memory, answer = opened.learn(data)
-    _answered(opened, memory, answer, certificate, defer_purge, as_json)
-
-
 def purge(
     run: options.Folder,
     data: options.Moved = None,
@@ -359,10 +168,11 @@ def refresh(
     """Linearise anew where the weights are now, by one pass over the samples that are left."""
     from fastntk.cli.run import Run
 
-    _refreshed(Run(run, device, data, model), as_json)
+    refreshed(Run(run, device, data, model), as_json)
 
 
-def _refreshed(opened: "Run", as_json: bool, silent: bool = False) -> None:
+def refreshed(opened: "Run", as_json: bool, silent: bool = False) -> None:
+    """Linearise anew, and say so."""
     seconds, memory = opened.refresh()
     if silent:
         return
@@ -406,26 +216,3 @@ def export(
     loaded = f"\nLoad it: {load}" if load else ""
     document = {"run": str(run), "out": str(path), "gain": taken, "load": load or None}
     show(document, as_json, f"Wrote {path}.{told}{loaded}")
-
-
-def _answered(
-    opened: "Run",
-    memory: "Memory",
-    answer: "Answer",
-    file: Path | None,
-    defer_purge: bool,
-    as_json: bool,
-    copies: "Copies | None" = None,
-) -> None:
-    """Write the certificate of a request, then purge: its salt is kept, and the answer shown, even if that fails."""
-    from fastntk.common.files import write_json
-
-    seconds = None
-    try:
-        if file:
-            write_json(file, answer.certificate.to_dict())
-        seconds = None if defer_purge else opened.purge(memory)
-    except InputError as error:
-        raise InputError(f"{error} The request is answered, and not purged: fastntk purge {opened.folder}") from error
-    finally:
-        show_answer(opened.folder, answer, seconds, as_json, copies=copies)
