@@ -79,7 +79,8 @@ def fit_exact(
         ridge: a total, or ``"auto"``: ``FACTOR`` of the kernel's mean diagonal over the core.
         classes: of each sample that rows are kept of: a number, ``"all"``, or ``"auto"``: enough for the core.
         removal: add noise for certified removal. It is drawn by the system and not by the seed, and is in the folder.
-        checkpoint, numerics: as for ``fastntk.prepare``.
+        checkpoint: as for ``fastntk.prepare``.
+        numerics: as for ``fastntk.prepare``.
 
     Raises:
         InputError: the core is empty or unknown, or everything; or like ``fit`` and ``prepare``.
