@@ -10,7 +10,7 @@ from test_data import photos
 from test_run import RECIPE, given, prepared, run  # noqa: F401 (fixtures)
 
 import fastntk
-from fastntk.cli.commands import memory as commands
+from fastntk.cli.commands import requests as commands
 from fastntk.cli.run import Run
 from fastntk.memory.memory import Memory
 

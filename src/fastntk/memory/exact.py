@@ -72,8 +72,7 @@ def fit_exact(
         model: in eval mode, with the tuned parameters requiring gradients. It ends at ``theta_B``; the weights to serve
             are ``memory.parameters``.
         train: B and S, a map-style dataset.
-        core: the ids of B; or, if ``fitted``, the images that ``theta_B`` was fitted to, which may be of other classes:
-            they are then not in the sum.
+        core: the ids of B; or, if ``fitted``, the images that it was fitted to, of any classes, which are in no sum.
         recipe: how the core is fitted; its loss is l.
         fitted: whether the model is at ``theta_B`` already.
         ridge: a total, or ``"auto"``: ``FACTOR`` of the kernel's mean diagonal over the core.
