@@ -1,6 +1,7 @@
-"""One process of a job that prepares a memory or fits: python -m torch.distributed.run ... job.py OUT FORM [KILL].
+"""One process of a job that prepares memories or fits: python -m torch.distributed.run ... job.py OUT FORMS [KILL].
 
-With KILL, the process of that number kills itself when it has completed its first shard. FORM "fit" fits a model.
+With KILL, the process of that number kills itself when it has completed its first shard. FORMS are parted by commas;
+"fit" fits a model.
 """
 
 import os
@@ -17,12 +18,10 @@ from fastntk.common import distributed
 from fastntk.common.distributed import PeerLost
 from fastntk.solve import collect as collection
 
-out, form = Path(sys.argv[1]), sys.argv[2]
+out, forms = Path(sys.argv[1]), sys.argv[2].split(",")
 victim = int(sys.argv[3]) if len(sys.argv) > 3 else None
 torch.set_num_threads(1)
 collection.SHARD = 3
-case = CASES["bn+head"]
-model, data = case.model(), case.data(20)
 write = collection.Checkpoint.write
 
 
@@ -32,18 +31,22 @@ def killed(self, sums, shards):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def result(form):
+    """Tensors that are the same whatever the number of processes."""
+    case = CASES["bn+head"]
+    model, data = case.model(), case.data(20)
+    if form == "fit":
+        done = fastntk.fit(model, data, epochs=3, batch_size=7, learning_rate=0.05)
+        return {"losses": torch.tensor(done.losses)}, model.state_dict()
+    memory = fastntk.prepare(model, data, moved(model), form=form, ridge=0.5, checkpoint=out / "partial")
+    answer = memory.preview([3, 17])
+    return {**memory.state.solution.tensors(), "residuals": memory.state.fingerprints}, answer.parameters
+
+
 collection.Checkpoint.write = killed
 try:
     with distributed.session(torch.device("cpu")):
-        if form == "fit":
-            done = fastntk.fit(model, data, epochs=3, batch_size=7, learning_rate=0.05)
-            torch.save(
-                ({"losses": torch.tensor(done.losses)}, model.state_dict()), out / f"fit-{distributed.rank()}.pt"
-            )
-            sys.exit()
-        memory = fastntk.prepare(model, data, moved(model), form=form, ridge=0.5, checkpoint=out / "partial")
-        answer = memory.preview([3, 17])
-        solved = {**memory.state.solution.tensors(), "residuals": memory.state.fingerprints}
-        torch.save((solved, answer.parameters), out / f"{form}-{distributed.rank()}.pt")
+        for form in forms:
+            torch.save(result(form), out / f"{form}-{distributed.rank()}.pt")
 except PeerLost as error:
     sys.exit(str(error))
