@@ -5,6 +5,7 @@ An operation is the creation of a file or folder, a write, a sync, a change of a
 and a statement of SQLite that writes. They are interposed on in a fork of this process, in which the command line runs.
 """
 
+import contextlib
 import errno
 import io
 import os
@@ -15,6 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from fastntk.cli.main import main
 from fastntk.common import files
@@ -233,6 +236,14 @@ class Outcome:
     @property
     def traceback(self) -> bool:
         return self.status == _RAISED or "Traceback" in self.said
+
+
+def warm() -> None:
+    """What a command imports at its first words and torch at a first derivative along a direction, for all forks."""
+    here = torch.zeros(1)
+    torch.func.jvp(torch.sin, (here,), (here,))
+    with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):
+        main(["ledger", os.devnull])
 
 
 def run(words: Sequence[object], root: Path, at: int = 0, fault: str = "fails") -> Outcome:

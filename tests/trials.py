@@ -9,6 +9,7 @@ from typing import Any
 
 import faults
 import numpy as np
+import scipy.optimize  # noqa: F401 (as what follows: not at every fork)
 
 import fastntk.cli.asked
 import fastntk.evidence.pages  # noqa: F401
@@ -79,6 +80,7 @@ class Place:
 
     def __init__(self, folder: Path) -> None:
         torchvision()
+        faults.warm()
         self.given, self.whole, self.root = folder, folder / "whole", folder / "root"
         (folder / "own.py").write_text(MODEL)
         x = np.random.default_rng(0).integers(0, 255, (20, 8, 8, 3), dtype=np.uint8)
