@@ -1,18 +1,20 @@
-"""Shape annotations of the package are checked while the tests run: of a test with parameters, in the first of them.
+"""Shape annotations of the package are checked while the tests run: in every test, at the first calls of each function.
 
-Checking takes as long as all else, and whether shapes are as annotated depends on what is called and not on numbers.
+To check all calls takes as long as all else, and the thousandth of a loop is like the third.
 """
 
+import functools
 import gc
 import os
+from collections import Counter
 from collections.abc import Callable
+from types import CodeType
 
 import jaxtyping
-import pytest
 import torch
 
-FIRST = pytest.StashKey[bool]()
-"""Whether a test is the first of its function."""
+FIRST = 3
+"""Calls of each function that are checked in a test."""
 
 LONG = [
     *("test_store", "test_contracts", "test_bench", "test_distributed", "test_faults", "test_run", "test_cli"),
@@ -20,12 +22,25 @@ LONG = [
 ]
 
 _jaxtyped = jaxtyping.jaxtyped
+_called: Counter[CodeType] = Counter()
 
 
 def _checked(function: Callable, **options: object) -> Callable:
-    """What the import hook does to a function; but none that is made anew at every call, while nothing is checked."""
-    inner = "<locals>" in function.__qualname__
-    return function if inner and jaxtyping.config.jaxtyping_disable else _jaxtyped(function, **options)
+    """What the import hook does to a function. One inside another is made anew at every call of that, which takes
+    longer than to call it."""
+    if isinstance(function, type):
+        return _jaxtyped(function, **options)
+    inner, code = "<locals>" in function.__qualname__, function.__code__
+    if inner and _called[code] >= FIRST:
+        return function
+    checked = _jaxtyped(function, **options)
+
+    @functools.wraps(function)
+    def called(*arguments: object, **named: object) -> object:
+        _called[code] += 1
+        return (checked if _called[code] <= FIRST else function)(*arguments, **named)
+
+    return called
 
 
 jaxtyping.jaxtyped = lambda **options: lambda function: _checked(function, **options)
@@ -43,12 +58,8 @@ def pytest_collection_modifyitems(items: list) -> None:
     """The longest files first, so that no process waits for the other's last one."""
     order = {stem: place for place, stem in enumerate(LONG)}
     items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
-    first = {item.nodeid.partition("[")[0]: item for item in reversed(items)}
-    for item in items:
-        item.stash[FIRST] = first[item.nodeid.partition("[")[0]] is item
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Before its fixtures."""
-    jaxtyping.config.update("jaxtyping_disable", not item.stash[FIRST])
+def pytest_runtest_setup() -> None:
+    """Every test checks anew."""
+    _called.clear()
