@@ -6,6 +6,7 @@ To check all calls takes as long as all else, and the thousandth of a loop is li
 import functools
 import gc
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable
 from types import CodeType
@@ -23,6 +24,7 @@ LONG = [
 
 _jaxtyped = jaxtyping.jaxtyped
 _called: Counter[CodeType] = Counter()
+_modules = 0
 
 
 def _checked(function: Callable, **options: object) -> Callable:
@@ -49,11 +51,6 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 torch.set_flush_denormal(True)
 
 
-def pytest_collection_finish() -> None:
-    """What is there by now stays: measurements of memory collect garbage first, and need not look at it each time."""
-    gc.freeze()
-
-
 def pytest_collection_modifyitems(items: list) -> None:
     """The longest files first, so that no process waits for the other's last one."""
     order = {stem: place for place, stem in enumerate(LONG)}
@@ -61,5 +58,11 @@ def pytest_collection_modifyitems(items: list) -> None:
 
 
 def pytest_runtest_setup() -> None:
-    """Every test checks anew."""
+    """Every test checks anew. What modules brought along stays: measurements of memory collect garbage first, and need
+    not look at it each time."""
+    global _modules
     _called.clear()
+    if len(sys.modules) > _modules:
+        _modules = len(sys.modules)
+        gc.collect()
+        gc.freeze()
