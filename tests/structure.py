@@ -16,12 +16,14 @@ import json
 import statistics
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "src" / "fastntk"
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
+@cache
 def sources() -> dict[str, ast.Module]:
     """Every module's syntax tree, by its name without ``fastntk.``; the package itself is the empty name."""
     found = {}
@@ -48,6 +50,7 @@ def imports(tree: ast.Module, known: set[str]) -> Iterator[str]:
             yield from (name.removeprefix("fastntk").removeprefix(".") for name in names)
 
 
+@cache
 def graph() -> dict[str, set[str]]:
     """Which modules each imports; the package's own front door, which imports on demand, is left out."""
     trees = sources()

@@ -20,6 +20,7 @@ from fastntk.common.files import write_json
 from fastntk.evidence.auditing import left_out_gain
 from fastntk.inputs.models import load_model
 from fastntk.inputs.sources import load_data
+from fastntk.solve import speeds
 from fastntk.tuning.selectors import tune
 
 MODEL = ["--model", "mobilenetv3_small_050", "--image-size", "32"]
@@ -306,7 +307,9 @@ def test_bad_folders_and_files(run, data, tmp_path):
     refuse("run.json cannot be read as JSON", "forget", folder, "--ids", "1")
 
 
-def test_a_plan_before_and_after_there_is_a_run(data, run):
+def test_a_plan_before_and_after_there_is_a_run(data, run, monkeypatch):
+    monkeypatch.setattr(speeds, "_AIM", 0.02)  # seconds a trial; what takes how long is not looked at
+    monkeypatch.setattr(speeds, "_TRIAL", 256)
     before = json.loads(succeed("plan", *MODEL, "--data", data, "--form", "primal", "--json"))
     after = json.loads(succeed("plan", run, "--form", "primal", "--json"))
     assert before["workload"] == after["workload"]

@@ -12,7 +12,7 @@ from cases import CASES
 import fastntk
 from fastntk.jacobians.linearised import Linearised
 from fastntk.jacobians.per_sample import PerSampleJacobian
-from fastntk.solve import convex, iterative, layers, on_disk, reading
+from fastntk.solve import convex, iterative, layers, on_disk, reading, speeds
 from fastntk.solve.forms import FORMS
 from fastntk.solve.head import convex_shortfall
 from fastntk.solve.kernel import Stored
@@ -290,7 +290,8 @@ class SolutionContract(Contract):
             left, right = (self.updated(each, network, torch.tensor([1, 5]), -1).change for each in (solution, again))
             assert torch.equal(left, right)
 
-    def test_it_says_what_preparing_takes(self, network):
+    def test_it_says_what_preparing_takes(self, network, monkeypatch):
+        monkeypatch.setattr(speeds, "_TRIAL", 256)
         work = Workload.of(network)
         price, timing = FORMS[self.form].price(work), FORMS[self.form].timing(work, Speeds(network, 64))
         assert price.form == self.form
