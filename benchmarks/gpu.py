@@ -63,7 +63,7 @@ FULL = Sizes(
 )
 TINY = Sizes(
     lambda c: timm().create_model("vit_tiny_patch16_224", num_classes=c, img_size=32, depth=2),
-    lambda c: torchvision().models.resnet18(num_classes=c),
+    lambda c: timm().create_model("test_resnet", num_classes=c),
     *(32, 4, 12, 14, 8, (5, 7)),
 )
 SELECT = {"vit": ("prompt:10", "head"), "resnet": ("bn", "head")}

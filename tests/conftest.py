@@ -1,21 +1,17 @@
-"""Shape annotations of the package are checked while the tests run: in every test, at the first calls of each function.
+"""Shape annotations of the package are checked while the tests run: in every test, at the first call of each function.
 
-To check all calls takes as long as all else, and the thousandth of a loop is like the third.
+To check all calls takes as long as all else, and the thousandth of a loop is like the first.
 """
 
 import functools
 import gc
 import os
 import sys
-from collections import Counter
 from collections.abc import Callable
 from types import CodeType
 
 import jaxtyping
 import torch
-
-FIRST = 3
-"""Calls of each function that are checked in a test."""
 
 LONG = [
     *("test_store", "test_contracts", "test_bench", "test_distributed", "test_faults", "test_run", "test_cli"),
@@ -23,7 +19,7 @@ LONG = [
 ]
 
 _jaxtyped = jaxtyping.jaxtyped
-_called: Counter[CodeType] = Counter()
+_called = set[CodeType]()
 _modules = 0
 
 
@@ -33,14 +29,16 @@ def _checked(function: Callable, **options: object) -> Callable:
     if isinstance(function, type):
         return _jaxtyped(function, **options)
     inner, code = "<locals>" in function.__qualname__, function.__code__
-    if inner and _called[code] >= FIRST:
+    if inner and code in _called:
         return function
     checked = _jaxtyped(function, **options)
 
     @functools.wraps(function)
     def called(*arguments: object, **named: object) -> object:
-        _called[code] += 1
-        return (checked if _called[code] <= FIRST else function)(*arguments, **named)
+        if code in _called:
+            return function(*arguments, **named)
+        _called.add(code)
+        return checked(*arguments, **named)
 
     return called
 

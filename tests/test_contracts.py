@@ -3,6 +3,7 @@ that use neither normal equations nor updates."""
 
 import copy
 from dataclasses import replace
+from functools import cache
 
 import oracles
 import pytest
@@ -28,8 +29,20 @@ RIDGE = 0.3
 NAMES = ["bn+head", "head", "bn", "bias"]
 
 
+@cache
+def linearised(name):
+    case = CASES[name]
+    model = case.model()
+    return Linearised(PerSampleJacobian(model, snapshot(tuned(model))), case.data(9))
+
+
+@cache
+def of_all(name):
+    return linearised(name).rows(range(9))
+
+
 class Contract:
-    """A problem, written out, that operators and forms are given."""
+    """A problem, written out, that operators and forms are given and leave as it is."""
 
     @pytest.fixture(params=NAMES)
     def name(self, request):
@@ -37,13 +50,11 @@ class Contract:
 
     @pytest.fixture
     def network(self, name):
-        case = CASES[name]
-        model = case.model()
-        return Linearised(PerSampleJacobian(model, snapshot(tuned(model))), case.data(9))
+        return linearised(name)
 
     @pytest.fixture
-    def rows(self, network):
-        return network.rows(range(9))
+    def rows(self, name):
+        return of_all(name)
 
     @pytest.fixture
     def dense(self, rows):

@@ -65,9 +65,7 @@ def test_a_killed_process_ends_the_job_and_the_next_goes_on(jobs, tmp_path):
     assert "another process of this job is gone" in done.stderr
     assert not list(tmp_path.glob("*.pt"))
     assert list((tmp_path / "partial").glob("sums-*.safetensors"))
-    again = launch(3, tmp_path, "primal")
+    again = launch(1, tmp_path, "primal")
     assert again.returncode == 0, again.stderr
-    [alone] = results(jobs[1], "primal", 1)
-    for other in results(tmp_path, "primal", 3):
-        same(other, alone, 1e-10)
+    same(results(tmp_path, "primal", 1)[0], results(jobs[1], "primal", 1)[0], 1e-10)
     assert not (tmp_path / "partial").exists()

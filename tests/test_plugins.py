@@ -46,7 +46,7 @@ print(json.dumps([done(words) for words in json.load(sys.stdin)]))
 
 
 class Environment:
-    """A fresh one, which sees the packages of this one, with the example installed."""
+    """A fresh one, which sees the packages of this one."""
 
     def __init__(self, here):
         self.here, self.python = here, here / "env" / "bin" / "python"
@@ -54,10 +54,13 @@ class Environment:
         version = f"python{sys.version_info.major}.{sys.version_info.minor}"
         around = here / "env" / "lib" / version / "site-packages" / "around.pth"
         around.write_text(f"{sysconfig.get_paths()['purelib']}\n{Path(fastntk.__file__).parent.parent}\n")
-        (here / "source").mkdir()
+
+    def install(self, package):
+        """A copy of it, which a build may write to."""
+        (self.here / "source").mkdir()
         for name in ("pyproject.toml", "fastntk_plugin.py"):
-            (here / "source" / name).write_bytes((PLUGIN / name).read_bytes())
-        self.pip("install", "--no-deps", "--no-build-isolation", "--no-index", here / "source")
+            (self.here / "source" / name).write_bytes((package / name).read_bytes())
+        self.pip("install", "--no-deps", "--no-build-isolation", "--no-index", self.here / "source")
 
     def pip(self, *words):
         subprocess.run([self.python, "-m", "pip", "--quiet", *words], check=True)
@@ -84,6 +87,7 @@ def pictures(here):
 
 def test_from_installing_to_removing(tmp_path):
     environment, package = Environment(tmp_path), "fastntk-plugin-example 0.1"
+    environment.install(PLUGIN)
     pictures(tmp_path)
     document = {
         "data": {"own": {"source": "table:labels.csv"}},
