@@ -51,14 +51,18 @@ root, count = Path(sys.argv[1]), int(sys.argv[2])
 torch.set_num_threads(1)
 case = CASES["bn+head"]
 model, data = case.model(), case.data()
-fastntk.prepare(model, data, moved(model), ridge=0.5).save(root / "whole")
+little = {"witnesses": 2, "loss": fastntk.SquaredLoss()}  # to compute: a request is what it writes
+fastntk.prepare(model, data, moved(model), ridge=0.5, **little).save(root / "whole")
 before = opened(root / "whole").parameters
 after = opened(root / "whole").preview(REQUEST).parameters
-shutil.copytree(root / "whole", root / "timed")
-started = time.perf_counter()
-in_child(root / "timed")
-seconds = time.perf_counter() - started
-assert same(opened(root / "timed").parameters, after)
+seconds = 60.0
+for _ in range(3):
+    shutil.rmtree(root / "timed", ignore_errors=True)
+    shutil.copytree(root / "whole", root / "timed")
+    started = time.perf_counter()
+    in_child(root / "timed")
+    seconds = min(seconds, time.perf_counter() - started)
+    assert same(opened(root / "timed").parameters, after)
 
 random.seed(0)
 states = {"before": 0, "after": 0}
