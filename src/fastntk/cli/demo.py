@@ -26,9 +26,9 @@ def run(out: Path, device: torch.device | str = "cpu", seed: int = 0) -> tuple[d
     """
     writable(out)
     model, preprocessing = pretrained(seed)
-    train, test = digits(preprocessing, 0, 100), digits(preprocessing, 100, 150)
+    train, test = digits(preprocessing, 0, 50), digits(preprocessing, 50, 100)
     tune(model.to(device), "bn", "head")
-    console.print("fitting EfficientNet-Lite0's batch norm and head to 1,000 digits")
+    console.print("fitting EfficientNet-Lite0's batch norm and head to 500 digits")
     fitted = fit(model, train, Recipe(seed=seed))
     console.print("preparing the memory, once for all requests")
     memory = prepare(model, train, fitted.initial)
