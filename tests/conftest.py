@@ -1,6 +1,5 @@
-"""Shape annotations of the package are checked while the tests run: in every test, at the first call of each function.
-
-To check all calls takes as long as all else, and the thousandth of a loop is like the first.
+"""Shape annotations of the package are checked while the tests run: in every test, whose parameters do not count, at
+the first call of each function. To check all calls takes as long as all else.
 """
 
 import functools
@@ -11,6 +10,7 @@ from collections.abc import Callable
 from types import CodeType
 
 import jaxtyping
+import pytest
 import torch
 
 LONG = [
@@ -20,7 +20,7 @@ LONG = [
 
 _jaxtyped = jaxtyping.jaxtyped
 _called = set[CodeType]()
-_modules = 0
+_test, _modules = "", 0
 
 
 def _checked(function: Callable, **options: object) -> Callable:
@@ -55,11 +55,13 @@ def pytest_collection_modifyitems(items: list) -> None:
     items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
 
 
-def pytest_runtest_setup() -> None:
+def pytest_runtest_setup(item: pytest.Item) -> None:
     """Every test checks anew. What modules brought along stays: measurements of memory collect garbage first, and need
     not look at it each time."""
-    global _modules
-    _called.clear()
+    global _test, _modules
+    if item.nodeid.partition("[")[0] != _test:
+        _test = item.nodeid.partition("[")[0]
+        _called.clear()
     if len(sys.modules) > _modules:
         _modules = len(sys.modules)
         gc.collect()
