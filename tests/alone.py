@@ -7,9 +7,14 @@ _BEFORE = """
 import sys
 sys.modules['fastntk'] = None
 import torch
-library = torch.library.Library('torchvision', 'DEF')
-for operator in ('nms', 'qnms'):
-    library.define(f'{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
+try:
+    import torchvision
+except RuntimeError:  # beside a torch that it was not made for
+    for name in [name for name in sys.modules if name.startswith('torchvision')]:
+        del sys.modules[name]
+    library = torch.library.Library('torchvision', 'DEF')
+    for operator in ('nms', 'qnms'):
+        library.define(f'{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
 import timm
 """
 
