@@ -1,4 +1,4 @@
-"""Requests to a memory: to forget and to remember."""
+"""Requests to a memory: to forget, to remember and to learn; and whose samples there are."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastntk.cli import options
+from fastntk.cli.commands.memory import refreshed
 from fastntk.cli.printing import show, show_answer
 from fastntk.common.errors import InputError
 
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
     from fastntk.inputs.images import Images
     from fastntk.memory.certificate import Answer
     from fastntk.memory.memory import Memory
-
-
-from fastntk.cli.commands.memory import refreshed
 
 
 def forget(
