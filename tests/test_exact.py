@@ -15,6 +15,7 @@ from torch.utils.data import Subset, TensorDataset
 
 import fastntk
 from fastntk.cli.run import Run
+from fastntk.common.files import read_tensors
 from fastntk.memory.exact import Removal, chosen_on, fit_exact, noise
 from fastntk.memory.prepare import linearised
 from fastntk.tuning.parameters import snapshot, tuned
@@ -120,7 +121,7 @@ def test_what_has_no_place_is_refused():
         (lambda: fastntk.refresh(memory), "no anchor to be moved"),
         (lambda: fastntk.exact_head(memory), "would make them others"),
         (lambda: fastntk.finished(memory, gain=2.0), "would make them others"),
-        (lambda: fastntk.audit(memory, RECIPE), "nothing to audit"),
+        (lambda: fastntk.audit(memory, RECIPE), "use audit_exact"),
     ):
         with pytest.raises(fastntk.InputError, match=f"forgets exactly.*{why}"):
             call()
@@ -129,6 +130,37 @@ def test_what_has_no_place_is_refused():
         fit_exact(CASES["bn+head"].model(), Named(range(14)), [], RECIPE)
     with pytest.raises(fastntk.InputError, match="must be fitted already"):
         fit_exact(CASES["bn+head"].model(), Named(range(14)), Named(CORE), RECIPE)
+
+
+def test_an_audit_is_the_same_fit_anew(monkeypatch):
+    """On what would stay; and an answer that is another one fails it."""
+    memory = made()
+    memory.forget([9])
+    before = memory.parameters
+    found = fastntk.audit_exact(memory, fraction=0.5, seed=1)
+    assert (found.samples, found.passed) == (4, True)
+    assert found.difference < 1e-8
+    by_hand = fastntk.audit_exact(memory, ids=[7, 8])
+    answered, never = memory.preview([7, 8]).parameters, made(without(7, 8, 9)).parameters
+    assert by_hand.samples == 2
+    close(answered, never, 1e-8)
+    close(memory.parameters, before, 0)
+    monkeypatch.setattr("fastntk.evidence.auditing.solved_anew", lambda state, gone: state.anchor)
+    failed = fastntk.audit_exact(memory, ids=[7, 8])
+    core, ours = (torch.cat([each.flatten() for each in some.values()]) for some in (memory.anchor, answered))
+    assert failed.difference == pytest.approx(float((ours - core).norm() / core.norm()))
+    assert (failed.passed, failed.to_dict()["verdict"]) == (False, "not exact")
+    with pytest.raises(fastntk.InputError, match="use fastntk.audit, which retrains"):
+        fastntk.audit_exact(ordinary())
+    with pytest.raises(fastntk.InputError, match="sample 2 is of the core"):
+        fastntk.audit_exact(memory, ids=[2])
+
+
+def ordinary():
+    """The memory of another fit."""
+    model = CASES["bn+head"].model()
+    fitted = fastntk.fit(model, Named(range(14)), RECIPE)
+    return fastntk.prepare(model, Named(range(14)), fitted.initial)
 
 
 def test_noise_for_certified_removal(tmp_path):
@@ -159,7 +191,12 @@ def test_on_the_command_line(data, tmp_path):  # noqa: F811
     told = json.loads(succeed("forget", run, "--ids", "3,5", "--json"))
     assert (told["verdict"], told["exact"]) == ("exact", True)
     refuse("is of the core", "forget", run, "--ids", "4")
-    refuse("nothing to audit", "audit", run)
+    audited = json.loads(succeed("audit", run, "--json"))
+    assert (audited["samples"], audited["verdict"], audited["passed"]) == (1, "exact", True)
+    assert audited["difference"] < 1e-6
+    assert "solved from its beginning" in succeed("audit", run, "--fraction", 0.5)
+    refuse("is of the core", "audit", run, "--class-name", "red")
+    refuse("use audit_exact, without held-out data", "audit", run, "--test", data)
     refuse("no anchor to be moved", "refresh", run)
     refuse("the convex form alone", "prepare", never, "--form", "primal")
     core.write_text("0\n2\n")
@@ -176,6 +213,36 @@ def test_on_the_command_line(data, tmp_path):  # noqa: F811
     close(Run(run).memory()[0].parameters, before, 1e-6)
     succeed("verify", run)
     succeed("export", run)
-    refuse("no file, and matches no", "fit", tmp_path / "x", *MODEL, *given, "--core", "public/*")
+    refuse("no file or folder, and matches no", "fit", tmp_path / "x", *MODEL, *given, "--core", "public/*")
     core.write_text("0\n99\n")
     refuse("names '99'|names 99", "fit", tmp_path / "x", *MODEL, *given, "--core", core)
+
+
+def test_a_core_of_other_images(data, tmp_path):  # noqa: F811
+    """Of the same classes, with their head; or of others, whose backbone alone is taken."""
+    with np.load(data) as arrays:
+        x, y, names = arrays["x_train"], arrays["y_train"], arrays["classes"]
+    same, other = tmp_path / "same.npz", tmp_path / "other.npz"
+    np.savez(same, x=x[:20], y=y[:20], classes=names)
+    np.savez(other, x=x[:20], y=y[:20] % 2, classes=["this", "that"])
+    given = ["--data", data, "--epochs", 2, *RATE, "--seed", 3]
+    anchors = {}
+    for core in (same, other):
+        run = tmp_path / core.stem
+        succeed("fit", run, *MODEL, *given, "--core", core)
+        memory, images = Run(run).memory()
+        anchors[core] = memory.anchor
+        assert len(memory.ids) == len(images) == len(y)
+        assert json.loads(succeed("forget", run, "--ids", "4", "--json"))["verdict"] == "exact"
+        assert json.loads(succeed("audit", run, "--json"))["verdict"] == "exact"
+    for core in (same, other):
+        plain = tmp_path / f"plain-{core.stem}"
+        succeed("fit", plain, *MODEL, "--data", core, "--epochs", 2, *RATE, "--seed", 3)
+        fitted = read_tensors(plain / "model.safetensors")[0]
+        began, _ = read_tensors(tmp_path / core.stem / "initial.safetensors")
+        for name, each in anchors[core].items():
+            new = core == other and name.startswith("classifier")
+            torch.testing.assert_close(each, began[name] if new else fitted[name])
+    refuse(
+        "--validation does not measure", "fit", tmp_path / "x", *MODEL, *given, "--core", other, "--validation", data
+    )

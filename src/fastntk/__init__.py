@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from fastntk.evidence import methods as methods
     from fastntk.evidence import metrics as metrics
     from fastntk.evidence.auditing import audit as audit
+    from fastntk.evidence.auditing import audit_exact as audit_exact
     from fastntk.evidence.auditing import left_out_gain as left_out_gain
     from fastntk.evidence.report import Report as Report
     from fastntk.evidence.report import evaluate as evaluate
@@ -91,7 +92,7 @@ _HOMES = {
     "memory.finish": ["amplified", "exact_head", "finished"],
     "memory.memory": ["Memory", "load", "prepare", "refresh"],
     "memory.plan": ["Plan", "plan"],
-    "evidence.auditing": ["audit", "left_out_gain"],
+    "evidence.auditing": ["audit", "audit_exact", "left_out_gain"],
     "evidence.report": ["Report", "evaluate"],
     "cli.training": ["lightning_callback", "trainer_callback"],
 }

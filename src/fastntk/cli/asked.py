@@ -12,6 +12,7 @@ from fastntk.common.errors import InputError
 from fastntk.inputs.ids import Id, by_name, composed
 from fastntk.inputs.images import Images
 from fastntk.inputs.owners import owners_of
+from fastntk.inputs.sources import load_data
 from fastntk.memory.copies import copies
 from fastntk.memory.memory import Memory
 
@@ -63,17 +64,25 @@ def owners(settings: Settings, images: Images, spec: str | None = None) -> dict[
     return owners_of(said, settings.data, images)
 
 
-def core_of(images: Images, spec: str) -> list[Id]:
-    """The ids of a core: those that a pattern matches, as ``public/*``, or that a file names, one a line.
+def core_of(images: Images, spec: str) -> list[Id] | Images:
+    """A core: the ids that a pattern matches, as ``public/*``, or that a file names, one a line; or other images, which
+    a folder or an ``.npz`` holds, under the classes of ``images`` if they have no others.
 
     Raises:
-        InputError: there are none, or the file cannot be read.
+        InputError: there are none, or an id is not of ``images``, or what is named cannot be read.
     """
-    if Path(spec).is_file():
-        return read_ids(text_of(Path(spec)), images, lines=True)
+    place = Path(spec)
+    if place.is_dir() or place.suffix == ".npz":
+        others = load_data(spec, images.preprocessing)
+        return others.under(images.classes) if set(others.classes) <= set(images.classes) else others
+    if place.is_file():
+        ids, known = read_ids(text_of(place), images, lines=True), set(images.ids)
+        if unknown := [each for each in ids if each not in known]:
+            raise InputError(f"the core names {unknown[0]!r}, which is not in the data ({len(unknown)} such).")
+        return ids
     found = [each for each in images.ids if fnmatchcase(str(each), spec)]
     if not found:
-        raise InputError(f"the core {spec!r} is no file, and matches no sample's id.")
+        raise InputError(f"the core {spec!r} is no file or folder, and matches no sample's id.")
     return found
 
 

@@ -117,7 +117,8 @@ Core = Annotated[
     typer.Option(
         callback=said,
         help="Fit these alone in the ordinary way, and solve for the rest, which is then forgotten exactly: a pattern "
-        "of ids, as 'public/*', or a file of ids. They themselves cannot be forgotten.",
+        "of ids, as 'public/*', or a file of ids; or other images, also of other classes: a folder or an .npz. They "
+        "themselves cannot be forgotten.",
     ),
 ]
 Owners = Annotated[

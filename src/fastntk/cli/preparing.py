@@ -1,6 +1,7 @@
 """What a run is fitted to, and the memory that is prepared of it: of an ordinary fit or of one that forgets exactly."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
@@ -9,12 +10,17 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
 from fastntk.cli.asked import core_of
-from fastntk.cli.settings import Settings
+from fastntk.cli.settings import Given, Settings
 from fastntk.common.errors import InputError
+from fastntk.inputs.heads import head_parameters
 from fastntk.inputs.images import Images, in_memory
+from fastntk.inputs.weights import load_weights
 from fastntk.jacobians.numerics import Numerics
 from fastntk.memory.exact import fit_exact
 from fastntk.memory.memory import Memory, prepare
+from fastntk.tuning.fitting import Fit, fit
+from fastntk.tuning.parameters import snapshot, tuned
+from fastntk.tuning.recipe import Recipe
 
 
 class Preparation(NamedTuple):
@@ -28,22 +34,37 @@ class Preparation(NamedTuple):
     numerics: Numerics
 
 
-def fitted_to(images: Images, core: str | None) -> Dataset:
-    """What is fitted in the ordinary way: all images, or those of a core."""
-    if core is None:
-        return in_memory(images)
-    place = {each: index for index, each in enumerate(images.ids)}
-    ids = core_of(images, core)
-    if unknown := [each for each in ids if each not in place]:
-        raise InputError(f"the core names {unknown[0]!r}, which is not in the data ({len(unknown)} such).")
-    return Subset(in_memory(images), [place[each] for each in ids])
+def fitted_to_core(module: nn.Module, images: Images, given: Given, recipe: Recipe, held_out: Dataset | None) -> Fit:
+    """Fit to the core of ``images`` alone, or to all of them where none was given.
+
+    A core of other classes is fitted with a head of its own; ``module`` takes all but the head of it.
+
+    Raises:
+        InputError: like ``core_of`` and ``fit``; or held-out images of ``module``'s classes would be measured by a
+            model of the core's.
+    """
+    core = images if given.core is None else core_of(images, given.core)
+    if not isinstance(core, Images):
+        place = {each: index for index, each in enumerate(images.ids)}
+        return fit(module, Subset(in_memory(images), [place[each] for each in core]), recipe, validation=held_out)
+    if core.classes == images.classes:
+        return fit(module, in_memory(core), recipe, validation=held_out)
+    if held_out is not None:
+        raise InputError("the core has classes of its own, which --validation does not measure. Leave it out.")
+    initial, device = snapshot(tuned(module)), next(module.parameters()).device
+    other = given.model_for(core, recipe.seed).to(device)
+    done, heads = fit(other, in_memory(core), recipe), set(head_parameters(other))
+    load_weights(module, {name: each for name, each in other.state_dict().items() if name not in heads})
+    return replace(done, initial=initial)
 
 
 def core_sum(images: Images, core: str | None) -> str | None:
-    """By which a core is known again, whatever its file or pattern names by then."""
+    """By which a core is known again, whatever its file, folder or pattern names by then."""
     if core is None:
         return None
-    return sha256("\n".join(sorted(map(str, core_of(images, core)))).encode(errors="surrogateescape")).hexdigest()
+    found = core_of(images, core)
+    ids = found.ids if isinstance(found, Images) else found
+    return sha256("\n".join(sorted(map(str, ids))).encode(errors="surrogateescape")).hexdigest()
 
 
 def memory_of(

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 
 from fastntk.cli.asked import forgotten, of_class
 from fastntk.cli.options import check_out
-from fastntk.cli.preparing import Preparation, core_sum, fitted_to, memory_of
+from fastntk.cli.preparing import Preparation, core_sum, fitted_to_core, memory_of
 from fastntk.cli.settings import Given, Settings
 from fastntk.common import distributed
 from fastntk.common.errors import InputError
@@ -40,7 +40,7 @@ from fastntk.common.files import (
     write_tensors,
 )
 from fastntk.common.machine import parse_device
-from fastntk.evidence.auditing import audit, left_out_gain
+from fastntk.evidence.auditing import Sameness, audit, audit_exact, left_out_gain
 from fastntk.evidence.card import card
 from fastntk.evidence.compare import compare, references
 from fastntk.evidence.methods import Problem
@@ -61,7 +61,7 @@ from fastntk.memory.finish import audited_gain, every_way, finished
 from fastntk.memory.memory import Memory, load
 from fastntk.memory.plan import Plan, plan
 from fastntk.solve.collect import clear
-from fastntk.tuning.fitting import Fit, fit
+from fastntk.tuning.fitting import Fit
 from fastntk.tuning.lora import merged
 from fastntk.tuning.parameters import snapshot, tuned
 from fastntk.tuning.rebuilding import rebuilt_start
@@ -132,7 +132,7 @@ class Run:
             begun = rebuilt_start(module, given.pretrained, head=given.head_start)
             done = Fit(begun.initial, [], recipe, 0.0, assumed=begun.assumed)
         else:
-            done = fit(module, fitted_to(images, given.core), recipe, validation=held_out)
+            done = fitted_to_core(module, images, given, recipe, held_out)
         if distributed.rank() == 0:
             settings = replace(Settings.of(given, images, recipe), core_sum=core_sum(images, given.core))
             self.write(settings, done.initial, module)
@@ -283,10 +283,12 @@ class Run:
         self._anchored(self.settings(), memory)
         return seconds, memory
 
-    def audit(self, fraction: float, class_name: str | None, test: str | None, seed: int) -> Audit:
-        """Audit the memory, with the run's own recipe."""
+    def audit(self, fraction: float, class_name: str | None, test: str | None, seed: int) -> Audit | Sameness:
+        """Audit the memory, with the run's own recipe; a fit that forgets exactly, by that fit."""
         memory, images = self.memory(all_images=True)
         ids = None if class_name is None else of_class(images, class_name, memory)
+        if memory.state.core is not None and not test:
+            return audit_exact(memory, fraction=fraction, ids=ids, seed=seed)
         held_out = self.here.held_out(images, test) if test else None
         return audit(memory, self.settings().fitting(), fraction=fraction, ids=ids, held_out=held_out, seed=seed)
 

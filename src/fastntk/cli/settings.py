@@ -1,6 +1,6 @@
 """What a run folder says of how its model was made: what it started from, and ``run.json``."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -83,8 +83,15 @@ class Given:
         def read(preprocessing: Preprocessing) -> Images:
             return load_data(self.data, preprocessing, root=self.root, id_column=self.id_column)
 
-        module, images = start(self.model, read, self.select, size=self.size, weights=self.weights, seed=seed)
+        module, images = self._started(read, seed)
         return module.to(device).eval(), images
+
+    def model_for(self, images: Images, seed: int = 0) -> nn.Module:
+        """The model with a head for the classes of other images, as it was before any fit."""
+        return self._started(lambda _: images, seed)[0].eval()
+
+    def _started(self, read: Callable[[Preprocessing], Images], seed: int) -> tuple[nn.Module, Images]:
+        return start(self.model, read, self.select, size=self.size, weights=self.weights, seed=seed)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ truly retrained for it. It costs two retrainings, once; every certificate from t
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -25,6 +26,7 @@ from fastntk.inputs.ids import Id
 from fastntk.jacobians.products import tangent
 from fastntk.memory.audit import Audit
 from fastntk.memory.certificate import Answer
+from fastntk.memory.exact import solved_anew
 from fastntk.memory.finish import multiplied
 from fastntk.memory.memory import Memory
 from fastntk.memory.state import State
@@ -36,6 +38,9 @@ from fastntk.tuning.recipe import Recipe
 _LEFT_OUT = 1000  # members at most
 _TOGETHER = 64  # of them at a time
 _ROUNDING = 1e-6  # of the predictions: two models that differ by less differ by the order of additions alone
+
+LIMIT_DIFFERENCE = 1e-6
+"""Of the weights' norm, up to which two fits that forget exactly are the same in float32."""
 
 Retraining = Callable[[Dataset, int], Mapping[str, Tensor]]
 """A user's own training from the parameters before fitting: the data and a seed to the tuned parameters."""
@@ -71,7 +76,7 @@ def audit(
     """
     state = memory.state
     unseen = _checked(state, recipe, held_out, seed)
-    drawn = state.members.positions(_drawn(memory, fraction, seed) if ids is None else ids)
+    drawn = state.members.positions(_drawn(memory.ids, fraction, seed) if ids is None else ids)
     if not len(drawn):
         raise InputError("the audit's request is empty. Give a larger fraction.")
     state.check_complete()
@@ -88,13 +93,71 @@ def audit(
     return result
 
 
+@dataclass(frozen=True)
+class Sameness:
+    """An answer of a fit that forgets exactly, beside the same fit without the samples.
+
+    Attributes:
+        samples: how many were drawn.
+        difference: ``|theta - theta'| / |theta'|`` with theta the answer's tuned parameters and theta' the fit's.
+        seconds: that the fit took.
+    """
+
+    samples: int
+    difference: float
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether they are the same, to ``LIMIT_DIFFERENCE``."""
+        return self.difference <= LIMIT_DIFFERENCE
+
+    def __str__(self) -> str:
+        return (
+            f"forgetting {self.samples:,} drawn samples gives the weights of the same fit without them, solved from "
+            f"its beginning, up to {self.difference:.1e} of their norm (limit {LIMIT_DIFFERENCE:.0e})"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "passed": self.passed, "verdict": "exact" if self.passed else "not exact"}
+
+
+def audit_exact(memory: Memory, *, fraction: float = 0.1, ids: Iterable[Id] | None = None, seed: int = 0) -> Sameness:
+    """Answer a drawn request from the memory of ``fastntk.fit_exact``, fit anew without its samples, and compare.
+
+    The request is not carried out.
+
+    Args:
+        memory: with a data source that has all of its members.
+        fraction: of the members that can be forgotten, drawn at random.
+        ids: the request, in place of a drawn one.
+        seed: of the draw.
+
+    Raises:
+        InputError: this is the memory of another fit, the request is empty or of the core, or samples are missing.
+    """
+    state = memory.state
+    if state.core is None:
+        raise InputError("this fit does not forget exactly: use fastntk.audit, which retrains.")
+    check_seed(seed)
+    core = {state.members.by_position[place] for place in state.core.tolist()}
+    asked = list(_drawn([each for each in memory.ids if each not in core], fraction, seed) if ids is None else ids)
+    answered = memory.preview(asked).parameters
+    started = time.perf_counter()
+    fitted = solved_anew(state, state.members.positions(asked))
+    seconds = time.perf_counter() - started
+    ours, theirs = (state.layout.flatten(each).double() for each in (answered, fitted))
+    return Sameness(len(asked), float((ours - theirs).norm() / theirs.norm()), seconds)
+
+
 def _checked(state: State, recipe: Recipe | Retraining, held_out: Dataset | None, seed: int) -> Tensor:
     """The labels of held-out samples, of which there may be none.
 
     Raises:
         InputError: for arguments of an audit that would fail it after the retraining.
     """
-    state.check_anchored("there is nothing to audit: use fastntk verify")
+    state.check_anchored("nothing to be near to: use audit_exact, without held-out data")
     check_seed(seed)
     if not isinstance(recipe, Recipe) and not callable(recipe):
         raise InputError(f"an audit retrains by a fastntk.Recipe or a function, not a {type(recipe).__name__}.")
@@ -115,11 +178,10 @@ def _check_leaves_out(state: State) -> None:
         )
 
 
-def _drawn(memory: Memory, fraction: float, seed: int) -> list[Id]:
-    """The ids of a share of the members, at random."""
+def _drawn(ids: list[Id], fraction: float, seed: int) -> list[Id]:
+    """A share of some ids, at random."""
     if not 0 < fraction < 1:
         raise InputError(f"the fraction of the samples must be between 0 and 1, not {fraction}.")
-    ids = memory.ids
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
     return [ids[place] for place in order[: round(fraction * len(ids))].tolist()]
 

@@ -18,7 +18,7 @@ forgotten, Golatkar et al. 2020 (mixed-privacy forgetting, arXiv 2012.13431).
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -133,11 +133,28 @@ def _solved(
     here = network.layout.flatten(network.jacobian.parameters).double()
     bound = chosen.ridge * _LEFT
     center = here - (0 if removal is None else noise(removal, bound, len(here)).to(here) / chosen.ridge)
-    initial = network.layout.unflatten(center, network.jacobian.parameters)
+    state = _optimum(network, network.layout.unflatten(center, network.jacobian.parameters), chosen, checkpoint)
+    return replace(state, head_shortfall=None, core=core)
+
+
+def _optimum(
+    network: Linearised, center: Mapping[str, Tensor], chosen: Chosen, checkpoint: Path | str | None = None
+) -> State:
+    """The memory of all samples of ``network``, at ``theta(S)``."""
     pull = {**pull_of(chosen.ridge, 1.0), "form": "convex", "classes": chosen.classes}
-    state = prepared(network, initial, {**pull, **_DRAWN}, checkpoint)
+    state = prepared(network, center, {**pull, **_DRAWN}, checkpoint)
     state = replace(state, solution=state.solution.ready())
-    return replace(state, vector=here + state.solution.step, head_shortfall=None, core=core)
+    here = network.layout.flatten(network.jacobian.parameters).double()
+    return replace(state, vector=here + state.solution.step)
+
+
+def solved_anew(state: State, without: Int[Tensor, " some"]) -> dict[str, Tensor]:
+    """``theta(S without F)`` from its beginning, of a fit that forgets exactly: the Jacobians, their kernel and the
+    optimum of those who are not at the positions ``without`` are computed anew; nothing is taken from the memory but
+    what was chosen on the core."""
+    network, members = state.network, state.members
+    stays = replace(network, train=Members(members.source, members.without(without).ids))
+    return _optimum(stays, state.initial, Chosen(state.ridge, network.keep or network.classes)).parameters
 
 
 _DRAWN = {"witnesses": 24, "seed": 0}  # retained samples that look at every answer

@@ -45,12 +45,13 @@ def audit(
 ) -> None:
     """Try a request that nobody made: retrain twice without its samples, and compare the memory's answer with that.
 
-    Nothing is forgotten. Every certificate from then on carries the result, and its verdict heeds it.
+    Nothing is forgotten. Every certificate from then on carries the result, and its verdict heeds it. A fit that
+    forgets exactly (fit --core) is done anew without the samples, once: the weights must be the same.
     """
     from fastntk.cli.run import Run
 
     done = Run(run, device, data, model).audit(fraction, class_name, test, seed)
-    text = f"The memory {'passed' if done.passed else 'FAILED'}: {done}.\nRetraining twice took {done.seconds:.0f} s."
+    text = f"The memory {'passed' if done.passed else 'FAILED'}: {done}.\nFitting took {done.seconds:.0f} s."
     show({"run": str(run), **done.to_dict()}, as_json, text)
 
 
