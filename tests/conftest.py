@@ -5,8 +5,11 @@ the first call of each function. To check all calls takes as long as all else.
 import functools
 import gc
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from types import CodeType
 
 import jaxtyping
@@ -17,6 +20,8 @@ LONG = [
     *("test_store", "test_contracts", "test_bench", "test_distributed", "test_faults", "test_run", "test_cli"),
     *("test_examples", "test_methods", "test_gpu_benchmark"),
 ]
+
+IN_MEMORY, ROOM = Path("/dev/shm"), 2**31
 
 _jaxtyped = jaxtyping.jaxtyped
 _called = set[CodeType]()
@@ -47,6 +52,8 @@ jaxtyping.jaxtyped = lambda **options: lambda function: _checked(function, **opt
 jaxtyping.install_import_hook("fastntk", "beartype.beartype")
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 torch.set_flush_denormal(True)
+if IN_MEMORY.is_dir() and shutil.disk_usage(IN_MEMORY).free > ROOM:  # folders are synced often, a disk takes its time
+    os.environ["TMPDIR"] = tempfile.tempdir = str(IN_MEMORY)
 
 
 def pytest_collection_modifyitems(items: list) -> None:

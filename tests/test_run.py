@@ -12,7 +12,6 @@ from test_folder import Killed, failing
 
 import fastntk
 from fastntk.cli import preparing
-from fastntk.cli import run as runs
 from fastntk.cli.run import Run
 from fastntk.cli.settings import Given, Settings
 from fastntk.common import files
@@ -117,14 +116,14 @@ def test_a_fit_that_is_cut_off_is_the_old_one_or_the_new_one(run, given, call, t
 
 
 def test_a_memory_that_answers_while_its_run_is_fitted_anew_stays(run, given, monkeypatch):
-    real = runs.fit
+    real = preparing.fit
 
     def answering(*arguments, **options):
         Run(run.folder).memory()[0].forget([3])
         return real(*arguments, **options)
 
     before = state(run.folder)
-    monkeypatch.setattr(runs, "fit", answering)
+    monkeypatch.setattr(preparing, "fit", answering)
     with pytest.raises(fastntk.InputError, match="has answered requests"):
         run.fit(given, replace(RECIPE, seed=5))
     assert state(run.folder) == before

@@ -66,24 +66,28 @@ def owners(settings: Settings, images: Images, spec: str | None = None) -> dict[
 
 def core_of(images: Images, spec: str) -> list[Id] | Images:
     """A core: the ids that a pattern matches, as ``public/*``, or that a file names, one a line; or other images, which
-    a folder or an ``.npz`` holds, under the classes of ``images`` if they have no others.
+    a folder or an ``.npz`` holds.
 
     Raises:
         InputError: there are none, or an id is not of ``images``, or what is named cannot be read.
     """
     place = Path(spec)
     if place.is_dir() or place.suffix == ".npz":
-        others = load_data(spec, images.preprocessing)
-        return others.under(images.classes) if set(others.classes) <= set(images.classes) else others
-    if place.is_file():
-        ids, known = read_ids(text_of(place), images, lines=True), set(images.ids)
-        if unknown := [each for each in ids if each not in known]:
-            raise InputError(f"the core names {unknown[0]!r}, which is not in the data ({len(unknown)} such).")
-        return ids
-    found = [each for each in images.ids if fnmatchcase(str(each), spec)]
-    if not found:
-        raise InputError(f"the core {spec!r} is no file or folder, and matches no sample's id.")
-    return found
+        return _where_known(load_data(spec, images.preprocessing), images.classes)
+    if not place.is_file():
+        found = [each for each in images.ids if fnmatchcase(str(each), spec)]
+        if not found:
+            raise InputError(f"the core {spec!r} is no file or folder, and matches no sample's id.")
+        return found
+    ids, known = read_ids(text_of(place), images, lines=True), set(images.ids)
+    if unknown := [each for each in ids if each not in known]:
+        raise InputError(f"the core names {unknown[0]!r}, which is not in the data ({len(unknown)} such).")
+    return ids
+
+
+def _where_known(others: Images, classes: Sequence[str]) -> Images:
+    """Other images under these classes if they have no others, else under their own."""
+    return others.under(classes) if set(others.classes) <= set(classes) else others
 
 
 def matching(images: Images, patterns: Sequence[str], memory: Memory) -> list[Id]:

@@ -35,22 +35,21 @@ class Preparation(NamedTuple):
 
 
 def fitted_to_core(module: nn.Module, images: Images, given: Given, recipe: Recipe, held_out: Dataset | None) -> Fit:
-    """Fit to the core of ``images`` alone, or to all of them where none was given.
-
-    A core of other classes is fitted with a head of its own; ``module`` takes all but the head of it.
-
-    Raises:
-        InputError: like ``core_of`` and ``fit``; or held-out images of ``module``'s classes would be measured by a
-            model of the core's.
-    """
+    """Fit to the core of ``images`` alone, or to all of them where none was given; raises like ``core_of``."""
     core = images if given.core is None else core_of(images, given.core)
+    if isinstance(core, Images) and core.classes != images.classes:
+        if held_out is not None:
+            raise InputError("the core has classes of its own, which --validation does not measure. Leave it out.")
+        return _fitted_but_for_the_head(module, core, given, recipe)
+    data = in_memory(core if isinstance(core, Images) else images)
     if not isinstance(core, Images):
         place = {each: index for index, each in enumerate(images.ids)}
-        return fit(module, Subset(in_memory(images), [place[each] for each in core]), recipe, validation=held_out)
-    if core.classes == images.classes:
-        return fit(module, in_memory(core), recipe, validation=held_out)
-    if held_out is not None:
-        raise InputError("the core has classes of its own, which --validation does not measure. Leave it out.")
+        data = Subset(data, [place[each] for each in core])
+    return fit(module, data, recipe, validation=held_out)
+
+
+def _fitted_but_for_the_head(module: nn.Module, core: Images, given: Given, recipe: Recipe) -> Fit:
+    """Fit to images of other classes with a head for these; ``module`` takes the rest of it."""
     initial, device = snapshot(tuned(module)), next(module.parameters()).device
     other = given.model_for(core, recipe.seed).to(device)
     done, heads = fit(other, in_memory(core), recipe), set(head_parameters(other))

@@ -142,7 +142,8 @@ def audit_exact(memory: Memory, *, fraction: float = 0.1, ids: Iterable[Id] | No
         raise InputError("this fit does not forget exactly: use fastntk.audit, which retrains.")
     check_seed(seed)
     core = {state.members.by_position[place] for place in state.core.tolist()}
-    asked = list(_drawn([each for each in memory.ids if each not in core], fraction, seed) if ids is None else ids)
+    others = [each for each in memory.ids if each not in core]
+    asked = _drawn(others, fraction, seed) if ids is None else list(ids)
     answered = memory.preview(asked).parameters
     started = time.perf_counter()
     fitted = solved_anew(state, state.members.positions(asked))

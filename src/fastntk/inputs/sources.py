@@ -183,9 +183,8 @@ def _from_folder(path: Path, preprocessing: Preprocessing, split: str) -> Images
     if not classes:
         raise InputError(f"{folder} has no class folders in it. Give a folder with one folder of images a class.")
     places = {name: place for place, name in enumerate(classes)}
-    samples = torchvision().datasets.folder.make_dataset(
-        str(folder), places, torchvision().datasets.folder.IMG_EXTENSIONS, allow_empty=True
-    )
+    listing = torchvision().datasets.folder
+    samples = listing.make_dataset(str(folder), places, listing.IMG_EXTENSIONS, allow_empty=True)
     looped = {place for place in {Path(name).parent for name, _ in samples} if _loops(place, folder)}
     samples = [each for each in samples if Path(each[0]).parent not in looped]
     if not samples:

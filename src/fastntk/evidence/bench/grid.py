@@ -26,7 +26,8 @@ from fastntk.evidence.report import Report
 from fastntk.evidence.requests import drawn
 from fastntk.inputs.images import Images, Preprocessing, in_memory
 from fastntk.inputs.sources import load_data
-from fastntk.memory.memory import prepare
+from fastntk.memory.memory import Memory, prepare
+from fastntk.tuning.fitting import Fit
 from fastntk.tuning.parameters import tuned
 from fastntk.tuning.start import start
 
@@ -73,11 +74,7 @@ class _Bench:
         model, self.train, self.test = opened(config, setting, device)
         recipe = config.fitting(setting)
         self.fit = fitted(model, self.train, recipe, self.folder / "original.safetensors", self.key)
-        started = time.perf_counter()
-        self.memory = prepare(
-            model, self.train, self.fit.initial, loss=self.fit.recipe.loss, shrinkage=self.fit.shrinkage
-        )
-        self.preparing = elapsed(started, self.memory.state.network.device)
+        self.memory, self.preparing = _prepared(model, self.train, self.fit)
         retraining = stored_retraining(model, self.fit, self.folder, self.key)
         audit(self.memory, retraining, held_out=self.test, seed=setting.seed + 2)
         select = config.select
@@ -150,6 +147,13 @@ class _Bench:
         """What is said of a choice; its seconds are with those of retraining."""
         retraining = sum(each.seconds or 0.0 for trial in self.trials for each in trial.retrained.values())
         return {**vars(choice), "method": _described_method(choice.method), "seconds": choice.seconds + retraining}
+
+
+def _prepared(model: nn.Module, train: Dataset, done: Fit) -> tuple[Memory, float]:
+    """The memory of a fitted model, and the seconds that it took."""
+    started = time.perf_counter()
+    memory = prepare(model, train, done.initial, loss=done.recipe.loss, shrinkage=done.shrinkage)
+    return memory, elapsed(started, memory.state.network.device)
 
 
 def _audited(entry: Entry) -> bool:
