@@ -1,19 +1,22 @@
 """A fit that forgets exactly (fastntk.fit_exact): is it, what does it cost in accuracy, and what in time?
 
     python benchmarks/exact.py --quick --data cifar10.npz      MobileNetV2, one head, 40 images a class, in ten minutes
-    python benchmarks/exact.py --data cifar10.npz [--only mobilenet_v2-50-0]
+    python benchmarks/exact.py --data cifar10.npz --many cifar100.npz [--only mobilenet_v2-50-0]
 
 The .npz holds x_train, y_train, x_test, y_test. Batch norms and head are tuned (ViT: ten prompts and the head) on 100
 images a class, for 12 epochs of cross-entropy; the core is a share of each class, the others enter by the convex
-problem.
+problem. With --many also a public core: 2,000 images of CIFAR-100's other classes, whose head is not taken.
 
 same       how far the weights after forgetting are from those of the same procedure on what stays, as a share of the
            weights' norm: after one request (a tenth of the others), after 100 in any order, after a purge and opening
-           the folder again, after learning some of them again and forgetting them
+           the folder again, after learning some of them again and forgetting them; and after one request beside the
+           procedure in another process on another number of threads
 accuracy   on test images: of the core alone, of the exact fit, and of an ordinary fit to everything
 u-lira     the share that the attack places rightly of images that were forgotten and of models that never had them,
            with so many models a side, each of another half of the others; with a 95 % interval by the bootstrap over
            images
+relearning training on what stays from the weights after a request, over the same from those that never saw them: of the
+           accuracy on the forgotten that comes back, and of the steps on the forgotten that bring them back
 seconds    of one process; retrain is an ordinary fit to everything
 
 Results are kept under --out, setting by setting; the last line is JSON.
@@ -22,8 +25,11 @@ Results are kept under --out, setting by setting; the last line is JSON.
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -31,15 +37,18 @@ from cross_entropy import MODELS
 from fastntk.metrics import accuracy, log_odds, ulira
 from pretrained import cifar, fingerprint
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
 import fastntk
 from fastntk.common.files import read_json, writable, write_json
 from fastntk.common.machine import settle
+from fastntk.evidence.recovery import relearn_steps, relearned_without
 from fastntk.inputs.batches import labels_of
+from fastntk.inputs.heads import head_parameters
 from fastntk.memory.exact import fit_exact
 from fastntk.tuning.outputs import logits_of, model_at
+from fastntk.tuning.parameters import snapshot, tuned
 
 RECIPE = fastntk.Recipe(loss=fastntk.CrossEntropy())
 NAMES = ("mobilenet_v2", "efficientnet_lite0", "vit_s14")
@@ -47,7 +56,7 @@ NAMES = ("mobilenet_v2", "efficientnet_lite0", "vit_s14")
 
 @dataclass(frozen=True)
 class Setting:
-    """A network, the core's share in percent, and a head."""
+    """A network, the core's share in percent (0: a public core), and a head."""
 
     model: str
     core: int
@@ -61,7 +70,7 @@ class Case:
     """A setting's data and model, and fits of it."""
 
     def __init__(self, setting: Setting, data: Path, per_class: int) -> None:
-        self.setting = setting
+        self.setting, self.data, self.per_class = setting, data, per_class
         self.make, self.select = MODELS[setting.model]
         _, preprocessing = self.make(setting.head, 10)
         self.train, self.test = cifar(data, preprocessing, per_class)
@@ -70,26 +79,37 @@ class Case:
         self.core = sorted(place for each in own for place in each[: round(len(each) * setting.core / 100)])
         self.others = [place for place in range(len(labels)) if place not in set(self.core)]
 
-    def model(self) -> torch.nn.Module:
+    def named(self, places: Sequence[int]) -> Dataset:
+        """Some of the samples, under the names that they have among all."""
+        some = Subset(self.train, sorted(places))
+        some.ids = sorted(places)  # type: ignore[attr-defined]
+        return some
+
+    def model(self) -> nn.Module:
         """Before any fit."""
         model, _ = self.make(self.setting.head, 10)
         fastntk.tune(model, *self.select)
         return model
 
-    def exact(self, model: torch.nn.Module, others: Sequence[int], fitted: bool = True) -> fastntk.Memory:
-        """The exact fit on the core and some others."""
-        return fit_exact(model, _named(self.train, [*self.core, *others]), self.core, RECIPE, fitted=fitted)
+    def exact(self, model: nn.Module, others: Sequence[int], public: Dataset | None = None) -> fastntk.Memory:
+        """The exact fit on a fitted core and some others."""
+        core = self.core if public is None else public
+        return fit_exact(model, self.named([*self.core, *others]), core, RECIPE, fitted=True)
 
-    def accuracy(self, model: torch.nn.Module, parameters: dict[str, Tensor]) -> float:
+    def public(self, many: Path) -> tuple[nn.Module, Dataset]:
+        """The model with the backbone of a fit to images of other classes, and these."""
+        other, preprocessing = self.make(self.setting.head, 100)
+        images, _ = cifar(many, preprocessing, 20, 10)
+        fastntk.tune(other, *self.select)
+        fastntk.fit(other, images, RECIPE)
+        model, heads = self.model(), head_parameters(other)
+        taken = {name: each for name, each in other.state_dict().items() if name not in heads}
+        model.load_state_dict(taken, strict=False)
+        return model, images
+
+    def accuracy(self, model: nn.Module, parameters: dict[str, Tensor]) -> float:
         """On the test images."""
         return accuracy(logits_of(model_at(model, parameters), self.test, "cpu"), labels_of(self.test))
-
-
-def _named(data: Dataset, places: Sequence[int]) -> Dataset:
-    """Some of the samples, under the names that they have among all."""
-    some = Subset(data, sorted(places))
-    some.ids = sorted(places)  # type: ignore[attr-defined]
-    return some
 
 
 def distance(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
@@ -98,64 +118,100 @@ def distance(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
     return float((a - b).norm() / b.norm())
 
 
-def measured(case: Case, thoroughly: bool, folder: Path, models: int) -> dict[str, object]:
+def measured(case: Case, thoroughly: bool, folder: Path, arguments: argparse.Namespace) -> dict[str, object]:
     """One setting, as a record."""
-    model, seconds = case.model(), {}
-    started = time.perf_counter()
-    fastntk.fit(model, Subset(case.train, case.core), RECIPE)
-    seconds["fit"] = time.perf_counter() - started
-    base = {name: each.detach().clone() for name, each in model.named_parameters() if each.requires_grad}
-    started = time.perf_counter()
-    memory = case.exact(model, case.others)
-    seconds["prepare"] = time.perf_counter() - started
-    whole, started = case.model(), time.perf_counter()
-    fastntk.fit(whole, case.train, RECIPE)
-    seconds["retrain"] = time.perf_counter() - started
+    seconds: dict[str, float] = {}
+    with timed(seconds, "fit"):
+        model, public = case.public(arguments.many) if not case.setting.core else (case.model(), None)
+        if case.setting.core:
+            fastntk.fit(model, Subset(case.train, case.core), RECIPE)
+    base = snapshot(tuned(model))
+    with timed(seconds, "prepare"):
+        memory = case.exact(model, case.others, public)
+    whole = case.model()
+    with timed(seconds, "retrain"):
+        fastntk.fit(whole, case.train, RECIPE)
     accuracies = {
-        "core_alone": case.accuracy(model, base),
+        "core_alone": case.accuracy(model, base) if public is None else None,
         "exact": case.accuracy(model, memory.parameters),
         "fine_tuned": case.accuracy(whole, {}),
     }
     record: dict[str, object] = {**asdict(case.setting), **accuracies, "ridge": memory.ridge}
     if thoroughly:
-        record["same"] = sameness(case, model, memory, folder, seconds)
-        record["u_lira"] = attacked(case, model, models)
+        record["same"], record["relearning"] = sameness(case, model, memory, folder, seconds)
+        record["u_lira"] = attacked(case, model, 20 if arguments.quick else arguments.models)
     return {**record, "seconds": {name: round(each, 2) for name, each in seconds.items()}}
 
 
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """How long a block takes."""
+    started = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - started
+
+
 def sameness(
-    case: Case, model: torch.nn.Module, memory: fastntk.Memory, folder: Path, seconds: dict[str, float]
-) -> dict[str, float]:
-    """How far from never having seen them."""
+    case: Case, model: nn.Module, memory: fastntk.Memory, folder: Path, seconds: dict[str, float]
+) -> tuple[dict[str, float], dict[str, object]]:
+    """How far from never having seen them; and whether they come back sooner."""
     generator = torch.Generator().manual_seed(0)
     drawn = [case.others[k] for k in torch.randperm(len(case.others), generator=generator).tolist()]
     gone, more = drawn[: len(drawn) // 10], drawn[len(drawn) // 10 : len(drawn) // 10 + 100]
     stays = [each for each in case.others if each not in set(gone)]
     never = case.exact(model, stays).parameters
     memory.save(folder)
-    started = time.perf_counter()
-    memory.forget(gone)
-    seconds["request"] = time.perf_counter() - started
+    back = relearning(fastntk.methods.Problem(memory, gone, RECIPE), memory.preview(gone).parameters, never)
+    with timed(seconds, "request"):
+        memory.forget(gone)
     found = {"weights": distance(memory.parameters, never)}
+    found["other_process"] = distance(memory.parameters, elsewhere(case, model.state_dict(), memory.anchor, stays))
     for number in torch.randperm(len(more), generator=generator).tolist():
         memory.forget([more[number]])
     memory.purge()
     found["after_purge"] = distance(
-        fastntk.load(folder, model, _named(case.train, [*case.core, *case.others])).parameters,
+        fastntk.load(folder, model, case.named([*case.core, *case.others])).parameters,
         case.exact(model, [each for each in stays if each not in set(more)]).parameters,
     )
-    started = time.perf_counter()
-    memory.remember(more[:50])
-    seconds["learn"] = time.perf_counter() - started
+    with timed(seconds, "learn"):
+        memory.remember(more[:50])
     memory.remember(more[50:])
     found["after_requests"] = distance(memory.parameters, never)
     memory.remember(gone)
     memory.forget(gone)
     found["after_learning"] = distance(memory.parameters, never)
-    return found
+    return found, back
 
 
-def attacked(case: Case, model: torch.nn.Module, models: int) -> dict[str, float]:
+def elsewhere(case: Case, state: dict[str, Tensor], anchor: dict[str, Tensor], others: list[int]) -> dict[str, Tensor]:
+    """The same fit in another process, on 2 threads where this one has 1, and on 1 where it has more."""
+    threads = 2 if torch.get_num_threads() == 1 else 1
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        given = case.setting, case.data, case.per_class, {**state, **anchor}, others, threads
+        return pool.submit(_solved, *given).result()
+
+
+def _solved(
+    setting: Setting, data: Path, per_class: int, state: dict[str, Tensor], others: list[int], threads: int
+) -> dict[str, Tensor]:
+    torch.set_num_threads(threads)
+    settle()
+    case = Case(setting, data, per_class)
+    model = case.model()
+    model.load_state_dict(state)
+    return case.exact(model, others).parameters
+
+
+def relearning(
+    problem: fastntk.methods.Problem, ours: dict[str, Tensor], never: dict[str, Tensor]
+) -> dict[str, object]:
+    """Beside weights that never saw them: the ratio of what training on what stays gives back, and both numbers of
+    steps on the forgotten."""
+    back = [relearned_without(problem, each) for each in (ours, never)]
+    return {"retained": back[0] / back[1], "forgotten": [relearn_steps(problem, each) for each in (ours, never)]}
+
+
+def attacked(case: Case, model: nn.Module, models: int) -> dict[str, float]:
     """U-LiRA on a tenth of the others: models that forgot them against models that never had them."""
     generator = torch.Generator().manual_seed(1)
     count = len(case.others)
@@ -182,14 +238,15 @@ def attacked(case: Case, model: torch.nn.Module, models: int) -> dict[str, float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="CIFAR-10 as .npz")
-    parser.add_argument("--many", type=Path, help="CIFAR-100, for cores of other classes: not tried yet")
+    parser.add_argument("--many", type=Path, help="CIFAR-100 as .npz, for a public core")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", help="one setting, as MODEL-SHARE-HEAD")
     parser.add_argument("--models", type=int, default=100, help="a side, of the attack")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/exact"))
     arguments = parser.parse_args()
     settle()
-    settings = [Setting(name, core, head) for name in NAMES for core in (20, 50, 80) for head in range(3)]
+    cores = (20, 50, 80, 0) if arguments.many else (20, 50, 80)
+    settings = [Setting(name, core, head) for name in NAMES for core in cores for head in range(3)]
     per_class, thoroughly = 100, [Setting(NAMES[0], 50, 0)]
     if arguments.quick:
         per_class, settings = 40, [Setting(NAMES[0], 50, 0)]
@@ -200,8 +257,7 @@ def main() -> None:
         path = writable(arguments.out) / f"{setting}-{key}.json"
         if not path.exists():
             case = Case(setting, arguments.data, per_class)
-            models = 20 if arguments.quick else arguments.models
-            write_json(path, measured(case, setting in thoroughly, arguments.out / f"{setting}-{key}", models))
+            write_json(path, measured(case, setting in thoroughly, arguments.out / f"{setting}-{key}", arguments))
         rows.append(read_json(path))
         Console().print(rows[-1])
     whole = next((row for row in rows if "same" in row), {})
@@ -214,6 +270,7 @@ def main() -> None:
                 "same": whole.get("same"),
                 "accuracy": accuracies,
                 "u_lira": whole.get("u_lira"),
+                "relearning": whole.get("relearning"),
                 "seconds": whole.get("seconds"),
             }
         )

@@ -16,6 +16,7 @@ from torch.utils.data import Subset, TensorDataset
 import fastntk
 from fastntk.cli.run import Run
 from fastntk.common.files import read_tensors
+from fastntk.evidence.methods import Problem, Retrain
 from fastntk.memory.exact import Removal, chosen_on, fit_exact, noise
 from fastntk.memory.prepare import linearised
 from fastntk.tuning.parameters import snapshot, tuned
@@ -156,6 +157,15 @@ def test_an_audit_is_the_same_fit_anew(monkeypatch):
         fastntk.audit_exact(memory, ids=[2])
 
 
+def test_retraining_is_the_same_fit_on_what_stays():
+    """Of members, and of samples that have left."""
+    memory = made()
+    never = made(without(7, 9)).parameters
+    for ids in ([7, 9], [7]):
+        close(Retrain(3)(Problem(memory, [7, 9], RECIPE)).parameters, never, 1e-8)
+        memory.forget(ids[:1] if len(ids) > 1 else [9])
+
+
 def ordinary():
     """The memory of another fit."""
     model = CASES["bn+head"].model()
@@ -213,6 +223,9 @@ def test_on_the_command_line(data, tmp_path):  # noqa: F811
     close(Run(run).memory()[0].parameters, before, 1e-6)
     succeed("verify", run)
     succeed("export", run)
+    rows = json.loads(succeed("evaluate", run, "--json"))["scenarios"]["forgotten"]["rows"]
+    assert list(rows) == ["original", "retrain", "fastntk"]
+    assert rows["fastntk"]["forget_distance"] == pytest.approx(0, abs=1e-3)
     refuse("no file or folder, and matches no", "fit", tmp_path / "x", *MODEL, *given, "--core", "public/*")
     core.write_text("0\n99\n")
     refuse("names '99'|names 99", "fit", tmp_path / "x", *MODEL, *given, "--core", core)

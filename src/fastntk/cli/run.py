@@ -333,8 +333,8 @@ class Run:
         may name among the images."""
         memory, images = self.memory(all_images=True)
         forget = forgotten(images, memory, ids(images) if ids else None)
-        held_out = self.here.held_out(images, test)
         problem = Problem(memory, forget, self.settings().fitting())
         other = problem.recipe.seed + 1 if seed is None else seed
-        methods = references(other, retrained, problem.recipe.seed)
-        return compare(problem, held_out, methods, answered=every_way(memory))[0]
+        count = retrained if memory.state.core is None else min(retrained, 1)  # of exact fits all are the same
+        methods = references(other, count, problem.recipe.seed)
+        return compare(problem, self.here.held_out(images, test), methods, answered=every_way(memory))[0]

@@ -73,6 +73,13 @@ class Problem:
         return members.available(torch.tensor(stay, dtype=torch.long))
 
     @property
+    def leaving(self) -> Int[Tensor, " leaving"]:
+        """The positions of the samples to be forgotten that are members still."""
+        members, gone = self.state.members, set(self.forget)
+        here = self.state.positions.tolist()
+        return torch.tensor([place for place in here if members.by_position[place] in gone], dtype=torch.long)
+
+    @property
     def train(self) -> Dataset:
         """The members."""
         return self._at(self.state.positions)
