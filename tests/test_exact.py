@@ -196,7 +196,9 @@ def test_on_the_command_line(data, tmp_path):  # noqa: F811
     run, core = tmp_path / "run", tmp_path / "core.txt"
     core.write_text("\n".join(map(str, range(0, 30, 2))))
     given = ["--data", data, "--epochs", 2, *RATE, "--seed", 3]
-    succeed("fit", run, *MODEL, *given, "--core", core)
+    said = succeed("fit", run, *MODEL, *given, "--core", core)
+    assert "15 other samples were solved for" in said
+    assert f"fastntk forget {run}" in said.replace("\n", "")
     never = shutil.copytree(run, tmp_path / "never")
     told = json.loads(succeed("forget", run, "--ids", "3,5", "--json"))
     assert (told["verdict"], told["exact"]) == ("exact", True)

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -36,7 +36,14 @@ def table_of(requests: "Sequence[Request]") -> Table:
     return table
 
 
-def show_fit(run: Path, fit: "Fit", as_json: bool) -> None:
+class Solved(NamedTuple):
+    """Of a fit that forgets exactly: how many samples may be forgotten, and the seconds that all were solved for."""
+
+    others: int
+    seconds: float
+
+
+def show_fit(run: Path, fit: "Fit", as_json: bool, solved: Solved | None = None) -> None:
     """What a fit did, epoch by epoch, and what to do next."""
     count = sum(tensor.numel() for tensor in fit.initial.values())
     document = {"run": str(run), "tuned_parameters": count, "losses": fit.losses, "accuracies": fit.accuracies}
@@ -51,8 +58,16 @@ def show_fit(run: Path, fit: "Fit", as_json: bool) -> None:
         if fit.losses
         else f"Took over {count:,} tuned parameters; the start was rebuilt: {'; '.join(fit.assumed)}."
     )
+    following = f"Next: fastntk prepare {run}"
+    if solved:
+        told += (
+            f"\nThat was the core. The {solved.others:,} other samples were solved for in {solved.seconds:.1f} s; each "
+        )
+        told += "of them is forgotten exactly."
+        following = f"Next: fastntk forget {run} --ids 3,17\nThe weights with all of them: fastntk export {run}"
     tables = [table] if fit.losses else []
-    show({**document, "assumed": fit.assumed}, as_json, *tables, f"{told}\nNext: fastntk prepare {run}")
+    document |= {"assumed": fit.assumed, **({"solved": solved._asdict()} if solved else {})}
+    show(document, as_json, *tables, f"{told}\n{following}")
 
 
 def show_answer(

@@ -1,5 +1,6 @@
 """Models, what of them can be tuned, and fitting them."""
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,7 +9,7 @@ import typer
 from rich.table import Table
 
 from fastntk.cli import options
-from fastntk.cli.printing import show, show_fit
+from fastntk.cli.printing import Solved, show, show_fit
 
 if TYPE_CHECKING:
     from fastntk.tuning.fitting import Fit
@@ -52,13 +53,15 @@ def fit(
     recipe = options.recipe(*numbers, options.loss(loss, label_smoothing), optimizer, decay_toward, augment or ())
     begun, place = options.head_start(head_start, fitted), (model, data, data_root)
     named = *place, select or options.SELECTED, image_size, weights, id_column, fitted, begun, owners, core
-    done = _fitted(run, device, named, recipe, validation)
+    done, solved = _fitted(run, device, named, recipe, validation)
     if done:
-        show_fit(run, done, as_json)
+        show_fit(run, done, as_json, solved)
 
 
-def _fitted(run: Path, device: str, named: Sequence[Any], recipe: "Recipe", validation: str | None) -> "Fit | None":
-    """What the first of all processes did, and None for the others."""
+def _fitted(
+    run: Path, device: str, named: Sequence[Any], recipe: "Recipe", validation: str | None
+) -> "tuple[Fit | None, Solved | None]":
+    """What the first of all processes did, and what it solved for if there is a core; None for the other processes."""
     from fastntk.cli.run import Run
     from fastntk.cli.settings import Given
     from fastntk.common import distributed
@@ -68,10 +71,12 @@ def _fitted(run: Path, device: str, named: Sequence[Any], recipe: "Recipe", vali
     opened = Run(run, local_device(device))
     with distributed.session(opened.device):
         given = Given(*named)
-        done = opened.fit(given, recipe, validation)
+        done, solved = opened.fit(given, recipe, validation), None
         if given.core:
-            opened.prepare("auto", "auto", "auto", 0, Numerics())
-        return None if distributed.rank() else done
+            started = time.perf_counter()
+            memory = opened.prepare("auto", "auto", "auto", 0, Numerics())
+            solved = Solved(len(memory.forgettable), time.perf_counter() - started)
+        return (None, None) if distributed.rank() else (done, solved)
 
 
 def models(
