@@ -213,4 +213,4 @@ def forward(work: Workload, speeds: Speeds) -> Timing:
     """Of the forward passes beside the Jacobians' own, where classes are kept: the head's, and two over the first
     samples for what the others leave out."""
     count = 2 * min(FIRST, work.samples) / work.samples + bool(work.features)
-    return passes(work, count, speeds.rows(0), "forward passes")
+    return passes(work, count, speeds.forward, "forward passes")

@@ -52,7 +52,19 @@ class Speeds:
         further = (outputs - 1) / (most - 1)
         each = max(self._of_rows[most].seconds - one.seconds, 0.0)
         operations = self._of_rows[most].operations - one.operations
-        return Cost(max(one.seconds + further * each, 0.0), one.operations + further * operations)
+        return Cost(one.seconds + further * each, one.operations + further * operations)
+
+    @cached_property
+    def forward(self) -> Cost:
+        """An image's logits."""
+        network = self.network
+
+        def logits(few: range) -> None:
+            for images, _ in network.images(few):
+                network.logits(checked(images).to(network.device))
+
+        with torch.no_grad():
+            return self._an_image(logits)
 
     @cached_property
     def _of_rows(self) -> dict[int, Cost]:
