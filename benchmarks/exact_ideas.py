@@ -14,9 +14,9 @@ longer, gentler 60 or 4 epochs on the core
 augmented core  40 epochs, flipped and cropped
 smoothed        label smoothing 0.1 in both fits
 views           flipped and cropped views of the others, two each
-last block      all of the last block tuned too
+last block      all of the last block tuned too; and after such a core
 public core     fitted to 2,000 images of CIFAR-100 (other classes), no image of CIFAR-10 in the core
-public, own     then to the core's own images in the ordinary way
+public then     the core's own images, in the ordinary way or augmented
 
 Rows are kept under --out as they come; the last line is JSON.
 """
@@ -47,6 +47,7 @@ from fastntk.memory.members import Members
 from fastntk.tuning.outputs import logits_of, model_at
 
 RIDGES = 0.003, 0.01, 0.03, 0.1, 0.3
+AUGMENTED = replace(RECIPE, epochs=40, augment=("flip", "crop"))
 Row = dict[str, object]
 
 
@@ -70,7 +71,7 @@ class Tried:
     def rows(self) -> Iterator[tuple[str, Callable[[], Row]]]:
         """Every idea and what measures it."""
         yield "as it is", lambda: self.row(self.base, self.exact(self.base))
-        for classes in (3, 5, 8):
+        for classes in (3, 8, 10):
             yield f"{classes} classes", partial(self.kept, classes)
         for factor in RIDGES:
             yield f"ridge {factor}", partial(self.at_ridge, factor)
@@ -78,12 +79,14 @@ class Tried:
         yield "linearised", self.linearised
         for name, epochs in (("longer", 60), ("gentler", 4)):
             yield name, partial(self.otherwise, replace(RECIPE, epochs=epochs))
-        yield "augmented core", partial(self.otherwise, replace(RECIPE, epochs=40, augment=("flip", "crop")))
+        yield "augmented core", partial(self.otherwise, AUGMENTED)
         yield "smoothed", partial(self.otherwise, replace(RECIPE, loss=fastntk.CrossEntropy(smoothing=0.1)))
         yield "views", self.views
-        yield "last block", self.last_block
-        yield "public core", partial(self.public, own=False)
-        yield "public, own", partial(self.public, own=True)
+        yield "last block", partial(self.last_block, RECIPE)
+        yield "augmented and last block", partial(self.last_block, AUGMENTED)
+        yield "public core", partial(self.public, None)
+        yield "public then own", partial(self.public, RECIPE)
+        yield "public then augmented", partial(self.public, AUGMENTED)
 
     def row(self, model: nn.Module, memory: fastntk.Memory) -> Row:
         """Accuracies at the core and after."""
@@ -128,17 +131,17 @@ class Tried:
         core = [f"{each}/0" for each in self.case.core]
         return self.row(self.base, fit_exact(self.base, views, core, RECIPE, fitted=True))
 
-    def last_block(self) -> Row:
+    def last_block(self, recipe: fastntk.Recipe) -> Row:
         model, _ = self.case.make(self.case.setting.head, 10)
         fastntk.tune(model, *self.case.select, "last:1")
-        self.fitted(model, RECIPE)
+        self.fitted(model, recipe)
         return self.row(model, self.exact(model))
 
-    def public(self, own: bool) -> Row:
-        """The backbone of a fit to other classes."""
+    def public(self, own: fastntk.Recipe | None) -> Row:
+        """The backbone of a fit to other classes, and then a fit to the core's own images."""
         model, images = self.case.public(self.many)
         if own:
-            self.fitted(model, RECIPE)
+            self.fitted(model, own)
             return self.row(model, self.exact(model))
         everybody = self.case.named([*self.case.core, *self.case.others])
         return self.row(model, fit_exact(model, everybody, images, RECIPE, fitted=True))

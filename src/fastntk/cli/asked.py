@@ -75,8 +75,7 @@ def core_of(images: Images, spec: str) -> list[Id] | Images:
     if place.is_dir() or place.suffix == ".npz":
         return _where_known(load_data(spec, images.preprocessing), images.classes)
     if not place.is_file():
-        found = [each for each in images.ids if fnmatchcase(str(each), spec)]
-        if not found:
+        if not (found := [each for each in images.ids if fnmatchcase(str(each), spec)]):
             raise InputError(f"the core {spec!r} is no file or folder, and matches no sample's id.")
         return found
     ids, known = read_ids(text_of(place), images, lines=True), set(images.ids)

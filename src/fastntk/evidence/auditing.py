@@ -26,7 +26,7 @@ from fastntk.inputs.ids import Id
 from fastntk.jacobians.products import tangent
 from fastntk.memory.audit import Audit
 from fastntk.memory.certificate import Answer
-from fastntk.memory.exact import solved_anew
+from fastntk.memory.exact import forgettable, solved_anew
 from fastntk.memory.finish import multiplied
 from fastntk.memory.memory import Memory
 from fastntk.memory.state import State
@@ -142,7 +142,7 @@ def audit_exact(memory: Memory, *, fraction: float = 0.1, ids: Iterable[Id] | No
     if state.core is None:
         raise InputError("this fit does not forget exactly: use fastntk.audit, which retrains.")
     check_seed(seed)
-    asked = _drawn(memory.forgettable, fraction, seed) if ids is None else list(ids)
+    asked = _drawn(forgettable(state), fraction, seed) if ids is None else list(ids)
     answered = memory.preview(asked).parameters
     started = time.perf_counter()
     fitted = solved_anew(state, state.members.positions(asked))

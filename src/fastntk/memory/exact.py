@@ -44,6 +44,10 @@ from fastntk.tuning.recipe import Recipe
 FACTOR = 3e-2
 """Of the mean diagonal of the kernel over the core: the ridge, if nothing is said (docs/exact.md)."""
 
+KEPT = 5, 10
+"""Classes of a sample that rows are kept of, if nothing is said: at least and at most. The network is surer of the core
+than of the others, so fewer look enough (docs/exact.md)."""
+
 
 class Removal(NamedTuple):
     """What certified removal is asked for: ``P[A] <= e^eps P'[A] + delta`` for every set A of weights, and likewise the
@@ -115,7 +119,7 @@ def chosen_on(network: Linearised, core: Dataset, ridge: float | str, classes: i
     images = torch.stack([item(core, place)[0] for place in range(count)])
     labels = torch.cat([network.logits(part.to(network.device)).argmax(1).cpu() for part in images.split(64)])
     few = replace(network, train=TensorDataset(images, labels))
-    kept = enough(few) if classes == "auto" else network.classes if classes == "all" else classes
+    kept = enough(few, between=KEPT) if classes == "auto" else network.classes if classes == "all" else classes
     if ridge != "auto":
         return Chosen(float(ridge), int(kept))
     rows = replace(few, keep=int(kept)).rows(range(count), "the core")
@@ -146,6 +150,12 @@ def _optimum(
     state = replace(state, solution=state.solution.ready())
     here = network.layout.flatten(network.jacobian.parameters).double()
     return replace(state, vector=here + state.solution.step)
+
+
+def forgettable(state: State) -> list[Id]:
+    """The ids of the members that can be asked for: of all but the core."""
+    core = set() if state.core is None else set(state.core.tolist())
+    return [each for place, each in enumerate(state.members.by_position) if each is not None and place not in core]
 
 
 def solved_anew(state: State, without: Int[Tensor, " some"]) -> dict[str, Tensor]:

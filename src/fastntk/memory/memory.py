@@ -59,13 +59,6 @@ class Memory:
         return self.state.members.ids
 
     @property
-    def forgettable(self) -> list[Id]:
-        """Of the members that can be asked for: all but a core (``fastntk.fit_exact``)."""
-        members, core = self.state.members, self.state.core
-        kept = set() if core is None else {members.by_position[place] for place in core.tolist()}
-        return [each for each in members.ids if each not in kept]
-
-    @property
     def parameters(self) -> dict[str, Tensor]:
         """The tuned parameters after all requests so far."""
         return self.state.parameters

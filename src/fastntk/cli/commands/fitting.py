@@ -67,6 +67,7 @@ def _fitted(
     from fastntk.common import distributed
     from fastntk.common.launch import local_device
     from fastntk.jacobians.numerics import Numerics
+    from fastntk.memory.exact import forgettable
 
     opened = Run(run, local_device(device))
     with distributed.session(opened.device):
@@ -75,7 +76,7 @@ def _fitted(
         if given.core:
             started = time.perf_counter()
             memory = opened.prepare("auto", "auto", "auto", 0, Numerics())
-            solved = Solved(len(memory.forgettable), time.perf_counter() - started)
+            solved = Solved(len(forgettable(memory.state)), time.perf_counter() - started)
         return (None, None) if distributed.rank() else (done, solved)
 
 
