@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
 import fastntk
-from fastntk.common.files import read_json, writable, write_json
+from fastntk.common.files import read_json, read_tensors, writable, write_json, write_tensors
 from fastntk.common.machine import settle
 from fastntk.evidence.recovery import relearn_steps, relearned_without
 from fastntk.inputs.batches import labels_of
@@ -97,14 +97,17 @@ class Case:
         return fit_exact(model, self.named([*self.core, *others]), core, RECIPE, fitted=True)
 
     def public(self, many: Path) -> tuple[nn.Module, Dataset]:
-        """The model with the backbone of a fit to images of other classes, and these."""
+        """The model with the backbone of a fit to images of other classes and a head of zeros; and these."""
         other, preprocessing = self.make(self.setting.head, 100)
         images, _ = cifar(many, preprocessing, 20, 10)
         fastntk.tune(other, *self.select)
         fastntk.fit(other, images, RECIPE)
         model, heads = self.model(), head_parameters(other)
         taken = {name: each for name, each in other.state_dict().items() if name not in heads}
-        model.load_state_dict(taken, strict=False)
+        model.load_state_dict({**model.state_dict(), **taken})
+        with torch.no_grad():
+            for name in head_parameters(model):
+                model.get_parameter(name).zero_()
         return model, images
 
     def accuracy(self, model: nn.Module, parameters: dict[str, Tensor]) -> float:
@@ -121,10 +124,7 @@ def distance(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
 def measured(case: Case, thoroughly: bool, folder: Path, arguments: argparse.Namespace) -> dict[str, object]:
     """One setting, as a record."""
     seconds: dict[str, float] = {}
-    with timed(seconds, "fit"):
-        model, public = case.public(arguments.many) if not case.setting.core else (case.model(), None)
-        if case.setting.core:
-            fastntk.fit(model, Subset(case.train, case.core), RECIPE)
+    model, public = at_core(case, folder, arguments.many, seconds)
     base = snapshot(tuned(model))
     with timed(seconds, "prepare"):
         memory = case.exact(model, case.others, public)
@@ -139,8 +139,25 @@ def measured(case: Case, thoroughly: bool, folder: Path, arguments: argparse.Nam
     record: dict[str, object] = {**asdict(case.setting), **accuracies, "ridge": memory.ridge}
     if thoroughly:
         record["same"], record["relearning"] = sameness(case, model, memory, folder, seconds)
-        record["u_lira"] = attacked(case, model, 20 if arguments.quick else arguments.models)
+        models = 20 if arguments.quick else arguments.models
+        record["u_lira"] = attacked(case, model, models, folder.with_suffix(".odds.json"))
     return {**record, "seconds": {name: round(each, 2) for name, each in seconds.items()}}
+
+
+def at_core(case: Case, folder: Path, many: Path | None, seconds: dict[str, float]) -> tuple[nn.Module, Dataset | None]:
+    """The model fitted to the core, or as it was kept, and the images of a public one."""
+    if many and not case.setting.core:
+        with timed(seconds, "fit"):
+            return case.public(many)
+    model, kept = case.model(), folder.with_suffix(".safetensors")
+    if not kept.exists():
+        with timed(seconds, "fit"):
+            fastntk.fit(model, Subset(case.train, case.core), RECIPE)
+        write_tensors(kept, snapshot(tuned(model)), {"seconds": str(seconds["fit"])})
+    tensors, told = read_tensors(kept)
+    model.load_state_dict(tensors, strict=False)
+    seconds["fit"] = float(told["seconds"])
+    return model, None
 
 
 @contextmanager
@@ -211,8 +228,9 @@ def relearning(
     return {"retained": back[0] / back[1], "forgotten": [relearn_steps(problem, each) for each in (ours, never)]}
 
 
-def attacked(case: Case, model: nn.Module, models: int) -> dict[str, float]:
-    """U-LiRA on a tenth of the others: models that forgot them against models that never had them."""
+def attacked(case: Case, model: nn.Module, models: int, kept: Path) -> dict[str, float]:
+    """U-LiRA on a tenth of the others: models that forgot them against models that never had them. What they say of
+    these is kept as it comes."""
     generator = torch.Generator().manual_seed(1)
     count = len(case.others)
     drawn = torch.randperm(count, generator=generator).tolist()
@@ -228,7 +246,13 @@ def attacked(case: Case, model: nn.Module, models: int) -> dict[str, float]:
             memory.forget(gone)
         return log_odds(logits_of(model_at(model, memory.parameters), images, "cpu").double(), labels)
 
-    forgot, never = (torch.stack([odds(k, forgets) for k in range(models)]) for forgets in (True, False))
+    known: dict[str, list[list[float]]] = read_json(kept) if kept.exists() else {"forgot": [], "never": []}
+    for number in range(models):
+        for side, forgets in (("forgot", True), ("never", False)):
+            if len(known[side]) <= number:
+                known[side].append(odds(number, forgets).tolist())
+                write_json(kept, known)
+    forgot, never = (torch.tensor(known[side][:models], dtype=torch.float64) for side in ("forgot", "never"))
     hits = ulira(forgot, never).double().mean(0)  # by image
     boots = torch.stack([hits[torch.randint(len(hits), (len(hits),), generator=generator)].mean() for _ in range(2000)])
     low, high = boots.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()

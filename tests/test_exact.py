@@ -254,10 +254,9 @@ def test_a_core_of_other_images(data, tmp_path):  # noqa: F811
         plain = tmp_path / f"plain-{core.stem}"
         succeed("fit", plain, *MODEL, "--data", core, "--epochs", 2, *RATE, "--seed", 3)
         fitted = read_tensors(plain / "model.safetensors")[0]
-        began, _ = read_tensors(tmp_path / core.stem / "initial.safetensors")
         for name, each in anchors[core].items():
             new = core == other and name.startswith("classifier")
-            torch.testing.assert_close(each, began[name] if new else fitted[name])
+            torch.testing.assert_close(each, torch.zeros_like(each) if new else fitted[name])
     refuse(
         "--validation does not measure", "fit", tmp_path / "x", *MODEL, *given, "--core", other, "--validation", data
     )

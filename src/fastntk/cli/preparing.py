@@ -6,6 +6,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
@@ -49,11 +50,15 @@ def fitted_to_core(module: nn.Module, images: Images, given: Given, recipe: Reci
 
 
 def _fitted_but_for_the_head(module: nn.Module, core: Images, given: Given, recipe: Recipe) -> Fit:
-    """Fit to images of other classes with a head for these; ``module`` takes the rest of it."""
+    """Fit to images of other classes with a head for these; ``module`` takes the rest of it, and a head of zeros: one
+    that was drawn answers worse (docs/exact.md)."""
     initial, device = snapshot(tuned(module)), next(module.parameters()).device
     other = given.model_for(core, recipe.seed).to(device)
     done, heads = fit(other, in_memory(core), recipe), set(head_parameters(other))
     load_weights(module, {name: each for name, each in other.state_dict().items() if name not in heads})
+    with torch.no_grad():
+        for name in head_parameters(module):
+            module.get_parameter(name).zero_()
     return replace(done, initial=initial)
 
 
