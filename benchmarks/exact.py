@@ -15,8 +15,8 @@ accuracy   on test images: of the core alone, of the exact fit, and of an ordina
 u-lira     the share that the attack places rightly of images that were forgotten and of models that never had them,
            with so many models a side, each of another half of the others; with a 95 % interval by the bootstrap over
            images
-relearning training on what stays from the weights after a request, over the same from those that never saw them: of the
-           accuracy on the forgotten that comes back, and of the steps on the forgotten that bring them back
+relearning the accuracy on the forgotten, in percent, to which training on what stays leads from the weights after a
+           request, from those that never saw them, and the ratio of the two
 seconds    of one process; retrain is an ordinary fit to everything
 
 Results are kept under --out, setting by setting; the last line is JSON.
@@ -24,6 +24,7 @@ Results are kept under --out, setting by setting; the last line is JSON.
 
 import argparse
 import json
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -43,10 +44,10 @@ from torch.utils.data import Dataset, Subset
 import fastntk
 from fastntk.common.files import read_json, read_tensors, writable, write_json, write_tensors
 from fastntk.common.machine import settle
-from fastntk.evidence.recovery import relearn_steps, relearned_without
+from fastntk.evidence.recovery import relearned_without
 from fastntk.inputs.batches import labels_of
 from fastntk.inputs.heads import head_parameters
-from fastntk.memory.exact import fit_exact
+from fastntk.memory.exact import FACTOR, KEPT, fit_exact
 from fastntk.tuning.outputs import logits_of, model_at
 from fastntk.tuning.parameters import snapshot, tuned
 
@@ -170,13 +171,14 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 def sameness(
     case: Case, model: nn.Module, memory: fastntk.Memory, folder: Path, seconds: dict[str, float]
-) -> tuple[dict[str, float], dict[str, object]]:
+) -> tuple[dict[str, float], dict[str, float | None]]:
     """How far from never having seen them; and whether they come back sooner."""
     generator = torch.Generator().manual_seed(0)
     drawn = [case.others[k] for k in torch.randperm(len(case.others), generator=generator).tolist()]
     gone, more = drawn[: len(drawn) // 10], drawn[len(drawn) // 10 : len(drawn) // 10 + 100]
     stays = [each for each in case.others if each not in set(gone)]
     never = case.exact(model, stays).parameters
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut off
     memory.save(folder)
     back = relearning(fastntk.methods.Problem(memory, gone, RECIPE), memory.preview(gone).parameters, never)
     with timed(seconds, "request"):
@@ -219,13 +221,10 @@ def _solved(
     return case.exact(model, others).parameters
 
 
-def relearning(
-    problem: fastntk.methods.Problem, ours: dict[str, Tensor], never: dict[str, Tensor]
-) -> dict[str, object]:
-    """Beside weights that never saw them: the ratio of what training on what stays gives back, and both numbers of
-    steps on the forgotten."""
-    back = [relearned_without(problem, each) for each in (ours, never)]
-    return {"retained": back[0] / back[1], "forgotten": [relearn_steps(problem, each) for each in (ours, never)]}
+def relearning(problem: fastntk.methods.Problem, *models: dict[str, Tensor]) -> dict[str, float | None]:
+    """Of our weights and of those that never saw them."""
+    ours, never = (relearned_without(problem, each) for each in models)
+    return {"ours": ours, "never": never, "ratio": ours / never if never else None}
 
 
 def attacked(case: Case, model: nn.Module, models: int, kept: Path) -> dict[str, float]:
@@ -277,7 +276,7 @@ def main() -> None:
     wanted = [each for each in settings if arguments.only in (None, str(each))]
     rows = []
     for setting in wanted:
-        key = fingerprint(arguments.data.name, str(setting), per_class, arguments.models)
+        key = fingerprint(arguments.data.name, str(setting), per_class, arguments.models, FACTOR, KEPT)
         path = writable(arguments.out) / f"{setting}-{key}.json"
         if not path.exists():
             case = Case(setting, arguments.data, per_class)

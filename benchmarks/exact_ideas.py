@@ -42,7 +42,7 @@ from fastntk.common.machine import settle
 from fastntk.evidence.auditing import left_out
 from fastntk.inputs.batches import labels_of
 from fastntk.jacobians.products import tangent
-from fastntk.memory.exact import FACTOR, fit_exact
+from fastntk.memory.exact import FACTOR, KEPT, fit_exact
 from fastntk.memory.members import Members
 from fastntk.tuning.outputs import logits_of, model_at
 
@@ -160,7 +160,9 @@ def main() -> None:
     for setting in (Setting(name, core, 0) for name in NAMES for core in (20, 50)):
         if arguments.only not in (None, str(setting)):
             continue
-        path = writable(arguments.out) / f"{setting}-{fingerprint(arguments.data.name, str(setting))}.json"
+        path = (
+            writable(arguments.out) / f"{setting}-{fingerprint(arguments.data.name, str(setting), FACTOR, KEPT)}.json"
+        )
         known = read_json(path) if path.exists() else {}
         tried = Tried(setting, arguments.data, arguments.many)
         for name, measure in tried.rows():

@@ -52,8 +52,8 @@ jaxtyping.jaxtyped = lambda **options: lambda function: _checked(function, **opt
 jaxtyping.install_import_hook("fastntk", "beartype.beartype")
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 torch.set_flush_denormal(True)
-if IN_MEMORY.is_dir() and shutil.disk_usage(IN_MEMORY).free > ROOM:  # folders are synced often, a disk takes its time
-    os.environ["TMPDIR"] = tempfile.tempdir = str(IN_MEMORY)
+if "TMPDIR" not in os.environ and os.access(IN_MEMORY, os.W_OK) and shutil.disk_usage(IN_MEMORY).free > ROOM:
+    os.environ["TMPDIR"] = tempfile.tempdir = str(IN_MEMORY)  # folders are synced often, and a disk takes its time
 
 
 def pytest_collection_modifyitems(items: list) -> None:

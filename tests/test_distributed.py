@@ -10,8 +10,8 @@ import torch
 
 JOB = Path(__file__).with_name("job.py")
 FORMS = {
-    1: ["primal", "dual", "convex-disk", "layerwise", "matrix-free", "fit"],
-    2: ["primal", "convex-disk", "layerwise", "matrix-free", "fit"],
+    1: ["primal", "dual", "convex-disk", "layerwise", "matrix-free", "fit", "exact", "run"],
+    2: ["primal", "convex-disk", "layerwise", "matrix-free", "fit", "exact", "run"],
     3: ["primal", "dual", "fit"],
 }
 """By the number of processes."""
@@ -49,10 +49,10 @@ def same(left, right, tolerance):
 @pytest.mark.parametrize(("form", "count"), [(form, count) for count in (2, 3) for form in FORMS[count]])
 def test_the_number_of_processes_does_not_matter(form, count, jobs):
     [alone], each = results(jobs[1], form, 1), results(jobs[count], form, count)
-    # A solve by iteration agrees to its own residual, all else to rounding.
+    # A solve by iteration agrees to its own residual, all else to rounding: a run folder's model is of float32.
     parts = slice(0, 2) if form != "matrix-free" else slice(1, 2)
     for other in each:
-        same(other[parts], alone[parts], 1e-10 if form != "matrix-free" else 1e-3)
+        same(other[parts], alone[parts], {"matrix-free": 1e-3, "run": 1e-4}.get(form, 1e-10))
         same(other, each[0], 0)
     assert not (jobs[count] / "partial").exists()
 

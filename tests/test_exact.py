@@ -30,7 +30,7 @@ class Named(TensorDataset):
     """Samples that keep their names whoever else is there."""
 
     def __init__(self, names):
-        images, labels = (tensor[list(names)] for tensor in CASES["bn+head"].data().tensors)
+        images, labels = (tensor[list(names)] for tensor in CASES["bn+head"].data(18).tensors)
         super().__init__(images, labels)
         self.ids = list(names)
 
@@ -103,13 +103,48 @@ def test_a_model_that_stands_at_the_core_already():
     """And a core of other images, of which no class is known."""
     model, samples = CASES["bn+head"].model(), Named(range(14))
     before = snapshot(tuned(model))
-    memory = fit_exact(model, samples, Named(CORE), RECIPE, fitted=True)
+    core = Named(range(14, 18))
+    memory = fit_exact(model, samples, core, RECIPE, fitted=True)
     close(memory.anchor, before, 0)
     close(
         memory.forget([0, 9]).parameters,
-        fit_exact(model, Named(without(0, 9)), Named(CORE), RECIPE, fitted=True).parameters,
+        fit_exact(model, Named(without(0, 9)), core, RECIPE, fitted=True).parameters,
         1e-9,
     )
+
+
+def test_nobody_is_both_in_a_core_of_other_images_and_among_those_who_can_be_forgotten(tmp_path):
+    """By their pixels, under whatever name: neither from the beginning nor learned later."""
+    model = CASES["bn+head"].model()
+    for core, count in ((Named(CORE), 5), (Named([13, 14, 15]), 1)):
+        with pytest.raises(fastntk.InputError, match=f"{count} of the samples have the very pixels"):
+            fit_exact(model, Named(range(14)), core, RECIPE, fitted=True)
+    both = Named(range(18))
+    both.ids = [f"new {each}" if each > 13 else each for each in range(18)]
+    memory = fit_exact(model, Named(range(14)), Named([16, 17]), RECIPE, fitted=True)
+    memory.save(tmp_path / "m")
+    again = fastntk.load(tmp_path / "m", model, both)
+    with pytest.raises(fastntk.InputError, match="1 of the samples have the very pixels of images of the core"):
+        again.remember(["new 15", "new 16"])
+    assert again.ids == list(range(14))
+    assert again.remember(["new 15"]).certificate.retained == 14
+
+
+def test_what_no_fit_would_make_right_is_refused_before_it(monkeypatch):
+    """The model stays as it was."""
+    model = CASES["bn+head"].model()
+    before = snapshot(tuned(model))
+    for wrong, why in (
+        ({"classes": "many"}, "must be 'auto', 'all' or a number from 2"),
+        ({"classes": 1}, "number from 2, not 1"),
+        ({"classes": 2.5}, "number from 2, not 2.5"),
+        ({"classes": True}, "number from 2, not True"),
+        ({"ridge": -1}, "the ridge must be a positive number"),
+        ({"removal": Removal(0.0, 0.1)}, "eps above 0 and delta between"),
+    ):
+        with pytest.raises(fastntk.InputError, match=why):
+            fit_exact(model, Named(range(14)), CORE, RECIPE, **wrong)
+    close(snapshot(tuned(model)), before, 0)
 
 
 def test_what_has_no_place_is_refused():
@@ -122,7 +157,7 @@ def test_what_has_no_place_is_refused():
         (lambda: fastntk.refresh(memory), "no anchor to be moved"),
         (lambda: fastntk.exact_head(memory), "would make them others"),
         (lambda: fastntk.finished(memory, gain=2.0), "would make them others"),
-        (lambda: fastntk.audit(memory, RECIPE), "use audit_exact"),
+        (lambda: fastntk.audit(memory, RECIPE), "audit_exact does that fit anew"),
     ):
         with pytest.raises(fastntk.InputError, match=f"forgets exactly.*{why}"):
             call()
@@ -148,6 +183,8 @@ def test_an_audit_is_the_same_fit_anew(monkeypatch):
     close(memory.parameters, before, 0)
     monkeypatch.setattr("fastntk.evidence.auditing.solved_anew", lambda state, gone: state.anchor)
     failed = fastntk.audit_exact(memory, ids=[7, 8])
+    flat = [torch.cat([each.flatten() for each in some.values()]) for some in (answered, before, memory.anchor)]
+    assert failed.moved == pytest.approx(float((flat[0] - flat[1]).norm() / flat[2].norm()))
     core, ours = (torch.cat([each.flatten() for each in some.values()]) for some in (memory.anchor, answered))
     assert failed.difference == pytest.approx(float((ours - core).norm() / core.norm()))
     assert (failed.passed, failed.to_dict()["verdict"]) == (False, "not exact")
@@ -155,6 +192,9 @@ def test_an_audit_is_the_same_fit_anew(monkeypatch):
         fastntk.audit_exact(ordinary())
     with pytest.raises(fastntk.InputError, match="sample 2 is of the core"):
         fastntk.audit_exact(memory, ids=[2])
+    for empty in ({"ids": []}, {"fraction": 0.01}):
+        with pytest.raises(fastntk.InputError, match="request is empty"):
+            fastntk.audit_exact(memory, **empty)
 
 
 def test_retraining_is_the_same_fit_on_what_stays():
@@ -181,7 +221,7 @@ def test_noise_for_certified_removal(tmp_path):
     assert not torch.equal(drawn, noise(asked, 3.0, 200_000))
     for eps, delta in ((0.0, 0.1), (1.0, 0.0), (1.0, 1.0)):
         with pytest.raises(fastntk.InputError, match="eps above 0 and delta between"):
-            noise(Removal(eps, delta), 1.0, 3)
+            made(removal=Removal(eps, delta))
     memory, plain = made(removal=asked), made()
     assert memory.state.displacement.norm() > 0
     close(memory.parameters, plain.parameters, 1e-4)
@@ -189,6 +229,14 @@ def test_noise_for_certified_removal(tmp_path):
     certificate = memory.forget([8]).certificate
     assert torch.equal(memory.state.displacement, with_noise)
     assert certificate.gradient <= 1e-6 * memory.ridge
+    single = fit_exact(
+        CASES["bn+head"].model().float(),
+        TensorDataset(CASES["bn+head"].data().tensors[0].float(), CASES["bn+head"].data().tensors[1]),
+        CORE,
+        RECIPE,
+        removal=Removal(1000.0, 1e-5),
+    )
+    assert (single.state.displacement != 0).all()  # float32 would round most of it away
 
 
 def test_on_the_command_line(data, tmp_path):  # noqa: F811
@@ -206,9 +254,9 @@ def test_on_the_command_line(data, tmp_path):  # noqa: F811
     audited = json.loads(succeed("audit", run, "--json"))
     assert (audited["samples"], audited["verdict"], audited["passed"]) == (1, "exact", True)
     assert audited["difference"] < 1e-6
-    assert "solved from its beginning" in succeed("audit", run, "--fraction", 0.5)
+    assert "solved anew from the core's model" in succeed("audit", run, "--fraction", 0.5)
     refuse("is of the core", "audit", run, "--class-name", "red")
-    refuse("use audit_exact, without held-out data", "audit", run, "--test", data)
+    refuse("leave held-out data out", "audit", run, "--test", data)
     refuse("no anchor to be moved", "refresh", run)
     refuse("the convex form alone", "prepare", never, "--form", "primal")
     core.write_text("0\n2\n")
@@ -238,8 +286,8 @@ def test_a_core_of_other_images(data, tmp_path):  # noqa: F811
     with np.load(data) as arrays:
         x, y, names = arrays["x_train"], arrays["y_train"], arrays["classes"]
     same, other = tmp_path / "same.npz", tmp_path / "other.npz"
-    np.savez(same, x=x[:20], y=y[:20], classes=names)
-    np.savez(other, x=x[:20], y=y[:20] % 2, classes=["this", "that"])
+    np.savez(same, x=255 - x[:20], y=y[:20], classes=names)
+    np.savez(other, x=255 - x[:20], y=y[:20] % 2, classes=["this", "that"])
     given = ["--data", data, "--epochs", 2, *RATE, "--seed", 3]
     anchors = {}
     for core in (same, other):

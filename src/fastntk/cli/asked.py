@@ -65,23 +65,31 @@ def owners(settings: Settings, images: Images, spec: str | None = None) -> dict[
 
 
 def core_of(images: Images, spec: str) -> list[Id] | Images:
-    """A core: the ids that a pattern matches, as ``public/*``, or that a file names, one a line; or other images, which
-    a folder or an ``.npz`` holds.
+    """A core: the ids that a pattern matches, as ``public/*``, or that a file names, one a line, in the data's order;
+    or other images, which a folder or an ``.npz`` holds.
 
     Raises:
-        InputError: there are none, or an id is not of ``images``, or what is named cannot be read.
+        InputError: there are none, or all, or an id is not of ``images``, or what is named cannot be read.
     """
     place = Path(spec)
     if place.is_dir() or place.suffix == ".npz":
         return _where_known(load_data(spec, images.preprocessing), images.classes)
-    if not place.is_file():
-        if not (found := [each for each in images.ids if fnmatchcase(str(each), spec)]):
-            raise InputError(f"the core {spec!r} is no file or folder, and matches no sample's id.")
-        return found
-    ids, known = read_ids(text_of(place), images, lines=True), set(images.ids)
+    named = _of_file(place, images) if place.is_file() else {i for i in images.ids if fnmatchcase(str(i), spec)}
+    if not named:
+        raise InputError(f"the core {spec!r} is no file or folder, and matches no sample's id.")
+    if len(named) == len(images):
+        raise InputError(f"the core {spec!r} is all of the data, and nobody could be forgotten. Name fewer.")
+    return [each for each in images.ids if each in named]
+
+
+def _of_file(place: Path, images: Images) -> set[Id]:
+    """The ids that a core's file names."""
+    if not (text := text_of(place)).strip():
+        raise InputError(f"the core's file {place} names no sample.")
+    ids, known = read_ids(text, images, lines=True), set(images.ids)
     if unknown := [each for each in ids if each not in known]:
         raise InputError(f"the core names {unknown[0]!r}, which is not in the data ({len(unknown)} such).")
-    return ids
+    return set(ids)
 
 
 def _where_known(others: Images, classes: Sequence[str]) -> Images:

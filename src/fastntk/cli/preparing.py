@@ -13,11 +13,14 @@ from torch.utils.data import Dataset, Subset
 from fastntk.cli.asked import core_of
 from fastntk.cli.settings import Given, Settings
 from fastntk.common.errors import InputError
-from fastntk.inputs.heads import head_parameters
+from fastntk.inputs.batches import digests
+from fastntk.inputs.heads import head_modules, head_parameters
+from fastntk.inputs.ids import Id
 from fastntk.inputs.images import Images, in_memory
+from fastntk.inputs.sources import load_data
 from fastntk.inputs.weights import load_weights
 from fastntk.jacobians.numerics import Numerics
-from fastntk.memory.exact import fit_exact
+from fastntk.memory.exact import KEPT, fit_exact
 from fastntk.memory.memory import Memory, prepare
 from fastntk.tuning.fitting import Fit, fit
 from fastntk.tuning.parameters import snapshot, tuned
@@ -35,15 +38,45 @@ class Preparation(NamedTuple):
     numerics: Numerics
 
 
-def fitted_to_core(module: nn.Module, images: Images, given: Given, recipe: Recipe, held_out: Dataset | None) -> Fit:
-    """Fit to the core of ``images`` alone, or to all of them where none was given; raises like ``core_of``."""
-    core = images if given.core is None else core_of(images, given.core)
+Core = list[Id] | Images | None
+"""Ids of a run's images, or other images; None in an ordinary fit."""
+
+
+def core_or_all(images: Images, spec: str | None) -> Core:
+    """The core that was named (``core_of``), if one was."""
+    return None if spec is None else core_of(images, spec)
+
+
+def held_out_of(images: Images, validation: str | None, root: str | None) -> Dataset | None:
+    """The images that the accuracy is measured on after every epoch, if some were named."""
+    if validation is None:
+        return None
+    found = load_data(validation, images.preprocessing, split="test", root=root)
+    return in_memory(found.under(images.classes))
+
+
+def taken_by(settings: Settings, form: str, classes: int | str) -> tuple[str, int | str]:
+    """The form and classes that a plan is of; of a fit that forgets exactly those it takes at least."""
+    if settings.core is None or form != "auto":
+        return form, classes
+    return "convex", min(KEPT[0], len(settings.classes)) if classes == "auto" else classes
+
+
+def first_fit(
+    module: nn.Module, images: Images, core: Core, given: Given, recipe: Recipe, held_out: Dataset | None
+) -> Fit:
+    """Fit to the core alone, or to all images if there is none.
+
+    Raises:
+        InputError: like ``fit``; the core has classes of its own, and held-out images of ``module``'s classes would be
+            measured by a model of the core's, or the head is not tuned.
+    """
     if isinstance(core, Images) and core.classes != images.classes:
         if held_out is not None:
             raise InputError("the core has classes of its own, which --validation does not measure. Leave it out.")
         return _fitted_but_for_the_head(module, core, given, recipe)
     data = in_memory(core if isinstance(core, Images) else images)
-    if not isinstance(core, Images):
+    if isinstance(core, list):
         place = {each: index for index, each in enumerate(images.ids)}
         data = Subset(data, [place[each] for each in core])
     return fit(module, data, recipe, validation=held_out)
@@ -52,23 +85,30 @@ def fitted_to_core(module: nn.Module, images: Images, given: Given, recipe: Reci
 def _fitted_but_for_the_head(module: nn.Module, core: Images, given: Given, recipe: Recipe) -> Fit:
     """Fit to images of other classes with a head for these; ``module`` takes the rest of it, and a head of zeros: one
     that was drawn answers worse (docs/exact.md)."""
-    initial, device = snapshot(tuned(module)), next(module.parameters()).device
-    other = given.model_for(core, recipe.seed).to(device)
-    done, heads = fit(other, in_memory(core), recipe), set(head_parameters(other))
-    load_weights(module, {name: each for name, each in other.state_dict().items() if name not in heads})
+    heads, initial = head_parameters(module), snapshot(tuned(module))
+    if not set(heads) <= set(initial):
+        raise InputError("a core of other classes leaves a new head to be solved for: --select must have head in it.")
+    other = given.model_for(core, recipe.seed).to(next(module.parameters()).device)
+    done, owners = fit(other, in_memory(core), recipe), tuple(f"{each}." for each in head_modules(other))
+    taken = {name: each for name, each in other.state_dict().items() if not name.startswith(owners)}
+    load_weights(module, {**module.state_dict(), **taken}, with_head=True)
     with torch.no_grad():
-        for name in head_parameters(module):
+        for name in heads:
             module.get_parameter(name).zero_()
     return replace(done, initial=initial)
 
 
-def core_sum(images: Images, core: str | None) -> str | None:
-    """By which a core is known again, whatever its file, folder or pattern names by then."""
+def core_sum(core: Core) -> str | None:
+    """By which a core is known again, whatever its file, folder or pattern names by then: its ids, or its images."""
     if core is None:
         return None
-    found = core_of(images, core)
-    ids = found.ids if isinstance(found, Images) else found
-    return sha256("\n".join(sorted(map(str, ids))).encode(errors="surrogateescape")).hexdigest()
+    if isinstance(core, list):
+        return sha256("\n".join(sorted(map(str, core))).encode(errors="surrogateescape")).hexdigest()
+    pixels = digests(core, range(len(core)), _BATCH)
+    return sha256(torch.stack([pixels, core.labels]).numpy().tobytes()).hexdigest()
+
+
+_BATCH = 64  # images that are read at a time
 
 
 def memory_of(
@@ -85,12 +125,13 @@ def memory_of(
         return prepare(model, data, initial, loss=recipe.loss, shrinkage=recipe.shrinkage(len(images)), **how._asdict())
     if how.form not in ("auto", "convex"):
         raise InputError(f"a fit that forgets exactly has the convex form alone, not {how.form!r}. Leave --form out.")
-    if core_sum(images, settings.core) != settings.core_sum:
+    core = core_of(images, settings.core)
+    if core_sum(core) != settings.core_sum:
         raise InputError(f"the core {settings.core!r} names other samples than when it was fitted. Fit again.")
     return fit_exact(
         model,
         data,
-        core_of(images, settings.core),
+        core,
         recipe,
         fitted=True,
         ridge=how.ridge,

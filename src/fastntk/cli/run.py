@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 
 from fastntk.cli.asked import forgotten, of_class
 from fastntk.cli.options import check_out
-from fastntk.cli.preparing import Preparation, core_sum, fitted_to_core, memory_of
+from fastntk.cli.preparing import Preparation, core_or_all, core_sum, first_fit, held_out_of, memory_of, taken_by
 from fastntk.cli.settings import Given, Settings
 from fastntk.common import distributed
 from fastntk.common.errors import InputError
@@ -51,7 +51,6 @@ from fastntk.inputs.ids import Id
 from fastntk.inputs.images import Images, in_memory
 from fastntk.inputs.models import load_model
 from fastntk.inputs.owners import owners_of
-from fastntk.inputs.sources import load_data
 from fastntk.inputs.weights import check_state_file, load_weights, read_weights, write_state
 from fastntk.jacobians.numerics import Numerics
 from fastntk.memory.audit import Audit
@@ -123,19 +122,18 @@ class Run:
         log.info("%s", images)
         if given.owners:
             log.info("of %d owners", len(set(owners_of(given.owners, given.data, images).values())))
-        held_out = None
-        if validation:
-            found = load_data(validation, images.preprocessing, split="test", root=given.root)
-            held_out = in_memory(found.under(images.classes))
+        held_out = held_out_of(images, validation, given.root)
+        core = core_or_all(images, given.core)
         if given.fitted:
             load_weights(module, read_weights(Path(given.fitted)), with_head=True)
             begun = rebuilt_start(module, given.pretrained, head=given.head_start)
             done = Fit(begun.initial, [], recipe, 0.0, assumed=begun.assumed)
         else:
-            done = fitted_to_core(module, images, given, recipe, held_out)
+            done = first_fit(module, images, core, given, recipe, held_out)
+        settings = replace(Settings.of(given, images, recipe), core_sum=core_sum(core))
         if distributed.rank() == 0:
-            settings = replace(Settings.of(given, images, recipe), core_sum=core_sum(images, given.core))
             self.write(settings, done.initial, module)
+        distributed.wait()  # for what the next step opens
         return done
 
     def write(self, settings: Settings, initial: Mapping[str, Tensor], model: nn.Module) -> None:
@@ -259,6 +257,7 @@ class Run:
         """What preparing would take."""
         settings, model, images = self._opened()
         recipe = settings.fitting()
+        form, classes = taken_by(settings, form, classes)
         return plan(
             model,
             images,

@@ -99,13 +99,15 @@ class Sameness:
     """An answer of a fit that forgets exactly, beside the same fit without the samples.
 
     Attributes:
-        samples: how many were drawn.
+        samples: of the request.
         difference: ``|theta - theta'| / |theta'|`` with theta the answer's tuned parameters and theta' the fit's.
+        moved: by the request, of the same norm.
         seconds: that the fit took.
     """
 
     samples: int
     difference: float
+    moved: float
     seconds: float
 
     @property
@@ -115,8 +117,9 @@ class Sameness:
 
     def __str__(self) -> str:
         return (
-            f"forgetting {self.samples:,} drawn samples gives the weights of the same fit without them, solved from "
-            f"its beginning, up to {self.difference:.1e} of their norm (limit {LIMIT_DIFFERENCE:.0e})"
+            f"forgetting {self.samples:,} samples gives the weights of the same fit without them, solved anew from the "
+            f"core's model, up to {self.difference:.1e} of their norm (limit {LIMIT_DIFFERENCE:.0e}; forgetting moves "
+            f"them by {self.moved:.1e})"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -143,12 +146,16 @@ def audit_exact(memory: Memory, *, fraction: float = 0.1, ids: Iterable[Id] | No
         raise InputError("this fit does not forget exactly: use fastntk.audit, which retrains.")
     check_seed(seed)
     asked = _drawn(forgettable(state), fraction, seed) if ids is None else list(ids)
+    if not asked:
+        raise InputError("the audit's request is empty. Give a larger fraction.")
+    state.check_complete()
     answered = memory.preview(asked).parameters
     started = time.perf_counter()
     fitted = solved_anew(state, state.members.positions(asked))
     seconds = time.perf_counter() - started
-    ours, theirs = (state.layout.flatten(each).double() for each in (answered, fitted))
-    return Sameness(len(asked), float((ours - theirs).norm() / theirs.norm()), seconds)
+    ours, theirs, before = (state.layout.flatten(each) for each in (answered, fitted, memory.parameters))
+    difference, moved = (float((ours - each).norm() / theirs.norm()) for each in (theirs, before))
+    return Sameness(len(asked), difference, moved, seconds)
 
 
 def _checked(state: State, recipe: Recipe | Retraining, held_out: Dataset | None, seed: int) -> Tensor:
@@ -157,7 +164,7 @@ def _checked(state: State, recipe: Recipe | Retraining, held_out: Dataset | None
     Raises:
         InputError: for arguments of an audit that would fail it after the retraining.
     """
-    state.check_anchored("nothing to be near to: use audit_exact, without held-out data")
+    state.check_anchored("no retrained model is near or far: audit_exact does that fit anew; leave held-out data out")
     check_seed(seed)
     if not isinstance(recipe, Recipe) and not callable(recipe):
         raise InputError(f"an audit retrains by a fastntk.Recipe or a function, not a {type(recipe).__name__}.")

@@ -171,9 +171,10 @@ class Certificate:
     @property
     def _exactly(self) -> str:
         left, away = self.gradient or 0.0, (self.gradient or 0.0) / self.ridge
+        now = self.retained if self.kind == "forget" else self.retained + self.samples
         return (
-            f"{self.verdict}: the weights are those that the same fit gives on the {self.retained:,} samples that "
-            f"stay, by construction and not by a measurement. Of the gradient {left:.1e} is left, so they are within "
+            f"{self.verdict}: the weights are those that the same fit gives on the {now:,} samples that there are "
+            f"now, by construction and not by a measurement. Of the gradient {left:.1e} is left, so they are within "
             f"{away:.1e} of that optimum, in the norm of all tuned parameters (the solve is exact to "
             f"{self.inexactness:.0e}, limit {self.limit:.0e}){self._left}."
         )

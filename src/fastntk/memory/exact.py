@@ -28,16 +28,17 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset, TensorDataset
 
+from fastntk.common import distributed
 from fastntk.common.errors import InputError
 from fastntk.common.machine import settle
-from fastntk.inputs.batches import item
+from fastntk.inputs.batches import digests, item
 from fastntk.inputs.ids import Id
 from fastntk.jacobians.linearised import FIRST, Linearised, enough
 from fastntk.jacobians.numerics import Numerics
 from fastntk.memory.members import Members
 from fastntk.memory.memory import Memory
 from fastntk.memory.prepare import linearised, prepared, pull_of
-from fastntk.memory.state import State
+from fastntk.memory.state import State, check_apart
 from fastntk.tuning.fitting import fit
 from fastntk.tuning.recipe import Recipe
 
@@ -82,26 +83,55 @@ def fit_exact(
         ridge: a total, or ``"auto"``: ``FACTOR`` of the kernel's mean diagonal over the core.
         classes: of each sample that rows are kept of: a number, ``"all"``, or ``"auto"``: enough for the core.
         removal: add noise for certified removal. It is drawn by the system and not by the seed, and is in the folder.
+            The certificate's gradient is to be at most ``1e-6`` of the ridge for it to hold.
         checkpoint: as for ``fastntk.prepare``.
         numerics: as for ``fastntk.prepare``.
 
     Raises:
-        InputError: the core is empty or unknown, or everything; or like ``fit`` and ``prepare``.
+        InputError: the core is empty or unknown, or everything; other images that are a core are among ``train`` too;
+            or like ``fit`` and ``prepare``.
     """
     settle()
+    _check_asked(ridge, classes, removal)
+    if isinstance(core, Dataset) and not fitted:
+        raise InputError("a core of other data must be fitted already: fitted=True, with a head for these classes.")
+    positions, images = _placed(train, core)
+    pixels = _apart(train, core, numerics.batch_size) if isinstance(core, Dataset) else None
+    if not fitted:
+        fit(model, images, recipe)
+    network = linearised(model, train, recipe.loss, numerics)
+    chosen = distributed.shared(chosen_on(network, images, ridge, classes))
+    return Memory(replace(_solved(network, chosen, removal, checkpoint), core=positions, core_pixels=pixels))
+
+
+def _check_asked(ridge: float | str, classes: int | str, removal: Removal | None) -> None:
+    """Raises ``InputError`` for what no fit would make right."""
+    pull_of(ridge, 1.0)
+    number = isinstance(classes, int) and not isinstance(classes, bool)
+    if classes not in ("auto", "all") and not (number and int(classes) >= 2):
+        raise InputError(f"classes must be 'auto', 'all' or a number from 2, not {classes!r}.")
+    eps, delta = removal or Removal(1.0, 0.5)
+    if not (eps > 0 and 0 < delta < 1):
+        raise InputError(f"certified removal needs eps above 0 and delta between 0 and 1, not {eps} and {delta}.")
+
+
+def _placed(train: Dataset, core: Iterable[Id] | Dataset) -> tuple[Int[Tensor, " core"], Dataset]:
+    """Where the core is among the samples, if it is, and its images."""
     if isinstance(core, Dataset):
-        if not fitted:
-            raise InputError("a core of other data must be fitted already: fitted=True, with a head for these classes.")
         positions, images = torch.zeros(0, dtype=torch.long), core
     else:
         positions = Members(train).positions(core)
         images = Subset(train, positions.tolist())
     if not len(images):  # type: ignore[arg-type]
         raise InputError("the core is empty. Name samples that nobody will ask to forget.")
-    if not fitted:
-        fit(model, images, recipe)
-    network = linearised(model, train, recipe.loss, numerics)
-    return Memory(_solved(network, positions, chosen_on(network, images, ridge, classes), removal, checkpoint))
+    return positions, images
+
+
+def _apart(train: Dataset, core: Dataset, batch_size: int) -> Int[Tensor, " core"]:
+    """What the images of a core are known again by (``fastntk.inputs.batches.digests``): none is among the samples."""
+    known, others = (digests(data, range(len(data)), batch_size) for data in (core, train))  # type: ignore[arg-type]
+    check_apart(others, known)
+    return known
 
 
 class Chosen(NamedTuple):
@@ -112,33 +142,33 @@ class Chosen(NamedTuple):
 
 
 def chosen_on(network: Linearised, core: Dataset, ridge: float | str, classes: int | str) -> Chosen:
-    """What is not given, from the first images of the core and the network's own predictions on them: the labels are
-    not looked at, so the core may be of other classes."""
-    pull_of(ridge, 1.0)
-    count = min(FIRST, len(core))  # type: ignore[arg-type]
-    images = torch.stack([item(core, place)[0] for place in range(count)])
+    """What is not given, from evenly spaced images of the core and the network's own predictions on them: the labels
+    are not looked at, so the core may be of other classes."""
+    places = torch.linspace(0, len(core) - 1, min(FIRST, len(core))).round().long()  # type: ignore[arg-type]
+    images = torch.stack([item(core, place)[0] for place in places.tolist()])
     labels = torch.cat([network.logits(part.to(network.device)).argmax(1).cpu() for part in images.split(64)])
     few = replace(network, train=TensorDataset(images, labels))
     kept = enough(few, between=KEPT) if classes == "auto" else network.classes if classes == "all" else classes
     if ridge != "auto":
         return Chosen(float(ridge), int(kept))
-    rows = replace(few, keep=int(kept)).rows(range(count), "the core")
+    rows = replace(few, keep=int(kept)).rows(range(len(images)), "the core")
     scale = rows.mean_diagonal(torch.float64, rows.jacobian.rest.device)
     return Chosen(FACTOR * scale, int(kept))
 
 
 def _solved(
     network: Linearised,
-    core: Int[Tensor, " core"],
     chosen: Chosen,
     removal: Removal | None,
     checkpoint: Path | str | None,
 ) -> State:
-    here = network.layout.flatten(network.jacobian.parameters).double()
+    here = network.layout.flatten(network.jacobian.parameters)
     bound = chosen.ridge * _LEFT
-    center = here - (0 if removal is None else noise(removal, bound, len(here)).to(here) / chosen.ridge)
-    state = _optimum(network, network.layout.unflatten(center, network.jacobian.parameters), chosen, checkpoint)
-    return replace(state, head_shortfall=None, core=core)
+    drawn = None if removal is None else distributed.shared(noise(removal, bound, len(here)))
+    center = here if drawn is None else here - drawn.to(here) / chosen.ridge
+    exactly = {name: each.double() for name, each in network.jacobian.parameters.items()}
+    state = _optimum(network, network.layout.unflatten(center, exactly), chosen, checkpoint)
+    return replace(state, head_shortfall=None)
 
 
 def _optimum(
@@ -148,7 +178,7 @@ def _optimum(
     pull = {**pull_of(chosen.ridge, 1.0), "form": "convex", "classes": chosen.classes}
     state = prepared(network, center, {**pull, **_DRAWN}, checkpoint)
     state = replace(state, solution=state.solution.ready())
-    here = network.layout.flatten(network.jacobian.parameters).double()
+    here = network.layout.flatten(network.jacobian.parameters)
     return replace(state, vector=here + state.solution.step)
 
 
@@ -160,11 +190,13 @@ def forgettable(state: State) -> list[Id]:
 
 def solved_anew(state: State, without: Int[Tensor, " some"]) -> dict[str, Tensor]:
     """``theta(S without F)`` from its beginning, of a fit that forgets exactly: the Jacobians, their kernel and the
-    optimum of those who are not at the positions ``without`` are computed anew; nothing is taken from the memory but
-    what was chosen on the core."""
+    optimum of those who are not at the positions ``without`` are computed anew. Of the memory are ``theta_B``, the
+    noise if there is some, and what was chosen on the core."""
     network, members = state.network, state.members
     stays = replace(network, train=Members(members.source, members.without(without).ids))
-    return _optimum(stays, state.initial, Chosen(state.ridge, network.keep or network.classes)).parameters
+    exactly = {name: each.double() for name, each in state.anchor.items()}
+    chosen = Chosen(state.ridge, network.keep or network.classes)
+    return _optimum(stays, state.layout.unflatten(state.center, exactly), chosen).parameters
 
 
 _DRAWN = {"witnesses": 24, "seed": 0}  # retained samples that look at every answer
@@ -173,14 +205,8 @@ _LEFT = 1e-6  # of the ridge: the norm of the gradient that noise is drawn for
 
 
 def noise(removal: Removal, bound: float, size: int) -> Float[Tensor, " size"]:
-    """b, from the system's own randomness.
-
-    Raises:
-        InputError: eps is not positive, or delta not between 0 and 1.
-    """
+    """b, from the system's own randomness."""
     eps, delta = removal
-    if not (eps > 0 and 0 < delta < 1):
-        raise InputError(f"certified removal needs eps above 0 and delta between 0 and 1, not {eps} and {delta}.")
     generator = torch.Generator()
     generator.seed()
     sigma = math.sqrt(2 * math.log(1.5 / delta)) * bound / eps

@@ -21,7 +21,7 @@ from fastntk.inputs.ids import Id
 from fastntk.jacobians.rows import Rows
 from fastntk.memory.agreement import observed
 from fastntk.memory.certificate import Answer, Certificate
-from fastntk.memory.state import State, copied
+from fastntk.memory.state import State, check_apart, copied
 from fastntk.solve.solution import Update
 
 log = logging.getLogger(__name__)
@@ -80,6 +80,7 @@ def draft(state: State, kind: str, ids: Iterable[Id], started: float) -> Draft:
     if SIGNS[kind] > 0:
         residual = update.rows.residual if update.rows else state.network.residuals(positions.tolist())
         joined = _Joined(residual, digests(state.members, positions.tolist(), state.network.numerics.batch_size))
+        check_apart(joined.pixels, state.core_pixels)
     vector = state.vector + update.change
     parameters = state.layout.unflatten(vector, state.anchor)
     certificate = _certificate(state, kind, update, parameters, inexactness)

@@ -49,6 +49,7 @@ class State:
             solution keeps no rows of: a mean over the first samples; 0 where all are kept.
         core: in a fit that forgets exactly (``fastntk.memory.exact``), the positions of those who cannot be forgotten;
             None in any other.
+        core_pixels: digests of the images of a core that is not among the members, else None.
         audit: the latest one since the network was linearised, or None. It is in the ledger, not among what is kept.
     """
 
@@ -63,6 +64,7 @@ class State:
     made: Mapping[str, Any] = field(metadata=_PLAIN)
     tail: float = field(metadata=_PLAIN)
     core: Int[Tensor, " core"] | None = field(default=None, metadata=_OPTIONAL)
+    core_pixels: Int[Tensor, " images"] | None = field(default=None, metadata=_OPTIONAL)
     audit: Audit | None = None
 
     @property
@@ -187,3 +189,13 @@ def copied(state: State, asked: Int[Tensor, " some"]) -> Int[Tensor, " copies"] 
         return None
     same = torch.isin(state.pixels, state.pixels[asked]) & state.members.present
     return same.index_fill(0, asked, False).nonzero()[:, 0]
+
+
+def check_apart(pixels: Int[Tensor, " others"], core: Int[Tensor, " core"] | None) -> None:
+    """Raises ``InputError`` if samples, by digests of their images, are images of a core that is not among them."""
+    count = 0 if core is None else int(torch.isin(pixels, core).sum())
+    if count:
+        raise InputError(
+            f"{count:,} of the samples have the very pixels of images of the core, which cannot be forgotten. Take "
+            "them out of one of the two."
+        )

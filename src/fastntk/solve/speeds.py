@@ -14,6 +14,7 @@ from fastntk.inputs.batches import checked
 from fastntk.jacobians import products
 from fastntk.jacobians.jacobian import Jacobian
 from fastntk.jacobians.linearised import Linearised
+from fastntk.jacobians.numerics import arithmetic
 from fastntk.jacobians.rows import PART
 from fastntk.solve.linalg import add_product_, cholesky_
 from fastntk.solve.sums import ROWS
@@ -63,7 +64,7 @@ class Speeds:
             for images, _ in network.images(few):
                 network.logits(checked(images).to(network.device))
 
-        with torch.no_grad():
+        with torch.no_grad(), arithmetic(network.numerics.precision, network.device):
             return self._an_image(logits)
 
     @cached_property

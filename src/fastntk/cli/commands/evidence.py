@@ -46,13 +46,17 @@ def audit(
     """Try a request that nobody made: retrain twice without its samples, and compare the memory's answer with that.
 
     Nothing is forgotten. Every certificate from then on carries the result, and its verdict heeds it. A fit that
-    forgets exactly (fit --core) is done anew without the samples, once: the weights must be the same.
+    forgets exactly (fit --core) is solved anew from the core's model without the samples, once: the weights must be
+    the same, or the exit status is 2.
     """
     from fastntk.cli.run import Run
+    from fastntk.evidence.auditing import Sameness
 
     done = Run(run, device, data, model).audit(fraction, class_name, test, seed)
     text = f"The memory {'passed' if done.passed else 'FAILED'}: {done}.\nFitting took {done.seconds:.0f} s."
     show({"run": str(run), **done.to_dict()}, as_json, text)
+    if isinstance(done, Sameness) and not done.passed:
+        raise InputError("the memory does not answer exactly. See what is wrong: fastntk verify RUN --full")
 
 
 def evaluate(

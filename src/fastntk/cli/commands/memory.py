@@ -51,9 +51,11 @@ def prepare(
         if distributed.rank():
             return
     document = {"run": str(run), "form": memory.form, "ridge": memory.ridge, "samples": len(memory.ids)}
-    found = f" ({memory.calibration})" if memory.calibration else " (given)"
+    exactly = memory.state.core is not None
+    found = f" ({memory.calibration or ('chosen on the core' if exactly and ridge == 'auto' else 'given')})"
     text = f"The memory holds {document['samples']:,} samples, {memory.form} form, ridge {memory.ridge:.4g}{found}."
-    following = f"Next: fastntk forget {run} --ids 3,17\nFirst see how near retraining it comes: fastntk audit {run}"
+    first = "First see that it forgets exactly" if exactly else "First see how near retraining it comes"
+    following = f"Next: fastntk forget {run} --ids 3,17\n{first}: fastntk audit {run}"
     show(document, as_json, f"{text}\n{following}")
 
 
