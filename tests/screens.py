@@ -23,8 +23,14 @@ def main() -> None:
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:
         parser.error("no Chromium is there. Install it: on Debian, apt-get install chromium.")
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    pages = [page for page in arguments.pages if page.is_file()]
+    if not pages:
+        parser.error(f"none of the pages is there: {', '.join(map(str, arguments.pages))}. Make the demo's: make demo.")
     for page in arguments.pages:
+        if page not in pages:
+            print(f"{page} is not there and was left out")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for page in pages:
         name = f"{page.parent.name}-{page.stem}"
         shown = [(f"--window-size={w},{HEIGHT}", f"--screenshot={arguments.out / name}-{w}.png") for w in WIDTHS]
         shown.append(("--no-pdf-header-footer", f"--print-to-pdf={arguments.out / name}.pdf"))
