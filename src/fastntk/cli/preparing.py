@@ -18,12 +18,13 @@ from fastntk.inputs.heads import head_modules, head_parameters
 from fastntk.inputs.ids import Id
 from fastntk.inputs.images import Images, in_memory
 from fastntk.inputs.sources import load_data
-from fastntk.inputs.weights import load_weights
+from fastntk.inputs.weights import load_weights, read_weights
 from fastntk.jacobians.numerics import Numerics
 from fastntk.memory.exact import KEPT, fit_exact
 from fastntk.memory.memory import Memory, prepare
 from fastntk.tuning.fitting import Fit, fit
 from fastntk.tuning.parameters import snapshot, tuned
+from fastntk.tuning.rebuilding import rebuilt_start
 from fastntk.tuning.recipe import Recipe
 
 
@@ -60,6 +61,20 @@ def taken_by(settings: Settings, form: str, classes: int | str) -> tuple[str, in
     if settings.core is None or form != "auto":
         return form, classes
     return "convex", min(KEPT[0], len(settings.classes)) if classes == "auto" else classes
+
+
+def taken_over(module: nn.Module, core: Core, given: Given, recipe: Recipe) -> Fit:
+    """A fit that was done elsewhere, to the core if there is one, whose start is of no account then; else the start is
+    rebuilt from the pretrained weights.
+
+    Raises:
+        InputError: the weights do not fit, or nobody said what the pretrained ones are.
+    """
+    load_weights(module, read_weights(Path(str(given.fitted))), with_head=True)
+    if core is not None:
+        return Fit(snapshot(tuned(module)), [], recipe, 0.0, assumed=["the weights were fitted to the core alone"])
+    begun = rebuilt_start(module, given.pretrained, head=given.head_start)
+    return Fit(begun.initial, [], recipe, 0.0, assumed=begun.assumed)
 
 
 def first_fit(

@@ -56,7 +56,8 @@ def show_fit(run: Path, fit: "Fit", as_json: bool, solved: Solved | None = None)
         f"Tuned {count:,} parameters in {fit.seconds:.1f} s, with {fit.recipe.loss.name} loss. Training columns are of "
         "the images as they were seen, while it learned."
         if fit.losses
-        else f"Took over {count:,} tuned parameters; the start was rebuilt: {'; '.join(fit.assumed)}."
+        else f"Took over {count:,} tuned parameters; {'taken for true' if solved else 'the start was rebuilt'}: "
+        f"{'; '.join(fit.assumed)}."
     )
     following = f"Next: fastntk prepare {run}"
     if solved:

@@ -20,9 +20,9 @@ from filelock import FileLock
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from fastntk.cli import preparing
 from fastntk.cli.asked import forgotten, of_class
 from fastntk.cli.options import check_out
-from fastntk.cli.preparing import Preparation, core_or_all, core_sum, first_fit, held_out_of, memory_of, taken_by
 from fastntk.cli.settings import Given, Settings
 from fastntk.common import distributed
 from fastntk.common.errors import InputError
@@ -51,7 +51,7 @@ from fastntk.inputs.ids import Id
 from fastntk.inputs.images import Images, in_memory
 from fastntk.inputs.models import load_model
 from fastntk.inputs.owners import owners_of
-from fastntk.inputs.weights import check_state_file, load_weights, read_weights, write_state
+from fastntk.inputs.weights import check_state_file, load_weights, write_state
 from fastntk.jacobians.numerics import Numerics
 from fastntk.memory.audit import Audit
 from fastntk.memory.certificate import Answer
@@ -63,7 +63,6 @@ from fastntk.solve.collect import clear
 from fastntk.tuning.fitting import Fit
 from fastntk.tuning.lora import merged
 from fastntk.tuning.parameters import snapshot, tuned
-from fastntk.tuning.rebuilding import rebuilt_start
 from fastntk.tuning.recipe import Recipe
 from fastntk.tuning.selectors import tune
 
@@ -122,15 +121,13 @@ class Run:
         log.info("%s", images)
         if given.owners:
             log.info("of %d owners", len(set(owners_of(given.owners, given.data, images).values())))
-        held_out = held_out_of(images, validation, given.root)
-        core = core_or_all(images, given.core)
+        held_out = preparing.held_out_of(images, validation, given.root)
+        core = preparing.core_or_all(images, given.core)
         if given.fitted:
-            load_weights(module, read_weights(Path(given.fitted)), with_head=True)
-            begun = rebuilt_start(module, given.pretrained, head=given.head_start)
-            done = Fit(begun.initial, [], recipe, 0.0, assumed=begun.assumed)
+            done = preparing.taken_over(module, core, given, recipe)
         else:
-            done = first_fit(module, images, core, given, recipe, held_out)
-        settings = replace(Settings.of(given, images, recipe), core_sum=core_sum(core))
+            done = preparing.first_fit(module, images, core, given, recipe, held_out)
+        settings = replace(Settings.of(given, images, recipe), core_sum=preparing.core_sum(core))
         if distributed.rank() == 0:
             self.write(settings, done.initial, module)
         distributed.wait()  # for what the next step opens
@@ -221,8 +218,8 @@ class Run:
         settings, model, images = self._opened()
         tensors, _ = read_tensors(self.folder / "initial.safetensors")
         initial = {name: tensor.to(self.device) for name, tensor in tensors.items()}
-        how = Preparation(ridge, form, classes, seed, self.folder / "partial", numerics)
-        memory = memory_of(settings, model, images, initial, how)
+        how = preparing.Preparation(ridge, form, classes, seed, self.folder / "partial", numerics)
+        memory = preparing.memory_of(settings, model, images, initial, how)
         if distributed.rank() == 0:
             if ready:
                 memory.ready()
@@ -257,7 +254,7 @@ class Run:
         """What preparing would take."""
         settings, model, images = self._opened()
         recipe = settings.fitting()
-        form, classes = taken_by(settings, form, classes)
+        form, classes = preparing.taken_by(settings, form, classes)
         return plan(
             model,
             images,
