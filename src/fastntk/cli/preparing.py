@@ -43,11 +43,6 @@ Core = list[Id] | Images | None
 """Ids of a run's images, or other images; None in an ordinary fit."""
 
 
-def core_or_all(images: Images, spec: str | None) -> Core:
-    """The core that was named (``core_of``), if one was."""
-    return None if spec is None else core_of(images, spec)
-
-
 def held_out_of(images: Images, validation: str | None, root: str | None) -> Dataset | None:
     """The images that the accuracy is measured on after every epoch, if some were named."""
     if validation is None:
@@ -56,7 +51,7 @@ def held_out_of(images: Images, validation: str | None, root: str | None) -> Dat
     return in_memory(found.under(images.classes))
 
 
-def taken_by(settings: Settings, form: str, classes: int | str) -> tuple[str, int | str]:
+def form_and_classes(settings: Settings, form: str, classes: int | str) -> tuple[str, int | str]:
     """The form and classes that a plan is of; of a fit that forgets exactly those it takes at least."""
     if settings.core is None or form != "auto":
         return form, classes

@@ -61,10 +61,8 @@ def show_fit(run: Path, fit: "Fit", as_json: bool, solved: Solved | None = None)
     )
     following = f"Next: fastntk prepare {run}"
     if solved:
-        told += (
-            f"\nThat was the core. The {solved.others:,} other samples were solved for in {solved.seconds:.1f} s; each "
-        )
-        told += "of them is forgotten exactly."
+        others = f"{solved.others:,} other samples were solved for in {solved.seconds:.1f} s"
+        told += f"\nThat was the core. {others}, and can be forgotten exactly."
         following = f"Next: fastntk forget {run} --ids 3,17\nThe weights with all of them: fastntk export {run}"
     tables = [table] if fit.losses else []
     document |= {"assumed": fit.assumed, **({"solved": solved._asdict()} if solved else {})}

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fastntk.cli import preparing
-from fastntk.cli.asked import forgotten, of_class
+from fastntk.cli.asked import core_of, forgotten, of_class
 from fastntk.cli.options import check_out
 from fastntk.cli.settings import Given, Settings
 from fastntk.common import distributed
@@ -122,7 +122,7 @@ class Run:
         if given.owners:
             log.info("of %d owners", len(set(owners_of(given.owners, given.data, images).values())))
         held_out = preparing.held_out_of(images, validation, given.root)
-        core = preparing.core_or_all(images, given.core)
+        core = None if given.core is None else core_of(images, given.core)
         if given.fitted:
             done = preparing.taken_over(module, core, given, recipe)
         else:
@@ -254,7 +254,7 @@ class Run:
         """What preparing would take."""
         settings, model, images = self._opened()
         recipe = settings.fitting()
-        form, classes = preparing.taken_by(settings, form, classes)
+        form, classes = preparing.form_and_classes(settings, form, classes)
         return plan(
             model,
             images,

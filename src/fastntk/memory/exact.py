@@ -18,7 +18,7 @@ forgotten, Golatkar et al. 2020 (mixed-privacy forgetting, arXiv 2012.13431).
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -166,17 +166,16 @@ def _solved(
     bound = chosen.ridge * _LEFT
     drawn = None if removal is None else distributed.shared(noise(removal, bound, len(here)))
     center = here if drawn is None else here - drawn.to(here) / chosen.ridge
-    exactly = {name: each.double() for name, each in network.jacobian.parameters.items()}
-    state = _optimum(network, network.layout.unflatten(center, exactly), chosen, checkpoint)
-    return replace(state, head_shortfall=None)
+    return replace(_optimum(network, center, chosen, checkpoint), head_shortfall=None)
 
 
 def _optimum(
-    network: Linearised, center: Mapping[str, Tensor], chosen: Chosen, checkpoint: Path | str | None = None
+    network: Linearised, center: Float[Tensor, " p"], chosen: Chosen, checkpoint: Path | str | None = None
 ) -> State:
-    """The memory of all samples of ``network``, at ``theta(S)``."""
+    """The memory of all samples of ``network``, at ``theta(S)``; the pull leads to ``center``, which is not rounded."""
+    exactly = {name: each.double() for name, each in network.jacobian.parameters.items()}
     pull = {**pull_of(chosen.ridge, 1.0), "form": "convex", "classes": chosen.classes}
-    state = prepared(network, center, {**pull, **_DRAWN}, checkpoint)
+    state = prepared(network, network.layout.unflatten(center, exactly), {**pull, **_DRAWN}, checkpoint)
     state = replace(state, solution=state.solution.ready())
     here = network.layout.flatten(network.jacobian.parameters)
     return replace(state, vector=here + state.solution.step)
@@ -194,9 +193,7 @@ def solved_anew(state: State, without: Int[Tensor, " some"]) -> dict[str, Tensor
     noise if there is some, and what was chosen on the core."""
     network, members = state.network, state.members
     stays = replace(network, train=Members(members.source, members.without(without).ids))
-    exactly = {name: each.double() for name, each in state.anchor.items()}
-    chosen = Chosen(state.ridge, network.keep or network.classes)
-    return _optimum(stays, state.layout.unflatten(state.center, exactly), chosen).parameters
+    return _optimum(stays, state.center, Chosen(state.ridge, network.keep or network.classes)).parameters
 
 
 _DRAWN = {"witnesses": 24, "seed": 0}  # retained samples that look at every answer

@@ -68,16 +68,18 @@ class Problem:
     @cached_property
     def staying(self) -> Int[Tensor, " retained"]:
         """The positions of the members that are not to be forgotten and whose samples the data have."""
-        members, gone = self.state.members, set(self.forget)
-        stay = [place for place in self.state.positions.tolist() if members.by_position[place] not in gone]
-        return members.available(torch.tensor(stay, dtype=torch.long))
+        return self.state.members.available(self._members(going=False))
 
     @property
     def leaving(self) -> Int[Tensor, " leaving"]:
         """The positions of the samples to be forgotten that are members still."""
-        members, gone = self.state.members, set(self.forget)
-        here = self.state.positions.tolist()
-        return torch.tensor([place for place in here if members.by_position[place] in gone], dtype=torch.long)
+        return self._members(going=True)
+
+    def _members(self, *, going: bool) -> Int[Tensor, " some"]:
+        """The positions of the members that go, or of those that stay."""
+        names, gone = self.state.members.by_position, set(self.forget)
+        some = [place for place in self.state.positions.tolist() if (names[place] in gone) == going]
+        return torch.tensor(some, dtype=torch.long)
 
     @property
     def train(self) -> Dataset:
