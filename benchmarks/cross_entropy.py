@@ -31,6 +31,7 @@ from itertools import combinations
 from pathlib import Path
 from statistics import mean, stdev
 
+import torch
 from exactness import linear_model, peak_gib, solved_independently
 from fastntk.metrics import accuracy, label_probability, logit_distance, probability_distance
 from pretrained import cifar, fingerprint, mobilenet_v2, vit_s14
@@ -123,12 +124,17 @@ class Case:
     key: str
     asked: tuple[str, ...]
 
+    @property
+    def device(self) -> torch.device:
+        """Where it is computed."""
+        return next(self.model.parameters()).device
+
     def kept(self, name: str, make: Callable[[], dict[str, Tensor]], *settings: object) -> dict[str, Tensor]:
         """Parameters that were stored with the same settings, or are made and stored."""
         path, key = self.folder / f"{name}.safetensors", fingerprint(self.key, *settings) if settings else self.key
         if not path.exists() or read_tensors(path, names=[])[1]["key"] != key:
             write_tensors(path, make(), {"key": key})
-        return read_tensors(path)[0]
+        return {each: tensor.to(self.device) for each, tensor in read_tensors(path)[0].items()}
 
     def requests(self) -> Iterator[tuple[str, list, Dataset]]:
         """Every request: its name, the ids, and the test images that it leaves."""
@@ -242,7 +248,7 @@ def compared(
     """A request's rows beside the retrained models."""
 
     def logits(parameters: dict[str, Tensor], data: Dataset) -> Tensor:
-        return logits_of(model_at(case.model, parameters), data, "cpu")
+        return logits_of(model_at(case.model, parameters), data, case.device).cpu()
 
     state, forgotten = answers.memory.state, Members(case.train, ids)
     labels, test_labels, models = labels_of(forgotten), labels_of(test), case.retrained(request, ids)

@@ -5,7 +5,7 @@ from PIL import Image
 from torch.utils.data import Subset, TensorDataset
 
 import fastntk
-from fastntk.inputs.batches import batches, labels_of
+from fastntk.inputs.batches import batches, digests, labels_of
 from fastntk.inputs.images import Preprocessing, in_memory
 from fastntk.inputs.libraries import datasets
 from fastntk.inputs.sources import load_data
@@ -201,3 +201,15 @@ def test_data_under_the_classes_of_a_model(tmp_path):
     assert "1 classes have none" in str(found)
     with pytest.raises(fastntk.InputError, match="does not know: carl"):
         found.under(["anna", "bert"])
+
+
+def test_images_of_any_dtype_are_known_again():
+    images = torch.randn(4, 3, 5, 5)
+    images[3] = images[1]
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            data = TensorDataset(images.to(dtype).contiguous(memory_format=layout), torch.arange(4))
+            found = digests(data, range(4), 3)
+            assert found[1] == found[3]
+            assert len(set(found.tolist())) == 3
+            assert torch.equal(found, digests(TensorDataset(images.to(dtype), torch.arange(4)), range(4), 2))

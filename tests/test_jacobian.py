@@ -3,10 +3,12 @@ import pytest
 import torch
 from cases import CASES, Convolutional
 from torch import nn
+from torch.utils.data import TensorDataset
 
 import fastntk
 from fastntk.jacobians.jacobian import concatenate
 from fastntk.jacobians.linearised import jacobians
+from fastntk.jacobians.numerics import arithmetic
 from fastntk.jacobians.per_sample import PerSampleJacobian
 from fastntk.tuning.parameters import snapshot, tuned
 
@@ -94,3 +96,62 @@ def test_bfloat16_arithmetic_leaves_the_jacobian_in_the_models_dtype(name):
     assert half.rest.dtype == half.features.dtype == residual.dtype == torch.float32
     error = (half.dense() - full.dense()).norm() / full.dense().norm()
     assert 0 < error < 0.05
+
+
+class Rounded(Convolutional):
+    """With less precision, other logits in another batch: other kernels are at work there, as on a GPU."""
+
+    def forward(self, x):
+        return super().forward(x) * (1 + 1e-3 * len(x) * torch.is_autocast_enabled("cpu"))
+
+
+@pytest.mark.parametrize("outer", [False, True])
+def test_what_less_precision_changes_is_taken_for_no_fault(outer):
+    """Asked of the memory, or in force around it."""
+    model = Rounded().eval()
+    fastntk.tune(model, "bn", "head")
+    model.float()
+    jacobian = PerSampleJacobian(model, snapshot(tuned(model)))
+    samples = [(torch.randn(5, 3, 8, 8), torch.zeros(5, dtype=torch.long))]
+    with torch.autocast("cpu", torch.bfloat16, enabled=outer):
+        [(found, _)] = jacobians(jacobian, samples, fastntk.SquaredLoss(), "bf16")
+    assert found.rest.isfinite().all()
+    assert not jacobian.known.slow
+
+
+PRODUCTS = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul
+
+
+@pytest.fixture
+def rounding():
+    """Puts torch's settings of how float32 is multiplied back."""
+    yield
+    torch.backends.fp32_precision = "none"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    for each in PRODUCTS:
+        each.fp32_precision = "ieee"
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda: torch.set_float32_matmul_precision("high"),
+        lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+        lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+    ],
+    ids=["matmul precision", "all", "matmul"],
+)
+def test_float32_is_taken_as_it_is_whatever_was_set_before(rounding, ask):
+    """By either of the two ways that torch has; an error of torch's otherwise, or TF32 in the solves."""
+    ask()
+    with arithmetic("tf32", torch.device("cpu")):
+        assert [each.fp32_precision for each in PRODUCTS] == ["tf32", "tf32", "ieee"]
+        with arithmetic("full", torch.device("cpu")):
+            assert [each.fp32_precision for each in PRODUCTS] == ["ieee"] * 3
+        assert PRODUCTS[0].fp32_precision == "tf32"
+    model = Convolutional().eval()
+    fastntk.tune(model, "bn", "head")
+    data = TensorDataset(torch.randn(6, 3, 8, 8, dtype=torch.float64), torch.arange(6) % 3)
+    start = snapshot(tuned(model.double()))
+    fastntk.prepare(model, data, start, ridge=1.0).forget([2])
+    assert [each.fp32_precision for each in PRODUCTS] == ["ieee"] * 3

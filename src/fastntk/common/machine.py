@@ -24,15 +24,24 @@ from fastntk.common.errors import InputError, reason
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = (-3, 2**27), (-1, 2**30)
 
 
+GPU_PRODUCTS = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
+"""Torch's settings of how float32 is multiplied on a GPU, and on a CPU."""
+CPU_PRODUCTS = torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv  # type: ignore[attr-defined]
+
+
 def settle() -> None:
     """Flush denormal numbers to zero, which some processors compute with ten times slower, and keep freed memory.
 
-    The latter where the C library is glibc; elsewhere it stays as it is. On a GPU, convolutions are those that give the
-    same result every time, and take float32 as it is (cuDNN's default is to round it to TF32, which
-    ``fastntk.jacobians.numerics`` can ask for). All of it holds for the process from then on.
+    The latter where the C library is glibc; elsewhere it stays as it is. Products and convolutions take float32 as it
+    is, whatever was set before (``torch.set_float32_matmul_precision``; cuDNN's own default is to round it to TF32,
+    which ``fastntk.jacobians.numerics`` can ask for), and a GPU's convolutions are those that give the same result
+    every time. All of it holds for the process from then on.
     """
     torch.set_flush_denormal(True)
-    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # which torch has two settings of
+    for each in (*GPU_PRODUCTS, *CPU_PRODUCTS):
+        each.fp32_precision = "ieee"
     if mallopt := _of_glibc("mallopt"):
         for name, value in (_MMAP_THRESHOLD, _TRIM_THRESHOLD):
             mallopt(name, value)

@@ -1,6 +1,7 @@
 """Batches of any map-style dataset of ``(image, label)``."""
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from typing import Any
 
@@ -162,12 +163,14 @@ def digests(dataset: Dataset, places: Sequence[int], batch_size: int, workers: i
     Two are the same if and only if all pixels are, after the same preprocessing on the same machine.
     """
     read = batches(Subset(dataset, places), batch_size, workers=workers) if places else ()
-    found = [
-        int.from_bytes(blake2b(image.numpy().tobytes(), digest_size=_DIGEST).digest(), "little", signed=True) or 1
-        for images, _ in read
-        for image in images
-    ]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # hashing leaves the interpreter to the others
+        found = [digest for images, _ in read for digest in pool.map(_digest, images.cpu())]
     return torch.tensor(found, dtype=torch.long)
+
+
+def _digest(image: Tensor) -> int:
+    pixels = image.contiguous().flatten().view(torch.uint8).numpy().data
+    return int.from_bytes(blake2b(pixels, digest_size=_DIGEST).digest(), "little", signed=True) or 1
 
 
 def checked(images: Tensor) -> Tensor:

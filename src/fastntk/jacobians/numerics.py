@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fastntk.common.errors import InputError
+from fastntk.common.machine import CPU_PRODUCTS, GPU_PRODUCTS
 from fastntk.common.typed import check_types
 from fastntk.jacobians.combinations import ClassProbes
 
@@ -23,8 +24,8 @@ class Numerics:
         precision: of the network. ``full``: the model's own dtype, no rounding in between. ``tf32``: products of
             float32 numbers on NVIDIA's tensor cores, with 10 bits of mantissa; elsewhere the same as ``full``.
             ``bf16``: the network runs under autocast to bfloat16 (8 bits of mantissa), parameters and sums stay as they
-            are. What bf16 costs is in docs/benchmarks-cost.md (a quarter of the answer to a request, in a hard case);
-            what TF32 costs has not been measured yet.
+            are. What either costs is in docs/benchmarks-cost.md: bf16 a quarter of the answer to a request, in a hard
+            case.
         dtype: of the sums and products of the primal form. ``torch.float32`` halves their memory; sums that samples are
             taken away from lose digits with it, so that a solve may come out less exact.
         workers: processes that read images ahead.
@@ -81,10 +82,18 @@ def _name(dtype: torch.dtype) -> str:
 @contextmanager
 def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
     """The network's arithmetic while a block lasts; ``precision`` as in ``Numerics``."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    wanted = dict.fromkeys(CPU_PRODUCTS, "ieee") | dict.fromkeys(
+        GPU_PRODUCTS, "tf32" if precision == "tf32" else "ieee"
+    )
+    before = {each: each.fp32_precision for each in wanted}
     try:
+        _set(wanted)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+        _set(before)
+
+
+def _set(products: Mapping[Any, str]) -> None:
+    for each, precision in products.items():
+        each.fp32_precision = precision

@@ -21,6 +21,7 @@ from fastntk.inputs.called import called
 from fastntk.jacobians import trial
 from fastntk.jacobians.jacobian import Jacobian
 from fastntk.jacobians.layout import Layout
+from fastntk.jacobians.numerics import arithmetic
 from fastntk.jacobians.outer import Layer, Outer
 from fastntk.jacobians.rules.calls import Applied, PerSample
 from fastntk.tuning.loss import contrasts
@@ -71,14 +72,15 @@ class PerSampleJacobian:
         return self.known
 
     def _found(self, x: Tensor) -> Layout:
-        """The layout, from one image."""
-        found, probes, expected = trial.tried(self.model, self.parameters, x)
-        pair = torch.cat([x, x])
-        wrong = self._wrong(found, pair, probes, expected)
-        if wrong:
-            log.info("no rule covers how %s are used: they are left to torch.func", ", ".join(sorted(wrong)))
-            found = found.slower(wrong)
+        """The layout, from one image, whatever precision is asked for: what less would change is no fault."""
+        with arithmetic("full", x.device):
+            found, probes, expected = trial.tried(self.model, self.parameters, x)
+            pair = torch.cat([x, x])
             wrong = self._wrong(found, pair, probes, expected)
+            if wrong:
+                log.info("no rule covers how %s are used: they are left to torch.func", ", ".join(sorted(wrong)))
+                found = found.slower(wrong)
+                wrong = self._wrong(found, pair, probes, expected)
         if wrong:
             raise InputError(
                 f"the derivative with respect to {min(wrong)!r} is not what autograd says. Tune other parameters, or "
@@ -88,9 +90,8 @@ class PerSampleJacobian:
 
     def _wrong(self, layout: Layout, x: Tensor, probes: Tensor, expected: Mapping[str, Tensor]) -> set[str]:
         """The parameters whose derivative of the first image's logits is more than ``_LIMIT`` of its size off."""
-        with torch.autocast(x.device.type, enabled=False):
-            same = PerSampleJacobian(self.model, self.parameters, layout)
-            rows = same.with_logits(x, lambda _: probes[:, :, None].to(self.dtype))[0].rest[0, 0]
+        same = PerSampleJacobian(self.model, self.parameters, layout)
+        rows = same.with_logits(x, lambda _: probes[:, :, None].to(self.dtype))[0].rest[0, 0]
         found = layout.unflatten(rows, expected)
         whole = float(torch.cat([each.flatten() for each in expected.values()]).norm())
         limit = _LIMIT_DOUBLE if self.dtype == torch.float64 else max(_LIMIT, 30 * torch.finfo(self.dtype).eps)

@@ -90,7 +90,7 @@ def _by_autograd(
         InputError: a parameter of ``used``, which an earlier pass depended on, has no gradient.
     """
     free = _copies(parameters)
-    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.enable_grad():
         logits = forward(model, free, x)
         probes = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits)
         found = torch.autograd.grad((logits * probes)[0].sum(), list(free.values()), allow_unused=True)

@@ -46,6 +46,7 @@ class Memory:
     """
 
     def __init__(self, state: State, folder: Folder | None = None) -> None:
+        settle()
         self.state, self._folder = state, folder
 
     @property
