@@ -314,6 +314,7 @@ def test_a_core_of_other_images(data, tmp_path):  # noqa: F811
     np.savez(twice, x=x[:3], y=y[:3], classes=names)
     none.write_text("\n")
     refuse("3 of the samples have the very pixels", "fit", away, *MODEL, *given, "--core", twice)
+    assert not away.exists()  # it was refused before the core was fitted
     refuse("is all of the data", "fit", away, *MODEL, *given, "--core", "*")
     refuse("names no sample", "fit", away, *MODEL, *given, "--core", none)
     refuse("--select must have head", "fit", away, *MODEL, *given, "--core", other, "--select", "bn")

@@ -22,6 +22,7 @@ from fastntk.inputs.weights import load_weights, read_weights
 from fastntk.jacobians.numerics import Numerics
 from fastntk.memory.exact import KEPT, fit_exact
 from fastntk.memory.memory import Memory, prepare
+from fastntk.memory.state import check_apart
 from fastntk.tuning.fitting import Fit, fit
 from fastntk.tuning.parameters import snapshot, tuned
 from fastntk.tuning.rebuilding import rebuilt_start
@@ -108,13 +109,19 @@ def _fitted_but_for_the_head(module: nn.Module, core: Images, given: Given, reci
     return replace(done, initial=initial)
 
 
-def core_sum(core: Core) -> str | None:
-    """By which a core is known again, whatever its file, folder or pattern names by then: its ids, or its images."""
+def core_sum(core: Core, samples: Images | None = None) -> str | None:
+    """By which a core is known again, whatever its file, folder or pattern names by then: its ids, or its images.
+
+    Raises:
+        InputError: other images that are a core are among the ``samples`` too.
+    """
     if core is None:
         return None
     if isinstance(core, list):
         return sha256("\n".join(sorted(map(str, core))).encode(errors="surrogateescape")).hexdigest()
     pixels = digests(core, range(len(core)), _BATCH)
+    if samples is not None:
+        check_apart(digests(samples, range(len(samples)), _BATCH), pixels)
     return sha256(torch.stack([pixels, core.labels]).numpy().tobytes()).hexdigest()
 
 

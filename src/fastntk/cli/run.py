@@ -123,11 +123,12 @@ class Run:
             log.info("of %d owners", len(set(owners_of(given.owners, given.data, images).values())))
         held_out = preparing.held_out_of(images, validation, given.root)
         core = None if given.core is None else core_of(images, given.core)
+        core_sum = preparing.core_sum(core, images)
         if given.fitted:
             done = preparing.taken_over(module, core, given, recipe)
         else:
             done = preparing.first_fit(module, images, core, given, recipe, held_out)
-        settings = replace(Settings.of(given, images, recipe), core_sum=preparing.core_sum(core))
+        settings = replace(Settings.of(given, images, recipe), core_sum=core_sum)
         if distributed.rank() == 0:
             self.write(settings, done.initial, module)
         distributed.wait()  # for what the next step opens
