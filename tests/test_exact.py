@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -230,6 +231,17 @@ def test_noise_for_certified_removal(tmp_path):
     certificate = memory.forget([8]).certificate
     assert torch.equal(memory.state.displacement, with_noise)
     assert certificate.gradient <= 1e-6 * memory.ridge
+    assert certificate.removal == asked
+    assert certificate.certified
+    assert "it is an (1, 1e-05)-certified removal" in certificate.explanation
+    assert certificate.to_dict()["removal"] == {"eps": 1.0, "delta": 1e-5, "certified": True}
+    more = replace(certificate, gradient=2e-6 * memory.ridge)
+    assert not more.certified
+    assert "It is no (1, 1e-05)-certified removal" in more.explanation
+    assert plain.forget([8]).certificate.to_dict()["removal"] is None
+    memory.save(tmp_path / "m")
+    again = fastntk.load(tmp_path / "m", memory.model, memory.state.members.source)
+    assert again.preview([10]).certificate.removal == asked
     single = fit_exact(
         CASES["bn+head"].model().float(),
         TensorDataset(CASES["bn+head"].data().tensors[0].float(), CASES["bn+head"].data().tensors[1]),
@@ -306,6 +318,10 @@ def test_a_core_of_other_images(data, tmp_path):  # noqa: F811
         for name, each in anchors[core].items():
             new = core == other and name.startswith("classifier")
             torch.testing.assert_close(each, torch.zeros_like(each) if new else fitted[name])
+    succeed("fit", tmp_path / "noisy", *MODEL, *given, "--core", same, "--removal", "2,1e-4")
+    succeed("prepare", tmp_path / "noisy")
+    told = json.loads(succeed("forget", tmp_path / "noisy", "--ids", "4", "--json"))["removal"]
+    assert (told["eps"], told["delta"]) == (2.0, 1e-4)
     theirs = tmp_path / "same" / "model.safetensors"
     said = succeed("fit", tmp_path / "taken", *MODEL, "--data", data, "--core", same, "--fitted", theirs)
     assert "taken for true: the weights were fitted to the core alone" in said.replace("\n", " ")
@@ -318,6 +334,19 @@ def test_a_core_of_other_images(data, tmp_path):  # noqa: F811
     refuse("is all of the data", "fit", away, *MODEL, *given, "--core", "*")
     refuse("names no sample", "fit", away, *MODEL, *given, "--core", none)
     refuse("--select must have head", "fit", away, *MODEL, *given, "--core", other, "--select", "bn")
+    for wrong in ("1", "0,0.1", "nan,0.1", "inf,0.1", "1,1", "1,x", "1,1e-5,3"):
+        refuse(
+            "--removal is eps" if wrong.count(",") != 1 or "x" in wrong else "eps above 0",
+            "fit",
+            away,
+            *MODEL,
+            *given,
+            "--core",
+            same,
+            "--removal",
+            wrong,
+        )
+    refuse("--removal goes with --core", "fit", away, *MODEL, "--data", data, "--removal", "1,1e-5")
     refuse("--validation does not measure", "fit", away, *MODEL, *given, "--core", other, "--validation", data)
     never = shutil.copytree(tmp_path / "other", tmp_path / "never")
     np.savez(other, x=x[:20] // 2, y=y[:20] % 2, classes=["this", "that"])

@@ -71,7 +71,7 @@ def test_a_folder_of_before_formats_is_opened_and_goes_on(form, tmp_path):
     again = fastntk.load(folder, model, case.data())
     close(again.parameters, answer.parameters, 0)
     [path] = folder.glob("base-*")
-    assert read_tensors(path, names=[])[1]["format"] == 5
+    assert read_tensors(path, names=[])[1]["format"] == 6
     fastntk.refresh(memory)
     assert fastntk.copies(memory, [7]) == []
 
@@ -106,7 +106,7 @@ def test_a_format_of_the_future_is_refused_and_its_writer_named(tmp_path):
     memory = prepared()
     memory.save(tmp_path / "m")
     rewritten(tmp_path / "m", lambda _, record: record.update(format=9, fastntk="7.5.0"))
-    message = r"base-1.*format 9, written by fastntk 7\.5\.0.*knows formats 0 to 5.*Install"
+    message = r"base-1.*format 9, written by fastntk 7\.5\.0.*knows formats 0 to 6.*Install"
     with pytest.raises(fastntk.InputError, match=message):
         fastntk.load(tmp_path / "m", memory.model, memory.state.members.source)
     prepared().save(tmp_path / "l")
@@ -143,8 +143,8 @@ def test_run_json_of_every_version(tmp_path):
         write_json(path, {name: value for name, value in given.items() if name != key})
         with pytest.raises(fastntk.InputError, match=f"'{key}' is missing in it"):
             Run(tmp_path).settings()
-    write_json(path, {**given, "format": 7, "fastntk": "9.9"})
-    with pytest.raises(fastntk.InputError, match=r"run, format 7, written by fastntk 9\.9"):
+    write_json(path, {**given, "format": 9, "fastntk": "9.9"})
+    with pytest.raises(fastntk.InputError, match=r"run, format 9, written by fastntk 9\.9"):
         Run(tmp_path).settings()
 
 

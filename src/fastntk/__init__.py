@@ -39,9 +39,9 @@ if TYPE_CHECKING:
     from fastntk.memory.audit import Audit as Audit
     from fastntk.memory.certificate import Answer as Answer
     from fastntk.memory.certificate import Certificate as Certificate
+    from fastntk.memory.certificate import Removal as Removal
     from fastntk.memory.copies import copies as copies
     from fastntk.memory.copies import near_copies as near_copies
-    from fastntk.memory.exact import Removal as Removal
     from fastntk.memory.exact import fit_exact as fit_exact
     from fastntk.memory.finish import amplified as amplified
     from fastntk.memory.finish import exact_head as exact_head
@@ -86,9 +86,9 @@ _HOMES = {
     "tuning.selectors": ["tunables", "tune"],
     "jacobians.numerics": ["Numerics"],
     "memory.audit": ["Audit"],
-    "memory.certificate": ["Answer", "Certificate"],
+    "memory.certificate": ["Answer", "Certificate", "Removal"],
     "memory.copies": ["copies", "near_copies"],
-    "memory.exact": ["Removal", "fit_exact"],
+    "memory.exact": ["fit_exact"],
     "memory.finish": ["amplified", "exact_head", "finished"],
     "memory.memory": ["Memory", "load", "prepare", "refresh"],
     "memory.plan": ["Plan", "plan"],

@@ -1,11 +1,14 @@
 """The options that commands of the command line share, their help, and what their values mean."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fastntk.common.errors import InputError
+
+if TYPE_CHECKING:
+    from fastntk.memory.certificate import Removal
 
 SELECTED = ["bn", "head"]
 """What is tuned if nothing is said."""
@@ -121,6 +124,15 @@ Core = Annotated[
         "themselves cannot be forgotten.",
     ),
 ]
+Noise = Annotated[
+    str | None,
+    typer.Option(
+        "--removal",
+        callback=said,
+        metavar="EPS,DELTA",
+        help="With --core: noise in the objective, by which forgetting is an (eps, delta)-certified removal: 1,1e-5.",
+    ),
+]
 Owners = Annotated[
     str | None,
     typer.Option(
@@ -210,6 +222,27 @@ def head_start(text: str | None, fitted: str | None) -> str:
     if text is not None and fitted is None:
         raise InputError("--head-start goes with --fitted: what is fitted here starts from --seed.")
     return "zero" if text is None else text
+
+
+def removal(text: str | None, core: str | None) -> "Removal | None":
+    """What ``--removal`` says.
+
+    Raises:
+        InputError: it is no pair of numbers that noise can be drawn for, or there is no core.
+    """
+    if text is None:
+        return None
+    from fastntk.memory.certificate import Removal
+
+    if core is None:
+        raise InputError("--removal goes with --core: noise certifies a fit that forgets exactly.")
+    try:
+        eps, delta = map(float, text.split(","))
+    except ValueError as error:
+        raise InputError(f"--removal is eps and delta, as 1,1e-5, not {text!r}.") from error
+    found = Removal(eps, delta)
+    found.check()
+    return found
 
 
 def no_mixup(text: str) -> None:

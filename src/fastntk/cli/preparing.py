@@ -20,6 +20,7 @@ from fastntk.inputs.images import Images, in_memory
 from fastntk.inputs.sources import load_data
 from fastntk.inputs.weights import load_weights, read_weights
 from fastntk.jacobians.numerics import Numerics
+from fastntk.memory.certificate import Removal
 from fastntk.memory.exact import KEPT, fit_exact
 from fastntk.memory.memory import Memory, prepare
 from fastntk.memory.state import check_apart
@@ -153,6 +154,7 @@ def memory_of(
         fitted=True,
         ridge=how.ridge,
         classes=how.classes,
+        removal=Removal(*settings.removal) if settings.removal else None,
         checkpoint=how.checkpoint,
         numerics=how.numerics,
     )

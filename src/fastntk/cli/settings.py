@@ -14,6 +14,7 @@ from fastntk.common.files import file_digest, read_json
 from fastntk.common.formats import Format, sealed, unchanged, unsealed
 from fastntk.inputs.images import Images, Preprocessing, in_memory
 from fastntk.inputs.sources import load_data
+from fastntk.memory.certificate import Removal
 from fastntk.tuning.losses import loss_from
 from fastntk.tuning.recipe import Recipe
 from fastntk.tuning.start import start
@@ -44,7 +45,12 @@ def _run_5(document: dict[str, Any]) -> dict[str, Any]:
     return {"core": None, "core_sum": None, "added": [], **document}
 
 
-FORMAT = Format("run", (unchanged, _run_1, _run_2, unchanged, _run_4, _run_5))
+def _run_6(document: dict[str, Any]) -> dict[str, Any]:
+    """Noise was Python's alone."""
+    return {"removal": None, **document}
+
+
+FORMAT = Format("run", (unchanged, _run_1, _run_2, unchanged, _run_4, _run_5, _run_6))
 """Of ``run.json``; from version 4 on it is sealed."""
 
 _SEALED = 4
@@ -65,6 +71,7 @@ class Given:
     head_start: str = "zero"
     owners: str | None = None
     core: str | None = None
+    removal: Removal | None = None
 
     @property
     def pretrained(self) -> str:
@@ -110,6 +117,7 @@ class Settings:
     owners: str | None = None
     core: str | None = None
     core_sum: str | None = None
+    removal: Sequence[float] | None = None
     added: list[str] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
 
@@ -126,6 +134,7 @@ class Settings:
             given.id_column,
             given.owners,
             given.core,
+            removal=given.removal,
         )
 
     @classmethod

@@ -1,12 +1,14 @@
 """What is known of one request: what is exact, how far the network did as the linear prediction said, and how near
 retrained models the memory's answers come."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from fastntk.common.errors import InputError
 from fastntk.memory.audit import LIMIT_DOUBT, Audit
 
 LIMIT_REQUESTED, LIMIT_RETAINED = 0.5, 0.15
@@ -25,8 +27,26 @@ saw the class has none."""
 _OF_SAMPLES = "salt", "doubt", "still", "copies"
 """What a certificate says that is in no ledger."""
 
+LEFT = 1e-6
+"""Of the ridge: the norm of the gradient that is left which noise for certified removal is drawn for."""
+
 VERDICTS = "exact", "trusted", "exact head needed", "refresh needed", "retrain needed"
 """Of a certificate; see ``Certificate.verdict``."""
+
+
+class Removal(NamedTuple):
+    """What certified removal is asked for: ``P[A] <= e^eps P'[A] + delta`` for every set A of weights, and likewise the
+    other way round."""
+
+    eps: float
+    delta: float
+
+    def check(self) -> None:
+        """Raises ``InputError`` if no noise is that much."""
+        if not (0 < self.eps < math.inf and 0 < self.delta < 1):
+            raise InputError(
+                f"certified removal needs eps above 0 and delta between 0 and 1, not {self.eps} and {self.delta}."
+            )
 
 
 @dataclass(frozen=True)
@@ -77,6 +97,7 @@ class Certificate:
         exact: whether the weights are those of the same procedure on what stays (``fastntk.memory.exact``).
         gradient: the norm of what is left of the objective's gradient. The parameters are within that over the ridge of
             the optimum, in norm, since the objective is convex beyond the ridge.
+        removal: the (eps, delta) that the fit's noise was drawn for (``fastntk.fit_exact``); None without noise.
     """
 
     request: str
@@ -103,6 +124,12 @@ class Certificate:
     copies: int | None = None
     exact: bool = False
     gradient: float | None = None
+    removal: Removal | None = None
+
+    @property
+    def certified(self) -> bool:
+        """Whether this is a certified removal: there is noise, and no more of the gradient is left than it is for."""
+        return self.removal is not None and (self.gradient or 0.0) <= LEFT * self.ridge
 
     @property
     def limits(self) -> tuple[float, float]:
@@ -176,8 +203,17 @@ class Certificate:
             f"{self.verdict}: the weights are those that the same fit gives on the {now:,} samples that there are "
             f"now, by construction and not by a measurement. Of the gradient {left:.1e} is left, so they are within "
             f"{away:.1e} of that optimum, in the norm of all tuned parameters (the solve is exact to "
-            f"{self.inexactness:.0e}, limit {self.limit:.0e}){self._left}."
+            f"{self.inexactness:.0e}, limit {self.limit:.0e}){self._left}.{self._removed}"
         )
+
+    @property
+    def _removed(self) -> str:
+        if self.removal is None:
+            return ""
+        asked = f"({self.removal.eps:g}, {self.removal.delta:g})-certified removal"
+        if self.certified:
+            return f" By the noise in the objective it is an {asked}: at most {LEFT * self.ridge:.1e} was to be left."
+        return f" It is no {asked}, for which at most {LEFT * self.ridge:.1e} was to be left. Prepare in float64."
 
     @property
     def _left(self) -> str:
@@ -203,6 +239,7 @@ class Certificate:
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         made = {"hashes": list(self.hashes), "audit": self.audit.to_dict() if self.audit else None}
+        made["removal"] = {**self.removal._asdict(), "certified": self.certified} if self.removal else None
         return {**asdict(self), **made, "trusted": self.trusted, "verdict": self.verdict}
 
     def to_ledger(self) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from fastntk.inputs.batches import digests, item
 from fastntk.inputs.ids import Id
 from fastntk.jacobians.linearised import FIRST, Linearised, enough
 from fastntk.jacobians.numerics import Numerics
+from fastntk.memory.certificate import LEFT, Removal
 from fastntk.memory.members import Members
 from fastntk.memory.memory import Memory
 from fastntk.memory.prepare import linearised, prepared, pull_of
@@ -48,14 +49,6 @@ FACTOR = 3e-2
 KEPT = 5, 10
 """Classes of a sample that rows are kept of, if nothing is said: at least and at most. The network is surer of the core
 than of the others, so fewer look enough (docs/exact.md)."""
-
-
-class Removal(NamedTuple):
-    """What certified removal is asked for: ``P[A] <= e^eps P'[A] + delta`` for every set A of weights, and likewise the
-    other way round."""
-
-    eps: float
-    delta: float
 
 
 def fit_exact(
@@ -83,7 +76,7 @@ def fit_exact(
         ridge: a total, or ``"auto"``: ``FACTOR`` of the kernel's mean diagonal over the core.
         classes: of each sample that rows are kept of: a number, ``"all"``, or ``"auto"``: enough for the core.
         removal: add noise for certified removal. It is drawn by the system and not by the seed, and is in the folder.
-            The certificate's gradient is to be at most ``1e-6`` of the ridge for it to hold.
+            It holds where a certificate says ``certified``: at most ``1e-6`` of the ridge is left of the gradient.
         checkpoint: as for ``fastntk.prepare``.
         numerics: as for ``fastntk.prepare``.
 
@@ -101,7 +94,8 @@ def fit_exact(
         fit(model, images, recipe)
     network = linearised(model, train, recipe.loss, numerics)
     chosen = distributed.shared(chosen_on(network, images, ridge, classes))
-    return Memory(replace(_solved(network, chosen, removal, checkpoint), core=positions, core_pixels=pixels))
+    state = _solved(network, chosen, removal, checkpoint)
+    return Memory(replace(state, core=positions, core_pixels=pixels, removal=removal))
 
 
 def _check_asked(ridge: float | str, classes: int | str, removal: Removal | None) -> None:
@@ -110,9 +104,8 @@ def _check_asked(ridge: float | str, classes: int | str, removal: Removal | None
     number = isinstance(classes, int) and not isinstance(classes, bool)
     if classes not in ("auto", "all") and not (number and int(classes) >= 2):
         raise InputError(f"classes must be 'auto', 'all' or a number from 2, not {classes!r}.")
-    eps, delta = removal or Removal(1.0, 0.5)
-    if not (eps > 0 and 0 < delta < 1):
-        raise InputError(f"certified removal needs eps above 0 and delta between 0 and 1, not {eps} and {delta}.")
+    if removal is not None:
+        removal.check()
 
 
 def _placed(train: Dataset, core: Iterable[Id] | Dataset) -> tuple[Int[Tensor, " core"], Dataset]:
@@ -163,7 +156,7 @@ def _solved(
     checkpoint: Path | str | None,
 ) -> State:
     here = network.layout.flatten(network.jacobian.parameters)
-    bound = chosen.ridge * _LEFT
+    bound = chosen.ridge * LEFT
     drawn = None if removal is None else distributed.shared(noise(removal, bound, len(here)))
     center = here if drawn is None else here - drawn.to(here) / chosen.ridge
     return replace(_optimum(network, center, chosen, checkpoint), head_shortfall=None)
@@ -197,8 +190,6 @@ def solved_anew(state: State, without: Int[Tensor, " some"]) -> dict[str, Tensor
 
 
 _DRAWN = {"witnesses": 24, "seed": 0}  # retained samples that look at every answer
-
-_LEFT = 1e-6  # of the ridge: the norm of the gradient that noise is drawn for
 
 
 def noise(removal: Removal, bound: float, size: int) -> Float[Tensor, " size"]:

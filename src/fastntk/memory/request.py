@@ -184,6 +184,7 @@ def _certificate(
         copies=None if copies is None else len(copies),
         exact=state.core is not None,
         gradient=inexactness * state.ridge * float((state.vector + change - state.center).norm()),
+        removal=state.removal,
     )
 
 

@@ -13,6 +13,7 @@ from fastntk.jacobians.layout import Layout
 from fastntk.jacobians.linearised import Linearised
 from fastntk.jacobians.rows import Rows
 from fastntk.memory.audit import Audit
+from fastntk.memory.certificate import Removal
 from fastntk.memory.members import Members
 from fastntk.solve.ridge import Calibration
 from fastntk.solve.solution import Solution
@@ -22,9 +23,15 @@ def _calibration(document: Mapping[str, Any] | None) -> Calibration | None:
     return Calibration(document["ridge"], document["factor"], document["mismatch"]) if document else None
 
 
+def _removal(pair: Sequence[float] | None) -> Removal | None:
+    return Removal(*pair) if pair else None
+
+
 # How a folder keeps a field: as a tensor, which may be None if it is optional, or as JSON, and what makes it again.
 _TENSOR, _OPTIONAL = ({"kept": "tensor", "optional": optional} for optional in (False, True))
-_PLAIN, _CALIBRATION = ({"kept": "data", "make": make} for make in (lambda value: value, _calibration))
+_PLAIN, _CALIBRATION, _REMOVAL = (
+    {"kept": "data", "make": make} for make in (lambda value: value, _calibration, _removal)
+)
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,7 @@ class State:
         core: in a fit that forgets exactly (``fastntk.memory.exact``), the positions of those who cannot be forgotten;
             None in any other.
         core_pixels: digests of the images of a core that is not among the members, else None.
+        removal: what the noise in a fit that forgets exactly was drawn for; None without noise.
         audit: the latest one since the network was linearised, or None. It is in the ledger, not among what is kept.
     """
 
@@ -65,6 +73,7 @@ class State:
     tail: float = field(metadata=_PLAIN)
     core: Int[Tensor, " core"] | None = field(default=None, metadata=_OPTIONAL)
     core_pixels: Int[Tensor, " images"] | None = field(default=None, metadata=_OPTIONAL)
+    removal: Removal | None = field(default=None, metadata=_REMOVAL)
     audit: Audit | None = None
 
     @property

@@ -24,6 +24,7 @@ def fit(
     id_column: options.IdColumn = None,
     owners: options.Owners = None,
     core: options.Core = None,
+    removal: options.Noise = None,
     weights: options.Weights = None,
     select: options.Select = None,
     image_size: options.Size = None,
@@ -52,8 +53,9 @@ def fit(
     numbers = epochs, learning_rate, batch_size, weight_decay, seed
     recipe = options.recipe(*numbers, options.loss(loss, label_smoothing), optimizer, decay_toward, augment or ())
     begun, place = options.head_start(head_start, fitted), (model, data, data_root)
-    named = *place, select or options.SELECTED, image_size, weights, id_column, fitted, begun, owners, core
-    done, solved = _fitted(run, device, named, recipe, validation)
+    named = *place, select or options.SELECTED, image_size, weights, id_column, fitted, begun, owners
+    apart = core, options.removal(removal, core)
+    done, solved = _fitted(run, device, (*named, *apart), recipe, validation)
     if done:
         show_fit(run, done, as_json, solved)
 

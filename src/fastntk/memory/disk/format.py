@@ -125,13 +125,18 @@ def _state_4(document: dict[str, Any]) -> dict[str, Any]:
     return {**document, "tensors": tensors}
 
 
+def _state_5(document: dict[str, Any]) -> dict[str, Any]:
+    """Nothing said what noise was for."""
+    return {"removal": None, **document}
+
+
 def _request_1(document: dict[str, Any]) -> dict[str, Any]:
     """Nobody knew of copies."""
     unknown = torch.zeros(len(document["tensors"]["positions"]), dtype=torch.long)
     return {**document, "tensors": {**document["tensors"], "pixels": unknown}}
 
 
-BASE = Format("memory", (_state_0, _state_1, _state_2, _state_3, _state_4))
+BASE = Format("memory", (_state_0, _state_1, _state_2, _state_3, _state_4, _state_5))
 """Of ``base-N.safetensors``: ``packing``."""
 
 JOURNAL = Format("request", (unchanged, _request_1))
