@@ -214,7 +214,7 @@ def answers(case: Case, retrained: int = RETRAINED, found: Answers | None = None
 def quality(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """All rows, those that are known from their files."""
     rows: list[dict[str, Any]] = []
-    sizes, heads = ((10,), range(1)) if arguments.quick else ((20, 50), range(3))
+    sizes, heads = ((10,), [0]) if arguments.quick else ((20, 50), arguments.heads)
     for head in heads:
         for per_class in sizes:
             for model, recipe in (("mobilenet_v2", "plain"), ("mobilenet_v2_all", "gentle")):
@@ -278,6 +278,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two networks, 100 and 200 images")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, help="these alone are run")
     parser.add_argument("--images", nargs="+", type=int, help="of these alone the scale is run")
+    parser.add_argument("--heads", nargs="+", type=int, default=[0, 1, 2], help="from these the quality is measured")
     parser.add_argument("--limit", type=float, default=900, help="seconds of a cell of the full-model step, at most")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="where rows and fits are kept")
     parser.add_argument("--draw", type=Path, help="where to draw the scale, as SVG")
