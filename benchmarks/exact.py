@@ -46,7 +46,7 @@ from fastntk.common.files import read_json, read_tensors, writable, write_json, 
 from fastntk.common.machine import settle
 from fastntk.evidence.recovery import relearned_without
 from fastntk.inputs.batches import labels_of
-from fastntk.inputs.heads import head_parameters
+from fastntk.inputs.heads import take_backbone
 from fastntk.memory.exact import FACTOR, KEPT, fit_exact
 from fastntk.tuning.outputs import logits_of, model_at
 from fastntk.tuning.parameters import snapshot, tuned
@@ -103,12 +103,8 @@ class Case:
         images, _ = cifar(many, preprocessing, 20, 10)
         fastntk.tune(other, *self.select)
         fastntk.fit(other, images, RECIPE)
-        model, heads = self.model(), head_parameters(other)
-        taken = {name: each for name, each in other.state_dict().items() if name not in heads}
-        model.load_state_dict({**model.state_dict(), **taken})
-        with torch.no_grad():
-            for name in head_parameters(model):
-                model.get_parameter(name).zero_()
+        model = self.model()
+        take_backbone(model, other)
         return model, images
 
     def accuracy(self, model: nn.Module, parameters: dict[str, Tensor]) -> float:

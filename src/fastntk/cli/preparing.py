@@ -14,7 +14,7 @@ from fastntk.cli.asked import core_of
 from fastntk.cli.settings import Given, Settings
 from fastntk.common.errors import InputError
 from fastntk.inputs.batches import digests
-from fastntk.inputs.heads import head_modules, head_parameters
+from fastntk.inputs.heads import head_parameters, take_backbone
 from fastntk.inputs.ids import Id
 from fastntk.inputs.images import Images, in_memory
 from fastntk.inputs.sources import load_data
@@ -95,18 +95,13 @@ def first_fit(
 
 
 def _fitted_but_for_the_head(module: nn.Module, core: Images, given: Given, recipe: Recipe) -> Fit:
-    """Fit to images of other classes with a head for these; ``module`` takes the rest of it, and a head of zeros: one
-    that was drawn answers worse (docs/exact.md)."""
-    heads, initial = head_parameters(module), snapshot(tuned(module))
-    if not set(heads) <= set(initial):
+    """Fit to images of other classes with a head for these; ``module`` takes the rest of it."""
+    initial = snapshot(tuned(module))
+    if not set(head_parameters(module)) <= set(initial):
         raise InputError("a core of other classes leaves a new head to be solved for: --select must have head in it.")
     other = given.model_for(core, recipe.seed).to(next(module.parameters()).device)
-    done, owners = fit(other, in_memory(core), recipe), tuple(f"{each}." for each in head_modules(other))
-    taken = {name: each for name, each in other.state_dict().items() if not name.startswith(owners)}
-    load_weights(module, {**module.state_dict(), **taken}, with_head=True)
-    with torch.no_grad():
-        for name in heads:
-            module.get_parameter(name).zero_()
+    done = fit(other, in_memory(core), recipe)
+    take_backbone(module, other)
     return replace(done, initial=initial)
 
 

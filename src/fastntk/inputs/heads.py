@@ -52,6 +52,17 @@ def reset_head(model: nn.Module, seed: int) -> None:
             parameter.copy_(drawn if parameter.ndim > 1 else torch.zeros_like(drawn))
 
 
+def take_backbone(model: nn.Module, other: nn.Module) -> None:
+    """Give ``model`` all weights of another that differs from it in the head alone, and a head of zeros, in place: one
+    that is drawn answers worse where the rest was fitted to other classes (docs/exact.md)."""
+    heads, owners = head_parameters(model), tuple(f"{each}." for each in head_modules(other))
+    taken = {name: each for name, each in other.state_dict().items() if not name.startswith(owners)}
+    model.load_state_dict({**model.state_dict(), **taken})
+    with torch.no_grad():
+        for name in heads:
+            model.get_parameter(name).zero_()
+
+
 def _logits(model: nn.Module, parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """The logits of one image of the first size that the model takes, with their history, and the image."""
     told = ""
