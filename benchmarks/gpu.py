@@ -11,7 +11,7 @@ prompts and head, 5,000 and 50,000 images; ResNet-50 with batch norm and head, 5
 
 Every line is written to ``--out`` when it is known, so what was cut off is not lost; what does not begin in time, or
 ends in an error, is left out, and said to be. The first line names the device, the last is JSON. A device that torch
-cannot use is exit status 2.
+cannot use is exit status 2, a row that ended in an error 1.
 """
 
 import argparse
@@ -228,6 +228,8 @@ def main() -> None:
             print(json.dumps(rows[-1]), file=file, flush=True)
             print(json.dumps(rows[-1]), flush=True)
     print(json.dumps({"device": device_name(device), "seconds": time.perf_counter() - started, "rows": rows}))
+    if any("failed" in row for row in rows):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ images a class, cross-entropy, 12 epochs, at 64 px: a class and a random tenth, 
 under --out one by one, each after an hour and a half on two cores; the command goes on where it was cut off. With
 --linearised the prompts of that fit are linearised at 224 px. With --crops every photo stands so many times, moved by
 up to an eighth of its side and every other time flipped, and goes with all of these. On a GPU all images are kept
-there; --tf32 lets fits and Jacobians round products to TF32. The last line is JSON.
+there; --tf32 lets Jacobians round products to TF32. The last line is JSON.
 """
 
 import argparse
@@ -37,7 +37,6 @@ from fastntk.common.machine import device_name, peak_memory, settle
 from fastntk.evidence.bench.stored import fitted
 from fastntk.evidence.requests import drawn
 from fastntk.inputs.batches import labels_of
-from fastntk.jacobians.numerics import arithmetic
 from fastntk.tuning.parameters import snapshot, tuned
 
 SETTING, TWICE = Setting("vit_b32", "plain", 10, 500, 0), 2
@@ -60,11 +59,6 @@ class Photos(Case):
     def prepared(self, **options: object) -> fastntk.Memory:
         """Its memory."""
         return super().prepared(precision=self.precision, **options)
-
-    def retrained(self, request: str, ids: list, count: int = TWICE) -> list[dict[str, Tensor]]:
-        """The first of the models."""
-        with arithmetic(self.precision, self.device):
-            return super().retrained(request, ids, count)
 
 
 def moved(images: Tensor, crop: int) -> Tensor:
@@ -98,19 +92,18 @@ def opened(arguments: argparse.Namespace) -> Photos:
     select = MODELS[SETTING.model][1]
     fastntk.tune(model.to(device), *select)
     recipe = replace(RECIPES[SETTING.recipe], epochs=arguments.epochs, batch_size=arguments.batch_size)
-    key = fingerprint(SETTING, preprocessing, select, recipe, arguments.crops, arguments.tf32)
+    key = fingerprint(SETTING, preprocessing, select, recipe, arguments.crops)
     folder = writable(arguments.out / "vit" / f"{SETTING}-{arguments.side}-{key}")
+    fit = fitted(model, train, recipe, folder / "original.safetensors", key)
     precision = "tf32" if arguments.tf32 else "full"
-    with arithmetic(precision, device):
-        fit = fitted(model, train, recipe, folder / "original.safetensors", key)
     asked = tuple(arguments.requests.split(","))
     return Photos(SETTING, model, train, test, fit, folder, key, asked, arguments.crops, precision)
 
 
-def missing(case: Case, count: int) -> None:
-    """Make so many of the retrained models that are not there."""
+def missing(case: Case, count: int, retrained: int) -> None:
+    """Make so many of the retrained models that are not there, of so many for each request."""
     for request, ids, _ in case.requests():
-        for k in range(TWICE):
+        for k in range(retrained):
             if count and not (case.folder / f"{request}-retrained-{k}.safetensors").exists():
                 case.retrained(request, ids, k + 1)
                 count -= 1
@@ -154,12 +147,14 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="where fits are kept")
     arguments = parser.parse_args()
+    if arguments.linearised and arguments.crops > 1:
+        parser.error("--linearised takes the photos alone: leave --crops out.")
     settle()
     started = time.perf_counter()
     case = opened(arguments)
     fresh = time.perf_counter() - started
     if arguments.fits:
-        missing(case, arguments.fits)
+        missing(case, arguments.fits, arguments.retrained)
         return
     if arguments.linearised:
         print(json.dumps(linearised(case, arguments.linearised, arguments.data)))

@@ -141,7 +141,7 @@ def test_what_no_fit_would_make_right_is_refused_before_it():
         ({"classes": 2.5}, "number from 2, not 2.5"),
         ({"classes": True}, "number from 2, not True"),
         ({"ridge": -1}, "the ridge must be a positive number"),
-        ({"removal": Removal(0.0, 0.1)}, "eps above 0 and delta between"),
+        ({"removal": Removal(0.0, 0.1)}, "eps above 0 and at most 1, and delta between"),
     ):
         with pytest.raises(fastntk.InputError, match=why):
             fit_exact(model, Named(range(14)), CORE, RECIPE, **wrong)
@@ -221,8 +221,8 @@ def test_noise_for_certified_removal(tmp_path):
     drawn = noise(asked, 3.0, 200_000)
     assert float(drawn.std()) == pytest.approx(3.0 * (2 * torch.log(torch.tensor(1.5e5))).sqrt().item(), rel=0.02)
     assert not torch.equal(drawn, noise(asked, 3.0, 200_000))
-    for eps, delta in ((0.0, 0.1), (1.0, 0.0), (1.0, 1.0)):
-        with pytest.raises(fastntk.InputError, match="eps above 0 and delta between"):
+    for eps, delta in ((0.0, 0.1), (1.0, 0.0), (1.0, 1.0), (1.1, 0.1)):
+        with pytest.raises(fastntk.InputError, match="eps above 0 and at most 1, and delta between"):
             made(removal=Removal(eps, delta))
     memory, plain = made(removal=asked), made()
     assert memory.state.displacement.norm() > 0
@@ -242,14 +242,32 @@ def test_noise_for_certified_removal(tmp_path):
     memory.save(tmp_path / "m")
     again = fastntk.load(tmp_path / "m", memory.model, memory.state.members.source)
     assert again.preview([10]).certificate.removal == asked
+    assert memory.remember([8]).certificate.certified is False
     single = fit_exact(
         CASES["bn+head"].model().float(),
         TensorDataset(CASES["bn+head"].data().tensors[0].float(), CASES["bn+head"].data().tensors[1]),
         CORE,
         RECIPE,
-        removal=Removal(1000.0, 1e-5),
+        removal=asked,
     )
-    assert (single.state.displacement != 0).all()  # float32 would round most of it away
+    assert (single.state.displacement != 0).all()  # float32 would round some of it away
+    for ids in ([8], [10, 11]):
+        certificate = single.forget(ids).certificate
+        assert certificate.gradient == pytest.approx(gradient_of(single), rel=1e-3)
+        assert certificate.allowed == pytest.approx(1e-3 * single.ridge)
+        assert certificate.certified == (certificate.gradient <= certificate.allowed)
+
+
+def gradient_of(memory):
+    """The norm of the objective's gradient at the parameters, in float64, by autograd over the rows written out."""
+    solution, state = memory.state.solution, memory.state
+    d = (state.vector - state.layout.flatten(state.anchor)).requires_grad_()
+    rows, over = solution.rows, solution.over
+    jacobian = rows.jacobian.to(torch.float64).dense()[over]
+    point = solution.point_of(rows)[over]
+    z = point.z.double() + torch.einsum("nop,p->no", jacobian, d)
+    value = solution.loss.value_of(z, point.kept).sum() + state.ridge / 2 * (d + state.displacement).square().sum()
+    return float(torch.autograd.grad(value, d)[0].norm())
 
 
 def test_on_the_command_line(data, tmp_path):  # noqa: F811
@@ -318,10 +336,10 @@ def test_a_core_of_other_images(data, tmp_path):  # noqa: F811
         for name, each in anchors[core].items():
             new = core == other and name.startswith("classifier")
             torch.testing.assert_close(each, torch.zeros_like(each) if new else fitted[name])
-    succeed("fit", tmp_path / "noisy", *MODEL, *given, "--core", same, "--removal", "2,1e-4")
+    succeed("fit", tmp_path / "noisy", *MODEL, *given, "--core", same, "--removal", "0.5,1e-4")
     succeed("prepare", tmp_path / "noisy")
     told = json.loads(succeed("forget", tmp_path / "noisy", "--ids", "4", "--json"))["removal"]
-    assert (told["eps"], told["delta"]) == (2.0, 1e-4)
+    assert (told["eps"], told["delta"]) == (0.5, 1e-4)
     theirs = tmp_path / "same" / "model.safetensors"
     said = succeed("fit", tmp_path / "taken", *MODEL, "--data", data, "--core", same, "--fitted", theirs)
     assert "taken for true: the weights were fitted to the core alone" in said.replace("\n", " ")
@@ -334,7 +352,7 @@ def test_a_core_of_other_images(data, tmp_path):  # noqa: F811
     refuse("is all of the data", "fit", away, *MODEL, *given, "--core", "*")
     refuse("names no sample", "fit", away, *MODEL, *given, "--core", none)
     refuse("--select must have head", "fit", away, *MODEL, *given, "--core", other, "--select", "bn")
-    for wrong in ("1", "0,0.1", "nan,0.1", "inf,0.1", "1,1", "1,x", "1,1e-5,3"):
+    for wrong in ("1", "0,0.1", "nan,0.1", "2,0.1", "1,1", "1,x", "1,1e-5,3"):
         refuse(
             "--removal is eps" if wrong.count(",") != 1 or "x" in wrong else "eps above 0",
             "fit",

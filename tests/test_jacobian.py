@@ -146,6 +146,8 @@ def test_float32_is_taken_as_it_is_whatever_was_set_before(rounding, ask):
     ask()
     with arithmetic("tf32", torch.device("cpu")):
         assert [each.fp32_precision for each in PRODUCTS] == ["tf32", "tf32", "ieee"]
+        assert torch.backends.cuda.matmul.allow_tf32
+        assert torch.get_float32_matmul_precision() == "high"
         with arithmetic("full", torch.device("cpu")):
             assert [each.fp32_precision for each in PRODUCTS] == ["ieee"] * 3
         assert PRODUCTS[0].fp32_precision == "tf32"
@@ -153,5 +155,8 @@ def test_float32_is_taken_as_it_is_whatever_was_set_before(rounding, ask):
     fastntk.tune(model, "bn", "head")
     data = TensorDataset(torch.randn(6, 3, 8, 8, dtype=torch.float64), torch.arange(6) % 3)
     start = snapshot(tuned(model.double()))
-    fastntk.prepare(model, data, start, ridge=1.0).forget([2])
+    memory = fastntk.prepare(model, data, start, ridge=1.0)
+    assert [each.fp32_precision for each in PRODUCTS] == ["ieee"] * 3
+    ask()
+    memory.forget([2])
     assert [each.fp32_precision for each in PRODUCTS] == ["ieee"] * 3

@@ -25,8 +25,10 @@ _MMAP_THRESHOLD, _TRIM_THRESHOLD = (-3, 2**27), (-1, 2**30)
 
 
 GPU_PRODUCTS = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
-"""Torch's settings of how float32 is multiplied on a GPU, and on a CPU."""
+"""Torch's settings of how float32 is multiplied on a GPU."""
+
 CPU_PRODUCTS = torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv  # type: ignore[attr-defined]
+"""The same on a CPU."""
 
 
 def settle() -> None:

@@ -54,10 +54,22 @@ def reset_head(model: nn.Module, seed: int) -> None:
 
 def take_backbone(model: nn.Module, other: nn.Module) -> None:
     """Give ``model`` all weights of another that differs from it in the head alone, and a head of zeros, in place: one
-    that is drawn answers worse where the rest was fitted to other classes (docs/exact.md)."""
-    heads, owners = head_parameters(model), tuple(f"{each}." for each in head_modules(other))
-    taken = {name: each for name, each in other.state_dict().items() if not name.startswith(owners)}
-    model.load_state_dict({**model.state_dict(), **taken})
+    that is drawn answers worse where the rest was fitted to other classes (docs/exact.md).
+
+    Raises:
+        InputError: they differ in something else.
+    """
+    heads, own = head_parameters(model), model.state_dict()
+    adapted = tuple(f"{each.removesuffix('.base_layer')}." for each in head_modules(model))
+    taken = {
+        name: each
+        for name, each in other.state_dict().items()
+        if name not in heads and not (".lora_" in name and name.startswith(adapted))
+    }
+    odd = [name for name, each in taken.items() if name not in own or own[name].shape != each.shape]
+    if odd:
+        raise InputError(f"the models differ in {min(odd)!r} and not in the head alone. Take two of the same kind.")
+    model.load_state_dict({**own, **taken})
     with torch.no_grad():
         for name in heads:
             model.get_parameter(name).zero_()

@@ -95,5 +95,8 @@ def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
 
 
 def _set(products: Mapping[Any, str]) -> None:
+    matmul, conv = GPU_PRODUCTS  # torch has older settings of the same, and refuses to say them where the two differ
+    torch.backends.cuda.matmul.allow_tf32 = products[matmul] == "tf32"
+    torch.backends.cudnn.allow_tf32 = products[conv] == "tf32"
     for each, precision in products.items():
         each.fp32_precision = precision

@@ -1,11 +1,11 @@
 """What is known of one request: what is exact, how far the network did as the linear prediction said, and how near
 retrained models the memory's answers come."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor
 
 from fastntk.common.errors import InputError
@@ -27,8 +27,9 @@ saw the class has none."""
 _OF_SAMPLES = "salt", "doubt", "still", "copies"
 """What a certificate says that is in no ledger."""
 
-LEFT = 1e-6
-"""Of the ridge: the norm of the gradient that is left which noise for certified removal is drawn for."""
+LEFT = {torch.float64: 1e-6, torch.float32: 1e-3}
+"""Of the ridge, by the Jacobians' dtype: the norm of the gradient that is left which noise for certified removal is
+drawn for."""
 
 VERDICTS = "exact", "trusted", "exact head needed", "refresh needed", "retrain needed"
 """Of a certificate; see ``Certificate.verdict``."""
@@ -42,11 +43,17 @@ class Removal(NamedTuple):
     delta: float
 
     def check(self) -> None:
-        """Raises ``InputError`` if no noise is that much."""
-        if not (0 < self.eps < math.inf and 0 < self.delta < 1):
+        """Raises ``InputError`` if no noise is known to be enough: the theorem's is, up to an eps of 1."""
+        if not (0 < self.eps <= 1 and 0 < self.delta < 1):
             raise InputError(
-                f"certified removal needs eps above 0 and delta between 0 and 1, not {self.eps} and {self.delta}."
+                "certified removal needs eps above 0 and at most 1, and delta between 0 and 1, not "
+                f"{self.eps} and {self.delta}."
             )
+
+
+def allowed(ridge: float, dtype: torch.dtype) -> float:
+    """Of the gradient, by noise for certified removal."""
+    return LEFT[dtype] * ridge
 
 
 @dataclass(frozen=True)
@@ -98,6 +105,7 @@ class Certificate:
         gradient: the norm of what is left of the objective's gradient. The parameters are within that over the ridge of
             the optimum, in norm, since the objective is convex beyond the ridge.
         removal: the (eps, delta) that the fit's noise was drawn for (``fastntk.fit_exact``); None without noise.
+        allowed: of the gradient, by that noise.
     """
 
     request: str
@@ -125,11 +133,13 @@ class Certificate:
     exact: bool = False
     gradient: float | None = None
     removal: Removal | None = None
+    allowed: float | None = None
 
     @property
     def certified(self) -> bool:
         """Whether this is a certified removal: there is noise, and no more of the gradient is left than it is for."""
-        return self.removal is not None and (self.gradient or 0.0) <= LEFT * self.ridge
+        known = self.kind == "forget" and self.gradient is not None and self.allowed is not None
+        return known and cast(float, self.gradient) <= cast(float, self.allowed)
 
     @property
     def limits(self) -> tuple[float, float]:
@@ -208,12 +218,12 @@ class Certificate:
 
     @property
     def _removed(self) -> str:
-        if self.removal is None:
+        if self.removal is None or self.kind != "forget":
             return ""
         asked = f"({self.removal.eps:g}, {self.removal.delta:g})-certified removal"
         if self.certified:
-            return f" By the noise in the objective it is an {asked}: at most {LEFT * self.ridge:.1e} was to be left."
-        return f" It is no {asked}, for which at most {LEFT * self.ridge:.1e} was to be left. Prepare in float64."
+            return f" By the noise in the objective it is an {asked}: at most {self.allowed:.1e} was to be left."
+        return f" It is no {asked}, for which at most {self.allowed:.1e} was to be left. Take a model in float64."
 
     @property
     def _left(self) -> str:

@@ -11,18 +11,21 @@ the data that stay: there is no anchor that has seen F, no gain, and no distance
 ``u`` is 0, or noise: with ``b = ridge u`` drawn from ``N(0, (c e' / eps)^2)``, ``c = sqrt(2 log(1.5 / delta))`` and
 e' a bound on the norm of the gradient that is left, forgetting is an (eps, delta) certified removal (Guo et al. 2020,
 arXiv 1911.03030, Theorem 3, where this is the second case): whoever sees the weights can hardly tell them from those of
-the optimum on what stays.
+the optimum on what stays. The theorem's noise is known to be enough up to an eps of 1. Weights in float32 are those in
+float64, rounded: what is done to weights afterwards takes nothing back.
 
 Sources: for linearised networks as models, Achille et al. 2020 (LQF, arXiv 2012.11140); for a core that is not
 forgotten, Golatkar et al. 2020 (mixed-privacy forgetting, arXiv 2012.13431).
 """
 
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -35,7 +38,7 @@ from fastntk.inputs.batches import digests, item
 from fastntk.inputs.ids import Id
 from fastntk.jacobians.linearised import FIRST, Linearised, enough
 from fastntk.jacobians.numerics import Numerics
-from fastntk.memory.certificate import LEFT, Removal
+from fastntk.memory.certificate import Removal, allowed
 from fastntk.memory.members import Members
 from fastntk.memory.memory import Memory
 from fastntk.memory.prepare import linearised, prepared, pull_of
@@ -76,7 +79,8 @@ def fit_exact(
         ridge: a total, or ``"auto"``: ``FACTOR`` of the kernel's mean diagonal over the core.
         classes: of each sample that rows are kept of: a number, ``"all"``, or ``"auto"``: enough for the core.
         removal: add noise for certified removal. It is drawn by the system and not by the seed, and is in the folder.
-            It holds where a certificate says ``certified``: at most ``1e-6`` of the ridge is left of the gradient.
+            It holds where a certificate says ``certified``: at most ``fastntk.memory.certificate.LEFT`` of the ridge
+            is left of the gradient.
         checkpoint: as for ``fastntk.prepare``.
         numerics: as for ``fastntk.prepare``.
 
@@ -156,7 +160,7 @@ def _solved(
     checkpoint: Path | str | None,
 ) -> State:
     here = network.layout.flatten(network.jacobian.parameters)
-    bound = chosen.ridge * LEFT
+    bound = allowed(chosen.ridge, network.dtype)
     drawn = None if removal is None else distributed.shared(noise(removal, bound, len(here)))
     center = here if drawn is None else here - drawn.to(here) / chosen.ridge
     return replace(_optimum(network, center, chosen, checkpoint), head_shortfall=None)
@@ -194,8 +198,9 @@ _DRAWN = {"witnesses": 24, "seed": 0}  # retained samples that look at every ans
 
 def noise(removal: Removal, bound: float, size: int) -> Float[Tensor, " size"]:
     """b, from the system's own randomness."""
+    from scipy.special import ndtri  # a moment to import
+
     eps, delta = removal
-    generator = torch.Generator()
-    generator.seed()
     sigma = math.sqrt(2 * math.log(1.5 / delta)) * bound / eps
-    return sigma * torch.randn(size, generator=generator, dtype=torch.float64)
+    drawn = np.frombuffer(os.urandom(8 * size), np.uint64) >> 11  # 53 bits each: who knows the data cannot try all
+    return sigma * torch.from_numpy(ndtri((drawn + 0.5) * 2.0**-53))

@@ -46,7 +46,6 @@ class Memory:
     """
 
     def __init__(self, state: State, folder: Folder | None = None) -> None:
-        settle()
         self.state, self._folder = state, folder
 
     @property
@@ -198,7 +197,9 @@ class Memory:
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
-        """The folder, if any, is locked meanwhile, and what other processes did to it is known."""
+        """The folder, if any, is locked meanwhile, and what other processes did to it is known; the process computes as
+        ``fastntk.common.machine.settle`` has it."""
+        settle()
         if self._folder is None:
             yield
             return

@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -20,8 +20,10 @@ from fastntk.inputs.batches import digests
 from fastntk.inputs.ids import Id
 from fastntk.jacobians.rows import Rows
 from fastntk.memory.agreement import observed
-from fastntk.memory.certificate import Answer, Certificate
+from fastntk.memory.certificate import Answer, Certificate, Removal, allowed
 from fastntk.memory.state import State, check_apart, copied
+from fastntk.solve.convex import Convex
+from fastntk.solve.newton import gradient_of
 from fastntk.solve.solution import Update
 
 log = logging.getLogger(__name__)
@@ -170,7 +172,6 @@ def _certificate(
         retained=int((state.members.present[state.order] & retained).sum()),
         ridge=state.ridge,
         **seen._asdict(),
-        inexactness=inexactness,
         limit=state.solution.limit,
         unit=state.network.loss.unit,
         tail=state.tail,
@@ -183,9 +184,36 @@ def _certificate(
         audit=state.audit,
         copies=None if copies is None else len(copies),
         exact=state.core is not None,
-        gradient=inexactness * state.ridge * float((state.vector + change - state.center).norm()),
-        removal=state.removal,
+        **_left(state, update, inexactness)._asdict(),
     )
+
+
+class _Left(NamedTuple):
+    """What is left of the objective's gradient, and what certified removal would have; see ``Certificate``."""
+
+    inexactness: float
+    gradient: float
+    removal: Removal | None
+    allowed: float | None
+
+
+def _left(state: State, update: Update, inexactness: float) -> _Left:
+    least = None if state.removal is None else allowed(state.ridge, state.network.dtype)
+    return _Left(inexactness, _gradient(state, update, inexactness), state.removal, least)
+
+
+def _gradient(state: State, update: Update, inexactness: float) -> float:
+    """The norm of what is left of the objective's gradient: of a fit that forgets exactly at the parameters themselves,
+    in float64 over the rows, whatever rounding their kernel has."""
+    vector, solution = state.vector + update.change, state.solution
+    if state.core is None:
+        return inexactness * state.ridge * float((vector - state.center).norm())
+    rows, joins = cast(Convex, solution).rows, update.sign > 0
+    present = torch.zeros(len(rows)).index_fill(0, solution.over if joins else update.changes(solution.over), 1)
+    sets = [(rows, present)] + ([(update.rows, torch.ones(len(update.rows)))] if joins and update.rows else [])
+    moved = vector - state.layout.flatten(state.anchor)
+    slope = sum(gradient_of(each, here, state.network.loss, moved) for each, here in sets)
+    return float((state.ridge * (vector - state.center) + slope).norm())
 
 
 def hashed(ids: Iterable[Id | None], salt: str) -> list[str]:

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fastntk.common.errors import InputError
+from fastntk.jacobians.rows import Point, Rows
 from fastntk.solve.linalg import conjugated, factorised, near_factor, solved_by
 from fastntk.tuning.loss import Kept, Loss
 
@@ -81,6 +82,17 @@ class Problem:
         """``|grad|`` of the objective in d."""
         r = self.slope(a, z)
         return float((r @ (self.kernel @ r)).clamp_min(0).sqrt())
+
+
+def gradient_of(
+    rows: Rows, present: Float[Tensor, " samples"], loss: Loss, moved: Float[Tensor, " p"]
+) -> Float[Tensor, " p"]:
+    """``sum_i J_i'l'(f_i + J_i d)`` over the samples that are present (1, else 0), with ``moved`` for d, in float64."""
+    point, total = cast(Point, rows.point), torch.zeros_like(moved)
+    for some, jacobian in rows.parts(torch.float64, moved.device):
+        z = point.z[some].double() + jacobian.matvec(moved)
+        total += jacobian.rmatvec(loss.gradient_of(z, point.kept[some]) * present[some, None].to(z))
+    return total
 
 
 Preconditioner = Callable[[Float[Tensor, " rows"]], Float[Tensor, " rows"]]

@@ -54,8 +54,7 @@ def fit(
     recipe = options.recipe(*numbers, options.loss(loss, label_smoothing), optimizer, decay_toward, augment or ())
     begun, place = options.head_start(head_start, fitted), (model, data, data_root)
     named = *place, select or options.SELECTED, image_size, weights, id_column, fitted, begun, owners
-    apart = core, options.removal(removal, core)
-    done, solved = _fitted(run, device, (*named, *apart), recipe, validation)
+    done, solved = _fitted(run, device, (*named, core, options.removal(removal, core)), recipe, validation)
     if done:
         show_fit(run, done, as_json, solved)
 
