@@ -78,9 +78,8 @@ def fit_exact(
         fitted: whether the model is at ``theta_B`` already.
         ridge: a total, or ``"auto"``: ``FACTOR`` of the kernel's mean diagonal over the core.
         classes: of each sample that rows are kept of: a number, ``"all"``, or ``"auto"``: enough for the core.
-        removal: add noise for certified removal. It is drawn by the system and not by the seed, and is in the folder.
-            It holds where a certificate says ``certified``: at most ``fastntk.memory.certificate.LEFT`` of the ridge
-            is left of the gradient.
+        removal: add noise for certified removal, drawn by the system and not by the seed; it is in the folder. It holds
+            where a certificate says ``certified``: no more of the gradient is left than ``LEFT`` of the ridge.
         checkpoint: as for ``fastntk.prepare``.
         numerics: as for ``fastntk.prepare``.
 
