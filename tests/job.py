@@ -16,7 +16,8 @@ from test_memory import moved
 
 import fastntk
 from fastntk.common import distributed
-from fastntk.common.distributed import PeerLost
+from fastntk.common.distributed import PeerLost, leave
+from fastntk.common.launch import launched
 from fastntk.solve import collect as collection
 
 out, forms = Path(sys.argv[1]), sys.argv[2].split(",")
@@ -78,3 +79,5 @@ try:
             torch.save(result(form), out / f"{form}-{distributed.rank()}.pt")
 except PeerLost as error:
     sys.exit(str(error))
+if launched():
+    leave()

@@ -73,6 +73,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2)
     except (KeyboardInterrupt, SystemExit) as end:
         if isinstance(end, SystemExit) and end.code != _INTERRUPTED:
+            if launched() and not end.code:
+                from fastntk.common.distributed import leave
+
+                leave()
             raise
         console.print(
             "interrupted. What the command had completed stays, and the same command goes on from there. Which "
