@@ -25,74 +25,30 @@ ratio: each one's to the other three). The last line is JSON.
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from statistics import mean, stdev
 
-import torch
 from exactness import linear_model, peak_gib, solved_independently
 from fastntk.metrics import accuracy, label_probability, logit_distance, probability_distance
-from pretrained import cifar, fingerprint, mobilenet_v2, vit_s14
+from fits import REQUESTS, Case, Setting, opened
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
-from widened import vit_b32
 
 import fastntk
-from fastntk.common.files import read_json, read_tensors, writable, write_json, write_tensors
+from fastntk.common.files import read_json, write_json
 from fastntk.common.machine import settle
-from fastntk.evidence.bench.stored import fitted, stored_retraining
+from fastntk.evidence.bench.stored import stored_retraining
 from fastntk.evidence.methods import FineTune, Golatkar, Problem, RandomLabel, Retrain
-from fastntk.evidence.methods.retrain import retrained
-from fastntk.evidence.requests import drawn
 from fastntk.inputs.batches import labels_of
-from fastntk.inputs.ids import ids_of
-from fastntk.inputs.images import Preprocessing
-from fastntk.inputs.packaged import pretrained
 from fastntk.memory.members import Members
-from fastntk.tuning.fitting import Fit
 from fastntk.tuning.outputs import logits_of, model_at
-from fastntk.tuning.recipe import Recipe
 
-Make = Callable[[int, int], tuple[nn.Module, Preprocessing]]
-MODELS: dict[str, tuple[Make, tuple[str, ...]]] = {
-    "mobilenet_v2": (lambda seed, classes: mobilenet_v2(64, seed, classes), ("bn", "head")),
-    "mobilenet_v2_all": (lambda seed, classes: mobilenet_v2(64, seed, classes), ("all",)),
-    "efficientnet_lite0": (lambda seed, classes: pretrained(seed, size=64), ("bn", "head")),
-    "vit_s14": (lambda seed, classes: vit_s14(56, seed), ("prompt:10", "head")),
-    "vit_b32": (lambda seed, classes: vit_b32(64, seed), ("prompt:10", "head")),
-    "vit_s14_lora": (lambda seed, classes: vit_s14(56, seed), ("lora:8", "head")),
-}
-RECIPES = {
-    "plain": Recipe(loss=fastntk.CrossEntropy()),
-    "gentle": Recipe(loss=fastntk.CrossEntropy(), learning_rate=1e-4),  # where everything is tuned
-    "smoothed": Recipe(loss=fastntk.CrossEntropy(smoothing=0.1)),
-    "adamw": Recipe(
-        loss=fastntk.CrossEntropy(), optimizer="adamw", weight_decay=0.05, decay_toward="zero", augment=("flip", "crop")
-    ),
-}
-REQUESTS = {"class": "class", "tenth": "random 10%", "hundredth": "random 1%"}
 BOUNDS = {"class": 1.10, "tenth": 1.15}  # of the ratio in probabilities
-RETRAINED = 4
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What is fitted."""
-
-    model: str
-    recipe: str
-    classes: int
-    per_class: int
-    head: int
-
-    def __str__(self) -> str:
-        return f"{self.model}-{self.recipe}-{self.classes}x{self.per_class}-{self.head}"
-
-
 _FEW_TUNED = ("plain", "smoothed", "adamw")
 QUICK = [Setting("mobilenet_v2", recipe, 10, 100, 0) for recipe in ("plain", "smoothed")]
 SETTINGS = [
@@ -109,72 +65,6 @@ SETTINGS = [
         for recipe in _FEW_TUNED
     ),
 ]
-
-
-@dataclass(frozen=True)
-class Case:
-    """A fitted model, its data, and where what comes of it is kept."""
-
-    setting: Setting
-    model: nn.Module
-    train: Dataset
-    test: Dataset
-    fit: Fit
-    folder: Path
-    key: str
-    asked: tuple[str, ...]
-
-    @property
-    def device(self) -> torch.device:
-        """Where it is computed."""
-        return next(self.model.parameters()).device
-
-    def kept(self, name: str, make: Callable[[], dict[str, Tensor]], *settings: object) -> dict[str, Tensor]:
-        """Parameters that were stored with the same settings, or are made and stored."""
-        path, key = self.folder / f"{name}.safetensors", fingerprint(self.key, *settings) if settings else self.key
-        if not path.exists() or read_tensors(path, names=[])[1]["key"] != key:
-            write_tensors(path, make(), {"key": key})
-        return {each: tensor.to(self.device) for each, tensor in read_tensors(path)[0].items()}
-
-    def requests(self) -> Iterator[tuple[str, list, Dataset]]:
-        """Every request: its name, the ids, and the test images that it leaves."""
-        for request in self.asked:
-            yield request, *drawn(REQUESTS[request], self.train, self.test, self.setting.head, gone=self.setting.head)
-
-    def retrained(self, request: str, ids: list, count: int = RETRAINED) -> list[dict[str, Tensor]]:
-        """The first of the four models."""
-        gone = set(ids)
-        retain = Members(self.train, [each for each in ids_of(self.train) if each not in gone])
-
-        def make(seed: int) -> dict[str, Tensor]:
-            return retrained(self.model, self.fit.initial, retain, self.recipe(100 + seed))[0]
-
-        return [self.kept(f"{request}-retrained-{k}", lambda k=k: make(k)) for k in range(count)]
-
-    def recipe(self, seed: int) -> Recipe:
-        """How it was fitted, in another order."""
-        return Recipe(**{**vars(self.fit.recipe), "seed": seed})
-
-    def prepared(self, **options: object) -> fastntk.Memory:
-        """Its memory."""
-        fit = self.fit
-        return fastntk.prepare(
-            self.model, self.train, fit.initial, loss=fit.recipe.loss, shrinkage=fit.shrinkage, **options
-        )
-
-
-def opened(setting: Setting, arguments: argparse.Namespace) -> Case:
-    """Fit, or take the fit from before."""
-    make, select = MODELS[setting.model]
-    model, preprocessing = make(setting.head, setting.classes)
-    source = arguments.data if setting.classes == 10 else arguments.many
-    train, test = cifar(source, preprocessing, setting.per_class, 100 if setting.classes == 10 else 10)
-    fastntk.tune(model, *select)
-    recipe = Recipe(**{**vars(RECIPES[setting.recipe]), "seed": setting.head})
-    key = fingerprint(setting, preprocessing, select, recipe)
-    folder = writable(arguments.out / "cross_entropy" / f"{setting}-{key}")
-    fit = fitted(model, train, recipe, folder / "original.safetensors", key)
-    return Case(setting, model, train, test, fit, folder, key, tuple(arguments.requests.split(",")))
 
 
 class Answers:

@@ -34,8 +34,8 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from cross_entropy import MODELS
 from fastntk.metrics import accuracy, log_odds, ulira
+from fits import MODELS
 from pretrained import cifar, fingerprint
 from rich.console import Console
 from torch import Tensor, nn

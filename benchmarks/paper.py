@@ -31,8 +31,9 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from cross_entropy import RETRAINED, Answers, Case, Setting, opened
+from cross_entropy import Answers
 from fastntk.metrics import accuracy, probability_distance
+from fits import RETRAINED, Case, Setting, opened
 from networks import randomise
 from rich.console import Console
 from rich.table import Table

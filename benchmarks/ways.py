@@ -27,8 +27,9 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from cross_entropy import SETTINGS, Case, opened
+from cross_entropy import SETTINGS
 from fastntk.metrics import accuracy, label_probability, probability_distance
+from fits import Case, opened
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
