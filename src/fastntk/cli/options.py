@@ -112,6 +112,10 @@ Moved = Annotated[
         help="Where the training data lie now, if not where they did; of a torchvision dataset its folder.",
     ),
 ]
+FittedTo = Annotated[
+    str | None,
+    typer.Option(callback=said, help="Where the training data lie now, if not where they did: --data elsewhere."),
+]
 MovedModel = Annotated[
     str | None, typer.Option("--model", callback=said, help="What makes the model now, if not what did: as for fit.")
 ]

@@ -186,12 +186,22 @@ class Settings:
         """The training data, with all that was added; the latter's ids begin with the name of where they come from.
 
         Raises:
-            InputError: like ``images``; or two samples have the same id.
+            InputError: like ``images``; they are not there any more; or two samples have the same id.
         """
-        found = self.images(preprocessing)
+        found = self._there(preprocessing, None, "If the run's data lie elsewhere now: --data (of learn, --fitted-to).")
         for each in self.added:
-            found = found.joined_by(self.images(preprocessing, each), Path(each).name)
+            more = self._there(preprocessing, each, "They were learned from there: put them back.")
+            found = found.joined_by(more, Path(each).name)
         return found
+
+    def _there(self, preprocessing: Preprocessing, source: str | None, remedy: str) -> Images:
+        """The same as ``images``; the remedy is said if nothing is where they were."""
+        try:
+            return self.images(preprocessing, source)
+        except InputError as error:
+            if Path(source or self.root or self.data).exists():
+                raise
+            raise InputError(f"{error} {remedy}") from error
 
     def held_out(self, images: Images, test: str | None) -> Dataset:
         """The test images: of ``test``, or the test split of the run's own data, whose training ``images`` these are.

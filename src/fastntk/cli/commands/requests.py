@@ -193,6 +193,8 @@ def learn(
     defer_purge: options.Defer = False,
     full: options.Full = False,
     certificate: options.CertificateFile = None,
+    fitted_to: options.FittedTo = None,
+    model: options.MovedModel = None,
     device: options.Device = "cpu",
     as_json: options.Json = False,
 ) -> None:
@@ -200,7 +202,7 @@ def learn(
     from fastntk.cli.run import Run
 
     options.check_out(certificate)
-    opened = Run(run, device)
+    opened = Run(run, device, fitted_to, model)
     memory, answer = opened.learn(data)
     _answered(opened, memory, answer, certificate, defer_purge, as_json)
 
