@@ -1,11 +1,12 @@
 """A fit that forgets exactly (fastntk.fit_exact): is it, what does it cost in accuracy, and what in time?
 
     python benchmarks/exact.py --quick --data cifar10.npz      MobileNetV2, one head, 40 images a class, in ten minutes
-    python benchmarks/exact.py --data cifar10.npz --many cifar100.npz [--only mobilenet_v2-50-0]
+    python benchmarks/exact.py --data cifar10.npz --many cifar100.npz [--only mobilenet_v2-50-0] [--augmented]
 
 The .npz holds x_train, y_train, x_test, y_test. Batch norms and head are tuned (ViT: ten prompts and the head) on 100
-images a class, for 12 epochs of cross-entropy; the core is a share of each class, the others enter by the convex
-problem. With --many also a public core: 2,000 images of CIFAR-100's other classes, whose head is not taken.
+images a class, for 12 epochs of cross-entropy; with --augmented for 40 on images that are flipped and cropped, the
+core and the ordinary fit alike. The core is a share of each class, the others enter by the convex problem. With --many
+also a public core: 2,000 images of CIFAR-100's other classes, whose head is not taken.
 
 same       how far the weights after forgetting are from those of the same procedure on what stays, as a share of the
            weights' norm: after one request (a tenth of the others), after 100 in any order, after a purge and opening
@@ -29,7 +30,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -52,6 +53,7 @@ from fastntk.tuning.outputs import logits_of, model_at
 from fastntk.tuning.parameters import snapshot, tuned
 
 RECIPE = fastntk.Recipe(loss=fastntk.CrossEntropy())
+AUGMENTED = replace(RECIPE, epochs=40, augment=("flip", "crop"))
 NAMES = ("mobilenet_v2", "efficientnet_lite0", "vit_s14")
 
 
@@ -70,8 +72,8 @@ class Setting:
 class Case:
     """A setting's data and model, and fits of it."""
 
-    def __init__(self, setting: Setting, data: Path, per_class: int) -> None:
-        self.setting, self.data, self.per_class = setting, data, per_class
+    def __init__(self, setting: Setting, data: Path, per_class: int, recipe: fastntk.Recipe = RECIPE) -> None:
+        self.setting, self.data, self.per_class, self.recipe = setting, data, per_class, recipe
         self.make, self.select = MODELS[setting.model]
         _, preprocessing = self.make(setting.head, 10)
         self.train, self.test = cifar(data, preprocessing, per_class)
@@ -95,14 +97,14 @@ class Case:
     def exact(self, model: nn.Module, others: Sequence[int], public: Dataset | None = None) -> fastntk.Memory:
         """The exact fit on a fitted core and some others."""
         core = self.core if public is None else public
-        return fit_exact(model, self.named([*self.core, *others]), core, RECIPE, fitted=True)
+        return fit_exact(model, self.named([*self.core, *others]), core, self.recipe, fitted=True)
 
     def public(self, many: Path) -> tuple[nn.Module, Dataset]:
         """The model with the backbone of a fit to images of other classes and a head of zeros; and these."""
         other, preprocessing = self.make(self.setting.head, 100)
         images, _ = cifar(many, preprocessing, 20, 10)
         fastntk.tune(other, *self.select)
-        fastntk.fit(other, images, RECIPE)
+        fastntk.fit(other, images, self.recipe)
         model = self.model()
         take_backbone(model, other)
         return model, images
@@ -127,7 +129,7 @@ def measured(case: Case, thoroughly: bool, folder: Path, arguments: argparse.Nam
         memory = case.exact(model, case.others, public)
     whole = case.model()
     with timed(seconds, "retrain"):
-        fastntk.fit(whole, case.train, RECIPE)
+        fastntk.fit(whole, case.train, case.recipe)
     accuracies = {
         "core_alone": case.accuracy(model, base) if public is None else None,
         "exact": case.accuracy(model, memory.parameters),
@@ -149,7 +151,7 @@ def at_core(case: Case, folder: Path, many: Path | None, seconds: dict[str, floa
     model, kept = case.model(), folder.with_suffix(".safetensors")
     if not kept.exists():
         with timed(seconds, "fit"):
-            fastntk.fit(model, Subset(case.train, case.core), RECIPE)
+            fastntk.fit(model, Subset(case.train, case.core), case.recipe)
         write_tensors(kept, snapshot(tuned(model)), {"seconds": str(seconds["fit"])})
     tensors, told = read_tensors(kept)
     model.load_state_dict(tensors, strict=False)
@@ -259,6 +261,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="CIFAR-10 as .npz")
     parser.add_argument("--many", type=Path, help="CIFAR-100 as .npz, for a public core")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--augmented", action="store_true", help="a longer fit, on augmented images")
     parser.add_argument("--only", help="one setting, as MODEL-SHARE-HEAD")
     parser.add_argument("--models", type=int, default=100, help="a side, of the attack")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/exact"))
@@ -269,14 +272,24 @@ def main() -> None:
     per_class, thoroughly = 100, [Setting(NAMES[0], 50, 0)]
     if arguments.quick:
         per_class, settings = 40, [Setting(NAMES[0], 50, 0)]
+    recipe = AUGMENTED if arguments.augmented else RECIPE
     wanted = [each for each in settings if arguments.only in (None, str(each))]
     rows = []
     for setting in wanted:
-        key = fingerprint(arguments.data.name, str(setting), per_class, arguments.models, FACTOR, KEPT)
+        known = arguments.data.name, str(setting), per_class, arguments.models, FACTOR, KEPT
+        key = fingerprint(*known, *([recipe] if arguments.augmented else []))
         path = writable(arguments.out) / f"{setting}-{key}.json"
         if not path.exists():
-            case = Case(setting, arguments.data, per_class)
-            write_json(path, measured(case, setting in thoroughly, arguments.out / f"{setting}-{key}", arguments))
+            case = Case(setting, arguments.data, per_class, recipe)
+            write_json(
+                path,
+                measured(
+                    case,
+                    setting in thoroughly and not arguments.augmented,
+                    arguments.out / f"{setting}-{key}",
+                    arguments,
+                ),
+            )
         rows.append(read_json(path))
         Console().print(rows[-1])
     whole = next((row for row in rows if "same" in row), {})
