@@ -271,8 +271,8 @@ def lower_of(square: Float[Tensor, "n n"]) -> Float[Tensor, " entries"]:
 def square_of(entries: Float[Tensor, " entries"]) -> Float[Tensor, "n n"]:
     """The reverse, with zeros above the diagonal."""
     size = isqrt(2 * len(entries))
-    square, start = entries.new_zeros(size, size), 0
-    for place, row in enumerate(square):
-        row[: place + 1] = entries[start : start + place + 1]
-        start += place + 1
+    square, start = entries.new_empty(size, size), 0
+    for end, row in enumerate(square, 1):
+        row[:end], row[end:] = entries[start : start + end], 0
+        start += end
     return square

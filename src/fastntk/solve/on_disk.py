@@ -61,7 +61,7 @@ class OnDisk:
     name: ClassVar[str] = "convex-disk"
     leaves_out: ClassVar[bool] = False
     likeliest: ClassVar[bool] = True
-    on_disk: ClassVar[tuple[str, ...]] = ("rows.rest", "rows.features")
+    mapped: ClassVar[tuple[str, ...]] = ("rows.rest", "rows.features")
     """Which of the ``tensors`` stay in the folder's file when it is opened."""
     rows: Rows
     loss: Loss

@@ -67,6 +67,8 @@ class Primal:
     name: ClassVar[str] = "primal"
     leaves_out: ClassVar[bool] = True
     likeliest: ClassVar[bool] = False
+    mapped: ClassVar[tuple[str, ...]] = ("sums.rest", "schur", "factor")
+    """Which of the ``tensors`` are lower triangles, read where they lie in the folder's file."""
     sums: Sums
     displacement: Float[Tensor, " p"]
     ridge: float
@@ -157,17 +159,19 @@ class Primal:
         self.ownership.check()
         sums = {f"sums.{field.name}": getattr(self.sums, field.name) for field in fields(Sums)}
         own = ("displacement", "head_inverse", "step", "over")
-        squares = {"sums.rest": self.sums.rest, "schur": self.schur, "factor": self.ready().factor}
-        packed = {name: lower_of(square) for name, square in squares.items()}
+        squares = zip(self.mapped, (self.sums.rest, self.schur, self.ready().factor), strict=True)
+        packed = {name: lower_of(square) for name, square in squares}
         return {**sums, **{name: getattr(self, name) for name in own}, **packed}
 
     @classmethod
     def restore(cls, tensors: Mapping[str, Tensor], ridge: float) -> "Primal":
         """The reverse of ``tensors``."""
-        rest = mirror_(square_of(tensors["sums.rest"]))
+        device = tensors["displacement"].device
+        rest, schur, factor = (square_of(tensors[name]).to(device) for name in cls.mapped)
+        mirror_(rest)
         others = (tensors[f"sums.{field.name}"] for field in fields(Sums) if field.name != "rest")
-        (schur, factor), over = (square_of(tensors[name]) for name in ("schur", "factor")), tensors["over"].cpu()
         sums, head_inverse, step = Sums(rest, *others), tensors["head_inverse"], tensors["step"]
+        over = tensors["over"].cpu()
         return cls(sums, tensors["displacement"], ridge, schur, factor, over, head_inverse, step, over)
 
     @property

@@ -57,7 +57,7 @@ def unpack(document: Document, model: nn.Module, source: Dataset) -> State:
         InputError: it is another model's, or something is missing.
     """
     device = next(model.parameters()).device
-    stays = {f"solution.{name}" for name in getattr(FORMS.get(document["form"]), "on_disk", ())}
+    stays = {f"solution.{name}" for name in getattr(FORMS.get(document["form"]), "mapped", ())}
     tensors, record = Document(on_device(document["tensors"], device, stays), document.where), document
     anchor = {name: tensors[f"anchor.{name}"] for name in record["names"]}
     shapes = {name: each.shape for name, each in model.named_parameters()}
@@ -88,7 +88,7 @@ def unpack(document: Document, model: nn.Module, source: Dataset) -> State:
 
 
 def on_device(tensors: Mapping[str, Tensor], device: torch.device, stays: Collection[str] = ()) -> dict[str, Tensor]:
-    """Copies of what was read: numbers where the model is, positions on the CPU; what ``stays`` on disk as it is.
+    """Copies of what was read: numbers where the model is, positions on the CPU; what ``stays`` mapped as it is.
 
     What is written to in place would be copied out of the mapped file page by page, ten times slower.
     """
