@@ -12,6 +12,8 @@ same       how far the weights after forgetting are from those of the same proce
            weights' norm: after one request (a tenth of the others), after 100 in any order, after a purge and opening
            the folder again, after learning some of them again and forgetting them; and after one request beside the
            procedure in another process on another number of threads
+removal    with noise for certified removal of some eps, and a delta of 1e-5: test accuracy; after forgetting a tenth of
+           the others what is left of the gradient, over the ridge, and whether the removal is certified
 accuracy   on test images: of the core alone, of the exact fit, and of an ordinary fit to everything
 u-lira     the share that the attack places rightly of images that were forgotten and of models that never had them,
            with so many models a side, each of another half of the others; with a 95 % interval by the bootstrap over
@@ -54,6 +56,7 @@ from fastntk.tuning.parameters import snapshot, tuned
 
 RECIPE = fastntk.Recipe(loss=fastntk.CrossEntropy())
 AUGMENTED = replace(RECIPE, epochs=40, augment=("flip", "crop"))
+REMOVALS, DELTA = (1.0, 0.1, 0.01), 1e-5
 NAMES = ("mobilenet_v2", "efficientnet_lite0", "vit_s14")
 
 
@@ -94,10 +97,12 @@ class Case:
         fastntk.tune(model, *self.select)
         return model
 
-    def exact(self, model: nn.Module, others: Sequence[int], public: Dataset | None = None) -> fastntk.Memory:
-        """The exact fit on a fitted core and some others."""
-        core = self.core if public is None else public
-        return fit_exact(model, self.named([*self.core, *others]), core, self.recipe, fitted=True)
+    def exact(
+        self, model: nn.Module, others: Sequence[int], public: Dataset | None = None, eps: float | None = None
+    ) -> fastntk.Memory:
+        """The exact fit on a fitted core and some others, with noise for certified removal if an eps is given."""
+        core, removal = self.core if public is None else public, None if eps is None else fastntk.Removal(eps, DELTA)
+        return fit_exact(model, self.named([*self.core, *others]), core, self.recipe, fitted=True, removal=removal)
 
     def public(self, many: Path) -> tuple[nn.Module, Dataset]:
         """The model with the backbone of a fit to images of other classes and a head of zeros; and these."""
@@ -137,6 +142,7 @@ def measured(case: Case, thoroughly: bool, folder: Path, arguments: argparse.Nam
     }
     record: dict[str, object] = {**asdict(case.setting), **accuracies, "ridge": memory.ridge}
     if thoroughly:
+        record["removal"] = [certified(case, model, eps) for eps in REMOVALS]
         record["same"], record["relearning"] = sameness(case, model, memory, folder, seconds)
         models = 20 if arguments.quick else arguments.models
         record["u_lira"] = attacked(case, model, models, folder.with_suffix(".odds.json"))
@@ -217,6 +223,15 @@ def _solved(
     model = case.model()
     model.load_state_dict(state)
     return case.exact(model, others).parameters
+
+
+def certified(case: Case, model: nn.Module, eps: float) -> dict[str, float | bool]:
+    """An exact fit with noise, and its answer for a tenth of the others."""
+    memory = case.exact(model, case.others, eps=eps)
+    accurate = case.accuracy(model, memory.parameters)
+    certificate = memory.forget(case.others[::10]).certificate
+    left = certificate.gradient / memory.ridge
+    return {"eps": eps, "accuracy": accurate, "left": left, "certified": certificate.certified}
 
 
 def relearning(problem: fastntk.methods.Problem, *models: dict[str, Tensor]) -> dict[str, float | None]:
@@ -300,6 +315,7 @@ def main() -> None:
         json.dumps(
             {
                 "same": whole.get("same"),
+                "removal": whole.get("removal"),
                 "accuracy": accuracies,
                 "u_lira": whole.get("u_lira"),
                 "relearning": whole.get("relearning"),

@@ -20,6 +20,7 @@ from fastntk.common.files import read_tensors
 from fastntk.evidence.methods import Problem, Retrain
 from fastntk.memory.exact import Removal, chosen_on, fit_exact, noise
 from fastntk.memory.prepare import linearised
+from fastntk.solve.solution import Ownership
 from fastntk.tuning.parameters import snapshot, tuned
 
 CORE = [0, 1, 2, 3, 4]
@@ -256,8 +257,14 @@ def test_noise_for_certified_removal(tmp_path):
     for ids in ([8], [10, 11]):
         certificate = single.forget(ids).certificate
         assert certificate.gradient == pytest.approx(gradient_of(single), rel=1e-3)
-        assert certificate.allowed == pytest.approx(1e-3 * single.ridge)
-        assert certificate.certified == (certificate.gradient <= certificate.allowed)
+        assert certificate.allowed == pytest.approx(1e-6 * single.ridge)
+        assert certificate.certified
+    single.save(tmp_path / "single")
+    again = fastntk.load(tmp_path / "single", single.model, single.state.members.source)
+    assert again.preview([9]).certificate.certified
+    assert again.state.solution.inexactness() <= 1e-9
+    rounded = replace(again.state.solution, exactly=False, known=None, ownership=Ownership())
+    assert rounded.inexactness() <= 1e-9 < replace(rounded, known=rounded.optimum, exactly=True).inexactness()
 
 
 def gradient_of(memory):

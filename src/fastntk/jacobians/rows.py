@@ -84,6 +84,10 @@ class Rows:
             some = slice(start, start + PART)
             yield some, self.jacobian[some].to(dtype, device)
 
+    def doubled(self) -> "Doubled":
+        """J, multiplied in float64."""
+        return Doubled(self)
+
     def mean_diagonal(self, dtype: torch.dtype, device: torch.device) -> float:
         """Of ``J J'``, by one read."""
         total = 0.0
@@ -96,10 +100,6 @@ class Rows:
     def error(self, step: Float[Tensor, " p"]) -> Float[Tensor, " rows"]:
         """``r_S - J_S s``, in float64."""
         return (self.residual.double() - self.jacobian.to(torch.float64).matvec(step)).flatten()
-
-    def step(self, coefficients: Float[Tensor, " rows"], displacement: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
-        """``J_S'a - u``."""
-        return self.jacobian.rmatvec(coefficients.view_as(self.residual)) - displacement
 
     def places(self, positions: Int[Tensor, " some"]) -> Int[Tensor, " rows"]:
         """The rows of the kernel that belong to the samples at ``positions``."""
@@ -152,3 +152,22 @@ class Rows:
         for name, tensor in self.tensors().items():
             if name != "classes":
                 tensor[samples] = 0
+
+
+@dataclass(frozen=True)
+class Doubled:
+    """J of rows, multiplied in float64 part by part: products are good to its digits, whatever dtype the rows have."""
+
+    rows: Rows
+
+    def matvec(self, vector: Float[Tensor, " p"]) -> Float[Tensor, "samples outputs"]:
+        """``J v``."""
+        return torch.cat([jacobian.matvec(vector) for _, jacobian in self._parts(vector)])
+
+    def rmatvec(self, cotangent: Float[Tensor, "samples outputs"]) -> Float[Tensor, " p"]:
+        """``J'a``."""
+        parts = (jacobian.rmatvec(cotangent[some]) for some, jacobian in self._parts(cotangent))
+        return cast(Tensor, sum(parts))
+
+    def _parts(self, like: Tensor) -> Iterator[tuple[slice, Jacobian]]:
+        return self.rows.parts(torch.float64, like.device)

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, cast
 
-import torch
 from torch import Tensor
 
 from fastntk.common.errors import InputError
@@ -27,9 +26,8 @@ saw the class has none."""
 _OF_SAMPLES = "salt", "doubt", "still", "copies"
 """What a certificate says that is in no ledger."""
 
-LEFT = {torch.float64: 1e-6, torch.float32: 1e-3}
-"""Of the ridge, by the Jacobians' dtype: the norm of the gradient that is left which noise for certified removal is
-drawn for."""
+LEFT = 1e-6
+"""Of the ridge: the norm of the gradient that is left which noise for certified removal is drawn for."""
 
 VERDICTS = "exact", "trusted", "exact head needed", "refresh needed", "retrain needed"
 """Of a certificate; see ``Certificate.verdict``."""
@@ -51,9 +49,9 @@ class Removal(NamedTuple):
             )
 
 
-def allowed(ridge: float, dtype: torch.dtype) -> float:
+def allowed(ridge: float) -> float:
     """Of the gradient, by noise for certified removal."""
-    return LEFT[dtype] * ridge
+    return LEFT * ridge
 
 
 @dataclass(frozen=True)
@@ -223,7 +221,7 @@ class Certificate:
         asked = f"({self.removal.eps:g}, {self.removal.delta:g})-certified removal"
         if self.certified:
             return f" By the noise in the objective it is an {asked}: at most {self.allowed:.1e} was to be left."
-        return f" It is no {asked}, for which at most {self.allowed:.1e} was to be left. Take a model in float64."
+        return f" It is no {asked}, for which at most {self.allowed:.1e} was to be left. Fit with a larger ridge."
 
     @property
     def _left(self) -> str:

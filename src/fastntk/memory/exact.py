@@ -23,7 +23,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -43,6 +43,7 @@ from fastntk.memory.members import Members
 from fastntk.memory.memory import Memory
 from fastntk.memory.prepare import linearised, prepared, pull_of
 from fastntk.memory.state import State, check_apart
+from fastntk.solve.convex import Convex
 from fastntk.tuning.fitting import fit
 from fastntk.tuning.recipe import Recipe
 
@@ -159,7 +160,7 @@ def _solved(
     checkpoint: Path | str | None,
 ) -> State:
     here = network.layout.flatten(network.jacobian.parameters)
-    bound = allowed(chosen.ridge, network.dtype)
+    bound = allowed(chosen.ridge)
     drawn = None if removal is None else distributed.shared(noise(removal, bound, len(here)))
     center = here if drawn is None else here - drawn.to(here) / chosen.ridge
     return replace(_optimum(network, center, chosen, checkpoint), head_shortfall=None)
@@ -172,7 +173,7 @@ def _optimum(
     exactly = {name: each.double() for name, each in network.jacobian.parameters.items()}
     pull = {**pull_of(chosen.ridge, 1.0), "form": "convex", "classes": chosen.classes}
     state = prepared(network, network.layout.unflatten(center, exactly), {**pull, **_DRAWN}, checkpoint)
-    state = replace(state, solution=state.solution.ready())
+    state = replace(state, solution=replace(cast(Convex, state.solution), exactly=True).ready())
     here = network.layout.flatten(network.jacobian.parameters)
     return replace(state, vector=here + state.solution.step)
 

@@ -198,7 +198,7 @@ class _Left(NamedTuple):
 
 
 def _left(state: State, update: Update, inexactness: float) -> _Left:
-    least = None if state.removal is None else allowed(state.ridge, state.network.dtype)
+    least = None if state.removal is None else allowed(state.ridge)
     return _Left(inexactness, _gradient(state, update, inexactness), state.removal, least)
 
 

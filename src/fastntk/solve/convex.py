@@ -32,8 +32,9 @@ from fastntk.jacobians.linearised import Linearised
 from fastntk.jacobians.rows import Point, Rows
 from fastntk.solve.collect import collect_rows
 from fastntk.solve.kernel import kernel, kernel_between
-from fastntk.solve.linalg import border_, factor_, zero_
-from fastntk.solve.newton import Factor, Newton, Optimum, Problem, curvature, solved
+from fastntk.solve.left_out import Hessian
+from fastntk.solve.linalg import border_, zero_
+from fastntk.solve.newton import Factor, Newton, Optimum, Problem, solved
 from fastntk.solve.prices import Price, Timing, Workload, forward, passes
 from fastntk.solve.ridge import SAMPLED, Calibration, calibrate_convex
 from fastntk.solve.solution import Ownership, Solved, Task, Update
@@ -58,6 +59,8 @@ class Convex:
         ridge: a total.
         over: the positions of S.
         known: the optimum, if it is known already.
+        exactly: whether J is multiplied in float64, whatever the rows' dtype, and the kernel, which is rounded as they
+            are, only leads to the optimum.
         ownership: of what the next solution takes over.
     """
 
@@ -73,6 +76,7 @@ class Convex:
     ridge: float
     over: Int[Tensor, " members"]
     known: Optimum | None = None
+    exactly: bool = False
     ownership: Ownership = field(default_factory=Ownership, compare=False, repr=False)
 
     @classmethod
@@ -110,8 +114,7 @@ class Convex:
         if self.known is not None:
             return self.known
         with busy("solving, once"):
-            matrix = kernel(self.rows)
-            return solved(_problem(self, matrix, self.over, _start(self)), self.point_of(self.rows).z, self.tolerance)
+            return _found(self, _problem(self, kernel(self.rows), self.over, _start(self)))
 
     def ready(self) -> "Convex":
         """With the optimum, and a factor over S."""
@@ -133,13 +136,14 @@ class Convex:
 
     def jacobian(self, network: Linearised) -> Operator:
         """J of the rows."""
-        return self.rows.jacobian
+        return _operator(self)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything but the ridge, by name; the loss as its numbers; of the optimum what is known."""
         self.ownership.check()
         named = {f"rows.{name}": tensor for name, tensor in self.rows.tensors().items()}
         own = {"displacement": self.displacement, "over": self.over, **loss_numbers(self.loss)}
+        own |= {"exactly": torch.tensor(True)} if self.exactly else {}
         if not _is_solved(self):
             return {**named, **own}
         known = cast(Optimum, self.ready().known)
@@ -150,7 +154,8 @@ class Convex:
     def restore(cls, tensors: Mapping[str, Tensor], ridge: float, start: Tensor | None = None) -> "Convex":
         """The reverse of ``tensors``; where the optimum starts, from the rows if it is not known."""
         over, u = tensors["over"].cpu(), tensors["displacement"]
-        solution = cls(Rows.from_tensors(tensors, "rows."), loss_of(tensors), u, ridge, over)
+        rows, loss = Rows.from_tensors(tensors, "rows."), loss_of(tensors)
+        solution = cls(rows, loss, u, ridge, over, exactly="exactly" in tensors)
         if not any(name in tensors for name in ("kernel", "coefficients", "factor")):
             return solution
         factor = Factor(tensors["factor"], over.sort().values)
@@ -161,7 +166,7 @@ class Convex:
     def step(self) -> Float[Tensor, " p"]:
         """``d(S)``, from the rows."""
         self.ownership.check()
-        return self.rows.step(self.optimum.coefficients, self.displacement)
+        return _operator(self).rmatvec(self.optimum.coefficients.view_as(self.rows.residual)) - self.displacement
 
     def reads(self, sign: int) -> bool:
         """The rows of who leaves are here."""
@@ -214,13 +219,12 @@ class Convex:
         if update is not None:
             return float(update.reached or 0.0)
         problem, a = _problem_at(self, self.optimum), self.optimum.coefficients
-        return problem.inexactness(a, problem.logits(a))
+        return problem.inexactness(a, problem.logits(a, _operator(self) if self.exactly else None))
 
     def anew(self, network: Linearised) -> "Convex":
         """From the kernel alone."""
         self.ownership.check()
-        problem = _problem_at(self, self.optimum)
-        return replace(self, known=solved(problem, self.point_of(self.rows).z, self.tolerance))
+        return replace(self, known=_found(self, _problem_at(self, self.optimum)))
 
     def resolve(
         self, network: Linearised, positions: Int[Tensor, " samples"], displacement: Float[Tensor, " p"], ridge: float
@@ -242,31 +246,14 @@ class Convex:
         return jacobian.rmatvec(a.view_as(self.rows.residual)) - displacement
 
     def alone(self, network: Linearised, positions: Int[Tensor, " samples"]) -> Float[Tensor, "samples outputs"]:
-        """One step of Newton's method for each, of all logits: ``M (I - W M)^-1 l'`` with ``W = L L'`` and
-        ``M = J_i H^-1 J_i'``, H the objective's Hessian over S; the logits that are not kept stay as they are."""
+        """One step of Newton's method for each (``left_out``); the logits that are not kept stay as they are."""
         self.ownership.check()
-        root, factor, gradient = self.hessian
-        own, count = self.rows[positions], self.rows.residual.shape[1]
-        jacobian, matrix = own.jacobian, self.optimum.kernel
-        between = matrix[self.rows.places(positions)].view(len(own), count, len(root), count)
-        block = between[torch.arange(len(own)), :, positions]
-        across = torch.einsum("sknb,nba->skna", between, root).flatten(2)
-        half = torch.linalg.solve_triangular(factor, across.flatten(0, 1).mT, upper=False).mT.view_as(across)
-        middle = (block - half @ half.mT) / self.ridge
-        weight = root[positions] @ root[positions].mT
-        left = torch.eye(count).to(middle) - weight @ middle
-        change = middle @ torch.linalg.solve(left, gradient[positions][:, :, None])
-        return (jacobian.combined().to(change) @ change)[:, :, 0] if jacobian.kept is not None else change[..., 0]
+        return self.hessian.left_out(self.rows[positions], positions)
 
     @cached_property
-    def hessian(self) -> tuple[Tensor, Tensor, Tensor]:
-        """L, the Cholesky factor of ``ridge I + L'K L`` and l', at the optimum, in float64."""
-        optimum = self.optimum
-        problem = _problem_at(self, optimum)
-        z = problem.logits(optimum.coefficients)
-        root = problem.root(z)
-        lower = factor_(curvature(optimum.kernel, root, self.ridge))
-        return root, lower, self.loss.gradient_of(z, problem.kept)
+    def hessian(self) -> Hessian:
+        """Of the objective, at the optimum."""
+        return Hessian.of(_problem_at(self, self.optimum), self.optimum.coefficients)
 
     def head_shortfall(self, layout: Layout) -> Float[Tensor, "classes features"] | None:
         """The rows have not all logits."""
@@ -292,6 +279,20 @@ def _is_solved(solution: Convex) -> bool:
     return solution.known is not None or "optimum" in vars(solution)
 
 
+def _operator(solution: Convex) -> Operator:
+    """J of its rows, in the dtype that it is multiplied in."""
+    return solution.rows.doubled() if solution.exactly else solution.rows.jacobian
+
+
+def _found(solution: Convex, problem: Problem) -> Optimum:
+    """The optimum, from the kernel alone."""
+    found = solved(problem, solution.point_of(solution.rows).z, solution.tolerance)
+    if not solution.exactly:
+        return found
+    refined = Newton(found.factor).refine(problem, found.coefficients, _operator(solution), solution.tolerance)
+    return replace(found, coefficients=refined[0])
+
+
 def updated(solution: Convex, network: Linearised, asked: Update) -> Update:
     """What samples change that leave, or that join with what is known of them."""
     solution.ownership.check()
@@ -299,6 +300,8 @@ def updated(solution: Convex, network: Linearised, asked: Update) -> Update:
     optimum, newton = before.optimum, Newton(before.optimum.factor)
     problem = _problem(before, optimum.kernel, asked.changes(solution.over), optimum.start)
     a, reached = newton.minimise(problem, optimum.coefficients, solution.tolerance)
+    if before.exactly:
+        a, reached = newton.refine(problem, a, _operator(before), solution.tolerance)
     if asked.sign < 0:
         a = a.index_fill(0, solution.rows.places(asked.positions), 0)
     change = before.jacobian(network).rmatvec((a - optimum.coefficients).view_as(before.rows.residual))
@@ -322,7 +325,7 @@ def _problem_at(solution: Convex, optimum: Optimum) -> Problem:
 
 def _start(solution: Convex) -> Float[Tensor, "samples outputs"]:
     """``f - J u`` of its rows."""
-    return solution.point_of(solution.rows).z - solution.rows.jacobian.matvec(solution.displacement)
+    return solution.point_of(solution.rows).z - _operator(solution).matvec(solution.displacement)
 
 
 def _grown(solution: _Form, update: Update) -> _Form:

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fastntk.common.errors import InputError
+from fastntk.jacobians.jacobian import Operator
 from fastntk.jacobians.rows import Point, Rows
 from fastntk.solve.linalg import conjugated, factorised, near_factor, solved_by
 from fastntk.tuning.loss import Kept, Loss
@@ -28,6 +29,8 @@ SOFT = 0.6
 anywhere on the way, and the first step too long."""
 
 _NEWTON, _STEPS, _HALVINGS = 60, 41, 30  # at most: of the method, of conjugate gradients, of a search
+
+_REFINED = 4  # at most: steps with exact products; each leaves as little of the gradient as the kernel is rounded
 
 _LOOSE = 0.1  # of the gradient that the first solves leave; later ones leave less, as the optimum is near
 
@@ -56,9 +59,10 @@ class Problem:
     ridge: float
     present: Bool[Tensor, " samples"]
 
-    def logits(self, a: Float[Tensor, " rows"]) -> Float[Tensor, "samples outputs"]:
-        """``z``."""
-        return self.start + (self.kernel @ a).view_as(self.start)
+    def logits(self, a: Float[Tensor, " rows"], jacobian: Operator | None = None) -> Float[Tensor, "samples outputs"]:
+        """``z``, by the kernel, or as ``J J'a``."""
+        image = self.kernel @ a if jacobian is None else jacobian.matvec(jacobian.rmatvec(a.view_as(self.start)))
+        return self.start + image.view_as(self.start)
 
     def value(self, a: Tensor, z: Tensor) -> float:
         """The objective at a, with its logits z."""
@@ -210,10 +214,7 @@ class Newton:
             reached = problem.inexactness(a, z)
             if reached <= tolerance:
                 break
-            root, r = problem.root(z), problem.slope(a, z)
-            wanted = problem.gradient(a, z) * max(min(reached, _LOOSE), min(_LOOSE, tolerance / reached / 2))
-            x = self._solved(problem, root, -across(root, problem.kernel @ r, True), wanted)
-            a, z, moved = _searched(problem, a, z, -(r + across(root, x)) / problem.ridge)
+            a, z, moved = self._moved(problem, a, z, tolerance / reached)
             if not moved:
                 break
         reached = problem.inexactness(a, z)
@@ -223,6 +224,26 @@ class Newton:
                 "'auto'."
             )
         return a, reached
+
+    def refine(
+        self, problem: Problem, a: Float[Tensor, " rows"], jacobian: Operator, tolerance: float
+    ) -> tuple[Float[Tensor, " rows"], float]:
+        """From nearly the optimum to that of ``K = J J'``, which the kernel at hand is up to rounding: products with J
+        say what is left, and the kernel where to go from there."""
+        reached = problem.inexactness(a, z := problem.logits(a, jacobian))
+        for _ in range(_REFINED):
+            if reached <= tolerance:
+                break
+            a, *_ = self._moved(problem, a, z, tolerance / reached)
+            reached = problem.inexactness(a, z := problem.logits(a, jacobian))
+        return a, reached
+
+    def _moved(self, problem: Problem, a: Tensor, z: Tensor, share: float) -> tuple[Tensor, Tensor, bool]:
+        """A step from a, whose logits are z, to a ``share`` of the gradient; and whether there is one."""
+        reached, root, r = problem.inexactness(a, z), problem.root(z), problem.slope(a, z)
+        wanted = problem.gradient(a, z) * max(min(reached, _LOOSE), min(_LOOSE, share / 2))
+        x = self._solved(problem, root, -across(root, problem.kernel @ r, True), wanted)
+        return _searched(problem, a, z, -(r + across(root, x)) / problem.ridge)
 
     def _solved(self, problem: Problem, root: Tensor, rhs: Tensor, wanted: float) -> Tensor:
         """``(ridge I + L'K L)^-1 rhs``, by a factor of its own if another's takes too many steps."""
