@@ -213,12 +213,13 @@ def the_later_life(folder):
     text = succeed("verify", folder, "--full")
     assert "Every file is what was written" in text
     assert "Solved anew" in text
-    assert "Refreshed on" in succeed("refresh", folder)
+    assert "Refreshed at the step with an exact head, on" in succeed("refresh", folder)
+    assert json.loads(succeed("refresh", folder, "--step-alone", "--json"))["exact_head"] is False
     assert [each["kind"] for each in json.loads(succeed("ledger", folder, "--json"))["requests"]] == [
         *["forget"] * 3,
         *["audit"] * 2,
         "remember",
-        "refresh",
+        *["refresh"] * 2,
     ]
     assert "refresh" in succeed("ledger", folder)
     refuse("has answered requests", "prepare", folder)

@@ -9,6 +9,7 @@ from cases import CASES
 from fastntk.methods import FastNTK
 from fastntk.metrics import label_probability
 from test_heads import problem
+from test_memory import close
 from torch.func import functional_call
 from torch.utils.data import Subset, TensorDataset
 
@@ -152,6 +153,21 @@ def test_it_multiplies_what_all_requests_have_changed(tmp_path):
     fastntk.refresh(apart.memory)  # its audit was of the steps before
     with pytest.raises(fastntk.InputError, match="a gain comes from an audit"):
         fastntk.amplified(apart.memory)
+
+
+@pytest.mark.parametrize("gain", [False, True])
+def test_a_refresh_keeps_what_is_served(gain, tmp_path):
+    """The anchor of what follows is the answer as it is finished, and finishing it again changes nothing."""
+    memory = audited(problem("bn", "head")).memory
+    memory.forget([3, 5])
+    served = fastntk.finished(memory, gain=gain, exact_head=True)
+    alone = memory.parameters
+    memory.save(tmp_path / "memory")
+    fastntk.refresh(memory, gain=gain)
+    again = fastntk.load(tmp_path / "memory", memory.model, memory.state.members.source)
+    for each in (memory.anchor, again.parameters, fastntk.exact_head(again)):
+        close(each, served, 1e-9)
+    assert max((alone[name] - served[name]).abs().max() for name in served) > 1e-3
 
 
 def test_without_an_audit_there_is_none():

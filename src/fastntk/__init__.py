@@ -46,10 +46,10 @@ if TYPE_CHECKING:
     from fastntk.memory.finish import amplified as amplified
     from fastntk.memory.finish import exact_head as exact_head
     from fastntk.memory.finish import finished as finished
+    from fastntk.memory.finish import refresh as refresh
     from fastntk.memory.memory import Memory as Memory
     from fastntk.memory.memory import load as load
     from fastntk.memory.memory import prepare as prepare
-    from fastntk.memory.memory import refresh as refresh
     from fastntk.memory.plan import Plan as Plan
     from fastntk.memory.plan import plan as plan
     from fastntk.tuning.fitting import Fit as Fit
@@ -89,8 +89,8 @@ _HOMES = {
     "memory.certificate": ["Answer", "Certificate", "Removal"],
     "memory.copies": ["copies", "near_copies"],
     "memory.exact": ["fit_exact"],
-    "memory.finish": ["amplified", "exact_head", "finished"],
-    "memory.memory": ["Memory", "load", "prepare", "refresh"],
+    "memory.finish": ["amplified", "exact_head", "finished", "refresh"],
+    "memory.memory": ["Memory", "load", "prepare"],
     "memory.plan": ["Plan", "plan"],
     "evidence.auditing": ["audit", "audit_exact", "left_out_gain"],
     "evidence.report": ["Report", "evaluate"],

@@ -170,6 +170,11 @@ Defer = Annotated[bool, typer.Option("--defer-purge", help="Leave the rewriting 
 Refresh = Annotated[
     bool, typer.Option(help="Re-anchor afterwards, so that the folder tells nothing of them: a pass over the rest.")
 ]
+Gain = Annotated[bool, typer.Option(help="Multiply the step by the audit's gain (below 1: with a new head).")]
+NewHead = Annotated[
+    bool | None,
+    typer.Option("--exact-head/--step-alone", help="Solve the head anew first, or not; if it can be, by default."),
+]
 Full = Annotated[bool, typer.Option("--full", help="Solve anew from the sums, to compare.")]
 CertificateFile = Annotated[
     Path | None, typer.Option(help="Where to write the certificate (JSON), with the salt of its hashed ids.")

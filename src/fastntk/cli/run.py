@@ -56,7 +56,7 @@ from fastntk.jacobians.numerics import Numerics
 from fastntk.memory.audit import Audit
 from fastntk.memory.certificate import Answer
 from fastntk.memory.disk.folder import Folder
-from fastntk.memory.finish import audited_gain, every_way, finished
+from fastntk.memory.finish import audited_gain, every_way, finished, refresh
 from fastntk.memory.memory import Memory, load
 from fastntk.memory.plan import Plan, plan
 from fastntk.solve.collect import clear
@@ -273,10 +273,11 @@ class Run:
         clear(self.folder / "partial")
         return seconds
 
-    def refresh(self) -> tuple[float, Memory]:
-        """Re-anchor the memory at the current weights, which become the run's model; the seconds, and the memory."""
+    def refresh(self, exact_head: bool | None = None, gain: bool = False) -> tuple[float, Memory]:
+        """Re-anchor the memory at its answer (``fastntk.refresh``), which becomes the run's model; the seconds, and the
+        memory."""
         memory, _ = self.memory(all_images=True)
-        seconds = memory.refresh(self.folder / "partial")
+        seconds = refresh(memory, self.folder / "partial", gain=gain, exact_head=exact_head)
         self._anchored(self.settings(), memory)
         return seconds, memory
 

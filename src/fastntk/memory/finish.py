@@ -9,6 +9,7 @@ alone, it is taken for 1.
 """
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -44,7 +45,13 @@ def finished(
     Raises:
         InputError: there is no audit for the gain, or no exact head (see ``exact_head``).
     """
-    state, done = memory.state, dict(memory.parameters if parameters is None else parameters)
+    return _finished(memory.state, parameters, gain, exact_head, without)
+
+
+def _finished(
+    state: State, parameters: Mapping[str, Tensor] | None, gain: bool | float, exact_head: bool, without: Iterable[Id]
+) -> dict[str, Tensor]:
+    done = dict(state.parameters if parameters is None else parameters)
     if gain is not False or exact_head:
         state.check_anchored("a gain or another head would make them others")
     if gain is not False:
@@ -53,6 +60,34 @@ def finished(
             raise InputError(f"a gain must be a positive number, not {gain!r}.")
         done = multiplied(state, done, max(found, 0.0 if exact_head else 1.0))
     return _with_head(state, done, without) if exact_head else done
+
+
+def refresh(
+    memory: Memory, checkpoint: Path | None = None, *, gain: bool | float = False, exact_head: bool | None = None
+) -> float:
+    """Linearise the network anew at the answer to all requests, by one pass over the members; returns the seconds.
+
+    The anchor, which was fitted to samples that have been forgotten since, is replaced; so the predictions are good
+    again, and nothing in the memory has been computed at weights that saw them. What is served from then on starts from
+    the new anchor: so the answer is finished first, as the weights are that are served. The options are those of
+    ``prepare``, an automatic ridge is found anew, an audit is gone. If the memory is kept in a folder it is rewritten
+    there, as by ``purge``.
+
+    Args:
+        memory: which is changed.
+        checkpoint: as for ``prepare``.
+        gain: as for ``finished``.
+        exact_head: likewise; None: where the memory has one.
+
+    Raises:
+        InputError: a member is missing in the data source or has changed, or the disk is full; nothing changes then.
+    """
+
+    def found(state: State) -> dict[str, Tensor]:
+        head = state.head_shortfall is not None if exact_head is None else exact_head
+        return _finished(state, None, gain, head, ())
+
+    return memory.anchored_at(found, checkpoint)
 
 
 def amplified(memory: Memory, parameters: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ remembering adds them; the others are not computed again.
 """
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -38,8 +38,8 @@ _CHECKED = 8  # samples that are compared when a memory is opened
 class Memory:
     """A state, and perhaps the folder that it is kept in. Made by ``prepare`` or ``load``.
 
-    ``forget``, ``remember`` and ``refresh`` put another state in its place; ids come in and go out here, all beneath
-    speaks of positions.
+    ``forget``, ``remember`` and ``anchored_at`` put another state in its place; ids come in and go out here, all
+    beneath speaks of positions.
 
     Attributes:
         state: all that is known, see ``fastntk.memory.state``.
@@ -149,25 +149,12 @@ class Memory:
             _kept(self._folder).replace(*pack(self.state), started)
             return time.perf_counter() - started
 
-    def refresh(self, checkpoint: Path | None = None) -> float:
-        """Linearise the network anew where its parameters are now, by one pass over the members; returns the seconds.
-
-        The anchor, which was fitted to samples that have been forgotten since, is replaced by the parameters after all
-        requests; so the predictions are good again, and nothing in the memory has been computed at weights that saw
-        them. The options are those of ``prepare``, an automatic ridge is found anew. If the memory is kept in a folder
-        it is rewritten there, as by ``purge``.
-
-        Args:
-            checkpoint: as for ``prepare``.
-
-        Raises:
-            InputError: a member is missing in the data source or has changed, or the disk is full; nothing changes
-                then.
-        """
+    def anchored_at(self, find: Callable[[State], Mapping[str, Tensor]], checkpoint: Path | None = None) -> float:
+        """Linearise the network anew at the parameters that are found in the state; see ``fastntk.refresh``."""
         settle()
         with self._exclusive():
             started, before = time.perf_counter(), digest(self.parameters)
-            fresh = refreshed(self.state, checkpoint)
+            fresh = refreshed(self.state, find, checkpoint)
             if self._folder:
                 entry = {"before": before, "after": digest(fresh.parameters), "retained": len(fresh.members.ids)}
                 self._folder.replace(*pack(fresh), started, entry)
@@ -291,11 +278,6 @@ def load(folder: Path | str, model: nn.Module, train: Dataset) -> Memory:
         state = _opened(place, model, train)
     state.check(state.members.available(state.positions)[:_CHECKED])
     return Memory(state, place)
-
-
-def refresh(memory: Memory, checkpoint: Path | None = None) -> float:
-    """``memory.refresh``."""
-    return memory.refresh(checkpoint)
 
 
 def _kept(folder: Folder | None) -> Folder:

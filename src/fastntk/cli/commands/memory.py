@@ -162,24 +162,35 @@ def verify(
 
 def refresh(
     run: options.Folder,
+    exact_head: options.NewHead = None,
+    gain: options.Gain = False,
     data: options.Moved = None,
     model: options.MovedModel = None,
     device: options.Device = "cpu",
     as_json: options.Json = False,
 ) -> None:
-    """Linearise anew where the weights are now, by one pass over the samples that are left."""
+    """Linearise anew at the answer to all requests, by one pass over the samples that are left.
+
+    The answer is finished first, as it is when it is exported: later exports begin from it.
+    """
     from fastntk.cli.run import Run
 
-    refreshed(Run(run, device, data, model), as_json)
+    refreshed(Run(run, device, data, model), as_json, exact_head=exact_head, gain=gain)
 
 
-def refreshed(opened: "Run", as_json: bool, silent: bool = False) -> None:
+def refreshed(
+    opened: "Run", as_json: bool, silent: bool = False, exact_head: bool | None = None, gain: bool = False
+) -> None:
     """Linearise anew, and say so."""
-    seconds, memory = opened.refresh()
+    seconds, memory = opened.refresh(exact_head, gain)
     if silent:
         return
+    head = memory.state.head_shortfall is not None if exact_head is None else exact_head
+    ways = [name for name, done in (("the audit's gain", gain), ("an exact head", head)) if done]
+    at = "the step" + "".join(f" with {name}" if name == ways[0] else f" and {name}" for name in ways)
     document = {"run": str(opened.folder), "seconds": seconds, "ridge": memory.ridge, "samples": len(memory.ids)}
-    show(document, as_json, f"Refreshed on {len(memory.ids):,} samples in {seconds:.1f} s; ridge {memory.ridge:.4g}.")
+    text = f"Refreshed at {at}, on {len(memory.ids):,} samples in {seconds:.1f} s; ridge {memory.ridge:.4g}."
+    show({**document, "gain": gain, "exact_head": head}, as_json, text)
 
 
 def export(
@@ -190,9 +201,7 @@ def export(
         typer.Option(help="In place of a file: a folder that timm or transformers load by themselves."),
     ] = None,
     exact_head: Annotated[bool, typer.Option(help="Solve the head anew, over the retained images.")] = False,
-    gain: Annotated[
-        bool, typer.Option(help="Multiply the step by the audit's gain (below 1: with a new head).")
-    ] = False,
+    gain: options.Gain = False,
     left_out_gain: Annotated[
         str | None,
         typer.Option(
