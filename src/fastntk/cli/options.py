@@ -142,7 +142,7 @@ Owners = Annotated[
     typer.Option(
         callback=said,
         help="Whose the images are: a FILE.csv (a header, then id, owner), a column, or a pattern over ids with one "
-        "group, as 'photos/([^/]+)/'.",
+        "group, as '^[^/]+/([^/]+)/' (class/owner/image).",
     ),
 ]
 Owner = Annotated[list[str] | None, typer.Option(help="All samples of an owner, repeatable.")]

