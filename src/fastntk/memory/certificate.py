@@ -61,9 +61,9 @@ class Certificate:
     The step is exact for the network linearised at the anchor, with its loss (in the convex form, else with the squared
     one, and of another the quadratic approximation there) and the given ridge: since the anchor it is what training it
     on the samples that are then in the memory differs by from training it on all. ``inexactness`` is the relative
-    residual of the normal equations, ``|(G + ridge I) s - (b - ridge u)| / |b - ridge u|`` (primal; the dual's own in the dual form),
-    and ``error``, where it was asked for, is the relative distance of the parameters' change since the anchor to that
-    of solving anew from the stored sums.
+    residual of the normal equations, ``|(G + ridge I) s - (b - ridge u)| / |b - ridge u|`` (primal; the dual's own in
+    the dual form), and ``error``, where it was asked for, is the relative distance of the parameters' change since the
+    anchor to that of solving anew from the stored sums.
 
     For the network itself the agreement is measured: ``departure = rms_S |g(f(theta_new)) - g(f(theta_old) + J
     (theta_new - theta_old))| / rms_F |g(f(theta_old) + J (theta_new - theta_old)) - g(f(theta_old))|`` with S the
