@@ -17,6 +17,7 @@ from fastntk.cli.settings import Given, Settings
 from fastntk.common import files
 from fastntk.common.files import file_digest, read_tensors, switching, write_json
 from fastntk.jacobians.numerics import Numerics
+from fastntk.memory.certificate import HEAD_NEEDED, Certificate
 from fastntk.tuning.recipe import Recipe
 
 MODEL = """
@@ -232,3 +233,16 @@ def test_of_a_torchvision_dataset_the_folder_moves(run):
     assert settings.moved("now", None) == replace(settings, root="now")
     assert settings.moved(None, "a.py:f") == replace(settings, model="a.py:f")
     assert run.settings().moved("now", None) == replace(run.settings(), data="now")
+
+
+def test_an_export_without_the_head_that_a_verdict_asked_for_says_so(run, monkeypatch, caplog, tmp_path):
+    with monkeypatch.context() as patch:
+        patch.setattr(Certificate, "verdict", property(lambda _: HEAD_NEEDED))
+        run.memory()[0].forget([3])
+    run.export(tmp_path / "step.safetensors")
+    assert "'exact head needed': without it" in caplog.text
+    caplog.clear()
+    run.export(tmp_path / "head.safetensors", exact_head=True)
+    run.refresh()
+    run.export(tmp_path / "refreshed.safetensors")
+    assert "exact head needed" not in caplog.text

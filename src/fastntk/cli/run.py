@@ -54,7 +54,7 @@ from fastntk.inputs.owners import owners_of
 from fastntk.inputs.weights import check_state_file, load_weights, write_state
 from fastntk.jacobians.numerics import Numerics
 from fastntk.memory.audit import Audit
-from fastntk.memory.certificate import Answer
+from fastntk.memory.certificate import HEAD_NEEDED, Answer
 from fastntk.memory.disk.folder import Folder
 from fastntk.memory.finish import audited_gain, every_way, finished, refresh
 from fastntk.memory.memory import Memory, load
@@ -317,6 +317,9 @@ class Run:
                 f"the gain is {taken:.2f}, and one below 1 draws the answer back towards what was forgotten. Export "
                 "with --exact-head too, or without a gain."
             )
+        unfinished = (each for each in memory.requests() if each.certificate.get("verdict") == HEAD_NEEDED)
+        if not exact_head and any(each.state != "re-anchored" for each in unfinished):
+            log.warning("a request's verdict is %r: without it, part of a class is still taken for it", HEAD_NEEDED)
         parameters = finished(memory, gain=taken or False, exact_head=exact_head)
         if not hub:
             write_state(out, state_at(memory.model, parameters))

@@ -29,7 +29,9 @@ _OF_SAMPLES = "salt", "doubt", "still", "copies"
 LEFT = 1e-6
 """Of the ridge: the norm of the gradient that is left which noise for certified removal is drawn for."""
 
-VERDICTS = "exact", "trusted", "exact head needed", "refresh needed", "retrain needed"
+HEAD_NEEDED = "exact head needed"
+
+VERDICTS = "exact", "trusted", HEAD_NEEDED, "refresh needed", "retrain needed"
 """Of a certificate; see ``Certificate.verdict``."""
 
 
@@ -168,7 +170,7 @@ class Certificate:
             if (self.still or 0) <= LIMIT_STILL:
                 return "trusted"
             if self.has_head:
-                return "exact head needed"
+                return HEAD_NEEDED
         return "refresh needed" if self.moved else "retrain needed"
 
     @property
@@ -183,7 +185,7 @@ class Certificate:
             return self._exactly
         advice = {
             "trusted": "",
-            "exact head needed": " Finish the answer with an exact head (export --exact-head), or retrain.",
+            HEAD_NEEDED: " Finish the answer with an exact head (export --exact-head), or retrain.",
             "refresh needed": " Refresh the memory at the current weights, or retrain.",
             "retrain needed": " Retrain, ask for fewer samples, or prepare with a larger ridge.",
         }
