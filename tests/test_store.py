@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -317,3 +318,22 @@ def test_in_float32_too_a_joined_memory_is_as_exact_as_it_says(tmp_path):
     for kind, ids in (("forget", [3, 8, 21]), ("remember", [8, 3])):
         stated = getattr(memory, kind)(ids).certificate.inexactness
         assert max(stated, memory.state.solution.inexactness()) < 1e-10
+
+
+@pytest.mark.parametrize("audited", [False, True])
+def test_after_others_have_joined_who_was_there_before_leaves_as_well(audited, tmp_path):
+    """In the primal form, whose factor is of the set before: with few rows more would be taken away than is there."""
+    case = CASES["all of attention"]
+    model, data = case.model(), case.data(17)
+    memory = fastntk.prepare(model, data, moved(model), form="primal", ridge=0.1, loss=fastntk.SquaredLoss())
+    memory.forget([15, 16])
+    memory.save(tmp_path / "m")
+    memory.remember([15, 16])
+    if audited:
+        memory.state = replace(memory.state, solution=memory.state.solution.ready())
+    for gone in range(15):
+        assert memory.preview([gone]).certificate.inexactness < 1e-9
+    memory.forget([0, 16])
+    again = fastntk.load(tmp_path / "m", model, data)
+    close(again.parameters, memory.parameters, 1e-9)
+    assert again.state.error() < 1e-8

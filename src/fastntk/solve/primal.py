@@ -152,6 +152,10 @@ class Primal:
         """With a factor over S."""
         if torch.equal(*(each.sort().values for each in (self.made, self.over))):
             return self
+        return self._made_anew
+
+    @cached_property
+    def _made_anew(self) -> "Primal":
         return replace(self, factor=factored(self.schur), made=self.over)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -194,9 +198,9 @@ class Primal:
     ) -> Update:
         """By conjugate gradients on the sums with and without the rows, preconditioned by Woodbury's identity."""
         self.ownership.check()
-        these, known = cast(Rows, rows), sign > 0 or bool(torch.isin(positions, self.made).all())
-        near = (self if known else self.ready()).near  # a factor that never saw who leaves is of no use
-        jacobian, (apply, precondition) = these.jacobian.to(torch.float64), near.updated(these, sign)
+        these = cast(Rows, rows)
+        jacobian, near = these.jacobian.to(torch.float64), _before(self, sign).near
+        apply, precondition = near.updated(these, sign)
         error = jacobian.rmatvec(these.error(self.step).view_as(these.residual))
         return Update(_refined(self, apply, sign * error, precondition), positions, sign, these)
 
@@ -230,13 +234,13 @@ class Primal:
 
     def apply(self, update: Update) -> "Primal":
         """The sums with or without the rows; the factor stays, unless many have left or joined since it was made."""
-        rows, over = cast(Rows, update.rows), update.changes(self.over)
+        rows, over, before = cast(Rows, update.rows), update.changes(self.over), _before(self, update.sign)
         self.near.observe_(self.schur, rows, update.sign)
         self.ownership.give_up()
         self.sums.observe_(rows.jacobian, rows.residual, update.sign).complete_()
         head_inverse, step = ridge_inverse(self.sums.head, self.ridge), self.step + update.change
-        after = replace(self, head_inverse=head_inverse, step=step, over=over, ownership=Ownership())
-        changed = int((~torch.isin(over, self.made)).sum() + (~torch.isin(self.made, over)).sum())
+        after = replace(before, head_inverse=head_inverse, step=step, over=over, ownership=Ownership())
+        changed = int((~torch.isin(over, before.made)).sum() + (~torch.isin(before.made, over)).sum())
         return after.ready() if changed > len(over) // _MANY else after
 
     def inexactness(self, update: Update | None = None) -> float:
@@ -273,6 +277,12 @@ class Primal:
         near = Blockwise(self.sums, head_inverse, factored(complement(self.sums, head_inverse, ridge)))
         apply, precondition = near.updated(rows, -1)
         return _refined(self, apply, rhs, precondition, ridge)
+
+
+def _before(solution: Primal, sign: int) -> Primal:
+    """Itself, or, for samples to leave, with a factor that has seen all of S: from one that has not seen who joined,
+    more would be taken away than is there."""
+    return solution if sign > 0 or bool(torch.isin(solution.over, solution.made).all()) else solution.ready()
 
 
 def _rhs(solution: Primal) -> Float[Tensor, " p"]:
