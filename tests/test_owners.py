@@ -1,6 +1,7 @@
 """Whose the samples are: from a file, a column and a pattern, and requests that name people."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -138,3 +139,25 @@ def test_a_fit_remembers_where_owners_are_named_and_not_who_they_are(data, tmp_p
     assert "forget: 1 samples" in succeed("forget", tmp_path / "run", "--owner", "Bob", "--dry-run")
     for path in (tmp_path / "run").rglob("*"):
         assert path.is_dir() or b"Zuleika" not in path.read_bytes()
+
+
+def test_owners_of_images_that_were_learned_are_read_where_those_come_from(tmp_path, caplog):
+    """A pattern is of what an id is in its own source; a source without the column gives its images no owner."""
+    for name, people in (("d", ["a", "b", "b", "a", "e"]), ("december", ["c", "a", "", "a", "e"])):
+        np.savez(tmp_path / f"{name}.npz", x=np.zeros((5, 2, 2), np.uint8), y=[0] * 5, who=people)
+    np.savez(tmp_path / "january.npz", x=np.zeros((5, 2, 2), np.uint8), y=[0] * 5)
+    whole = images()
+    for name in ("december", "january"):
+        whole = whole.joined_by(images(), str(tmp_path / f"{name}.npz"))
+    found = owners_of("who", str(tmp_path / "d.npz"), whole)
+    assert [found.get(each) for each in whole.ids] == ["a", "b", "b", "a", "e", "c", "a", None, "a", "e", *[None] * 5]
+    for said in (
+        "no column|holds no|has no",
+        "1 of 5 images learned from .*december",
+        "5 of 5 images learned .*january",
+    ):
+        assert re.search(said, caplog.text), caplog.text
+    found = owners_of("^([^/]+)/", "anywhere", whole)
+    alone = owners_of("^([^/]+)/", "anywhere", images())
+    for prefix in ("december.npz/", "january.npz/"):
+        assert {each: found.get(f"{prefix}{each}") for each in images().ids} == {i: alone.get(i) for i in images().ids}

@@ -246,3 +246,78 @@ def test_an_export_without_the_head_that_a_verdict_asked_for_says_so(run, monkey
     run.refresh()
     run.export(tmp_path / "refreshed.safetensors")
     assert "exact head needed" not in caplog.text
+
+
+@pytest.fixture
+def more(given, tmp_path):
+    """Files of new images, which are all alike."""
+    with np.load(given.data) as arrays:
+        images, labels = 255 - arrays["x_test"], arrays["y_test"]
+    for name in ("new", "newer"):
+        np.savez(tmp_path / f"{name}.npz", x=images, y=labels)
+    return str(tmp_path / "new.npz"), str(tmp_path / "newer.npz")
+
+
+def test_learning_that_was_interrupted_goes_on(run, more, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fastntk.Memory, "remember", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run.learn(more[0])
+    assert len(run.memory()[0].ids) == 20
+    assert len(run.learn(more[0], full=True)[0].ids) == 24
+    assert run.memory()[0].requests()[-1].certificate["error"] is not None
+    with pytest.raises(fastntk.InputError, match="learned already"):
+        run.learn(more[0])
+
+
+def test_what_an_interrupted_learning_named_is_not_prepared_for(run, more):
+    run._change(lambda settings: settings.joined(more[0]))
+    assert len(prepared(run).ids) == 20
+    assert run.settings().added == []
+
+
+def test_two_processes_learn_and_one_had_refreshed(run, more, monkeypatch):
+    """Each changes what it changes of the run's settings, and takes the rest as the others left it."""
+    run.memory()[0].forget([3])
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_change", lambda *_: None)
+        run.refresh()  # and is cut off before the run's model is the anchor
+    other, remember = Run(run.folder), fastntk.Memory.remember
+
+    def slowly(memory, ids, **how):
+        with monkeypatch.context() as patch:
+            patch.setattr(fastntk.Memory, "remember", remember)
+            other.learn(more[1])
+        return remember(memory, ids, **how)
+
+    monkeypatch.setattr(fastntk.Memory, "remember", slowly)
+    run.learn(more[0])
+    assert sorted(run.settings().added) == sorted(more)
+    assert len(run.memory()[0].ids) == 27
+    run.refresh()
+
+
+def test_learned_images_that_were_forgotten_may_be_deleted(run, more):
+    memory = run.learn(more[0])[0]
+    os.rename(more[0], more[0] + ".away")
+    with pytest.raises(fastntk.InputError, match="put them back"):
+        run.memory()
+    os.rename(more[0] + ".away", more[0])
+    memory.forget([f"new.npz/{place}" for place in range(4)])
+    os.remove(more[0])
+    assert len(run.memory()[0].forget([5]).parameters) > 0
+    run.refresh()
+
+
+def test_training_images_are_not_held_out_after_more_were_learned(given, more, tmp_path):
+    with np.load(given.data) as arrays:
+        np.savez(tmp_path / "whole.npz", x=arrays["x_train"], y=arrays["y_train"])
+    made = Run(tmp_path / "run")
+    made.fit(replace(given, data=str(tmp_path / "whole.npz")), RECIPE)
+    prepared(made)
+    made.learn(more[0])[0].forget([3])
+    with pytest.raises(fastntk.InputError, match="has no test split"):
+        made.evaluate(None, 1)

@@ -14,14 +14,14 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from filelock import FileLock
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from fastntk.cli import preparing
-from fastntk.cli.asked import core_of, forgotten, of_class
+from fastntk.cli.asked import core_of, forgotten, of_class, owners
 from fastntk.cli.options import check_out
 from fastntk.cli.settings import Given, Settings
 from fastntk.common import distributed
@@ -184,27 +184,27 @@ class Run:
             InputError: a file is missing or damaged, or they do not belong together.
         """
         settings, model, images = self._opened()
-        return self._loaded(settings, model, in_memory(images) if all_images else images), images
+        return self._loaded(settings, model, images, all_images), images
 
-    def _loaded(self, settings: Settings, model: nn.Module, images: Dataset) -> Memory:
+    def _loaded(self, settings: Settings, model: nn.Module, images: Images, all_images: bool = False) -> Memory:
         """The memory; the run's model is its anchor, which a refresh that was cut off has not made it yet.
 
         Raises:
-            InputError: they do not belong together.
+            InputError: they do not belong together, or what was learned is gone while it is in the memory.
         """
         fitted = snapshot(tuned(model))
-        memory = load(self.folder / "memory", model, images)
+        memory = load(self.folder / "memory", model, in_memory(images) if all_images else images)
+        settings.check_learned(images, memory.ids)
         if digest(fitted) != digest(memory.anchor):
             if not any(each.kind == "refresh" for each in memory.requests()):
                 raise InputError(f"the memory in {self.folder} was prepared for another fit. Prepare again.")
-            self._anchored(settings, memory)
+            self._change(lambda settings: settings, state_at(memory.model, memory.anchor))
         return memory
 
-    def _anchored(self, settings: Settings, memory: Memory) -> None:
-        """The memory's anchor becomes the run's model."""
+    def _change(self, change: Callable[[Settings], Settings], model: Mapping[str, Tensor] | None = None) -> None:
+        """The settings as they are by then, and the model if there is another."""
         with self._locked():
-            model = state_at(memory.model, memory.anchor)
-            self._replace(settings, {_TENSORS[1]: model}, gone=())
+            self._replace(change(self.settings()), {_TENSORS[1]: model} if model else {}, gone=())
 
     def prepare(
         self, ridge: float | str, form: str, classes: int | str, seed: int, numerics: Numerics, ready: bool = False
@@ -216,6 +216,8 @@ class Run:
         """
         check_writable(self.folder)
         Folder(self.folder / "memory").check_unused()
+        for each in self.settings().added:  # by a command that was interrupted before it had learned them
+            self._change(partial(Settings.joined, data=each, there=False))
         settings, model, images = self._opened()
         tensors, _ = read_tensors(self.folder / "initial.safetensors")
         initial = {name: tensor.to(self.device) for name, tensor in tensors.items()}
@@ -231,24 +233,25 @@ class Run:
             clear(self.folder / "partial")  # of an earlier attempt in another form
         return memory
 
-    def learn(self, data: str) -> tuple[Memory, Answer]:
+    def learn(self, data: str, full: bool = False) -> tuple[Memory, Answer]:
         """Add all images of other data to the memory, and to the run's data; exact as a request is.
 
         Raises:
             InputError: they are there already, of other classes, or cannot be read.
         """
-        if data in self.settings().added:
-            raise InputError(f"{data} was learned already. Name other images, or use: fastntk remember.")
         settings, model, images = self._opened()
-        more = images.joined_by(settings.images(images.preprocessing, data), Path(data).name)
-        memory = self._loaded(settings, model, more)
-        with self._locked():
-            self._replace(replace(settings, added=[*settings.added, data]), {}, gone=())
+        if data not in images.by_source:
+            images = images.joined_by(settings.images(images.preprocessing, data), data)
+        memory, wanted = self._loaded(settings, model, images), images.by_source[data]
+        if set(wanted) & set(memory.ids):
+            raise InputError(f"{data} was learned already. Name other images, or use: fastntk remember.")
+        if settings.owners:
+            owners(settings, images)  # says whose nobody is
+        self._change(partial(Settings.joined, data=data))
         try:
-            return memory, memory.remember(more.ids[len(images) :])
+            return memory, memory.remember(wanted, full=full)
         except InputError:
-            with self._locked():
-                self._replace(settings, {}, gone=())
+            self._change(partial(Settings.joined, data=data, there=False))
             raise
 
     def plan(self, form: str, classes: int | str, numerics: Numerics) -> Plan:
@@ -278,7 +281,7 @@ class Run:
         memory."""
         memory, _ = self.memory(all_images=True)
         seconds = refresh(memory, self.folder / "partial", gain=gain, exact_head=exact_head)
-        self._anchored(self.settings(), memory)
+        self._change(lambda settings: settings, state_at(memory.model, memory.anchor))
         return seconds, memory
 
     def audit(self, fraction: float, class_name: str | None, test: str | None, seed: int) -> Audit | Sameness:

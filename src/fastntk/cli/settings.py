@@ -1,6 +1,6 @@
 """What a run folder says of how its model was made: what it started from, and ``run.json``."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from fastntk.common.errors import InputError
 from fastntk.common.files import file_digest, read_json
 from fastntk.common.formats import Format, sealed, unchanged, unsealed
+from fastntk.inputs.ids import Id
 from fastntk.inputs.images import Images, Preprocessing, in_memory
 from fastntk.inputs.sources import load_data
 from fastntk.memory.certificate import Removal
@@ -161,6 +162,11 @@ class Settings:
             return found
         return replace(found, root=data) if self.root else replace(found, data=data)
 
+    def joined(self, data: str, there: bool = True) -> "Settings":
+        """The same with data that were added, or without."""
+        others = [each for each in self.added if each != data]
+        return replace(self, added=[*others, data] if there else others)
+
     def fitting(self) -> Recipe:
         """How the model was fitted.
 
@@ -183,25 +189,32 @@ class Settings:
         return found.under(self.classes)
 
     def training(self, preprocessing: Preprocessing) -> Images:
-        """The training data, with all that was added; the latter's ids begin with the name of where they come from.
+        """The training data, with all that was added and is there; the latter's ids begin with the name of where they
+        come from.
 
         Raises:
             InputError: like ``images``; they are not there any more; or two samples have the same id.
         """
-        found = self._there(preprocessing, None, "If the run's data lie elsewhere now: --data (of learn, --fitted-to).")
+        try:
+            found = self.images(preprocessing)
+        except InputError as error:
+            if Path(self.root or self.data).exists():
+                raise
+            elsewhere = "If the run's data lie elsewhere now: --data (of learn, --fitted-to)."
+            raise InputError(f"{error} {elsewhere}") from error
         for each in self.added:
-            more = self._there(preprocessing, each, "They were learned from there: put them back.")
-            found = found.joined_by(more, Path(each).name)
+            try:
+                found = found.joined_by(self.images(preprocessing, each), each)
+            except InputError:
+                if _holds_files(Path(each)):
+                    raise  # else they are gone, as those who were forgotten may be (``check_learned``)
         return found
 
-    def _there(self, preprocessing: Preprocessing, source: str | None, remedy: str) -> Images:
-        """The same as ``images``; the remedy is said if nothing is where they were."""
-        try:
-            return self.images(preprocessing, source)
-        except InputError as error:
-            if Path(source or self.root or self.data).exists():
-                raise
-            raise InputError(f"{error} {remedy}") from error
+    def check_learned(self, images: Images, members: Collection[Id]) -> None:
+        """Raises ``InputError`` where data that were added are not among the images any more, and some are members."""
+        for each in set(self.added) - set(images.by_source):
+            if any(str(name).startswith(f"{Path(each).name}/") for name in members):
+                raise InputError(f"images that were learned from {each} are in the memory: put them back there.")
 
     def held_out(self, images: Images, test: str | None) -> Dataset:
         """The test images: of ``test``, or the test split of the run's own data, whose training ``images`` these are.
@@ -210,7 +223,8 @@ class Settings:
             InputError: the run's own data have no test split, so that the training images would be taken.
         """
         found = self.images(images.preprocessing, test, split="test")
-        if test is None and torch.equal(found.labels, images.labels) and torch.equal(found[0][0], images[0][0]):
+        whole = len(found) == images.parts[0][1] and torch.equal(found.labels, images.labels[: len(found)])
+        if test is None and whole and torch.equal(found[0][0], images[0][0]):
             raise InputError(f"{self.data} has no test split. Give images that the model was not fitted to: --test.")
         return in_memory(found)
 
@@ -219,3 +233,7 @@ class Settings:
         for name, expected in self.files.items():
             if file_digest(folder / name) != expected:
                 raise InputError(f"{folder / name} is damaged. Restore it from a backup, or fit again.")
+
+
+def _holds_files(place: Path) -> bool:
+    return place.is_file() or any(each.is_file() for each in place.rglob("*"))

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,6 +43,9 @@ class Images(Labelled):
         classes: the names of the classes.
         preprocessing: the model's.
         ids: what names each sample for good, whatever else is removed; by default its index.
+
+    Attributes:
+        parts: the sources that they were joined from, in order, with how many images; the first is the data's own, "".
     """
 
     def __init__(
@@ -57,6 +62,7 @@ class Images(Labelled):
         if outside:
             raise InputError(f"label {outside[0]} is outside the {len(classes)} classes 0 .. {len(classes) - 1}.")
         self.labels = torch.as_tensor(labels, dtype=torch.long)
+        self.parts = [("", len(labels))]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -87,17 +93,26 @@ class Images(Labelled):
         places = torch.tensor([classes.index(name) for name in self.classes], dtype=torch.long)
         return Images(self.source, places[self.labels].tolist(), list(classes), self.preprocessing, self.ids)
 
-    def joined_by(self, others: "Images", name: str) -> "Images":
-        """With other images of the same classes at the end, whose ids become ``name/id``.
+    def joined_by(self, others: "Images", source: str) -> "Images":
+        """With the images of another source at the end, of the same classes, whose ids begin with its name.
 
         Raises:
             InputError: an id is there already.
         """
+        name = Path(source).name
         ids = [*self.ids, *(f"{name}/{each}" for each in others.ids)]
         if len(set(ids)) < len(ids):
             raise InputError(f"images of {name!r} have ids that are there already. Call the new data otherwise.")
         labels = [*self.labels.tolist(), *others.labels.tolist()]
-        return Images(_Joined(self, others), labels, self.classes, self.preprocessing, ids)
+        joined = Images(_Joined(self, others), labels, self.classes, self.preprocessing, ids)
+        joined.parts = [*self.parts, (source, len(others))]
+        return joined
+
+    @property
+    def by_source(self) -> dict[str, Sequence[int | str]]:
+        """The ids of every source's images."""
+        ends = accumulate(count for _, count in self.parts)
+        return {each: self.ids[end - count : end] for (each, count), end in zip(self.parts, ends, strict=True)}
 
     def part(self, first: int, last: int) -> "Images":
         """Images ``first`` to ``last`` of each class, in the order in which they all are.

@@ -18,10 +18,10 @@ def owners_of(spec: str, source: str, images: Images) -> dict[Id, str]:
 
     Args:
         spec: a ``FILE.csv`` with a header, then an id and an owner in every row; a regular expression with one group,
-            which an id's owner is, such as ``^[^/]+/([^/]+)/``; or the column (of an ``.npz``, the array) of the source
-            that names it.
+            which an id's owner is, such as ``^[^/]+/([^/]+)/``, of an image that was learned by what its id is in its
+            own source; or the column (of an ``.npz``, the array) of the source that names it.
         source: where the images come from, as ``load_data`` takes it.
-        images: of it.
+        images: of it, and of others that were learned.
 
     Raises:
         InputError: the file or column cannot be read, an id has two owners, the expression is none or has not one
@@ -32,13 +32,28 @@ def owners_of(spec: str, source: str, images: Images) -> dict[Id, str]:
     elif "(" in spec:
         found = _by_pattern(spec, images)
     else:
-        column = read_column(source, spec)
-        if len(column) > len(images):
-            raise InputError(f"{source} has {len(column):,} rows, and there are {len(images):,} images of it.")
-        named = zip(images.ids, column, strict=False)  # images that were learned later come after them
-        found = {each: str(owner) for each, owner in named if owner not in (None, "")}
+        found = _by_column(spec, source, images)
     if not found:
         raise InputError(f"{spec!r} gives none of the {len(images):,} images an owner.")
+    for learned, ids in images.by_source.items():
+        if learned and (lacking := sum(each not in found for each in ids)):
+            log.warning("%d of %d images learned from %s have no owner by %r", lacking, len(ids), learned, spec)
+    return found
+
+
+def _by_column(name: str, source: str, images: Images) -> dict[Id, str]:
+    found: dict[Id, str] = {}
+    for learned, ids in images.by_source.items():
+        try:
+            column = read_column(learned or source, name)
+        except InputError as error:
+            if not learned:
+                raise
+            log.warning("%s", error)
+            continue
+        if len(column) != len(ids):
+            raise InputError(f"{learned or source} has {len(column):,} rows, and there are {len(ids):,} images of it.")
+        found |= {each: str(owner) for each, owner in zip(ids, column, strict=True) if owner not in (None, "")}
     return found
 
 
@@ -74,5 +89,10 @@ def _by_pattern(pattern: str, images: Images) -> dict[Id, str]:
         raise InputError(f"{pattern!r} is no regular expression ({error}).") from error
     if expression.groups != 1:
         raise InputError(f"{pattern!r} must have one group, which is the owner, not {expression.groups}.")
-    matches = ((each, expression.search(str(each))) for each in images.ids)
-    return {each: match[1] for each, match in matches if match and match[1]}
+    found = {}
+    for learned, ids in images.by_source.items():
+        for each in ids:
+            match = expression.search(str(each).removeprefix(f"{Path(learned).name}/" if learned else ""))
+            if match and match[1]:
+                found[each] = match[1]
+    return found

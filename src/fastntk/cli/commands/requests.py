@@ -203,7 +203,7 @@ def learn(
 
     options.check_out(certificate)
     opened = Run(run, device, fitted_to, model)
-    memory, answer = opened.learn(data)
+    memory, answer = opened.learn(data, full)
     _answered(opened, memory, answer, certificate, defer_purge, as_json)
 
 
