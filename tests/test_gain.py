@@ -52,7 +52,8 @@ def test_an_audit_finds_it():
 
 def audited(given, gain=1.3):
     """The problem with a memory whose audit found a gain."""
-    given.memory.enter(replace(fastntk.audit(given.memory, given.recipe, fraction=0.3), gain=gain))
+    done = fastntk.audit(given.memory, given.recipe, fraction=0.3)
+    given.memory.enter(replace(done, gain=gain), given.memory.state)
     return given
 
 
@@ -134,12 +135,31 @@ def test_a_gain_below_1_is_for_an_exact_head_to_follow():
 
 def test_it_is_not_exported_alone(tmp_path, monkeypatch):
     given, out = audited(problem("bn", "head"), 0.7), tmp_path / "out.safetensors"
+    given.memory.save(tmp_path / "memory")
     monkeypatch.setattr(Run, "memory", lambda self: (given.memory, given.train))
     with pytest.raises(fastntk.InputError, match=r"0\.70.* draws the answer back.*--exact-head"):
         Run(tmp_path).export(out, gain=True)
     assert not out.exists()
     Run(tmp_path).export(out, exact_head=True, gain=True)
     assert out.exists()
+
+
+def test_held_out_samples_of_a_class_that_is_gone_say_nothing():
+    """Neither of a gain nor of whether members that are left out look like unseen ones."""
+    case = CASES["bn+head"]
+    model, data = case.model(), case.data(30)
+    done = fastntk.fit(model, data, epochs=60, batch_size=10, learning_rate=0.05)
+    memory = fastntk.prepare(model, data, done.initial, ridge=0.5)
+    images, labels = case.data(60, seed=5).tensors
+    gone, held_out = int(data.tensors[1][0]), TensorDataset(images, labels)
+    memory.forget((data.tensors[1] == gone).nonzero()[:, 0].tolist())
+    there = TensorDataset(images[labels != gone], labels[labels != gone])
+    assert fastntk.left_out_gain(memory, held_out) == fastntk.left_out_gain(memory, there)
+    fits = [fastntk.audit(memory, done.recipe, held_out=each) for each in (held_out, there)]
+    assert fits[0].unseen == fits[1].unseen
+    assert fits[0].compared == fits[1].compared
+    with pytest.raises(fastntk.InputError, match="class that the memory still has"):
+        fastntk.left_out_gain(memory, TensorDataset(images[labels == gone], labels[labels == gone]))
 
 
 def test_it_multiplies_what_all_requests_have_changed(tmp_path):
@@ -173,3 +193,22 @@ def test_a_refresh_keeps_what_is_served(gain, tmp_path):
 def test_without_an_audit_there_is_none():
     with pytest.raises(fastntk.InputError, match="a gain comes from an audit"):
         FastNTK(gain=True)(problem("bn", "head"))
+
+
+def test_what_another_process_did_meanwhile_is_known(tmp_path):
+    """To who finishes an answer; an audit of what was before it is not entered."""
+    given = problem("bn", "head")
+    mine, source = given.memory, given.memory.state.members.source
+    mine.save(tmp_path / "memory")
+    other = fastntk.load(tmp_path / "memory", given.model, source)
+    other.forget([3, 5])
+    close(fastntk.exact_head(mine), fastntk.exact_head(other), 0)
+
+    def slowly(data, seed):
+        if seed == 2:
+            other.forget([7])
+        return {name: tensor + 0.01 * seed for name, tensor in mine.anchor.items()}
+
+    with pytest.raises(fastntk.InputError, match="while it was audited"):
+        fastntk.audit(mine, slowly)
+    assert fastntk.load(tmp_path / "memory", given.model, source).audit is None

@@ -28,7 +28,7 @@ from fastntk.memory.audit import Audit
 from fastntk.memory.certificate import Answer
 from fastntk.memory.exact import forgettable, solved_anew
 from fastntk.memory.finish import multiplied
-from fastntk.memory.memory import Memory
+from fastntk.memory.memory import Memory, current
 from fastntk.memory.state import State
 from fastntk.tuning.loss import check_labels, predictions
 from fastntk.tuning.outputs import logits_of, margins, model_at
@@ -75,7 +75,7 @@ def audit(
         InputError: the request is empty or everything, samples are missing or have changed, retraining returns other
             parameters than the tuned ones, or the two retrained models are equal.
     """
-    state = memory.state
+    state = current(memory)
     unseen = _checked(state, recipe, held_out, seed)
     drawn = state.members.positions(_drawn(memory.ids, fraction, seed) if ids is None else ids)
     if not len(drawn):
@@ -88,9 +88,9 @@ def audit(
     memory.ready()  # which every request to come needs
     answer = memory.preview(state.members.by_position[position] for position in drawn.tolist())
     result = _compared(state, Subset(state.members, drawn.tolist()), (first, second), answer, seconds)
-    if held_out is not None:
-        result = _beside_unseen(result, state, held_out, unseen)
-    memory.enter(result)
+    if unseen is not None:
+        result = _beside_unseen(result, state, unseen)
+    memory.enter(result, state)
     return result
 
 
@@ -158,8 +158,8 @@ def audit_exact(memory: Memory, *, fraction: float = 0.1, ids: Iterable[Id] | No
     return Sameness(len(asked), difference, moved, seconds)
 
 
-def _checked(state: State, recipe: Recipe | Retraining, held_out: Dataset | None, seed: int) -> Tensor:
-    """The labels of held-out samples, of which there may be none.
+def _checked(state: State, recipe: Recipe | Retraining, held_out: Dataset | None, seed: int) -> Dataset | None:
+    """Of held-out samples, if there are any, those to compare with.
 
     Raises:
         InputError: for arguments of an audit that would fail it after the retraining.
@@ -169,9 +169,9 @@ def _checked(state: State, recipe: Recipe | Retraining, held_out: Dataset | None
     if not isinstance(recipe, Recipe) and not callable(recipe):
         raise InputError(f"an audit retrains by a fastntk.Recipe or a function, not a {type(recipe).__name__}.")
     if held_out is None:
-        return torch.empty(0)
+        return None
     _check_leaves_out(state)
-    return _labels(state, held_out)
+    return _unseen(state, held_out)
 
 
 def _check_leaves_out(state: State) -> None:
@@ -255,9 +255,15 @@ def left_out(state: State, positions: Int[Tensor, " samples"]) -> Float[Tensor, 
     network, layout, places = state.network, state.layout, positions.tolist()
     fitted = logits_of(model_at(state.model, state.anchor), Subset(state.members, places), network.device)
     moved = state.vector - layout.flatten(state.anchor)
-    changes = torch.cat([state.solution.alone(network, some) for some in positions.split(_TOGETHER)])
-    alone = fitted + (changes if network.keep is not None else network.loss.whitened(changes, fitted))
+    alone = fitted + _leaving(state, positions, fitted)
     return alone + tangent(network, places, moved) if moved.any() else alone
+
+
+def _leaving(state: State, positions: Int[Tensor, " some"], fitted: Tensor) -> Float[Tensor, "some classes"]:
+    """What leaving each alone changes of its logits, which at the anchor are ``fitted``."""
+    network = state.network
+    changes = torch.cat([state.solution.alone(network, some) for some in positions.split(_TOGETHER)])
+    return changes if network.keep is not None else network.loss.whitened(changes, fitted)
 
 
 def left_out_gain(memory: Memory, held_out: Dataset) -> float:
@@ -269,7 +275,8 @@ def left_out_gain(memory: Memory, held_out: Dataset) -> float:
 
         mean_i p_y(f(x_i) + g c_i) = mean over held-out samples of p_y(f(x)),    0.5 <= g <= 2,
 
-    over at most 1,000 members. docs/nearer.md has what it does beside the gain of an audit.
+    over at most 1,000 members, and the held-out samples of the classes that these have. docs/nearer.md has what it does
+    beside the gain of an audit.
 
     Args:
         memory: with a data source that has these members.
@@ -278,24 +285,33 @@ def left_out_gain(memory: Memory, held_out: Dataset) -> float:
     Raises:
         InputError: the memory's form leaves nobody out (``left_out``).
     """
-    state, positions = memory.state, _some(memory.state)
-    known = _labels(state, held_out)
-    members = Subset(state.members, positions.tolist())
-    here, unseen = (
-        logits_of(model_at(state.model, state.parameters), data, state.network.device).cpu()
-        for data in (members, held_out)
-    )
-    change, labels = left_out(state, positions).cpu() - here, labels_of(members)
-    wanted = label_probability(unseen, known)
+    state = current(memory)
+    _check_leaves_out(state)
+    positions = _some(state)
+    members, unseen = Subset(state.members, positions.tolist()), _unseen(state, held_out)
+    labels = labels_of(members)
+    fitted = logits_of(model_at(state.model, state.anchor), members, state.network.device)
+    model, change = model_at(state.model, state.parameters), _leaving(state, positions, fitted).cpu()
+    here, there = (logits_of(model, data, state.network.device).cpu() for data in (members, unseen))
+    wanted = label_probability(there, labels_of(unseen))
     return solved(lambda gain: label_probability(here + gain * change, labels) - wanted)
 
 
-def _labels(state: State, held_out: Dataset) -> Int[Tensor, " samples"]:
-    """Of held-out samples. Raises ``InputError`` if there is none, or one of a class that the model does not know."""
+def _unseen(state: State, held_out: Dataset) -> Subset:
+    """Held-out samples of the classes that the members have who are left out one by one: of a class that was forgotten,
+    others are no likeness.
+
+    Raises:
+        InputError: there is none, or one of a class that the model does not know.
+    """
     check_any(held_out, "held-out")
     labels = labels_of(held_out)
     check_labels(labels, state.network.classes)
-    return labels
+    there = labels_of(Subset(state.members, _some(state).tolist()))
+    places = torch.isin(labels, there).nonzero()[:, 0].tolist()
+    if not places:
+        raise InputError("no held-out sample is of a class that the memory still has. Give others.")
+    return Subset(held_out, places)
 
 
 def _some(state: State) -> Int[Tensor, " samples"]:
@@ -304,17 +320,17 @@ def _some(state: State) -> Int[Tensor, " samples"]:
     return state.positions[order[:_LEFT_OUT].sort().values]
 
 
-def _beside_unseen(result: Audit, state: State, held_out: Dataset, labels: Tensor) -> Audit:
-    """With the accuracies on some members left out and on held-out samples of those labels."""
+def _beside_unseen(result: Audit, state: State, unseen: Dataset) -> Audit:
+    """With the accuracies on some members left out and on unseen samples of their classes."""
     positions = _some(state)
     members = labels_of(Subset(state.members, positions.tolist()))
-    alone = left_out(state, positions).cpu()
-    unseen = logits_of(model_at(state.model, state.parameters), held_out, state.network.device).cpu()
+    alone, others = left_out(state, positions).cpu(), labels_of(unseen)
+    there = logits_of(model_at(state.model, state.parameters), unseen, state.network.device).cpu()
     return replace(
         result,
         left_out=accuracy(alone, members),
-        unseen=accuracy(unseen, labels),
-        compared=(len(members), len(unseen)),
+        unseen=accuracy(there, others),
+        compared=(len(members), len(others)),
     )
 
 

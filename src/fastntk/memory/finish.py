@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastntk.common.errors import InputError
 from fastntk.inputs.ids import Id
-from fastntk.memory.memory import Memory
+from fastntk.memory.memory import Memory, current
 from fastntk.memory.state import State
 from fastntk.solve.head import new_head
 
@@ -45,7 +45,7 @@ def finished(
     Raises:
         InputError: there is no audit for the gain, or no exact head (see ``exact_head``).
     """
-    return _finished(memory.state, parameters, gain, exact_head, without)
+    return _finished(current(memory), parameters, gain, exact_head, without)
 
 
 def _finished(

@@ -60,7 +60,7 @@ class Memory:
 
     @property
     def parameters(self) -> dict[str, Tensor]:
-        """The tuned parameters after all requests so far."""
+        """The tuned parameters after all requests so far that this process knows of."""
         return self.state.parameters
 
     @property
@@ -171,9 +171,16 @@ class Memory:
         place.create(*pack(self.state), self.audit)
         self._folder = place
 
-    def enter(self, audit: Audit) -> None:
-        """From now on every certificate carries this audit; the folder's ledger does too."""
+    def enter(self, audit: Audit, of: State) -> None:
+        """From now on every certificate carries this audit of a state; the folder's ledger does too.
+
+        Raises:
+            InputError: another process has answered requests or re-anchored the memory since.
+        """
         with self._exclusive():
+            now, then = ([digest(each.anchor), digest(each.parameters)] for each in (self.state, of))
+            if now != then:
+                raise InputError("the memory answered requests or was refreshed while it was audited. Audit it again.")
             if self._folder:
                 self._folder.audited(audit)
             self.state = replace(self.state, audit=audit)
@@ -278,6 +285,12 @@ def load(folder: Path | str, model: nn.Module, train: Dataset) -> Memory:
         state = _opened(place, model, train)
     state.check(state.members.available(state.positions)[:_CHECKED])
     return Memory(state, place)
+
+
+def current(memory: Memory) -> State:
+    """A memory's state, with what other processes did to the folder."""
+    with memory._exclusive():
+        return memory.state
 
 
 def _kept(folder: Folder | None) -> Folder:
