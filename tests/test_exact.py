@@ -296,6 +296,18 @@ def test_on_the_command_line(data, tmp_path):  # noqa: F811
     assert audited["difference"] < 1e-6
     assert "solved anew from the core's model" in succeed("audit", run, "--fraction", 0.5)
     refuse("is of the core", "audit", run, "--class-name", "red")
+    refuse("leave out --refresh", "forget", run, "--ids", "7", "--refresh")
+    refuse("this fit forgets exactly", "export", run, "--gain")
+    asked = tmp_path / "asked.csv"
+    asked.write_text("request,ids,date\none,7,2026-11-01\n")
+    succeed("forget", run, "--requests", asked, "--out", tmp_path / "november")
+    told = (tmp_path / "november" / "summary.html").read_text()
+    assert "weights are those of the same fit" in told
+    assert "fastntk refresh" not in told
+    succeed("export", run, "--hub", tmp_path / "hub")
+    told = (tmp_path / "hub" / "README.md").read_text()
+    assert "the same fit, from a core that is not forgotten" in told
+    assert "linearisation" not in told
     refuse("leave held-out data out", "audit", run, "--test", data)
     refuse("no anchor to be moved", "refresh", run)
     refuse("the convex form alone", "prepare", never, "--form", "primal")

@@ -16,6 +16,7 @@ from torch.utils.data import Subset, TensorDataset
 import fastntk
 from fastntk.cli.run import Run
 from fastntk.evidence.auditing import left_out
+from fastntk.evidence.card import card
 from fastntk.evidence.gain import LEAST, MOST, found
 from fastntk.memory.finish import multiplied
 
@@ -173,6 +174,20 @@ def test_it_multiplies_what_all_requests_have_changed(tmp_path):
     fastntk.refresh(apart.memory)  # its audit was of the steps before
     with pytest.raises(fastntk.InputError, match="a gain comes from an audit"):
         fastntk.amplified(apart.memory)
+
+
+def test_a_refresh_says_what_it_began_from(tmp_path):
+    memory = audited(problem("bn", "head"), 0.7).memory
+    memory.save(tmp_path / "memory")
+    with pytest.raises(fastntk.InputError, match=r"0\.70.* draws the answer back"):
+        fastntk.refresh(memory, gain=True, exact_head=False)
+    assert "There was no audit." not in card(memory, None, False)
+    fastntk.refresh(memory, gain=True)
+    entry = memory.requests()[-1].certificate
+    assert (entry["gain"], entry["exact_head"]) == (0.7, True)
+    told = card(memory, None, False)
+    assert "multiplied by 0.70 and the head was solved anew, which is measured only" in told
+    assert "There was no audit since the latest refresh." in told
 
 
 @pytest.mark.parametrize("gain", [False, True])

@@ -12,6 +12,7 @@ from test_folder import Killed, failing
 
 import fastntk
 from fastntk.cli import preparing
+from fastntk.cli.asked import forgotten
 from fastntk.cli.run import Run
 from fastntk.cli.settings import Given, Settings
 from fastntk.common import files
@@ -321,3 +322,19 @@ def test_training_images_are_not_held_out_after_more_were_learned(given, more, t
     made.learn(more[0])[0].forget([3])
     with pytest.raises(fastntk.InputError, match="has no test split"):
         made.evaluate(None, 1)
+
+
+def test_who_was_never_in_the_memory_is_not_shown_as_forgotten(given, tmp_path):
+    """Forgotten ones were remembered, and as many images came to the data since: nobody can tell which is which."""
+    with np.load(given.data) as arrays:
+        images, labels = arrays["x_train"], arrays["y_train"]
+    np.savez(tmp_path / "data.npz", x=images, y=labels)
+    made = Run(tmp_path / "run")
+    made.fit(replace(given, data=str(tmp_path / "data.npz")), RECIPE)
+    prepared(made)
+    np.savez(tmp_path / "data.npz", x=np.concatenate([images, 255 - images[:3]]), y=[*labels, *labels[:3]])
+    made.memory()[0].forget([3, 4, 5])
+    assert forgotten(made.memory()[1], made.memory()[0]) == [3, 4, 5]
+    made.memory()[0].remember([3, 4, 5])
+    with pytest.raises(fastntk.InputError, match="may never have been in it"):
+        forgotten(made.memory()[1], made.memory()[0])

@@ -227,13 +227,15 @@ def forgotten(images: Images, memory: Memory, named: list[Id] | None = None) -> 
             raise InputError(f"sample {each!r} is {where}: only what was forgotten, and is in the data, can be shown.")
     if named is not None:
         return named
-    moved = {each.kind for each in requests} & {"refresh", "remember"}
-    strangers = [] if moved else _strangers(images, memory)
+    joined = sum(each.certificate["samples"] for each in requests if each.kind == "remember")  # type: ignore[misc]
+    learned = sum(len(ids) for source, ids in images.by_source.items() if source)
+    refreshed = any(each.kind == "refresh" for each in requests)
+    strangers = [] if joined or refreshed else _strangers(images, memory)
     found = [each for each in images.ids if each not in members and each not in strangers]
-    if len(found) > gone:
+    if len(found) > gone or (found and (joined != learned or (refreshed and len(found) < gone))):
         raise InputError(
-            f"{len(found)} images of the data are not in the memory, but {gone} were forgotten: some were never in it. "
-            "Say which were forgotten: --ids or --ids-file."
+            f"{len(found)} images of the data are not in the memory, and {gone} were forgotten: some may never have "
+            "been in it. Say which were forgotten: --ids or --ids-file."
         )
     log.info(
         "shown as forgotten: %d images of the data that are not in the memory, of %d that were forgotten; %d others "

@@ -174,9 +174,8 @@ def _told(
     path = out / "certificates" / asked.file
     told: dict[str, Any] = {"request": asked.request, "date": asked.date, "by": "owner" if asked.owner else "ids"}
     known = read_json(path) if path.exists() else {}
+    (named, unknown), members = _named(images, whose, asked), set(memory.ids)
     if (entry := _entered(memory, known)) is None:
-        named, unknown = _named(images, whose, asked)
-        members = set(memory.ids)
         there = [each for each in named if each in members]
         told |= {"unknown": unknown, "gone": len(named) - len(there), "samples": len(there)}
         if not there:
@@ -189,6 +188,8 @@ def _told(
             return {**told, "became": REFUSED}
         entry = _entered(memory, known)
         write_json(path, {**known, "number": entry.number})
+    elif back := len(members.intersection(named)):
+        told["back"] = back
     if "certificate" not in known:
         write_json(path, {**known, "certificate": dict(entry.certificate)})
     more = {"number": entry.number, "answered": entry.answered, "seconds": entry.seconds}
@@ -247,6 +248,7 @@ def _kept(memory: Memory, seconds: float) -> dict[str, Any]:
         "purged": all(each.state != "answered" for each in memory.requests()),
         "purge_seconds": seconds,
         "samples_left": len(memory.ids),
+        "exact": memory.state.core is not None,
         "form": memory.form,
         "audit": None if audit is None else {"text": str(audit), "passed": audit.passed},
     }

@@ -56,7 +56,7 @@ from fastntk.jacobians.numerics import Numerics
 from fastntk.memory.audit import Audit
 from fastntk.memory.certificate import HEAD_NEEDED, Answer
 from fastntk.memory.disk.folder import Folder
-from fastntk.memory.finish import audited_gain, every_way, finished, refresh
+from fastntk.memory.finish import audited_gain, check_gain, every_way, finished, refresh
 from fastntk.memory.memory import Memory, load
 from fastntk.memory.plan import Plan, plan
 from fastntk.solve.collect import clear
@@ -280,6 +280,9 @@ class Run:
         """Re-anchor the memory at its answer (``fastntk.refresh``), which becomes the run's model; the seconds, and the
         memory."""
         memory, _ = self.memory(all_images=True)
+        _warn_of_heads(memory, exact_head is not False)
+        if memory.audit and not gain:
+            log.warning("the audit, whose gain (%.2f) is not taken (--gain), is gone with a refresh", memory.audit.gain)
         seconds = refresh(memory, self.folder / "partial", gain=gain, exact_head=exact_head)
         self._change(lambda settings: settings, state_at(memory.model, memory.anchor))
         return seconds, memory
@@ -312,17 +315,13 @@ class Run:
             check_state_file(out)
         memory, images = self.memory()
         check_out(None if hub else out)
+        if gain or held_out is not None or exact_head:
+            memory.state.check_anchored("a gain or another head would make them others")
         taken = audited_gain(memory.state) if gain else None
         if held_out is not None:
             taken = left_out_gain(memory, self.here.held_out(images, held_out))
-        if taken is not None and taken < 1 and not exact_head:
-            raise InputError(
-                f"the gain is {taken:.2f}, and one below 1 draws the answer back towards what was forgotten. Export "
-                "with --exact-head too, or without a gain."
-            )
-        unfinished = (each for each in memory.requests() if each.certificate.get("verdict") == HEAD_NEEDED)
-        if not exact_head and any(each.state != "re-anchored" for each in unfinished):
-            log.warning("a request's verdict is %r: without it, part of a class is still taken for it", HEAD_NEEDED)
+        check_gain(taken, exact_head)
+        _warn_of_heads(memory, exact_head)
         parameters = finished(memory, gain=taken or False, exact_head=exact_head)
         if not hub:
             write_state(out, state_at(memory.model, parameters))
@@ -342,3 +341,10 @@ class Run:
         count = retrained if memory.state.core is None else min(retrained, 1)  # of exact fits all are the same
         methods = references(other, count, problem.recipe.seed)
         return compare(problem, self.here.held_out(images, test), methods, answered=every_way(memory))[0]
+
+
+def _warn_of_heads(memory: Memory, exact_head: bool) -> None:
+    """Of requests since the latest refresh that a head should be solved for, and is not."""
+    unfinished = (each for each in memory.requests() if each.certificate.get("verdict") == HEAD_NEEDED)
+    if not exact_head and any(each.state != "re-anchored" for each in unfinished):
+        log.warning("a request's verdict is %r: without it, part of a class is still taken for it", HEAD_NEEDED)

@@ -16,18 +16,27 @@ def card(memory: Memory, gain: float | None, exact_head: bool) -> str:
         gain: by which the step was multiplied, or None.
         exact_head: whether the head was solved anew.
     """
-    answered = [each for each in memory.requests() if each.kind in ("forget", "remember")]
+    entries = memory.requests()
+    answered = [each for each in entries if each.kind in ("forget", "remember")]
+    refreshes = [each for each in entries if each.kind == "refresh"]
     samples = dict.fromkeys(("forget", "remember"), 0)
     for each in answered:
         samples[each.kind] += int(str(each.certificate["samples"]))
     requests = Counter(each.kind for each in answered)
     verdicts = Counter(str(each.certificate["verdict"]) for each in answered)
     judged = ", ".join(f"{verdict} ({count})" for verdict, count in verdicts.most_common()) or "none yet"
-    ends = [] if gain is None else [f"the step was multiplied by {gain:.2f}"]
-    ends += ["the head was solved anew"] if exact_head else []
+    gains = [gain, *(each.certificate.get("gain") for each in refreshes)]
+    ends = [f"the step was multiplied by {each:.2f}" for each in gains if isinstance(each, float)]
+    headed = exact_head or any(each.certificate.get("exact_head") for each in refreshes)
+    ends += ["the head was solved anew"] if headed else []
     finishing = f" Then {' and '.join(ends)}, which is measured only." if ends else ""
-    audit = memory.audit
-    audited = f"An audit {'passed' if audit.passed else 'FAILED'}: {audit}." if audit else "There was no audit."
+    audit, since = memory.audit, " since the latest refresh" if refreshes else ""
+    audited = f"An audit {'passed' if audit.passed else 'FAILED'}: {audit}." if audit else f"There was no audit{since}."
+    if memory.state.core is not None:
+        how = "the weights are those that the same fit, from a core that is not forgotten, gives on what stays."
+    else:
+        how = f"each request was answered by the exact step of the network's linearisation.{finishing} "
+        how += f"How far the network itself follows is measured, not proved. {audited}"
     today = datetime.now(timezone.utc).date().isoformat()
     return f"""
 # A classifier from which training images were forgotten
@@ -38,9 +47,7 @@ def card(memory: Memory, gain: float | None, exact_head: bool) -> str:
 | remembered | {requests["remember"]} | {samples["remember"]} |
 | left in the model | | {len(memory.ids)} |
 
-Written on {today} by fastntk {version("fastntk")}. Nothing was retrained: each request was answered by the exact step
-of the network's linearisation, as if the images had never been there.{finishing} How far the network itself follows is
-measured, not proved. Verdicts: {judged}. {audited}
+Written on {today} by fastntk {version("fastntk")}. Nothing was retrained: {how} Verdicts: {judged}.
 
 Weights from before the requests, wherever copies are kept, know what they knew.
 """

@@ -80,14 +80,26 @@ def refresh(
         exact_head: likewise; None: where the memory has one.
 
     Raises:
-        InputError: a member is missing in the data source or has changed, or the disk is full; nothing changes then.
+        InputError: a member is missing in the data source or has changed, the gain is below 1 and no head follows, or
+            the disk is full; nothing changes then.
     """
 
-    def found(state: State) -> dict[str, Tensor]:
+    def found(state: State) -> tuple[dict[str, Tensor], dict[str, object]]:
         head = state.head_shortfall is not None if exact_head is None else exact_head
-        return _finished(state, None, gain, head, ())
+        factor = audited_gain(state) if gain is True else gain
+        check_gain(factor or None, head)
+        return _finished(state, None, factor, head, ()), {"gain": factor or None, "exact_head": head}
 
     return memory.anchored_at(found, checkpoint)
+
+
+def check_gain(gain: float | None, exact_head: bool) -> None:
+    """Raises ``InputError`` for one below 1 that no exact head follows."""
+    if gain is not None and gain < 1 and not exact_head:
+        raise InputError(
+            f"the gain is {gain:.2f}, and one below 1 draws the answer back towards what was forgotten. Take an exact "
+            "head (--exact-head) too, or leave it out."
+        )
 
 
 def amplified(memory: Memory, parameters: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:

@@ -149,14 +149,20 @@ class Memory:
             _kept(self._folder).replace(*pack(self.state), started)
             return time.perf_counter() - started
 
-    def anchored_at(self, find: Callable[[State], Mapping[str, Tensor]], checkpoint: Path | None = None) -> float:
-        """Linearise the network anew at the parameters that are found in the state; see ``fastntk.refresh``."""
+    def anchored_at(
+        self, find: Callable[[State], tuple[Mapping[str, Tensor], Mapping[str, object]]], checkpoint: Path | None = None
+    ) -> float:
+        """Linearise the network anew at parameters that are found in the state; what is said of them goes into the
+        ledger. See ``fastntk.refresh``."""
         settle()
         with self._exclusive():
             started, before = time.perf_counter(), digest(self.parameters)
-            fresh = refreshed(self.state, find, checkpoint)
+            self.state.check_anchored("there is no anchor to be moved")
+            self.state.check_complete()
+            parameters, told = find(self.state)
+            fresh = refreshed(self.state, parameters, checkpoint)
             if self._folder:
-                entry = {"before": before, "after": digest(fresh.parameters), "retained": len(fresh.members.ids)}
+                entry = {"before": before, "after": digest(parameters), "retained": len(fresh.members.ids), **told}
                 self._folder.replace(*pack(fresh), started, entry)
             self.state = fresh
             return time.perf_counter() - started

@@ -2,7 +2,7 @@
 
 import logging
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from numbers import Real
@@ -140,15 +140,9 @@ def _kept(network: Linearised, form: str, classes: int | str, first: int) -> int
     return classes
 
 
-def refreshed(state: State, find: Callable[[State], Mapping[str, Tensor]], checkpoint: Path | None) -> State:
-    """A state of the same members that is linearised at the parameters that are found in ``state``.
-
-    Raises:
-        InputError: a member is missing in the data source or has changed.
-    """
-    state.check_anchored("there is no anchor to be moved")
-    state.check_complete()
-    jacobian = PerSampleJacobian(state.model, find(state), state.layout)
+def refreshed(state: State, parameters: Mapping[str, Tensor], checkpoint: Path | None) -> State:
+    """A state of the same members that is linearised at other parameters."""
+    jacobian = PerSampleJacobian(state.model, parameters, state.layout)
     members = Members(state.members.source, state.members.ids)
     network = replace(state.network, jacobian=jacobian, train=members, keep=None)
     return prepared(network, state.initial, state.made["options"], checkpoint)

@@ -157,7 +157,8 @@ def verify(
         text += f"\nSolved anew from the sums, the step differs by {error:.1e}, relative."
     show(document, as_json, text)
     if not inexactness <= limit:
-        raise InputError("the solution is not exact. Use: fastntk refresh RUN")
+        remedy = "Fit again." if state.core is not None else "Use: fastntk refresh RUN"
+        raise InputError(f"the solution is not exact. {remedy}")
 
 
 def refresh(

@@ -63,6 +63,8 @@ def forget(
     if dry_run:
         show_answer(run, memory.preview(chosen), None, as_json, "nothing was changed", found)
         return
+    if refresh:
+        memory.state.check_anchored("there is no anchor to be moved: leave out --refresh")
     _answered(opened, memory, memory.forget(chosen, full=full), certificate, defer_purge, as_json, found)
     if refresh:
         refreshed(opened, as_json, silent=as_json)  # one object has been printed
