@@ -83,7 +83,10 @@ def test_a_batch(run, data, asked, tmp_path, monkeypatch):  # noqa: F811
     for path in [*out.rglob("*"), *folder.rglob("*")]:
         assert path.is_dir() or not any(name in path.read_bytes() for name in (b"Zuleika", b"Nobody"))
     assert "Purged." in succeed(*given)
-    assert len(json.loads(succeed("ledger", folder, "--json"))["requests"]) == 2
+    succeed("remember", folder, "--ids", "0,4")
+    again = {row["request"]: row.get("back") for row in json.loads(succeed(*given, "--json"))["requests"]}
+    assert (again["r1"], again["r2"]) == (None, 1), "of the first request an identical one has forgotten it again"
+    assert len(json.loads(succeed("ledger", folder, "--json"))["requests"]) == 4, "r/4 took what had come back"
     asked.write_text("request,owner,ids,date\nr1,,7,2026-12-20\n")
     refuse("not of the request 'r1' as it stands", *given)
     refuse("--out.*go together", *given[:4])

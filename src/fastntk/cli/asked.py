@@ -13,6 +13,7 @@ from fastntk.inputs.ids import Id, by_name, composed
 from fastntk.inputs.images import Images
 from fastntk.inputs.owners import owners_of
 from fastntk.inputs.sources import load_data
+from fastntk.memory.certificate import HEAD_NEEDED
 from fastntk.memory.copies import copies
 from fastntk.memory.memory import Memory
 
@@ -269,3 +270,10 @@ def _strangers(images: Images, memory: Memory) -> set[Id]:
             found.update(waiting)
         before, waiting = here, []
     return found
+
+
+def warn_of_heads(memory: Memory, exact_head: bool) -> None:
+    """Of requests since the latest refresh that a head should be solved for, and is not."""
+    unfinished = (each for each in memory.requests() if each.certificate.get("verdict") == HEAD_NEEDED)
+    if not exact_head and any(each.state != "re-anchored" for each in unfinished):
+        log.warning("a request's verdict is %r: without it, part of a class is still taken for it", HEAD_NEEDED)

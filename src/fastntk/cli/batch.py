@@ -143,6 +143,10 @@ def answer_all(
     for each in asked:
         _check_own(memory, each, out)
     rows = [_told(memory, images, whose, each, out, copies) for each in track(asked, "requests")]
+    members = set(memory.ids)
+    for each, row in zip(asked, rows, strict=True):
+        if row["became"] == ANSWERED and (back := len(members.intersection(_named(images, whose, each)[0]))):
+            row["back"] = back  # who was remembered since
     seconds = opened.purge(memory)
     summary = {"run": str(opened.folder), "made": _now(), "requests": rows, **_kept(memory, seconds)}
     write_json(out / "summary.json", summary)
@@ -174,8 +178,9 @@ def _told(
     path = out / "certificates" / asked.file
     told: dict[str, Any] = {"request": asked.request, "date": asked.date, "by": "owner" if asked.owner else "ids"}
     known = read_json(path) if path.exists() else {}
-    (named, unknown), members = _named(images, whose, asked), set(memory.ids)
     if (entry := _entered(memory, known)) is None:
+        named, unknown = _named(images, whose, asked)
+        members = set(memory.ids)
         there = [each for each in named if each in members]
         told |= {"unknown": unknown, "gone": len(named) - len(there), "samples": len(there)}
         if not there:
@@ -188,8 +193,6 @@ def _told(
             return {**told, "became": REFUSED}
         entry = _entered(memory, known)
         write_json(path, {**known, "number": entry.number})
-    elif back := len(members.intersection(named)):
-        told["back"] = back
     if "certificate" not in known:
         write_json(path, {**known, "certificate": dict(entry.certificate)})
     more = {"number": entry.number, "answered": entry.answered, "seconds": entry.seconds}

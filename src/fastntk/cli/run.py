@@ -21,7 +21,7 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 from fastntk.cli import preparing
-from fastntk.cli.asked import core_of, forgotten, of_class, owners
+from fastntk.cli.asked import core_of, forgotten, of_class, owners, warn_of_heads
 from fastntk.cli.options import check_out
 from fastntk.cli.settings import Given, Settings
 from fastntk.common import distributed
@@ -54,7 +54,7 @@ from fastntk.inputs.owners import owners_of
 from fastntk.inputs.weights import check_state_file, load_weights, write_state
 from fastntk.jacobians.numerics import Numerics
 from fastntk.memory.audit import Audit
-from fastntk.memory.certificate import HEAD_NEEDED, Answer
+from fastntk.memory.certificate import Answer
 from fastntk.memory.disk.folder import Folder
 from fastntk.memory.finish import audited_gain, check_gain, every_way, finished, refresh
 from fastntk.memory.memory import Memory, load
@@ -280,7 +280,7 @@ class Run:
         """Re-anchor the memory at its answer (``fastntk.refresh``), which becomes the run's model; the seconds, and the
         memory."""
         memory, _ = self.memory(all_images=True)
-        _warn_of_heads(memory, exact_head is not False)
+        warn_of_heads(memory, exact_head is not False)
         if memory.audit and not gain:
             log.warning("the audit, whose gain (%.2f) is not taken (--gain), is gone with a refresh", memory.audit.gain)
         seconds = refresh(memory, self.folder / "partial", gain=gain, exact_head=exact_head)
@@ -321,7 +321,7 @@ class Run:
         if held_out is not None:
             taken = left_out_gain(memory, self.here.held_out(images, held_out))
         check_gain(taken, exact_head)
-        _warn_of_heads(memory, exact_head)
+        warn_of_heads(memory, exact_head)
         parameters = finished(memory, gain=taken or False, exact_head=exact_head)
         if not hub:
             write_state(out, state_at(memory.model, parameters))
@@ -336,15 +336,10 @@ class Run:
         may name among the images."""
         memory, images = self.memory(all_images=True)
         forget = forgotten(images, memory, ids(images) if ids else None)
+        if any(each.kind == "refresh" for each in memory.requests()):
+            log.warning("'original' is the answer that the latest refresh began from, and relearning is beside it")
         problem = Problem(memory, forget, self.settings().fitting())
         other = problem.recipe.seed + 1 if seed is None else seed
         count = retrained if memory.state.core is None else min(retrained, 1)  # of exact fits all are the same
         methods = references(other, count, problem.recipe.seed)
         return compare(problem, self.here.held_out(images, test), methods, answered=every_way(memory))[0]
-
-
-def _warn_of_heads(memory: Memory, exact_head: bool) -> None:
-    """Of requests since the latest refresh that a head should be solved for, and is not."""
-    unfinished = (each for each in memory.requests() if each.certificate.get("verdict") == HEAD_NEEDED)
-    if not exact_head and any(each.state != "re-anchored" for each in unfinished):
-        log.warning("a request's verdict is %r: without it, part of a class is still taken for it", HEAD_NEEDED)
