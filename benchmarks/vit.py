@@ -10,8 +10,8 @@ images a class, cross-entropy, 12 epochs, at 64 px: a class and a random tenth, 
 under --out one by one, each after an hour and a half on two cores; the command goes on where it was cut off. With
 --linearised the prompts of that fit are linearised at 224 px. With --crops every photo stands so many times, moved by
 up to an eighth of its side and every other time flipped, and goes with all of these. On a GPU all images are kept
-there; --tf32 lets Jacobians round products to TF32; --bf16 fits, as most networks of this size are fitted, under
-autocast to bfloat16. The last line is JSON.
+there; --tf32 lets Jacobians round products to TF32. (Fitted under autocast to bfloat16 the widened network learns next
+to nothing.) The last line is JSON.
 """
 
 import argparse
@@ -50,7 +50,6 @@ class Photos(Case):
 
     crops: int = 1
     precision: str = "full"
-    bf16: bool = False
 
     def requests(self) -> Iterator[tuple[str, list, Dataset]]:
         """Every request: its name, the ids, and the test images that it leaves."""
@@ -59,19 +58,9 @@ class Photos(Case):
             ids, test = drawn(REQUESTS[request], photos, self.test, SETTING.head, gone=SETTING.head)
             yield request, [self.crops * photo + crop for photo in ids for crop in range(self.crops)], test
 
-    def retrained(self, request: str, ids: list, count: int = TWICE) -> list[dict[str, Tensor]]:
-        """Models retrained as it was fitted."""
-        with rounded(self.device, self.bf16):
-            return super().retrained(request, ids, count)
-
     def prepared(self, **options: object) -> fastntk.Memory:
         """Its memory."""
         return super().prepared(precision=self.precision, **options)
-
-
-def rounded(device: torch.device, bf16: bool) -> torch.autocast:
-    """Where networks are fitted: under autocast to bfloat16, or as they are."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
 def moved(images: Tensor, crop: int) -> Tensor:
@@ -105,13 +94,12 @@ def opened(arguments: argparse.Namespace) -> Photos:
     select = MODELS[SETTING.model][1]
     fastntk.tune(model.to(device), *select)
     recipe = replace(RECIPES[SETTING.recipe], epochs=arguments.epochs, batch_size=arguments.batch_size)
-    key = fingerprint(SETTING, preprocessing, select, recipe, arguments.crops, arguments.bf16)
+    key = fingerprint(SETTING, preprocessing, select, recipe, arguments.crops)
     folder = writable(arguments.out / "vit" / f"{SETTING}-{arguments.side}-{key}")
-    with rounded(device, arguments.bf16):
-        fit = fitted(model, train, recipe, folder / "original.safetensors", key)
+    fit = fitted(model, train, recipe, folder / "original.safetensors", key)
     precision = "tf32" if arguments.tf32 else "full"
     asked = tuple(arguments.requests.split(","))
-    return Photos(SETTING, model, train, test, fit, folder, key, asked, arguments.crops, precision, arguments.bf16)
+    return Photos(SETTING, model, train, test, fit, folder, key, asked, arguments.crops, precision)
 
 
 def missing(case: Case, count: int, retrained: int) -> None:
@@ -158,7 +146,6 @@ def main() -> None:
     parser.add_argument("--retrained", type=int, default=TWICE, help="models for each request")
     parser.add_argument("--requests", default="class,tenth")
     parser.add_argument("--tf32", action="store_true")
-    parser.add_argument("--bf16", action="store_true", help="fit under autocast to bfloat16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="where fits are kept")
     arguments = parser.parse_args()
@@ -178,13 +165,7 @@ def main() -> None:
     if not kept.exists():
         answered, cost = prepared(case)
         known = {"device": device_name(case.device), "side": arguments.side, "crops": arguments.crops, **cost}
-        known |= {
-            "opened": fresh,
-            "fit": case.fit.seconds,
-            "recipe": str(case.fit.recipe),
-            "tf32": arguments.tf32,
-            "bf16": arguments.bf16,
-        }
+        known |= {"opened": fresh, "fit": case.fit.seconds, "recipe": str(case.fit.recipe), "tf32": arguments.tf32}
         print(json.dumps(known), flush=True)
         write_json(kept, {**known, "rows": answers(case, arguments.retrained, answered)})
     print(json.dumps(read_json(kept)))

@@ -100,5 +100,5 @@ def test_the_script_prints_the_figures():
 
 
 def test_the_api_page_has_every_public_name():
-    page = (HERE.parent / "docs" / "api.md").read_text()
+    page = (HERE.parent / "docs" / "api.md").read_text().partition("\n## Methods")[0]
     assert re.findall(r"^ +- (\w+)$", page, re.MULTILINE) == fastntk.__all__
