@@ -338,3 +338,19 @@ def test_who_was_never_in_the_memory_is_not_shown_as_forgotten(given, tmp_path):
     made.memory()[0].remember([3, 4, 5])
     with pytest.raises(fastntk.InputError, match="may never have been in it"):
         forgotten(made.memory()[1], made.memory()[0])
+
+
+def test_learning_where_data_have_moved_and_owners_are_gone(given, more, tmp_path, caplog):
+    """Owners are read where the data are now; where they cannot be, that is said, and the images are learned."""
+    with np.load(given.data) as arrays:
+        np.savez(tmp_path / "then.npz", x=arrays["x_train"], y=arrays["y_train"], who=["a", "b"] * 10)
+    made = Run(tmp_path / "run")
+    made.fit(replace(given, data=str(tmp_path / "then.npz"), owners="who"), RECIPE)
+    prepared(made)
+    os.rename(tmp_path / "then.npz", now := tmp_path / "now.npz")
+    Run(made.folder, data=str(now)).learn(more[0])
+    assert "4 of 4 images learned" in caplog.text
+    assert "is not known" not in caplog.text
+    made._change(lambda settings: replace(settings, owners=str(tmp_path / "nowhere.csv")))
+    assert len(Run(made.folder, data=str(now)).learn(more[1])[0].ids) == 28
+    assert "whose they are is not known" in caplog.text

@@ -216,8 +216,8 @@ class Run:
         """
         check_writable(self.folder)
         Folder(self.folder / "memory").check_unused()
-        for each in self.settings().added:  # by a command that was interrupted before it had learned them
-            self._change(partial(Settings.joined, data=each, there=False))
+        if self.settings().added:  # by a command that was interrupted before it had learned them
+            self._change(partial(replace, added=[]))
         settings, model, images = self._opened()
         tensors, _ = read_tensors(self.folder / "initial.safetensors")
         initial = {name: tensor.to(self.device) for name, tensor in tensors.items()}
@@ -246,7 +246,10 @@ class Run:
         if set(wanted) & set(memory.ids):
             raise InputError(f"{data} was learned already. Name other images, or use: fastntk remember.")
         if settings.owners:
-            owners(settings, images)  # says whose nobody is
+            try:
+                owners(self.here, images)  # says of how many nobody is the owner
+            except InputError as error:
+                log.warning("whose they are is not known: %s", error)
         self._change(partial(Settings.joined, data=data))
         try:
             return memory, memory.remember(wanted, full=full)

@@ -44,8 +44,7 @@ class Hessian:
             positions: where they are among all.
         """
         root, problem, jacobian, count = self.root, self.problem, own.jacobian, self.root.shape[1]
-        rows = (positions.to(root.device)[:, None] * count + torch.arange(count, device=root.device)).flatten()
-        between = problem.kernel[rows].view(len(own), count, len(root), count)
+        between = problem.kernel[own.places(positions)].view(len(own), count, len(root), count)
         block = between[torch.arange(len(own)), :, positions]
         across = torch.einsum("sknb,nba->skna", between, root).flatten(2)
         half = torch.linalg.solve_triangular(self.lower, across.flatten(0, 1).mT, upper=False).mT.view_as(across)

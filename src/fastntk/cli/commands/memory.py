@@ -186,12 +186,13 @@ def refreshed(
     seconds, memory = opened.refresh(exact_head, gain)
     if silent:
         return
-    head = memory.state.head_shortfall is not None if exact_head is None else exact_head
-    ways = [name for name, done in (("the audit's gain", gain), ("an exact head", head)) if done]
-    at = "the step" + "".join(f" with {name}" if name == ways[0] else f" and {name}" for name in ways)
+    entry = memory.requests()[-1].certificate
+    ways = {"the audit's gain": entry["gain"], "an exact head": entry["exact_head"]}
+    added = " and ".join(name for name, done in ways.items() if done)
+    at = f"the step with {added}" if added else "the step"
     document = {"run": str(opened.folder), "seconds": seconds, "ridge": memory.ridge, "samples": len(memory.ids)}
     text = f"Refreshed at {at}, on {len(memory.ids):,} samples in {seconds:.1f} s; ridge {memory.ridge:.4g}."
-    show({**document, "gain": gain, "exact_head": head}, as_json, text)
+    show({**document, "gain": entry["gain"], "exact_head": entry["exact_head"]}, as_json, text)
 
 
 def export(
