@@ -31,14 +31,25 @@ CPU_PRODUCTS = torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv  # type:
 """The same on a CPU."""
 
 
-def settle() -> None:
+def settle(*, autocast: bool = False) -> None:
     """Flush denormal numbers to zero, which some processors compute with ten times slower, and keep freed memory.
 
     The latter where the C library is glibc; elsewhere it stays as it is. Products and convolutions take float32 as it
     is, whatever was set before (``torch.set_float32_matmul_precision``; cuDNN's own default is to round it to TF32,
     which ``fastntk.jacobians.numerics`` can ask for), and a GPU's convolutions are those that give the same result
     every time. All of it holds for the process from then on.
+
+    Args:
+        autocast: whether what follows may round as autocast has it, where it is in force.
+
+    Raises:
+        InputError: it may not.
     """
+    if not autocast and any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
+        raise InputError(
+            "autocast is in force, which would round the solves as well. Leave it outside; precision='bf16' is for "
+            "the network alone."
+        )
     torch.set_flush_denormal(True)
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # which torch has two settings of

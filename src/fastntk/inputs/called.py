@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -40,8 +41,10 @@ def uncached(model: nn.Module) -> nn.Module:
     """The model, after its modules dropped what they computed from their parameters and keep from one pass to the next.
 
     In eval mode the attention of LeViT, TinyViT and others does, and would go on with the old biases; its ``train``
-    drops it. Whatever else a ``train`` does to modes and to what requires gradients is undone.
+    drops it. Whatever else a ``train`` does to modes and to what requires gradients is undone. Autocast keeps what it
+    has cast as long as it lasts, and is emptied too.
     """
+    torch.clear_autocast_cache()
     for module in model.modules():
         if type(module).train is not nn.Module.train and keeps(module):
             modes = [(each, each.training) for each in module.modules()]

@@ -54,7 +54,7 @@ def fit(
 
     The whole of the fit runs in eval mode: batch norm uses, and does not update, its running statistics (they would
     carry the data in a way that no step over parameters removes), and dropout is off. Like ``prepare``, it changes
-    settings of this process (``fastntk.common.machine.settle``).
+    settings of this process (``fastntk.common.machine.settle``); under autocast it fits in mixed precision.
 
     In a job of several processes (``fastntk.common.distributed``) each takes its share of every batch, and gradients
     are averaged (DistributedDataParallel). All must be given the same model; all end with the same, and how many they
@@ -73,7 +73,7 @@ def fit(
         InputError: nothing is tuned, a label outside the classes, a pixel that is not finite, or a loss that became
             so.
     """
-    settle()
+    settle(autocast=True)
     recipe = replace(recipe, **changes)  # type: ignore[arg-type]
     parameters = tuned(model)
     initial = snapshot(parameters)
