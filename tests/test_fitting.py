@@ -66,6 +66,16 @@ def test_a_fit_as_a_whole_under_autocast_learns():
     assert torch.equal(*ends)
 
 
+def test_a_fit_needs_no_gradients_around_it_and_no_inference_mode():
+    model, data = linear()
+    start = model[1].weight.detach().clone()
+    with torch.no_grad():
+        fastntk.fit(model, data, epochs=1)
+    assert not torch.equal(model[1].weight, start)
+    with torch.inference_mode(), pytest.raises(fastntk.InputError, match="Leave it outside"):
+        fastntk.fit(model, data, epochs=1)
+
+
 def test_solves_are_not_rounded_by_autocast():
     model, data = linear()
     initial = fastntk.fit(model, data, epochs=1).initial

@@ -43,8 +43,10 @@ def settle(*, autocast: bool = False) -> None:
         autocast: whether what follows may round as autocast has it, where it is in force.
 
     Raises:
-        InputError: it may not.
+        InputError: it may not; or torch's inference mode is in force.
     """
+    if torch.is_inference_mode_enabled():
+        raise InputError("torch.inference_mode is in force, and there are no gradients in it. Leave it outside.")
     if not autocast and any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
         raise InputError(
             "autocast is in force, which would round the solves as well. Leave it outside; precision='bf16' is for "

@@ -130,6 +130,7 @@ class _Epochs:
         steps = recipe.steps(self.count)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimiser, lambda done: recipe.rate(done, steps))
 
+    @torch.enable_grad()
     def run(self, epoch: int) -> tuple[float, float]:
         """One pass over the data: the mean loss a sample, and the percentage that were classified rightly."""
         rank, size, batch = distributed.rank(), distributed.size(), self.recipe.batch_size

@@ -17,6 +17,7 @@ Losses = Callable[[Problem, nn.Module], Iterator[Float[Tensor, ""]]]
 """From a request and a model to one loss a step, each computed at the parameters which that step finds."""
 
 
+@torch.enable_grad()
 def descend(
     problem: Problem,
     losses: Losses,
