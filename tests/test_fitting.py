@@ -53,40 +53,6 @@ def test_it_is_torchs_optimiser_with_decay_toward_zero(name, made):
     assert done.shrinkage == recipe.shrinkage(12) < 1
 
 
-def test_a_fit_as_a_whole_under_autocast_learns():
-    """Which would otherwise go on with the parameters that it cast first."""
-    ends = []
-    for cached in (True, False):
-        model, data = linear()
-        initial = model[1].weight.detach().clone()
-        with torch.autocast("cpu", torch.bfloat16, cache_enabled=cached):
-            fastntk.fit(model, data, learning_rate=0.05, epochs=3)
-        ends.append(model[1].weight.detach() - initial)
-    assert ends[1].abs().max() > 0.05
-    assert torch.equal(*ends)
-
-
-def test_a_fit_needs_no_gradients_around_it_and_no_inference_mode():
-    model, data = linear()
-    start = model[1].weight.detach().clone()
-    with torch.no_grad():
-        fastntk.fit(model, data, epochs=1)
-    assert not torch.equal(model[1].weight, start)
-    with torch.inference_mode(), pytest.raises(fastntk.InputError, match="Leave it outside"):
-        fastntk.fit(model, data, epochs=1)
-
-
-def test_solves_are_not_rounded_by_autocast():
-    model, data = linear()
-    initial = fastntk.fit(model, data, epochs=1).initial
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(fastntk.InputError, match="Leave it outside"):
-        fastntk.prepare(model, data, initial)
-    memory = fastntk.prepare(model, data, initial)
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(fastntk.InputError, match="Leave it outside"):
-        memory.forget([0])
-    assert len(memory.ids) == len(data)
-
-
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_what_the_data_say_nothing_of_ends_where_the_shrinkage_says(optimizer):
     """A pixel that is always 0 has no gradient: decay alone moves its weights."""

@@ -1,12 +1,17 @@
 """A model called with other parameters than its own."""
 
-from collections.abc import Mapping
+import copy
+import threading
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fastntk.common.errors import InputError
+from fastntk.common.errors import InputError, reason
+
+REPLACING = threading.RLock()
+"""Held while a model's parameters are replaced for a pass, and by whoever reads what they are."""
 
 
 def called(model: nn.Module, parameters: Mapping[str, Tensor], images: Tensor) -> Tensor:
@@ -20,15 +25,45 @@ def called(model: nn.Module, parameters: Mapping[str, Tensor], images: Tensor) -
     """
     if any(isinstance(module, nn.DataParallel) for module in model.modules()):
         raise InputError("the model is wrapped in nn.DataParallel. Give the module inside: model.module.")
+    with REPLACING:
+        replaced = _in_all_places(model, parameters)
+        try:
+            return functional_call(uncached(model), replaced, (suited(model, images),), tie_weights=False)
+        finally:
+            uncached(model)
+
+
+def _in_all_places(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters under every name that they have in the model."""
     places: dict[int, list[str]] = {}
     for prefix, module in model.named_modules():  # of a module's names, one
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             places.setdefault(id(parameter), []).append(f"{prefix}.{name}" if prefix else name)
-    replaced = {place: tensor for name, tensor in parameters.items() for place in places[id(model.get_parameter(name))]}
-    try:
-        return functional_call(uncached(model), replaced, (suited(model, images),), tie_weights=False)
-    finally:
-        uncached(model)
+    return {place: tensor for name, tensor in parameters.items() for place in places[id(model.get_parameter(name))]}
+
+
+def apart(model: nn.Module) -> nn.Module:
+    """The same model in modules of its own, over the same tensors: parameters that ``called`` replaces for a pass are
+    not replaced in the model that another thread may be using. Raises like ``copied``."""
+    with REPLACING:
+        own = (value for module in uncached(model).modules() for value in vars(module).values())
+        tensors = (each for each in own if isinstance(each, Tensor))
+        return copied(model, [*model.parameters(), *model.buffers(), *tensors])
+
+
+def copied(model: nn.Module, shared: Iterable[Tensor] = ()) -> nn.Module:
+    """A copy of a model, which has some tensors in common with it.
+
+    Raises:
+        InputError: its modules cannot be copied.
+    """
+    with REPLACING:
+        try:
+            return copy.deepcopy(model, {id(each): each for each in shared})
+        except Exception as error:  # of whatever its modules hold
+            raise InputError(
+                f"the model cannot be copied ({reason(error)}). Keep what cannot be copied outside of its modules."
+            ) from error
 
 
 def suited(model: nn.Module, images: Tensor) -> Tensor:
@@ -67,8 +102,9 @@ def keeps(module: nn.Module) -> bool:
 
 def state_at(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The model's state dict with some of its parameters replaced, under all names that they have."""
-    replaced = {name: parameters[first] for name, first in _aliases(model).items() if first in parameters}
-    return {**model.state_dict(), **replaced}
+    with REPLACING:
+        replaced = {name: parameters[first] for name, first in _aliases(model).items() if first in parameters}
+        return {**model.state_dict(), **replaced}
 
 
 def _aliases(model: nn.Module) -> dict[str, str]:

@@ -5,9 +5,10 @@ of the linear problem over all samples that are in it, its members. Forgetting t
 remembering adds them; the others are not computed again.
 """
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,11 +47,11 @@ class Memory:
     """
 
     def __init__(self, state: State, folder: Folder | None = None) -> None:
-        self.state, self._folder = state, folder
+        self.state, self._folder, self._lock = state, folder, threading.RLock()
 
     @property
     def model(self) -> nn.Module:
-        """The fitted model; its tuned parameters may have moved since."""
+        """The fitted model, in modules of its own over the same tensors; its tuned parameters may have moved since."""
         return self.state.model
 
     @property
@@ -197,14 +198,11 @@ class Memory:
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
-        """The folder, if any, is locked meanwhile, and what other processes did to it is known; the process computes as
-        ``fastntk.common.machine.settle`` has it."""
+        """No other thread changes the memory meanwhile; the folder, if any, is locked, and what other processes did to
+        it is known; the process computes as ``fastntk.common.machine.settle`` has it."""
         settle()
-        if self._folder is None:
-            yield
-            return
-        with self._folder.locked():
-            if self._folder.version != self._folder.ledger.version():
+        with self._lock, self._folder.locked() if self._folder else nullcontext():
+            if self._folder and self._folder.version != self._folder.ledger.version():
                 self.state = _opened(self._folder, self.model, self.state.members.source)
             yield
 

@@ -19,6 +19,7 @@ from fastntk.common.files import room
 from fastntk.common.machine import free_bytes
 from fastntk.common.typed import check_seed
 from fastntk.inputs.batches import check_any, digests
+from fastntk.inputs.called import apart
 from fastntk.jacobians import combinations
 from fastntk.jacobians.linearised import FIRST, Linearised, enough, tails
 from fastntk.jacobians.numerics import Numerics
@@ -45,7 +46,7 @@ def linearised(model: nn.Module, train: Dataset, loss: Loss, numerics: Numerics)
     """
     check_loss(loss)
     check_any(train, "training")
-    return Linearised(PerSampleJacobian(model, snapshot(tuned(model))), Members(train), loss, numerics)
+    return Linearised(PerSampleJacobian(apart(model), snapshot(tuned(model))), Members(train), loss, numerics)
 
 
 def prepared(

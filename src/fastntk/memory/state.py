@@ -83,7 +83,7 @@ class State:
 
     @property
     def model(self) -> nn.Module:
-        """The fitted model; its tuned parameters may have moved since."""
+        """The fitted model, in modules of its own; its tuned parameters may have moved since."""
         return self.network.jacobian.model
 
     @property

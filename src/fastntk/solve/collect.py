@@ -21,6 +21,7 @@ from fastntk.common import distributed
 from fastntk.common.errors import InputError
 from fastntk.common.files import digest, discard, mapped, read_tensors, writable, write_tensors
 from fastntk.inputs.batches import item
+from fastntk.inputs.called import REPLACING
 from fastntk.jacobians.jacobian import Jacobian
 from fastntk.jacobians.linearised import Linearised
 from fastntk.jacobians.rows import PART, Rows
@@ -235,7 +236,8 @@ def empty_rows(like: Rows, count: int, dtype: torch.dtype, folder: Path | None) 
 def key(linearised: Linearised, count: int) -> str:
     """A digest of what the sums depend on: weights, tuned parameters, data, loss and numerics."""
     image, label = item(linearised.train, 0)
-    state = hashlib.sha256(digest(linearised.jacobian.model.state_dict()).encode())
+    with REPLACING:
+        state = hashlib.sha256(digest(linearised.jacobian.model.state_dict()).encode())
     state.update(digest({"image": image, **linearised.jacobian.parameters}).encode())
     settings = (linearised.loss, replace(linearised.numerics, workers=0), SHARD)
     state.update(repr((count, label.tolist(), *settings)).encode())

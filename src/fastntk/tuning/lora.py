@@ -4,7 +4,6 @@ An adapted layer computes ``W x + B A x`` with ``A`` ``[rank, inputs]`` drawn at
 zero at first. Source: Hu et al. 2021, LoRA (arXiv 2106.09685).
 """
 
-import copy
 import re
 from collections.abc import Mapping
 from typing import cast
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastntk.common.errors import InputError
+from fastntk.inputs.called import copied
 from fastntk.inputs.libraries import peft
 from fastntk.inputs.structure import attention_blocks
 from fastntk.tuning.prompts import prompts_of
@@ -127,7 +127,7 @@ def merged(model: nn.Module, parameters: Mapping[str, Tensor]) -> nn.Module:
     """
     if prompts_of(model):
         raise InputError("prompts are in no library's architecture, so neither timm nor transformers loads the model.")
-    found = copy.deepcopy(model)
+    found = copied(model)
     found.load_state_dict(parameters, strict=False)
     for name in adapters(found):
         found.get_submodule(name).merge()  # type: ignore[operator]

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from fastntk.common.errors import InputError
+from fastntk.inputs.called import REPLACING
 from fastntk.inputs.checks import check_numbers
 
 
@@ -13,7 +14,8 @@ def tuned(model: nn.Module) -> dict[str, nn.Parameter]:
     Raises:
         InputError: there are none, or one is of half precision.
     """
-    free = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    with REPLACING:
+        free = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not free:
         raise InputError("no parameter of the model is tuned. Call fastntk.tune(model, 'bn', 'head') first.")
     check_numbers(free)

@@ -1,6 +1,5 @@
 """Which parameters are tuned: selectors by name, everything else frozen."""
 
-import copy
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from torch import nn
 
 from fastntk.common.errors import InputError
 from fastntk.common.plugins import Registry
+from fastntk.inputs.called import copied
 from fastntk.inputs.heads import head_parameters
 from fastntk.inputs.structure import blocks, transformer_blocks
 from fastntk.tuning.lora import adapters, add_lora, lora_targets, remove_lora
@@ -121,7 +121,7 @@ def tunables(model: nn.Module) -> dict[str, int]:
     """
     found = {}
     for key, selector in SELECTORS.items():
-        trial = copy.deepcopy(model) if selector.adds else model
+        trial = copied(model) if selector.adds else model
         try:
             names = set(selector.names(trial, selector.argument or ""))
         except InputError:

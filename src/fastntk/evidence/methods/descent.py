@@ -1,6 +1,5 @@
 """Training on from the fitted parameters: shared by every method that fine-tunes."""
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -10,7 +9,7 @@ from torch.utils.data import Dataset
 
 from fastntk.evidence.methods.problem import Problem, Unlearned
 from fastntk.inputs.batches import batches, checked
-from fastntk.inputs.called import suited, uncached
+from fastntk.inputs.called import copied, suited, uncached
 from fastntk.tuning.parameters import snapshot, tuned
 
 Losses = Callable[[Problem, nn.Module], Iterator[Float[Tensor, ""]]]
@@ -38,7 +37,7 @@ def descend(
         mask: of the tuned parameters, 1 where they may move and 0 where not.
         start: the tuned parameters to begin with; None takes the fitted ones.
     """
-    model = copy.deepcopy(problem.model)
+    model = copied(problem.model)
     model.load_state_dict(dict(start or problem.state.anchor), strict=False)
     parameters = tuned(model)
     optimiser = torch.optim.Adam(parameters.values(), lr=learning_rate)

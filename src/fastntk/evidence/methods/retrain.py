@@ -1,6 +1,5 @@
 """The yardstick: training again without the forgotten samples."""
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -8,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fastntk.evidence.methods.problem import Problem, Unlearned
+from fastntk.inputs.called import copied
 from fastntk.memory.exact import solved_anew
 from fastntk.tuning.fitting import fit
 from fastntk.tuning.parameters import snapshot, tuned
@@ -39,7 +39,7 @@ def retrained(
     model: nn.Module, initial: Mapping[str, Tensor], retain: Dataset, recipe: Recipe
 ) -> tuple[dict[str, Tensor], float]:
     """The tuned parameters after fitting ``initial`` to ``retain``, and the seconds; the model is not changed."""
-    copied = copy.deepcopy(model)
-    copied.load_state_dict(dict(initial), strict=False)
-    done = fit(copied, retain, recipe)
-    return snapshot(tuned(copied)), done.seconds
+    again = copied(model)
+    again.load_state_dict(dict(initial), strict=False)
+    done = fit(again, retain, recipe)
+    return snapshot(tuned(again)), done.seconds

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from fastntk.common.errors import InputError
 from fastntk.common.files import digest
 from fastntk.common.formats import Document
+from fastntk.inputs.called import REPLACING, apart
 from fastntk.jacobians.layout import Layout
 from fastntk.jacobians.linearised import Linearised
 from fastntk.jacobians.numerics import Numerics
@@ -60,7 +61,8 @@ def unpack(document: Document, model: nn.Module, source: Dataset) -> State:
     stays = {f"solution.{name}" for name in getattr(FORMS.get(document["form"]), "mapped", ())}
     tensors, record = Document(on_device(document["tensors"], device, stays), document.where), document
     anchor = {name: tensors[f"anchor.{name}"] for name in record["names"]}
-    shapes = {name: each.shape for name, each in model.named_parameters()}
+    with REPLACING:
+        shapes = {name: each.shape for name, each in model.named_parameters()}
     tuned = all(shapes.get(name) == tensor.shape for name, tensor in anchor.items())
     if not tuned or record["model"] != _frozen(model, anchor):
         differ = "frozen weights" if tuned else "tuned parameters or the classes"
@@ -81,7 +83,7 @@ def unpack(document: Document, model: nn.Module, source: Dataset) -> State:
         name.removeprefix("solution."): tensor for name, tensor in tensors.items() if name.startswith("solution.")
     }
     return State(
-        Linearised(PerSampleJacobian(model, anchor, layout), members, loss, numerics, record["keep"]),
+        Linearised(PerSampleJacobian(apart(model), anchor, layout), members, loss, numerics, record["keep"]),
         FORMS[record["form"]].restore(Document(solved, document.where), record["ridge"]),
         **own,
     )
@@ -113,6 +115,8 @@ def _plain(value: Any) -> Any:
 
 def _frozen(model: nn.Module, tuned: Mapping[str, Tensor]) -> str:
     """A digest of everything in the model's state that is not tuned."""
-    free = {id(model.get_parameter(name)) for name in tuned}
-    own = {name for name, each in model.named_parameters(remove_duplicate=False) if id(each) in free}  # under all names
-    return digest({name: tensor for name, tensor in model.state_dict().items() if name not in own})
+    with REPLACING:
+        free = {id(model.get_parameter(name)) for name in tuned}
+        names = model.named_parameters(remove_duplicate=False)  # all that a parameter has
+        own = {name for name, each in names if id(each) in free}
+        return digest({name: tensor for name, tensor in model.state_dict().items() if name not in own})
