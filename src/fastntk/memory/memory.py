@@ -36,6 +36,22 @@ from fastntk.tuning.parameters import tuned
 _CHECKED = 8  # samples that are compared when a memory is opened
 
 
+class _Turns:
+    """One thread at a time; a copy is of its own."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return _Turns, ()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+
 class Memory:
     """A state, and perhaps the folder that it is kept in. Made by ``prepare`` or ``load``.
 
@@ -47,7 +63,7 @@ class Memory:
     """
 
     def __init__(self, state: State, folder: Folder | None = None) -> None:
-        self.state, self._folder, self._lock = state, folder, threading.RLock()
+        self.state, self._folder, self._turns = state, folder, _Turns()
 
     @property
     def model(self) -> nn.Module:
@@ -201,7 +217,7 @@ class Memory:
         """No other thread changes the memory meanwhile; the folder, if any, is locked, and what other processes did to
         it is known; the process computes as ``fastntk.common.machine.settle`` has it."""
         settle()
-        with self._lock, self._folder.locked() if self._folder else nullcontext():
+        with self._turns, self._folder.locked() if self._folder else nullcontext():
             if self._folder and self._folder.version != self._folder.ledger.version():
                 self.state = _opened(self._folder, self.model, self.state.members.source)
             yield
