@@ -160,3 +160,13 @@ CASES = {
     "grouped": Case(Grouped, ("all",)),
     "shared": Case(SharedScale, ("all",)),
 }
+
+
+def linear(count=12, width=6):
+    """A linear model, and images in three classes."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(count, 1, 2, width // 2, generator=generator)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(width, 3, bias=False))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.randn(3, width, generator=generator))
+    return model, TensorDataset(images, torch.arange(count) % 3)

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from cases import Convolutional
+from cases import Convolutional, linear
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -13,18 +13,10 @@ import fastntk
 from fastntk.tuning.parameters import snapshot, tuned
 
 
-def linear(count=12, width=6):
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(count, 1, 2, width // 2, generator=generator)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(width, 3, bias=False)).eval()
-    return model, TensorDataset(images, torch.arange(count) % 3)
-
-
 def test_a_fit_as_a_whole_under_autocast_learns():
     """Which would otherwise go on with the parameters that it cast first."""
     ends = []
     for cached in (True, False):
-        torch.manual_seed(0)
         model, data = linear()
         initial = model[1].weight.detach().clone()
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=cached):

@@ -6,7 +6,7 @@ import math
 import oracles
 import pytest
 import torch
-from cases import CASES
+from cases import CASES, linear
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -16,15 +16,6 @@ from fastntk.inputs.batches import labels_of
 from fastntk.tuning.losses import CrossEntropy, SquaredLoss
 from fastntk.tuning.parameters import snapshot, tuned
 from fastntk.tuning.recipe import Recipe
-
-
-def linear(count=12, width=6):
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(count, 1, 2, width // 2, generator=generator)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(width, 3, bias=False))
-    with torch.no_grad():
-        model[1].weight.copy_(torch.randn(3, width, generator=generator))
-    return model, TensorDataset(images, torch.arange(count) % 3)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fastntk.common.errors import InputError, reason
+from fastntk.common.machine import out_of_memory
 
 REPLACING = threading.RLock()
 """Held while a model's parameters are replaced for a pass, and by whoever reads what they are."""
@@ -61,6 +62,8 @@ def copied(model: nn.Module, shared: Iterable[Tensor] = ()) -> nn.Module:
         try:
             return copy.deepcopy(model, {id(each): each for each in shared})
         except Exception as error:  # of whatever its modules hold
+            if out_of_memory(error):
+                raise
             raise InputError(
                 f"the model cannot be copied ({reason(error)}). Keep what cannot be copied outside of its modules."
             ) from error

@@ -21,7 +21,7 @@ from fastntk.common import distributed
 from fastntk.common.errors import InputError
 from fastntk.common.files import digest, discard, mapped, read_tensors, writable, write_tensors
 from fastntk.inputs.batches import item
-from fastntk.inputs.called import REPLACING
+from fastntk.inputs.called import state_at
 from fastntk.jacobians.jacobian import Jacobian
 from fastntk.jacobians.linearised import Linearised
 from fastntk.jacobians.rows import PART, Rows
@@ -236,8 +236,7 @@ def empty_rows(like: Rows, count: int, dtype: torch.dtype, folder: Path | None) 
 def key(linearised: Linearised, count: int) -> str:
     """A digest of what the sums depend on: weights, tuned parameters, data, loss and numerics."""
     image, label = item(linearised.train, 0)
-    with REPLACING:
-        state = hashlib.sha256(digest(linearised.jacobian.model.state_dict()).encode())
+    state = hashlib.sha256(digest(state_at(linearised.jacobian.model, {})).encode())
     state.update(digest({"image": image, **linearised.jacobian.parameters}).encode())
     settings = (linearised.loss, replace(linearised.numerics, workers=0), SHARD)
     state.update(repr((count, label.tolist(), *settings)).encode())

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from fastntk.common.errors import InputError
 from fastntk.common.files import digest
 from fastntk.common.formats import Document
-from fastntk.inputs.called import REPLACING, apart
+from fastntk.inputs.called import REPLACING, apart, state_at
 from fastntk.jacobians.layout import Layout
 from fastntk.jacobians.linearised import Linearised
 from fastntk.jacobians.numerics import Numerics
@@ -115,8 +115,5 @@ def _plain(value: Any) -> Any:
 
 def _frozen(model: nn.Module, tuned: Mapping[str, Tensor]) -> str:
     """A digest of everything in the model's state that is not tuned."""
-    with REPLACING:
-        free = {id(model.get_parameter(name)) for name in tuned}
-        names = model.named_parameters(remove_duplicate=False)  # all that a parameter has
-        own = {name for name, each in names if id(each) in free}
-        return digest({name: tensor for name, tensor in model.state_dict().items() if name not in own})
+    own = {id(tensor) for tensor in tuned.values()}  # which are under all names that a parameter has
+    return digest({name: tensor for name, tensor in state_at(model, tuned).items() if id(tensor) not in own})
