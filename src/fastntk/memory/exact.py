@@ -131,6 +131,9 @@ def _apart(train: Dataset, core: Dataset, batch_size: int) -> Int[Tensor, " core
     return known
 
 
+_SCALED = 64  # images of the core, at most, whose rows the ridge's unit is a mean over: a few percent from that of all
+
+
 class Chosen(NamedTuple):
     """What is chosen on the core: the total ridge, and how many classes a sample keeps."""
 
@@ -148,7 +151,8 @@ def chosen_on(network: Linearised, core: Dataset, ridge: float | str, classes: i
     kept = enough(few, between=KEPT) if classes == "auto" else network.classes if classes == "all" else classes
     if ridge != "auto":
         return Chosen(float(ridge), int(kept))
-    rows = replace(few, keep=int(kept)).rows(range(len(images)), "the core")
+    some = range(0, len(images), -(-len(images) // _SCALED))
+    rows = replace(few, keep=int(kept)).rows(some, "the core")
     scale = rows.mean_diagonal(torch.float64, rows.jacobian.rest.device)
     return Chosen(FACTOR * scale, int(kept))
 
@@ -163,7 +167,7 @@ def _solved(
     bound = allowed(chosen.ridge)
     drawn = None if removal is None else distributed.shared(noise(removal, bound, len(here)))
     center = here if drawn is None else here - drawn.to(here) / chosen.ridge
-    return replace(_optimum(network, center, chosen, checkpoint), head_shortfall=None)
+    return _optimum(network, center, chosen, checkpoint)
 
 
 def _optimum(

@@ -25,7 +25,7 @@ from fastntk.memory.certificate import Answer
 from fastntk.memory.disk.folder import Folder
 from fastntk.memory.disk.ledger import Request
 from fastntk.memory.disk.packing import on_device, pack, unpack
-from fastntk.memory.prepare import check_initial, linearised, prepared, pull_of, refreshed
+from fastntk.memory.prepare import check_initial, linearised, prepared, pull_of, refreshed, with_head
 from fastntk.memory.request import draft, replayed
 from fastntk.memory.state import State
 from fastntk.solve.ridge import Calibration
@@ -283,7 +283,8 @@ def prepare(
     settle()
     check_initial(initial, tuned(model))
     network = linearised(model, train, loss, replace(numerics, **changes))  # type: ignore[arg-type]
-    return Memory(prepared(network, initial, {**pull, "witnesses": witnesses, "seed": seed}, checkpoint))
+    state = prepared(network, initial, {**pull, "witnesses": witnesses, "seed": seed}, checkpoint)
+    return Memory(with_head(state))
 
 
 def load(folder: Path | str, model: nn.Module, train: Dataset) -> Memory:

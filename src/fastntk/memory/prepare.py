@@ -29,7 +29,7 @@ from fastntk.memory.state import State
 from fastntk.solve.forms import FORMS, chosen
 from fastntk.solve.head import convex_shortfall
 from fastntk.solve.prices import Price, Workload
-from fastntk.solve.solution import Solution, Task
+from fastntk.solve.solution import Task
 from fastntk.tuning.loss import Loss, check_loss
 from fastntk.tuning.parameters import snapshot, tuned
 
@@ -52,7 +52,7 @@ def linearised(model: nn.Module, train: Dataset, loss: Loss, numerics: Numerics)
 def prepared(
     network: Linearised, initial: Mapping[str, Tensor], options: Mapping[str, Any], checkpoint: Path | str | None
 ) -> State:
-    """The state of a memory of all samples of ``network``.
+    """The state of a memory of all samples of ``network``, without what an exact head needs (``with_head``).
 
     Args:
         network: linearised at the fitted parameters, over ``Members``.
@@ -88,7 +88,7 @@ def prepared(
         fingerprints=solved.residuals,
         pixels=digests(network.train, range(count), network.numerics.batch_size, network.numerics.workers),
         vector=network.layout.flatten(network.jacobian.parameters),
-        head_shortfall=_head_shortfall(network, solved.solution, center),
+        head_shortfall=None,
         order=torch.randperm(count, generator=torch.Generator().manual_seed(options["seed"])),
         calibration=solved.calibration,
         made={"versions": versions, "options": dict(options)},
@@ -104,14 +104,16 @@ def _tail(network: Linearised) -> float:
     return float(tails(network, few).mean(0)[network.keep - 1])
 
 
-def _head_shortfall(network: Linearised, solution: Solution, center: Tensor) -> Tensor | None:
-    """What the fitted head falls short of; None without a head that gives the logits, or where these are probed."""
+def with_head(state: State) -> State:
+    """The same with what the fitted head falls short of, unless no head gives the logits, or these are probed."""
+    network, solution = state.network, state.solution
     if not network.layout.head or network.numerics.probes is not None:
-        return None
-    known = solution.head_shortfall(network.layout) if network.of_logits else None
-    if known is not None:
-        return known
-    return convex_shortfall(network, solution.over.tolist(), network.layout.head_of(center), solution.ridge)
+        return state
+    short = solution.head_shortfall(network.layout) if network.of_logits else None
+    if short is None:
+        center = network.layout.head_of(state.center)
+        short = convex_shortfall(network, solution.over.tolist(), center, solution.ridge)
+    return replace(state, head_shortfall=short)
 
 
 def priced(
@@ -146,7 +148,7 @@ def refreshed(state: State, parameters: Mapping[str, Tensor], checkpoint: Path |
     jacobian = PerSampleJacobian(state.model, parameters, state.layout)
     members = Members(state.members.source, state.members.ids)
     network = replace(state.network, jacobian=jacobian, train=members, keep=None)
-    return prepared(network, state.initial, state.made["options"], checkpoint)
+    return with_head(prepared(network, state.initial, state.made["options"], checkpoint))
 
 
 def pull_of(ridge: float | str, shrinkage: float) -> dict[str, Any]:
