@@ -1,15 +1,18 @@
 """Many models of every kind: can an attacker who knows both distributions tell unlearned from retrained?
 
-    python benchmarks/shadows.py [--models 100] [--per-class 20] [--loss cross-entropy] [--out runs/benchmarks]
+    python benchmarks/shadows.py [--models 100] [--methods] [--per-class 20] [--loss cross-entropy]
+
+Of ours the step and the exact head after it are asked; with --methods also what might hide them better (a gain, more
+steps, noise), and other methods.
 
 EfficientNet-Lite0 (batch norm and head) on MNIST digits at 48 px. Each of the models is fitted with a seed of its own
 (order and head), prepared, and forgets two requests, the same for all: a random tenth, and the twentieth that the first
 model has memorised most: of which leaving the image out alone, as the linear prediction has it, lowers the label's
 probability most (RULI's choice, by our leave-one-out predictions and without shadow models). As many models are
 retrained without each from the same seeds, and as many from others, with which all are compared; the former say what a
-retrained model looks like. Log odds of the labels, log p / (1 - p), are kept in shadows.sqlite under --out, model by
-model, so an interrupted run goes on; several at once share the work by --part 1/2 and --part 2/2, and the last one
-to end shows all of it. The last line is JSON.
+retrained model looks like. Log odds of the labels, log p / (1 - p), and accuracy on 200 test digits are kept in
+shadows.sqlite under --out, model by model, so an interrupted run goes on; several at once share the work by --part 1/2
+and --part 2/2, and the last one to end shows all of it. The last line is JSON.
 
 klom     median and 95th percentile over the forgotten images of KL(margins || retrained margins), in nats, as
          fastntk.metrics.klom has it and as published (which is of use with a hundred models of each kind alone)
@@ -22,16 +25,35 @@ Intervals are of 95 %, of the median and the share, by the bootstrap over images
 import argparse
 import json
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from fastntk.methods import FastNTK, Problem
-from fastntk.metrics import klom, log_odds, published_klom, ulira
+from fastntk.methods import (
+    BadTeacher,
+    Dampening,
+    Delete,
+    FastNTK,
+    FineTune,
+    FisherForgetting,
+    Golatkar,
+    GradientAscent,
+    HeadAlone,
+    Iterated,
+    Newton,
+    Problem,
+    RandomLabel,
+    Scrub,
+    Unlearned,
+)
+from fastntk.metrics import accuracy, klom, log_odds, published_klom, ulira
 from pretrained import fingerprint
 from rich.console import Console
 from rich.table import Table
+from scipy.stats import bootstrap
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
@@ -40,23 +62,67 @@ from fastntk.common.files import writable
 from fastntk.common.machine import settle
 from fastntk.common.progress import track
 from fastntk.evidence.auditing import left_out
-from fastntk.evidence.bench.summary import interval
 from fastntk.evidence.methods.retrain import retrained
 from fastntk.evidence.requests import drawn
 from fastntk.inputs.batches import labels_of
 from fastntk.inputs.packaged import digits, pretrained
+from fastntk.jacobians.products import lift, pull
 from fastntk.tuning.outputs import logits_of, model_at
 from fastntk.tuning.parameters import tuned
 from fastntk.tuning.recipe import Recipe
 
+
+@dataclass(frozen=True)
+class Noised:
+    """``FastNTK``'s step with noise ``b = sigma (sum_R J_i'L_i n_i + sqrt(ridge) n)`` in the objective that is solved
+    over R, ``L_i L_i'`` the loss's Hessian at ``theta*``: the answer's covariance is ``sigma^2 (G_R + ridge I)^-1`` to
+    first order, as certified removal has it (Golatkar et al. 2020, arXiv 2003.02960; Guo et al. 2020, 1911.03030)."""
+
+    scale: float
+
+    def __call__(self, problem: Problem) -> Unlearned:
+        """Answer the request with a pass over what stays, and two solves."""
+        state, draw = problem.state, torch.Generator().manual_seed(problem.recipe.seed)
+        network, gone = state.network, problem.positions
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=draw, dtype=state.vector.dtype)
+
+        batches = network.one_pass(problem.staying.tolist())
+        pulled = pull(network, ((x, lift(network, x, normal(len(x), network.classes))) for x, _ in batches))
+        noise = self.scale * (pulled + state.ridge**0.5 * normal(len(state.vector)))
+        step = state.resolve(gone, state.displacement - noise / state.ridge, state.ridge)
+        return Unlearned(state.moved_by(step - state.resolve(gone[:0], state.displacement, state.ridge)))
+
+
 UNLEARNING = {"fast_ntk": FastNTK(), "fast_ntk_exact_head": FastNTK(exact_head=True)}
+METHODS = {
+    "fast_ntk, exact head, gain 1.5": FastNTK(exact_head=True, gain=1.5),
+    "fast_ntk, more steps": Iterated(),
+    **{f"fast_ntk, noise {scale}": Noised(scale) for scale in (0.03, 0.1, 0.3)},
+    "golatkar": Golatkar(),
+    "newton": Newton(),
+    "head_alone": HeadAlone(),
+    "fine_tune": FineTune(),
+    "l1_sparse": FineTune(sparsity=1e-4),
+    "neg_grad_plus": GradientAscent(retained_share=0.95),
+    "random_label": RandomLabel(rate=0.3),
+    "salun": RandomLabel(saliency=0.5, rate=0.3),
+    "scrub": Scrub(rate=0.2),
+    "bad_teacher": BadTeacher(rate=0.5),
+    "delete": Delete(),
+    "fisher": FisherForgetting(),
+    "ssd": Dampening(threshold=0.3),
+}
+"""Each with the settings that benchmarks/grid chose for this network, on 1,000 of these digits (first seed)."""
 LOSSES = {"squared": fastntk.SquaredLoss(), "cross-entropy": fastntk.CrossEntropy()}
 MEMORISED = 0.05
 """The share of the images that is taken."""
+TEST_PER_CLASS = 20
 
 
 class Kept:
-    """Lists of numbers by name, in one file; any of them is written whole or not at all."""
+    """What is known of models, by name, in one file; all of a ``keep`` is written or nothing."""
 
     def __init__(self, path: Path, key: str) -> None:
         self.path, self.key = path, key
@@ -68,13 +134,13 @@ class Kept:
     def _open(self) -> sqlite3.Connection:
         return sqlite3.connect(self.path, timeout=60)
 
-    def __getitem__(self, name: str) -> list | None:
+    def __getitem__(self, name: str) -> Any:
         """What is kept under a name, or None."""
         with self._open() as database:
             row = database.execute("SELECT value FROM kept WHERE (key, name) = (?, ?)", (self.key, name)).fetchone()
         return None if row is None else json.loads(row[0])
 
-    def keep(self, values: dict[str, list]) -> None:
+    def keep(self, values: dict[str, Any]) -> None:
         """All of them, or none."""
         with self._open() as database:
             rows = [(self.key, name, json.dumps(value)) for name, value in values.items()]
@@ -86,16 +152,17 @@ class Case:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
-        self.train = self.opened(0)[1]
-        key = fingerprint(len(self.train), vars(self.recipe(0)), arguments.size)
+        _, self.train, self.test = self.opened(0)
+        key = fingerprint(len(self.train), len(self.test), vars(self.recipe(0)), arguments.size)
         self.kept = Kept(writable(arguments.out) / "shadows.sqlite", key)
         self.requests = {"random": drawn("random 10%", self.train, self.train)[0], "memorised": self.memorised()}
 
-    def opened(self, seed: int) -> tuple[nn.Module, Dataset]:
-        """A network that is not fitted yet, and the images."""
+    def opened(self, seed: int) -> tuple[nn.Module, Dataset, Dataset]:
+        """A network that is not fitted yet, and the images for training and for testing."""
         model, preprocessing = pretrained(seed, size=self.arguments.size)
         fastntk.tune(model, "bn", "head")
-        return model, digits(preprocessing, 0, self.arguments.per_class)
+        count = self.arguments.per_class
+        return model, digits(preprocessing, 0, count), digits(preprocessing, 500 - TEST_PER_CLASS, 500)
 
     def recipe(self, seed: int) -> Recipe:
         """How every model is fitted."""
@@ -103,7 +170,7 @@ class Case:
 
     def memory(self, seed: int) -> fastntk.Memory:
         """Of the model of a seed, fitted to all images."""
-        model, train = self.opened(seed)
+        model, train, _ = self.opened(seed)
         fitted = fastntk.fit(model, train, self.recipe(seed))
         return fastntk.prepare(model, train, fitted.initial, loss=fitted.recipe.loss)
 
@@ -119,65 +186,76 @@ class Case:
         self.kept.keep({"memorised": most})
         return most
 
-    def names(self, seed: int, unlearned: bool) -> dict[str, str]:
-        """What a seed's numbers are kept under, by request and kind of model."""
-        kinds = ("retrain", "original", *UNLEARNING) if unlearned else ("retrain",)
-        return {f"{request} {kind}": f"{seed} {request} {kind}" for request in self.requests for kind in kinds}
-
-    def make(self, seed: int, unlearned: bool) -> None:
-        """The log odds of the forgotten images' labels by every kind of model of a seed, if they are not there."""
-        names = self.names(seed, unlearned)
-        if all(self.kept[name] is not None for name in names.values()):
+    def make(self, seed: int, kinds: Sequence[str]) -> None:
+        """What is known of every kind of model of a seed after each request: the log odds of the forgotten images'
+        labels, and accuracy on test images. What is there already is not made again."""
+        pairs = [(request, kind) for request in self.requests for kind in kinds]
+        if not (missing := [pair for pair in pairs if self.kept[_name(seed, *pair)] is None]):
             return
-        model, train = self.opened(seed)
-        initial, memory, found = fastntk.snapshot(tuned(model)), self.memory(seed) if unlearned else None, {}
-        for request, ids in self.requests.items():
-            staying = sorted(set(range(len(train))) - set(ids))
-            answers = {"retrain": retrained(model, initial, Subset(train, staying), self.recipe(seed))[0]}
-            if memory:
-                problem = Problem(memory, ids, self.recipe(seed))
-                answers |= {name: method(problem).parameters for name, method in UNLEARNING.items()}
-                answers["original"] = memory.anchor
-            gone = Subset(train, ids)
-            for kind, parameters in answers.items():
-                odds = log_odds(logits_of(model_at(model, parameters), gone, "cpu"), labels_of(gone))
-                found[names[f"{request} {kind}"]] = odds.tolist()
+        model = self.opened(seed)[0]
+        initial = fastntk.snapshot(tuned(model))
+        memory = self.memory(seed) if any(kind != "retrain" for _, kind in missing) else None
+        found = {}
+        for request, kind in missing:
+            ids = self.requests[request]
+            if kind == "retrain":
+                staying = sorted(set(range(len(self.train))) - set(ids))
+                parameters = retrained(model, initial, Subset(self.train, staying), self.recipe(seed))[0]
+            elif kind == "original":
+                parameters = memory.anchor
+            else:
+                parameters = {**UNLEARNING, **METHODS}[kind](Problem(memory, ids, self.recipe(seed))).parameters
+            answer, gone = model_at(model, parameters), Subset(self.train, ids)
+            found[_name(seed, request, kind)] = {
+                "log_odds": log_odds(logits_of(answer, gone, "cpu"), labels_of(gone)).tolist(),
+                "test": accuracy(logits_of(answer, self.test, "cpu"), labels_of(self.test)),
+            }
         self.kept.keep(found)
 
-    def stacked(self, seeds: Iterable[int], unlearned: bool) -> dict[str, Tensor] | None:
-        """``[models, images]`` by request and kind; None where some are not made yet."""
-        found: dict[str, list[list[float]]] = {}
-        for seed in seeds:
-            for label, name in self.names(seed, unlearned).items():
-                if (values := self.kept[name]) is None:
-                    return None
-                found.setdefault(label, []).append(values)
-        return {label: torch.tensor(values) for label, values in found.items()}
+    def stacked(self, seeds: Iterable[int], request: str, kind: str) -> tuple[Tensor, float] | None:
+        """``[models, images]`` log odds, and mean accuracy; None where some models are not made yet."""
+        found = [self.kept[_name(seed, request, kind)] for seed in seeds]
+        if None in found:
+            return None
+        return torch.tensor([each["log_odds"] for each in found]), float(np.mean([each["test"] for each in found]))
 
 
-def compared(ours: Tensor, retrained: Tensor) -> dict[str, float | list[float] | None]:
+def _name(seed: int, request: str, kind: str) -> str:
+    return f"{seed} {request} {kind}"
+
+
+def compared(ours: Tensor, retrained: Tensor, test: float) -> dict[str, float | list[float]]:
     """Both measures of a kind of model beside retrained ones, ``[models, images]`` each."""
     divergence, right = klom(ours, retrained), 100 * ulira(ours, retrained).mean(0)
     published = published_klom(ours, retrained)
     return {
         "klom_median": float(np.median(divergence)),
-        "klom_interval": interval(divergence.tolist(), np.median),
+        "klom_interval": interval(divergence, np.median),
         "klom_95": float(divergence.quantile(0.95)),
         "published_klom_median": float(published.median()),
         "published_klom_95": float(published.quantile(0.95)),
         "ulira": float(right.mean()),
-        "ulira_interval": interval(right.tolist(), np.mean),
+        "ulira_interval": interval(right, np.mean),
+        "test": test,
     }
+
+
+def interval(values: Tensor, statistic: Callable[..., Any]) -> list[float]:
+    """Of 95 %, of a statistic over images."""
+    found = bootstrap((values.tolist(),), statistic, method="percentile", rng=np.random.default_rng(0))
+    return [float(end) for end in found.confidence_interval]
 
 
 def table(results: dict[str, dict]) -> Table:
     """For people."""
-    shown = Table("models", "KLoM median", "95 % interval", "95th percentile", "published", "U-LiRA %", "95 % interval")
+    shown = Table(
+        "models", "KLoM median", "95 % interval", "95th percentile", "published", "U-LiRA %", "95 % interval", "test %"
+    )
     for name, found in results.items():
-        ranges = ["–" if found[each] is None else "{:.2f} to {:.2f}".format(*found[each]) for each in _INTERVALS]
+        ranges = ["{:.2f} to {:.2f}".format(*found[each]) for each in _INTERVALS]
         published = f"{found['published_klom_median']:.2f}, {found['published_klom_95']:.2f}"
         klom_figures = f"{found['klom_median']:.2f}", ranges[0], f"{found['klom_95']:.2f}"
-        shown.add_row(name, *klom_figures, published, f"{found['ulira']:.1f}", ranges[1])
+        shown.add_row(name, *klom_figures, published, f"{found['ulira']:.1f}", ranges[1], f"{found['test']:.1f}")
     return shown
 
 
@@ -187,25 +265,31 @@ _INTERVALS = "klom_interval", "ulira_interval"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=int, default=16, help="of every kind")
+    parser.add_argument("--methods", action="store_true", help="other methods too")
     parser.add_argument("--per-class", type=int, default=20, help="training images of each class")
     parser.add_argument("--epochs", type=int, default=12, help="of every fit")
     parser.add_argument("--size", type=int, default=48, help="side of the images in pixels")
     parser.add_argument("--loss", choices=LOSSES, default="cross-entropy")
     parser.add_argument("--part", default="1/1", help="of the models, for several processes at once")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="where log odds are kept")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="where it is kept")
     arguments = parser.parse_args()
     settle()
     case, count = Case(arguments), arguments.models
+    kinds = ["retrain", "original", *UNLEARNING, *(METHODS if arguments.methods else ())]
     part, parts = map(int, arguments.part.split("/"))
     for seed in track(range(part - 1, count, parts), "unlearned and retrained"):
-        case.make(seed, True)
-        case.make(count + seed, False)
-    ours, others = case.stacked(range(count), True), case.stacked(range(count, 2 * count), False)
-    if ours is None or others is None:
-        Console().print("Another part is not made yet; the last one to end shows all of it.")
-        return
-    results = {label: compared(values, others[f"{label.split()[0]} retrain"]) for label, values in ours.items()}
-    Console(width=140).print(table(results))
+        case.make(seed, kinds)
+        case.make(count + seed, ["retrain"])
+    results = {}
+    for request in case.requests:
+        others = case.stacked(range(count, 2 * count), request, "retrain")
+        for kind in kinds:
+            ours = case.stacked(range(count), request, kind)
+            if ours is None or others is None:
+                Console().print("Another part is not made yet; the last one to end shows all of it.")
+                return
+            results[f"{request} {kind}"] = compared(ours[0], others[0], ours[1])
+    Console(width=150).print(table(results))
     print(json.dumps(results))
 
 

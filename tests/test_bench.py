@@ -1,6 +1,7 @@
 """A grid on a small model of a user's own file: what it runs, keeps, and draws."""
 
 import json
+import math
 import sqlite3
 from dataclasses import asdict, replace
 from statistics import geometric_mean, mean
@@ -17,7 +18,7 @@ import fastntk
 from fastntk.evidence.bench import grid
 from fastntk.evidence.bench.config import Setting, read_config
 from fastntk.evidence.bench.results import Cell, Results
-from fastntk.evidence.bench.summary import summarise
+from fastntk.evidence.bench.summary import interval, summarise
 from fastntk.evidence.bench.tables import by_model, conclusions, in_words
 from fastntk.evidence.compare import compare, references
 from fastntk.inputs.batches import labels_of
@@ -338,8 +339,9 @@ def test_a_summary_has_the_medians_of_each_loss_and_kind_beside_the_retrained_mo
         cell(row(86.0, ratio=1.3, relearn=4.0), tuned=row(ratio=4.0)),
         cell(row(ratio=9.0), request="random 7%"),
     ]
-    found = found_in(cells[:3])
-    assert (found["loss"], found["kind"], found["requests"], found["unit"]) == ("squared", "class", 3, "logits")
+    three_twice = cells[:3] * 2
+    found = found_in(three_twice)
+    assert (found["loss"], found["kind"], found["requests"], found["unit"]) == ("squared", "class", 6, "logits")
     assert (found["ratio_logits"], found["ratio_probabilities"]) == (1.3, 2.6)
     assert found["low"] == found["low_logits"] == 1.2
     assert found["high_probabilities"] == 2.8
@@ -351,15 +353,31 @@ def test_a_summary_has_the_medians_of_each_loss_and_kind_beside_the_retrained_mo
     assert found["relearn_retained_within"] == pytest.approx(2 / 3)
     assert found["request_fraction"] == pytest.approx(10 / 15)
     assert found["prepared_fraction"] == found["chosen_fraction"] == pytest.approx(40 / 15)
-    tuned = found_in(cells[:3], "tuned")
+    tuned = found_in(three_twice, "tuned")
     assert tuned["prepared_fraction"] == tuned["chosen_fraction"] == pytest.approx(10 / 15)
     low, high = tuned["nearer"]  # 2.5, 1.43 and 3.08 times as far
     assert (low, high) == (pytest.approx(2 / 1.4), pytest.approx(4 / 1.3))
     assert found_in(cells[:3], "retrained models")["ratio_logits"] == 1
     kinds = {(each["kind"], each["requests"]) for each in summarise(cells, "fast_ntk")["rows"]}
     assert kinds == {("class", 3), ("random 7%", 1)}
-    few = summarise(cells[:1], "fast_ntk")["rows"]
-    assert all(each["low"] is each["nearer"] is None for each in few)
+    few = summarise(three_twice[1:], "fast_ntk")
+    assert all(each["low"] is each["nearer"] is None for each in few["rows"])
+    assert conclusions(few)[0].endswith("So few requests give no interval: nothing follows from them.")
+
+
+@pytest.mark.parametrize("count", range(1, 30))
+def test_an_interval_holds_the_median_with_95_percent_and_no_narrower_one_does(count):
+    def certain(least, most):
+        """That between ``least`` and ``most`` of the values lie below the median."""
+        return sum(math.comb(count, k) for k in range(least, most + 1)) / 2**count
+
+    found = interval([float(value) for value in reversed(range(count))])
+    if found is None:
+        assert certain(1, count - 1) < 0.95
+    else:
+        lower = int(found[0])
+        assert found[1] == count - 1 - lower
+        assert certain(lower + 1, count - lower - 1) >= 0.95 > certain(lower + 2, count - lower - 2)
 
 
 def test_chosen_settings_stand_beside_the_default_ones_and_are_judged():
@@ -369,23 +387,23 @@ def test_chosen_settings_stand_beside_the_default_ones_and_are_judged():
             tuned=row(ratio=2.0),
             **{"fast_ntk, chosen": row(ratio=r / 2), "tuned, chosen": row(ratio=1.0)},
         )
-        for r in (1.8, 2.2)
+        for r in (1.8, 2.2) * 3
     ]
     assert found_in(cells, settings="chosen")["ratio_logits"] == pytest.approx(1.0)
     assert found_in(cells, "tuned")["nearer"] == [pytest.approx(2 / 1.1), pytest.approx(2 / 0.9)]
     assert found_in(cells, "tuned", "chosen")["chosen_fraction"] == pytest.approx((10 + 45) / 15)
     assert found_in(cells, "tuned", "chosen")["prepared_fraction"] == pytest.approx(10 / 15)
     first, verdicts = conclusions(summarise(cells, "fast_ntk"))
-    assert first.startswith("**class, squared** (2 requests): fast_ntk, chosen lies 1.00 (0.90 to 1.10) times as far")
+    assert first.startswith("**class, squared** (6 requests): fast_ntk, chosen lies 1.00 (0.90 to 1.10) times as far")
     assert "0 of 1 other methods are farther, by an interval that excludes it; open: tuned." in first
     assert first.endswith("Falls short: it is not nearer than every other method.")
-    assert verdicts.startswith("0 of 2 answers were off")
+    assert verdicts.startswith("0 of 6 answers were off")
 
 
 def test_what_falls_short_is_said_first():
     good = cell(row(ratio=1.0), tuned=row(ratio=3.0))
     bad = cell(row(ratio=1.2, gap=1.4), tuned=row(ratio=3.0), request="random 10%")
-    told = conclusions(summarise([good, good, bad, bad], "fast_ntk"))
+    told = conclusions(summarise([good, bad] * 6, "fast_ntk"))
     assert told[0].startswith("**tenth")
     assert told[0].endswith("Falls short: the ratio is above 1.10, the gap is more than theirs.")
     assert told[1].startswith("**class")

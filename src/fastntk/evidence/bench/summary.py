@@ -3,10 +3,9 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import isfinite
 from statistics import mean, median
 from typing import Any
-
-import numpy as np
 
 from fastntk.evidence.bench.config import CHOSEN
 from fastntk.evidence.bench.results import Cell
@@ -169,7 +168,7 @@ def summarise(cells: Sequence[Cell], ours: str) -> dict[str, Any]:
     """Of every loss, kind of request, method and settings the figures over its requests, and how ``ours`` did.
 
     ``rows``: with ``FIGURES`` (medians) and ``SHARES`` (means); ``ratio`` is that in the loss's own unit, ``low`` and
-    ``high`` bound the 95 % interval of its median, ``low_logits`` and so on that in each (bootstrap over requests);
+    ``high`` bound the 95 % interval of its median, ``low_logits`` and so on that in each (None below six requests);
     ``nearer`` is that of the median over requests of the ratio over that of ``ours``, with its chosen settings where
     there are any: above 1 throughout, ours is nearer to retraining. ``gap_retrained`` and ``off_retrained`` are the
     retrained models' own.
@@ -221,7 +220,7 @@ def _row(group: Sequence[Cell], loss: str, kind: str, method: str, settings: str
         "high": bounds[unit][1],
         **{f"low_{each}": low for each, (low, _) in bounds.items()},
         **{f"high_{each}": high for each, (_, high) in bounds.items()},
-        "nearer": interval([_over_ours(cell, row, ours) for cell in cells]),
+        "nearer": interval(_over_ours(cell, row, ours) for cell in cells),
     }
 
 
@@ -232,7 +231,7 @@ def _over_ours(cell: Cell, row: str, ours: str) -> float | None:
 
 
 def _bounds(values: Iterable[float | None]) -> Sequence[float | None]:
-    return interval(list(values)) or (None, None)
+    return interval(values) or (None, None)
 
 
 def flags(judged: Sequence[tuple[Cell, str]]) -> dict[str, int]:
@@ -271,15 +270,14 @@ def _off_their_mean(cell: Cell, row: str) -> bool:
     return any(abs(gap) > POINTS for gap in gaps)
 
 
-def interval(values: Sequence[float | None], statistic: Callable[..., Any] = np.median) -> list[float] | None:
-    """The 95 % interval of a statistic of the values, by the bootstrap; None for fewer than two values."""
-    from scipy.stats import bootstrap  # a second to import
+def interval(values: Iterable[float | None]) -> list[float] | None:
+    """The 95 % interval of the median: the innermost two of the values, in their order, that have it between them with
+    that probability, whatever the distribution (binomial). None below six values: all of them together have less."""
+    from scipy.stats import quantile_test  # a second to import
 
     known = [value for value in values if value is not None]
-    if len(known) < 2:
-        return None
-    found = bootstrap((known,), statistic, method="percentile", rng=np.random.default_rng(0)).confidence_interval
-    return [float(found.low), float(found.high)]
+    found = quantile_test(known, p=0.5).confidence_interval(0.95) if known else ()
+    return [float(end) for end in found] if known and isfinite(sum(found)) else None
 
 
 def middle(values: Iterable[float | None], of: Callable[[list[float]], float] = median) -> float | None:

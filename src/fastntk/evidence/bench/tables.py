@@ -84,9 +84,11 @@ def _concluded(loss: str, kind: str, own: Row, rows: Sequence[Row]) -> tuple[boo
     text = (
         f"**{kind}, {loss}** ({own['requests']} requests): {label_of(own)} lies {_text(ratio)} ({_range(_ends(own))}) "
         f"times as far from retrained models as they from each other, in {own['unit']}; average gap {_text(gap, 1)}, "
-        f"theirs {_text(theirs, 1)}. {beside}."
+        f"theirs {_text(theirs, 1)}."
     )
-    return bool(short), f"{text} Falls short: {', '.join(short)}." if short else text
+    if own["low"] is None:
+        return True, f"{text} So few requests give no interval: nothing follows from them."
+    return bool(short), f"{text} {beside}." + (f" Falls short: {', '.join(short)}." if short else "")
 
 
 _SIDES = (0, 1), (1, -1)  # of an interval: all of it above 1, all of it below
