@@ -17,6 +17,8 @@ and --part 2/2, and the last one to end shows all of it. The last line is JSON.
 klom     median and 95th percentile over the forgotten images of KL(margins || retrained margins), in nats, as
          fastntk.metrics.klom has it and as published (which is of use with a hundred models of each kind alone)
 u-lira   share of models and images that the attack places rightly
+shift    of an image's mean log odds from the retrained models', in their standard deviations: root mean square over
+         images; and what the attack places rightly without it, the means moved onto theirs (in the JSON)
 
 Intervals are of 95 %, of the median and the share, by the bootstrap over images. Sources: Georgiev et al. 2024
 (arXiv 2410.23232), Hayes et al. 2024 (arXiv 2403.01218), Naderloui et al. 2025 for the choice (RULI, arXiv 2506.13009).
@@ -227,6 +229,7 @@ def _name(seed: int, request: str, kind: str) -> str:
 def compared(ours: Tensor, retrained: Tensor, test: float) -> dict[str, float | list[float]]:
     """Both measures of a kind of model beside retrained ones, ``[models, images]`` each."""
     divergence, right = klom(ours, retrained), 100 * ulira(ours, retrained).mean(0)
+    shift = ours.mean(0) - retrained.mean(0)
     published = published_klom(ours, retrained)
     return {
         "klom_median": float(np.median(divergence)),
@@ -236,6 +239,8 @@ def compared(ours: Tensor, retrained: Tensor, test: float) -> dict[str, float | 
         "published_klom_95": float(published.quantile(0.95)),
         "ulira": float(right.mean()),
         "ulira_interval": interval(right, np.mean),
+        "shift": float((shift / retrained.std(0)).square().mean().sqrt()),
+        "ulira_without_shift": 100 * float(ulira(ours - shift, retrained).mean()),
         "test": test,
     }
 

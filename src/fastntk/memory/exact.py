@@ -50,7 +50,7 @@ from fastntk.tuning.recipe import Recipe
 FACTOR = 3e-2
 """Of the mean diagonal of the kernel over the core: the ridge, if nothing is said (docs/exact.md)."""
 
-KEPT = 5, 10
+KEPT = 4, 10
 """Classes of a sample that rows are kept of, if nothing is said: at least and at most. The network is surer of the core
 than of the others, so fewer look enough (docs/exact.md)."""
 
