@@ -30,6 +30,8 @@ anywhere on the way, and the first step too long."""
 
 _NEWTON, _STEPS, _HALVINGS = 60, 41, 30  # at most: of the method, of conjugate gradients, of a search
 
+_FACTOR = 200, 8  # making a factor of m rows takes as long as m / 200 steps with one, and 8 at least
+
 _REFINED = 4  # at most: steps with exact products; each leaves as little of the gradient as the kernel is rounded
 
 _LOOSE = 0.1  # of the gradient that the first solves leave; later ones leave less, as the optimum is near
@@ -246,10 +248,11 @@ class Newton:
         return _searched(problem, a, z, -(r + across(root, x)) / problem.ridge)
 
     def _solved(self, problem: Problem, root: Tensor, rhs: Tensor, wanted: float) -> Tensor:
-        """``(ridge I + L'K L)^-1 rhs``, by a factor of its own if another's takes too many steps."""
+        """``(ridge I + L'K L)^-1 rhs``, by a factor of its own if another's takes more steps than that is worth."""
         x = torch.zeros_like(rhs)
         if self.factor is not None and self._near(self.factor, problem):
-            x, done = _iterated(problem, root, rhs, x, self._preconditioner(problem), wanted)
+            limit = min(max(len(rhs) // _FACTOR[0], _FACTOR[1]), _STEPS)
+            x, done = _iterated(problem, root, rhs, x, self._preconditioner(problem), wanted, limit)
             if done:
                 return x
         self.factor, self._ready = Factor.of(problem, root), None
@@ -267,7 +270,13 @@ class Newton:
 
 
 def _iterated(
-    problem: Problem, root: Tensor, rhs: Tensor, x: Tensor, precondition: Preconditioner, wanted: float
+    problem: Problem,
+    root: Tensor,
+    rhs: Tensor,
+    x: Tensor,
+    precondition: Preconditioner,
+    wanted: float,
+    limit: int = _STEPS,
 ) -> tuple[Tensor, bool]:
     """``(ridge I + L'K L)^-1 rhs`` by conjugate gradients from a start, and whether it is good enough.
 
@@ -284,7 +293,7 @@ def _iterated(
     def enough(residual: Tensor, step: int) -> bool:
         return step % _LOOK == 1 and float(residual @ curved(residual)) <= (wanted * problem.ridge) ** 2
 
-    change, done = conjugated(product, rhs - product(x) if x.any() else rhs, precondition, enough, _STEPS)
+    change, done = conjugated(product, rhs - product(x) if x.any() else rhs, precondition, enough, limit)
     return x + change, done
 
 
