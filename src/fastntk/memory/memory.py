@@ -279,12 +279,11 @@ def prepare(
         InputError: ``initial`` does not belong to the model, an option is out of range, a layer is in training mode,
             the data are not fit for use, or no form fits into memory.
     """
-    pull = {**pull_of(ridge, shrinkage), "form": form, "classes": classes}
+    options = {**pull_of(ridge, shrinkage), "form": form, "classes": classes, "witnesses": witnesses, "seed": seed}
     settle()
     check_initial(initial, tuned(model))
     network = linearised(model, train, loss, replace(numerics, **changes))  # type: ignore[arg-type]
-    state = prepared(network, initial, {**pull, "witnesses": witnesses, "seed": seed}, checkpoint)
-    return Memory(with_head(state))
+    return Memory(with_head(prepared(network, initial, options, checkpoint)))
 
 
 def load(folder: Path | str, model: nn.Module, train: Dataset) -> Memory:
