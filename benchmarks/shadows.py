@@ -34,23 +34,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from fastntk.methods import (
-    BadTeacher,
-    Dampening,
-    Delete,
-    FastNTK,
-    FineTune,
-    FisherForgetting,
-    Golatkar,
-    GradientAscent,
-    HeadAlone,
-    Iterated,
-    Newton,
-    Problem,
-    RandomLabel,
-    Scrub,
-    Unlearned,
-)
 from fastntk.metrics import accuracy, klom, log_odds, published_klom, ulira
 from pretrained import fingerprint
 from rich.console import Console
@@ -60,6 +43,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
 import fastntk
+from fastntk import methods
 from fastntk.common.files import writable
 from fastntk.common.machine import settle
 from fastntk.common.progress import track
@@ -82,7 +66,7 @@ class Noised:
 
     scale: float
 
-    def __call__(self, problem: Problem) -> Unlearned:
+    def __call__(self, problem: methods.Problem) -> methods.Unlearned:
         """Answer the request with a pass over what stays, and two solves."""
         state, draw = problem.state, torch.Generator().manual_seed(problem.recipe.seed)
         network, gone = state.network, problem.positions
@@ -94,27 +78,27 @@ class Noised:
         pulled = pull(network, ((x, lift(network, x, normal(len(x), network.classes))) for x, _ in batches))
         noise = self.scale * (pulled + state.ridge**0.5 * normal(len(state.vector)))
         step = state.resolve(gone, state.displacement - noise / state.ridge, state.ridge)
-        return Unlearned(state.moved_by(step - state.resolve(gone[:0], state.displacement, state.ridge)))
+        return methods.Unlearned(state.moved_by(step - state.resolve(gone[:0], state.displacement, state.ridge)))
 
 
-UNLEARNING = {"fast_ntk": FastNTK(), "fast_ntk_exact_head": FastNTK(exact_head=True)}
+UNLEARNING = {"fast_ntk": methods.FastNTK(), "fast_ntk_exact_head": methods.FastNTK(exact_head=True)}
 METHODS = {
-    "fast_ntk, exact head, gain 1.5": FastNTK(exact_head=True, gain=1.5),
-    "fast_ntk, more steps": Iterated(),
+    "fast_ntk, exact head, gain 1.5": methods.FastNTK(exact_head=True, gain=1.5),
+    "fast_ntk, more steps": methods.Iterated(),
     **{f"fast_ntk, noise {scale}": Noised(scale) for scale in (0.03, 0.1, 0.3)},
-    "golatkar": Golatkar(),
-    "newton": Newton(),
-    "head_alone": HeadAlone(),
-    "fine_tune": FineTune(),
-    "l1_sparse": FineTune(sparsity=1e-4),
-    "neg_grad_plus": GradientAscent(retained_share=0.95),
-    "random_label": RandomLabel(rate=0.3),
-    "salun": RandomLabel(saliency=0.5, rate=0.3),
-    "scrub": Scrub(rate=0.2),
-    "bad_teacher": BadTeacher(rate=0.5),
-    "delete": Delete(),
-    "fisher": FisherForgetting(),
-    "ssd": Dampening(threshold=0.3),
+    "golatkar": methods.Golatkar(),
+    "newton": methods.Newton(),
+    "head_alone": methods.HeadAlone(),
+    "fine_tune": methods.FineTune(),
+    "l1_sparse": methods.FineTune(sparsity=1e-4),
+    "neg_grad_plus": methods.GradientAscent(retained_share=0.95),
+    "random_label": methods.RandomLabel(rate=0.3),
+    "salun": methods.RandomLabel(saliency=0.5, rate=0.3),
+    "scrub": methods.Scrub(rate=0.2),
+    "bad_teacher": methods.BadTeacher(rate=0.5),
+    "delete": methods.Delete(),
+    "fisher": methods.FisherForgetting(),
+    "ssd": methods.Dampening(threshold=0.3),
 }
 """Each with the settings that benchmarks/grid chose for this network, on 1,000 of these digits (first seed)."""
 LOSSES = {"squared": fastntk.SquaredLoss(), "cross-entropy": fastntk.CrossEntropy()}
@@ -206,7 +190,7 @@ class Case:
             elif kind == "original":
                 parameters = memory.anchor
             else:
-                parameters = {**UNLEARNING, **METHODS}[kind](Problem(memory, ids, self.recipe(seed))).parameters
+                parameters = {**UNLEARNING, **METHODS}[kind](methods.Problem(memory, ids, self.recipe(seed))).parameters
             answer, gone = model_at(model, parameters), Subset(self.train, ids)
             found[_name(seed, request, kind)] = {
                 "log_odds": log_odds(logits_of(answer, gone, "cpu"), labels_of(gone)).tolist(),

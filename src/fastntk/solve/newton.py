@@ -30,7 +30,7 @@ anywhere on the way, and the first step too long."""
 
 _NEWTON, _STEPS, _HALVINGS = 60, 41, 30  # at most: of the method, of conjugate gradients, of a search
 
-_FACTOR = 200, 8  # making a factor of m rows takes as long as m / 200 steps with one, and 8 at least
+_ROWS, _LEAST = 200, 8  # making a factor of m rows takes as long as m / 200 steps with one, and 8 at least
 
 _REFINED = 4  # at most: steps with exact products; each leaves as little of the gradient as the kernel is rounded
 
@@ -251,7 +251,7 @@ class Newton:
         """``(ridge I + L'K L)^-1 rhs``, by a factor of its own if another's takes more steps than that is worth."""
         x = torch.zeros_like(rhs)
         if self.factor is not None and self._near(self.factor, problem):
-            limit = min(max(len(rhs) // _FACTOR[0], _FACTOR[1]), _STEPS)
+            limit = min(max(len(rhs) // _ROWS, _LEAST), _STEPS)
             x, done = _iterated(problem, root, rhs, x, self._preconditioner(problem), wanted, limit)
             if done:
                 return x

@@ -276,8 +276,10 @@ def interval(values: Iterable[float | None]) -> list[float] | None:
     from scipy.stats import quantile_test  # a second to import
 
     known = [value for value in values if value is not None]
-    found = quantile_test(known, p=0.5).confidence_interval(0.95) if known else ()
-    return [float(end) for end in found] if known and isfinite(sum(found)) else None
+    if not known:
+        return None
+    ends = [float(end) for end in quantile_test(known, p=0.5).confidence_interval(0.95)]
+    return ends if isfinite(sum(ends)) else None
 
 
 def middle(values: Iterable[float | None], of: Callable[[list[float]], float] = median) -> float | None:
