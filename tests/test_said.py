@@ -87,6 +87,17 @@ def test_forgetting_with_a_refresh_re_anchors(run):  # noqa: F811
     assert json.loads(succeed("forget", run.folder, "--ids", "3", "--refresh", "--json"))["samples"] == 1
     assert states(run.folder) == ["re-anchored", "purged"]
     refuse("leave out --defer-purge", "forget", run.folder, "--ids", "4", "--refresh", "--defer-purge")
+    refuse("go with --refresh", "forget", run.folder, "--ids", "4", "--step-alone")
+
+
+def test_what_cannot_be_re_anchored_as_asked_is_refused_before_anything_is_forgotten(run):  # noqa: F811
+    refuse("a gain comes from an audit", "forget", run.folder, "--ids", "3", "--refresh", "--gain")
+    assert states(run.folder) == []
+    succeed("audit", run.folder)
+    succeed("forget", run.folder, "--ids", "3", "--refresh", "--gain", "--exact-head")
+    entry = run.memory()[0].requests()[-1].certificate
+    assert entry["gain"] > 0
+    assert entry["exact_head"] is True
 
 
 @pytest.mark.parametrize(

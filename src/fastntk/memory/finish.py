@@ -85,12 +85,26 @@ def refresh(
     """
 
     def found(state: State) -> tuple[dict[str, Tensor], dict[str, object]]:
-        head = state.head_shortfall is not None if exact_head is None else exact_head
-        factor = audited_gain(state) if gain is True else gain
-        check_gain(factor or None, head)
-        return _finished(state, None, factor, head, ()), {"gain": factor or None, "exact_head": head}
+        factor, head = ways(state, gain, exact_head)
+        done = _finished(state, None, False if factor is None else factor, head, ())
+        return done, {"gain": factor, "exact_head": head}
 
     return memory.anchored_at(found, checkpoint)
+
+
+def ways(state: State, gain: bool | float, exact_head: bool | None) -> tuple[float | None, bool]:
+    """The factor, if there is one, and whether there is an exact head, of an answer that is to be re-anchored as
+    ``refresh`` has it.
+
+    Raises:
+        InputError: there is no exact head, no audit has a gain, or it is below 1 and no head follows.
+    """
+    head = state.head_shortfall is not None if exact_head is None else exact_head
+    if head:
+        _shortfall(state)
+    factor = audited_gain(state) if gain is True else None if gain is False else gain
+    check_gain(factor, head)
+    return factor, head
 
 
 def check_gain(gain: float | None, exact_head: bool) -> None:
@@ -134,12 +148,18 @@ def audited_gain(state: State) -> float:
     return state.audit.gain
 
 
-def _with_head(state: State, parameters: Mapping[str, Tensor], without: Iterable[Id]) -> dict[str, Tensor]:
+def _shortfall(state: State) -> Tensor:
+    """What the fitted head fell short of. Raises ``InputError`` where there is no exact head."""
     if state.head_shortfall is None:
         raise InputError(
             "an exact head needs a tuned head that gives the logits, and a memory without class probes. Tune the head "
             "(fastntk.tune(model, 'bn', 'head')) and prepare so."
         )
+    return state.head_shortfall
+
+
+def _with_head(state: State, parameters: Mapping[str, Tensor], without: Iterable[Id]) -> dict[str, Tensor]:
+    shortfall = _shortfall(state)
     retain = state.positions[~torch.isin(state.positions, state.members.positions(without))]
     missing = state.members.missing(retain)
     if missing:
@@ -147,7 +167,7 @@ def _with_head(state: State, parameters: Mapping[str, Tensor], without: Iterable
             f"an exact head needs all {len(retain):,} retained samples; the data source lacks {missing:,}."
         )
     center = state.layout.unflatten(state.center, state.anchor)
-    return new_head(state.network, parameters, center, retain.tolist(), state.ridge, state.head_shortfall)
+    return new_head(state.network, parameters, center, retain.tolist(), state.ridge, shortfall)
 
 
 def every_way(memory: Memory) -> dict[str, dict[str, Tensor]]:

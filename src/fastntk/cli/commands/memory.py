@@ -176,12 +176,10 @@ def refresh(
     """
     from fastntk.cli.run import Run
 
-    refreshed(Run(run, device, data, model), as_json, exact_head=exact_head, gain=gain)
+    refreshed(Run(run, device, data, model), as_json, exact_head, gain)
 
 
-def refreshed(
-    opened: "Run", as_json: bool, silent: bool = False, exact_head: bool | None = None, gain: bool = False
-) -> None:
+def refreshed(opened: "Run", as_json: bool, exact_head: bool | None, gain: bool, silent: bool = False) -> None:
     """Linearise anew, and say so."""
     seconds, memory = opened.refresh(exact_head, gain)
     if silent:

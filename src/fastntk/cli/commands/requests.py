@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from fastntk.cli.asked import Copies
     from fastntk.cli.run import Run
     from fastntk.inputs.ids import Id
-    from fastntk.inputs.images import Images
     from fastntk.memory.certificate import Answer
     from fastntk.memory.memory import Memory
 
@@ -38,6 +37,8 @@ def forget(
     dry_run: Annotated[bool, typer.Option(help="Show the verdict, change nothing.")] = False,
     defer_purge: options.Defer = False,
     refresh: options.Refresh = False,
+    exact_head: options.NewHead = None,
+    gain: options.Gain = False,
     full: options.Full = False,
     certificate: options.CertificateFile = None,
     data: options.Moved = None,
@@ -49,34 +50,53 @@ def forget(
     from fastntk.cli.run import Run
 
     named = {"--ids": ids, "--ids-file": ids_file, "--class-name": class_name, "--owner": owner, "--match": match}
-    more = {"--full": full, "--certificate": certificate, "--defer-purge": defer_purge, "--refresh": refresh}
+    more = {"--full": full, "--certificate": certificate, "--defer-purge": defer_purge}
+    anchor = {"--refresh": refresh, "--gain": gain, "--exact-head": exact_head}
     modes = {"--dry-run": dry_run, "--requests": requests, "--out": out, "--owners": owners, "--near": near}
-    _check_together(named, more, modes)
+    _check_together(named, {**more, **anchor}, modes)
     options.check_out(certificate)
     opened = Run(run, device, data, model)
     if requests and out:
         _batch(opened, requests, out, owners, copies, as_json)
         return
-    memory, images = opened.memory()
-    chosen = _named(opened, memory, images, ids, ids_file, class_name, owner, match, owners)
-    chosen, found = _with_copies(memory, chosen, copies, near)
+    memory, chosen, found = _chosen(opened, named, owners, copies, near)
     if dry_run:
         show_answer(run, memory.preview(chosen), None, as_json, "nothing was changed", found)
         return
-    if refresh:
-        memory.state.check_anchored("there is no anchor to be moved: leave out --refresh")
+    _check_refresh(memory, anchor)
     _answered(opened, memory, memory.forget(chosen, full=full), certificate, defer_purge, as_json, found)
     if refresh:
-        refreshed(opened, as_json, silent=as_json)  # one object has been printed
+        refreshed(opened, as_json, exact_head, gain, silent=as_json)  # one object has been printed
 
 
-def _with_copies(memory: "Memory", chosen: "list[Id]", take: bool, near: float | None) -> "tuple[list[Id], Copies]":
-    """What a request takes, and what is to be said of images that show the same, or within ``near`` the same."""
+def _chosen(
+    opened: "Run", named: Mapping[str, Any], owners: str | None, take: bool, near: float | None
+) -> "tuple[Memory, list[Id], Copies]":
+    """The memory, what a request takes, which exactly one of the options ``named`` names, and what is to be said of
+    images that show the same, or within ``near`` the same."""
     from fastntk.cli import asked
     from fastntk.memory.copies import near_copies
 
+    memory, images = opened.memory()
+    if named["--class-name"] is not None:
+        chosen = asked.of_class(images, named["--class-name"], memory)
+    elif named["--owner"]:
+        chosen = asked.of_owners(images, asked.owners(opened.here, images, owners), named["--owner"], memory)
+    elif named["--match"]:
+        chosen = asked.matching(images, named["--match"], memory)
+    else:
+        chosen = asked.wanted(named["--ids"], named["--ids-file"], images)
     chosen, found = asked.with_copies(memory, chosen, take)
-    return chosen, found if near is None else replace(found, near=near_copies(memory, chosen, near))
+    return memory, chosen, found if near is None else replace(found, near=near_copies(memory, chosen, near))
+
+
+def _check_refresh(memory: "Memory", anchor: Mapping[str, Any]) -> None:
+    """Raises ``InputError`` for a refresh that would be refused: before anything is forgotten."""
+    from fastntk.memory.finish import ways
+
+    if anchor["--refresh"]:
+        memory.state.check_anchored("there is no anchor to be moved: leave out --refresh")
+        ways(memory.state, anchor["--gain"], anchor["--exact-head"])
 
 
 _ALONE = {"--requests": "answers, certifies and purges", "--dry-run": "only shows the verdict"}
@@ -95,6 +115,8 @@ def _check_together(named: Mapping[str, object], more: Mapping[str, object], mod
     odd = [name for name, value in others.items() if value not in (None, False)]
     if mode and odd:
         raise InputError(f"{mode} {_ALONE[mode]}: {', '.join(odd)} does not go with it.")
+    if not more["--refresh"] and (more["--gain"] or more["--exact-head"] is not None):
+        raise InputError("--gain and --exact-head go with --refresh. Later: fastntk refresh, or fastntk export.")
     if more["--refresh"] and more["--defer-purge"]:
         raise InputError("--refresh purges: leave out --defer-purge.")
 
@@ -114,27 +136,6 @@ def _batch(opened: "Run", requests: Path, out: Path, owners: str | None, copies:
     show(done, as_json, table, f"{purged} Wrote {out / 'summary.html'}, {out / 'summary.json'} and the certificates.")
     if any(row["became"] == batch.REFUSED for row in done["requests"]):
         raise InputError("some requests were refused, for the reasons above. The others are answered.")
-
-
-def _named(
-    opened: "Run",
-    memory: "Memory",
-    images: "Images",
-    ids: str | None,
-    ids_file: Path | None,
-    class_name: str | None,
-    owner: list[str] | None,
-    match: list[str] | None,
-    owners: str | None,
-) -> "list[Id]":
-    """The ids of a request, which exactly one of the options names."""
-    from fastntk.cli import asked
-
-    if class_name is not None:
-        return asked.of_class(images, class_name, memory)
-    if owner:
-        return asked.of_owners(images, asked.owners(opened.here, images, owners), owner, memory)
-    return asked.matching(images, match, memory) if match else asked.wanted(ids, ids_file, images)
 
 
 def owners(
