@@ -45,21 +45,30 @@ def finished(
     Raises:
         InputError: there is no audit for the gain, or no exact head (see ``exact_head``).
     """
-    return _finished(current(memory), parameters, gain, exact_head, without)
+    state = current(memory)
+    if gain is not False or exact_head:
+        state.check_anchored("a gain or another head would make them others")
+    return _finished(state, parameters, _factor(state, gain), exact_head, without)
 
 
 def _finished(
-    state: State, parameters: Mapping[str, Tensor] | None, gain: bool | float, exact_head: bool, without: Iterable[Id]
+    state: State, parameters: Mapping[str, Tensor] | None, factor: float | None, exact_head: bool, without: Iterable[Id]
 ) -> dict[str, Tensor]:
     done = dict(state.parameters if parameters is None else parameters)
-    if gain is not False or exact_head:
-        state.check_anchored("a gain or another head would make them others")
-    if gain is not False:
-        found = audited_gain(state) if gain is True else float(gain)
-        if not 0 < found < float("inf"):
-            raise InputError(f"a gain must be a positive number, not {gain!r}.")
-        done = multiplied(state, done, max(found, 0.0 if exact_head else 1.0))
+    if factor is not None:
+        done = multiplied(state, done, max(factor, 0.0 if exact_head else 1.0))
     return _with_head(state, done, without) if exact_head else done
+
+
+def _factor(state: State, gain: bool | float) -> float | None:
+    """The audit's gain, the number that is given, or none. Raises ``InputError`` where there is no audit, or it is not
+    positive."""
+    if gain is False:
+        return None
+    factor = audited_gain(state) if gain is True else float(gain)
+    if not 0 < factor < float("inf"):
+        raise InputError(f"a gain must be a positive number, not {gain!r}.")
+    return factor
 
 
 def refresh(
@@ -86,8 +95,7 @@ def refresh(
 
     def found(state: State) -> tuple[dict[str, Tensor], dict[str, object]]:
         factor, head = ways(state, gain, exact_head)
-        done = _finished(state, None, False if factor is None else factor, head, ())
-        return done, {"gain": factor, "exact_head": head}
+        return _finished(state, None, factor, head, ()), {"gain": factor, "exact_head": head}
 
     return memory.anchored_at(found, checkpoint)
 
@@ -102,7 +110,7 @@ def ways(state: State, gain: bool | float, exact_head: bool | None) -> tuple[flo
     head = state.head_shortfall is not None if exact_head is None else exact_head
     if head:
         _shortfall(state)
-    factor = audited_gain(state) if gain is True else None if gain is False else gain
+    factor = _factor(state, gain)
     check_gain(factor, head)
     return factor, head
 
