@@ -100,6 +100,18 @@ def test_what_cannot_be_re_anchored_as_asked_is_refused_before_anything_is_forgo
     assert entry["exact_head"] is True
 
 
+def test_a_refresh_that_fails_leaves_the_answer_and_says_so(run, monkeypatch):  # noqa: F811
+    def failing(*_arguments):
+        raise fastntk.InputError("the disk is full.")
+
+    monkeypatch.setattr(Run, "refresh", failing)
+    said = "the disk is full. The request is answered and purged, and not re-anchored: fastntk refresh .*run"
+    refuse(said, "forget", run.folder, "--ids", "3", "--refresh")
+    assert states(run.folder) == ["purged"]
+    monkeypatch.undo()
+    succeed("refresh", run.folder)
+
+
 @pytest.mark.parametrize(
     ("message", "arguments"),
     [

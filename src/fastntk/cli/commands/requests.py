@@ -66,7 +66,16 @@ def forget(
     _check_refresh(memory, anchor)
     _answered(opened, memory, memory.forget(chosen, full=full), certificate, defer_purge, as_json, found)
     if refresh:
-        refreshed(opened, as_json, exact_head, gain, silent=as_json)  # one object has been printed
+        _anchored_anew(opened, exact_head, gain, silent=as_json)  # as JSON, one object has been printed
+
+
+def _anchored_anew(opened: "Run", exact_head: bool | None, gain: bool, silent: bool) -> None:
+    """Refresh after an answer; where that fails, the error says that the answer stands."""
+    try:
+        refreshed(opened, False, exact_head, gain, silent)
+    except InputError as error:
+        done = f"The request is answered and purged, and not re-anchored: fastntk refresh {opened.folder}"
+        raise InputError(f"{error} {done}") from error
 
 
 def _chosen(
