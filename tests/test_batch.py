@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from hashlib import sha256
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from fastntk.cli.batch import ANSWERED, GONE, REFUSED, UNKNOWN, Asked, read_requ
 from fastntk.cli.run import Run
 from fastntk.inputs.owners import owners_of
 from fastntk.memory.memory import Memory
+from fastntk.memory.request import hashed
 
 TABLE = """request,owner,ids,date
 r1,Zuleika,,2026-11-20
@@ -76,12 +78,17 @@ def test_a_batch(run, data, asked, tmp_path, monkeypatch):  # noqa: F811
     twin = shutil.copytree(run, tmp_path / "twin")
     assert first["after"] == json.loads(succeed("forget", twin, "--ids", "0,1", "--json"))["after"]
     assert first["salt"]
+    for name, ids in (("r1", ["0", "1"]), ("r2", ["4", "5"])):
+        filed = json.loads((out / "certificates" / f"{name}.json").read_text())
+        assert filed["hashes"] == hashed(ids, filed["salt"]), "who has the file can check an id"
     assert second["hashes"] == entries[1]["certificate"]["hashes"], "from the ledger, which has no salt"
     shown = (out / "summary.html").read_text()
     assert "2026-11-21" in shown
     assert "no audit" in shown
+    row = repr(("r1", "Zuleika", "", "2026-11-20", False))
+    unsalted = sha256(row.encode()).hexdigest().encode()
     for path in [*out.rglob("*"), *folder.rglob("*")]:
-        assert path.is_dir() or not any(name in path.read_bytes() for name in (b"Zuleika", b"Nobody"))
+        assert path.is_dir() or not any(name in path.read_bytes() for name in (b"Zuleika", b"Nobody", unsalted))
     assert "Purged." in succeed(*given)
     succeed("remember", folder, "--ids", "0,4")
     again = {row["request"]: row.get("back") for row in json.loads(succeed(*given, "--json"))["requests"]}

@@ -294,6 +294,7 @@ def test_what_is_left_of_a_class_that_is_gone_is_noticed():
     assert memory.preview(gone[:-1]).certificate.still == 0
     unknown = fastntk.prepare(model, Blind(data), start, ridge=1e4, loss=CrossEntropy()).preview(gone).certificate
     assert unknown.still is None
+    assert "is not known, as the data do not offer all labels" in unknown.explanation
     assert unknown.trusted
 
 

@@ -4,7 +4,8 @@ A file is a table with the columns request, owner, ids and date (a CSV with such
 what a request is called, whose samples or which, and when it came, which may be left out. Beside the summary there is a
 folder of certificates, one a request that was answered; what has one is not asked again, so a batch that was cut off
 goes on. Before a request is answered its file says that it is to be, and as the how-manieth of the memory's ledger: an
-answer that is durable and whose certificate is not written yet is found again, without the salt of its hashes.
+answer that is durable and whose certificate is not written yet is found again. A file has the request and its ids as
+hashes under a salt of its own.
 """
 
 import csv
@@ -60,10 +61,10 @@ class Asked:
         digest = sha256(self.request.encode(errors="surrogateescape")).hexdigest()[:8]
         return f"{plain if plain == self.request else f'{plain}-{digest}'}.json"
 
-    @property
-    def digest(self) -> str:
-        """Of all that it says, to know it again by."""
-        return sha256(repr(astuple(self)).encode(errors="surrogateescape")).hexdigest()
+    def hashed(self, salt: str) -> str:
+        """All that it says, to know it again by: as ids are in a certificate, and no name can be tried without the
+        salt."""
+        return hashed([repr(astuple(self))], salt)[0]
 
 
 def read_requests(path: Path) -> list[Asked]:
@@ -160,7 +161,7 @@ def _check_own(memory: Memory, asked: Asked, out: Path) -> None:
     if not path.exists():
         return
     known = read_json(path)
-    own = known.get("asked") == asked.digest
+    own = "salt" in known and known["asked"] == asked.hashed(known["salt"])
     if own and "certificate" in known:
         hashes = known["certificate"]["hashes"]
         own = any(each.certificate.get("hashes") == hashes for each in memory.requests())
@@ -186,7 +187,7 @@ def _told(
         if not there:
             return {**told, "became": GONE if named else UNKNOWN}
         try:
-            known = _answered(memory, there, copies, {"asked": asked.digest, "told": told}, path)
+            known = _answered(memory, there, copies, asked, told, path)
         except InputError as error:
             path.unlink(missing_ok=True)
             log.warning("request %s: %s", asked.request, error)
@@ -200,7 +201,9 @@ def _told(
     return {**told, **known["told"], "became": ANSWERED, **more, **said}
 
 
-def _answered(memory: Memory, there: list[Id], copies: bool, known: dict[str, Any], path: Path) -> dict[str, Any]:
+def _answered(
+    memory: Memory, there: list[Id], copies: bool, asked: Asked, told: Mapping[str, Any], path: Path
+) -> dict[str, Any]:
     """What is known of a request, which is being answered, before in the file at ``path`` and after.
 
     Raises:
@@ -208,9 +211,10 @@ def _answered(memory: Memory, there: list[Id], copies: bool, known: dict[str, An
     """
     salt, (there, found) = secrets.token_hex(16), with_copies(memory, there, copies)
     left = None if found.same is None else len(found.same)
-    known["told"] |= {"copies_taken": found.taken, "copies_left": left}
-    known["number"] = len(memory.requests()) + 1
-    write_json(path, {**known, "salt": salt, "hashes": hashed(there, salt)})
+    named = {"asked": asked.hashed(salt), "salt": salt, "hashes": hashed(there, salt)}
+    told = {**told, "copies_taken": found.taken, "copies_left": left}
+    known = {**named, "told": told, "number": len(memory.requests()) + 1}
+    write_json(path, known)
     return {**known, "certificate": memory.forget(there).certificate.to_dict()}
 
 

@@ -94,7 +94,7 @@ class Certificate:
         tail: of the loss's gradient, what the classes have that the solution keeps no rows of (``State.tail``).
         has_head: whether the answer can be finished with an exact head.
         still: the percentage of the samples of classes that no member is left of which the answer still classifies as
-            these; None where that is not known. Like the doubt it is in no ledger.
+            these; None where the data do not offer all labels, which the verdict takes for none. It is in no ledger.
         doubt: the points within which a retrained model's accuracy on F should lie of the answer's, by the audit
             (``Audit.doubt``). It is in no ledger: of a single sample it says how surely it is classified. None
             without an audit, and where nothing was forgotten.
@@ -229,6 +229,8 @@ class Certificate:
     def _left(self) -> str:
         """What is known of classes that are left out, and of one that is gone."""
         out = f", without {self.tail:.1%} of the loss's gradient, which is of other classes" if self.tail else ""
+        if self.still is None and self.kind == "forget":
+            return f"{out}; whether a class is left without samples is not known, as the data do not offer all labels"
         if not self.still:
             return out
         return (

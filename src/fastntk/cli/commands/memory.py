@@ -35,8 +35,9 @@ def prepare(
 ) -> None:
     """One pass over the training data; from then on forgetting needs only the forgotten samples and a few others.
 
-    The layerwise and matrix-free forms read what stays for every request too. If cut off, the same command goes on from
-    what is on disk. Several processes share it when started as: torchrun --nproc-per-node=N -m fastntk prepare RUN.
+    The layerwise and matrix-free forms read what stays for every request too. In the primal and layerwise forms, if cut
+    off, the same command goes on from what is on disk. Several processes share it when started as:
+    torchrun --nproc-per-node=N -m fastntk prepare RUN.
     """
     from fastntk.cli.run import Run
     from fastntk.common import distributed
