@@ -49,7 +49,9 @@ def test_a_batch(run, data, asked, tmp_path, monkeypatch):  # noqa: F811
 
         monkeypatch.setattr(Memory, "forget", forget)
         with pytest.raises(KeyboardInterrupt):
-            batch.answer_all(opened, read_requests(asked), out, lambda images: owners_of(people, "", images))
+            batch.answer_all(
+                opened, read_requests(asked), out, lambda images, absent: owners_of(people, "", images, absent)
+            )
 
     killed(after=False)
     assert len(opened.memory()[0].requests()) == 1
@@ -127,7 +129,7 @@ def test_what_another_command_answered_meanwhile_is_not_taken_for_a_request(run,
 
     monkeypatch.setattr(Memory, "forget", killed)
     with pytest.raises(KeyboardInterrupt):
-        batch.answer_all(Run(folder), read_requests(tmp_path / "asked.csv"), out, lambda images: {})
+        batch.answer_all(Run(folder), read_requests(tmp_path / "asked.csv"), out, lambda images, absent: {})
     monkeypatch.undo()
     succeed("forget", folder, "--ids", "7,8")
     [row] = json.loads(succeed("forget", folder, "--requests", tmp_path / "asked.csv", "--out", out, "--json"))[

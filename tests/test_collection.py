@@ -1,11 +1,16 @@
 """Partial sums: what goes on from them, and what must not stay."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import CASES
 from test_memory import close, moved
+from torch.utils.data import TensorDataset
 
 import fastntk
+from fastntk.jacobians.numerics import Numerics
+from fastntk.memory.prepare import linearised
 from fastntk.solve import collect as collection
 
 
@@ -69,6 +74,20 @@ def test_partial_sums_of_another_preparation_are_not_taken(interrupted):
         memory.state.solution.sums.gram(), whole.state.solution.sums.gram(), rtol=1e-12, atol=1e-12
     )
     assert not partial.exists()
+
+
+def test_partial_sums_over_another_image_or_label_are_not_taken(interrupted):
+    """Whichever it is, of a shard that is done or of one that is not."""
+    model, data, _ = interrupted
+    network = linearised(model, data, fastntk.SquaredLoss(), Numerics())
+    before = collection.key(network, 14)
+    assert collection.key(network, 14) == before
+    for place in (1, 5, 13):
+        images, labels = (tensor.clone() for tensor in data.tensors)
+        images[place, 0, 0, 0] += 1e-3
+        assert collection.key(replace(network, train=TensorDataset(images, data.tensors[1])), 14) != before
+        labels[place] = (labels[place] + 1) % 3
+        assert collection.key(replace(network, train=TensorDataset(data.tensors[0], labels)), 14) != before
 
 
 def test_nothing_stays_after_clearing(interrupted):

@@ -173,10 +173,10 @@ def test_ids_from_a_column_name_each_sample_once(tmp_path):
         load_data(str(folder(tmp_path / "f")), PLAIN, id_column="who")
 
 
-def photos(folder, *names, count=3):
+def photos(folder, *names, count=3, first=0):
     for name in names:
         (folder / name).mkdir(parents=True)
-        for i in range(count):
+        for i in range(first, first + count):
             Image.fromarray(np.full((9, 9, 3), i, dtype=np.uint8)).save(folder / name / f"{i}.png")
     return folder
 

@@ -5,11 +5,6 @@ import pytest
 import fastntk
 from fastntk.cli.asked import read_ids
 from fastntk.cli.options import text_of
-from fastntk.inputs.images import Images
-
-
-def images(*ids):
-    return Images(None, [0] * len(ids), ["a"], fastntk.Preprocessing(8, (0.5,) * 3, (0.5,) * 3), ids)
 
 
 @pytest.mark.parametrize(
@@ -29,17 +24,17 @@ def images(*ids):
     ],
 )
 def test_what_a_text_names(ids, text, expected):
-    assert read_ids(text, images(*ids)) == expected
+    assert read_ids(text, ids) == expected
 
 
 @pytest.mark.parametrize("text", ["", " ", ",", "\n\n"])
 def test_nothing_is_no_request(text):
     with pytest.raises(fastntk.InputError, match="names no sample"):
-        read_ids(text, images(1, 2))
+        read_ids(text, (1, 2))
 
 
 @pytest.mark.parametrize("name", ["a,b.png", "\u00fcber 3 4.png", b"caf\xe9.png".decode(errors="surrogateescape")])
 def test_a_file_has_an_id_on_each_line(name, tmp_path):
     path = tmp_path / "ids.txt"
     path.write_bytes(b"\xef\xbb\xbf" + name.encode(errors="surrogateescape") + b"\r\n7\r\n")
-    assert read_ids(text_of(path), images(name, 7, "a"), lines=True) == [name, 7]
+    assert read_ids(text_of(path), (name, 7, "a"), lines=True) == [name, 7]

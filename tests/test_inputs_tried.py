@@ -172,7 +172,7 @@ TRIED = {
     (".grid", [{"methods": {"a": {"method": "FineTune", "epochs": each}}} for each in ("x", -1)], "epochs")],
 "markup": [
     ("tunables", ["[red]", "[/b]"], r"model '\[red\]'|unknown library '\['"),
-    ("verify", ["[red]", "@[/b]"], r"\[(red|/b)\] holds no run. Make one with: fastntk fit"),
+    ("verify", ["[red]", "@[/b]"], r"\[(red|/b)\] holds no run. Make one: fastntk fit"),
     ("forget @[red]", ["--class-name=[x]", "--ids=[/b]"], r"The classes are: \[b\], \[i\]|id '\[/b\]' is not in the"),
     (RED.replace("@[red]", "@new/[i]"), ["--json", "--epochs=2"], says(r'("run": |prepare )\S+/\[i\]'))],
 "python": [

@@ -272,3 +272,50 @@ def test_bad_preparations():
         fastntk.prepare(model, broken, initial)
     with pytest.raises(fastntk.InputError, match="label . is outside"):
         fastntk.prepare(model, TensorDataset(data.tensors[0], data.tensors[1] + 5), initial)
+
+
+def test_another_members_image_is_refused_though_the_network_says_the_same_of_it(tmp_path, caplog):
+    images, labels = CASES["bn+head"].data(16).tensors[0], torch.zeros(16, dtype=torch.long)
+    model = CASES["bn+head"].model()
+    with torch.no_grad():
+        model.head.weight.zero_()
+        model.head.bias.copy_(torch.tensor([40.0, 0.0, 0.0]))
+    memory = fastntk.prepare(model, TensorDataset(images, labels), moved(model), ridge=1.0)
+    memory.save(tmp_path / "m")
+    shifted = TensorDataset(images.roll(-1, 0), labels)
+    with pytest.raises(fastntk.InputError, match="another member's image under id"):
+        fastntk.load(tmp_path / "m", model, shifted)
+    replaced = images.clone()
+    replaced[3] += 1
+    with caplog.at_level("WARNING"):
+        fastntk.load(tmp_path / "m", model, TensorDataset(replaced, labels))
+    assert "1 of 8 images that were compared are not pixel by pixel" in caplog.text
+
+
+@pytest.mark.parametrize("form", ["primal", "dual", "matrix-free", "convex"])
+def test_logits_that_are_not_finite_are_refused(form):
+    """Nothing is prepared with them, and nobody is remembered."""
+    case = CASES["bn+head"]
+    model, (images, labels) = case.model(), case.data().tensors
+
+    def divided(_, arguments, logits):
+        return logits / (arguments[0].flatten(1)[:, :1] != 7)
+
+    odd = images.clone()
+    odd[4, 0, 0, 0] = 7
+    model.register_forward_hook(divided)
+    loss = fastntk.CrossEntropy() if form == "convex" else fastntk.SquaredLoss()
+    with pytest.raises(fastntk.InputError, match="logits of an image are NaN or infinite .number"):
+        fastntk.prepare(model, TensorDataset(odd, labels), moved(model), ridge=0.5, form=form, loss=loss)
+    whole = TensorDataset(torch.cat([images, odd[4:5]]), torch.cat([labels, labels[:1]]))
+    memory = fastntk.prepare(model, TensorDataset(images, labels), moved(model), ridge=0.5, form=form, loss=loss)
+    memory.state = memory.state.with_members(Members(whole, memory.ids))
+    before = memory.parameters
+    with pytest.raises(fastntk.InputError, match="logits of an image are NaN or infinite"):
+        memory.remember([14])
+    close(memory.parameters, before, 0)
+    assert 14 not in memory.ids
+    start = moved(model)
+    start["head.bias"][0] = torch.nan
+    with pytest.raises(fastntk.InputError, match="has NaN or infinite values in 'head.bias'"):
+        fastntk.prepare(model, TensorDataset(images, labels), start, ridge=0.5, form=form, loss=loss)

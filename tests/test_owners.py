@@ -3,12 +3,17 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from test_cli import MODEL, data, refuse, run, succeed  # noqa: F401
+from test_data import photos
+from test_run import RECIPE, given, prepared  # noqa: F401
 
 import fastntk
+from fastntk.cli.batch import ANSWERED, REFUSED
+from fastntk.cli.run import Run
 from fastntk.inputs.images import Images, Preprocessing
 from fastntk.inputs.owners import owners_of
 
@@ -129,7 +134,7 @@ def test_requests_that_name_people(run, data, tmp_path):  # noqa: F811
 
 def test_a_fit_remembers_where_owners_are_named_and_not_who_they_are(data, tmp_path):  # noqa: F811
     people = written(tmp_path, "id,owner\n0,Zuleika\n1,Bob\n")
-    given = ("fit", tmp_path / "run", *MODEL, "--data", data, "--epochs", 1)
+    given = ("fit", tmp_path / "run", *MODEL, "--data", data, "--epochs", 1)  # noqa: F811
     refuse("cannot be read as a table", *given, "--owners", tmp_path / "nowhere.csv")
     assert not (tmp_path / "run").exists()
     succeed(*given, "--owners", people)
@@ -161,3 +166,45 @@ def test_owners_of_images_that_were_learned_are_read_where_those_come_from(tmp_p
     alone = owners_of("^([^/]+)/", "anywhere", images())
     for prefix in ("december.npz/", "january.npz/"):
         assert {each: found.get(f"{prefix}{each}") for each in images().ids} == {i: alone.get(i) for i in images().ids}
+
+
+@pytest.fixture
+def of_people(given, tmp_path):  # noqa: F811
+    """A run over photos of people, one of whose images is gone from the disk."""
+    data = photos(tmp_path / "photos", "cat", "dog", count=0)  # noqa: F811
+    for place, name in enumerate(("alice", "bob", "carl")):
+        for kind in ("cat", "dog"):
+            photos(data / kind, name, count=4, first=4 * place)
+    (tmp_path / "owners.csv").write_text("id,owner\ncat/alice/0.png,Alice\ncat/alice/1.png,Alice\n")
+    made = Run(tmp_path / "run")
+    made.fit(replace(given, data=str(data)), RECIPE)
+    prepared(made)
+    (data / "cat" / "alice" / "1.png").unlink()
+    return made, tmp_path
+
+
+def test_nobody_is_passed_over_whose_image_is_gone(of_people, caplog):
+    """A request that names a member by owner, pattern or id is refused if the member's image cannot be read."""
+    made, place = of_people
+    count = len(made.memory()[0].ids)
+    lacks = "the data source has no sample 'cat/alice/1.png'"
+    for how in (
+        ("--owner", "Alice", "--owners", place / "owners.csv"),
+        ("--owner", "alice", "--owners", "^[^/]+/([^/]+)/"),
+        ("--match", "*/alice/*"),
+        ("--ids", "cat/bob/4.png,cat/alice/1.png"),
+    ):
+        refuse(lacks, "forget", made.folder, *how)
+    (place / "asked.csv").write_text(
+        'request,owner,ids\nr1,Alice,\nr2,,"cat/bob/4.png,cat/alice/1.png"\nr3,,cat/alice/1.png\nr4,,cat/bob/5.png\n'
+    )
+    asked = ("--requests", place / "asked.csv", "--out", place / "out", "--owners", place / "owners.csv")
+    refuse("some requests were refused", "forget", made.folder, *asked)
+    became = [row["became"] for row in json.loads((place / "out" / "summary.json").read_text())["requests"]]
+    assert became == [REFUSED] * 3 + [ANSWERED]
+    listed = json.loads(succeed("owners", made.folder, "--owners", place / "owners.csv", "--json"))["owners"]
+    assert listed == {"Alice": {"samples": 2, "members": 2}}
+    assert len(made.memory()[0].ids) == count - 1
+    with caplog.at_level("WARNING"):
+        succeed("forget", made.folder, "--class-name", "dog")
+    assert "the images of 1 members are not in the data: whether they are of class 'dog' is not known" in caplog.text

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from test_data import photos
 from test_folder import Killed, failing
 
 import fastntk
@@ -286,19 +287,33 @@ def test_two_processes_learn_and_one_had_refreshed(run, more, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Run, "_change", lambda *_: None)
         run.refresh()  # and is cut off before the run's model is the anchor
-    other, remember = Run(run.folder), fastntk.Memory.remember
-
-    def slowly(memory, ids, **how):
-        with monkeypatch.context() as patch:
-            patch.setattr(fastntk.Memory, "remember", remember)
-            other.learn(more[1])
-        return remember(memory, ids, **how)
-
-    monkeypatch.setattr(fastntk.Memory, "remember", slowly)
+    _between(monkeypatch, lambda: Run(run.folder).learn(more[1]))
     run.learn(more[0])
     assert sorted(run.settings().added) == sorted(more)
     assert len(run.memory()[0].ids) == 27
     run.refresh()
+
+
+def test_what_two_processes_learn_at_once_stays_in_the_data(run, more, monkeypatch):
+    """The slower one is refused, and takes nothing away."""
+    _between(monkeypatch, lambda: Run(run.folder).learn(more[0]))
+    with pytest.raises(fastntk.InputError, match="in the memory already"):
+        run.learn(more[0])
+    assert run.settings().added == [more[0]]
+    run.memory()[0].forget([f"new.npz/{place}" for place in range(4)])
+
+
+def _between(monkeypatch, other):
+    """The next time that a run has loaded its memory, somebody else does something first."""
+    load = Run._loaded
+
+    def slowly(run, *arguments):
+        monkeypatch.setattr(Run, "_loaded", load)
+        memory = load(run, *arguments)
+        other()
+        return memory
+
+    monkeypatch.setattr(Run, "_loaded", slowly)
 
 
 def test_learned_images_that_were_forgotten_may_be_deleted(run, more):
@@ -354,3 +369,50 @@ def test_learning_where_data_have_moved_and_owners_are_gone(given, more, tmp_pat
     made._change(lambda settings: replace(settings, owners=str(tmp_path / "nowhere.csv")))
     assert len(Run(made.folder, data=str(now)).learn(more[1])[0].ids) == 28
     assert "whose they are is not known" in caplog.text
+
+
+def test_data_that_have_changed_since_the_fit_are_refused(given, tmp_path):
+    """Who is gone from them would stay in the model, and no request could name it."""
+    with np.load(given.data) as arrays:
+        rows = dict(arrays)
+    place, made = tmp_path / "data.npz", Run(tmp_path / "run")
+    np.savez(place, **rows)
+    made.fit(replace(given, data=str(place)), RECIPE)
+    fewer = {name: each[:-1] if "train" in name else each for name, each in rows.items()}
+    relabelled = {**rows, "y_train": np.roll(rows["y_train"], 1)}
+    for others in (fewer, relabelled):
+        np.savez(place, **others)
+        with pytest.raises(fastntk.InputError, match="other samples or labels than those that the model was fitted to"):
+            prepared(made)
+    np.savez(place, **rows)
+    prepared(made)
+    assert made.settings().samples is None, "of a request nothing is to be known by it"
+
+
+def test_learned_images_are_told_from_others_of_a_like_name(given, tmp_path):
+    """A run with a folder of the same name as what was learned."""
+    data = photos(tmp_path / "photos", "anna", "bert", count=8)
+    new = photos(tmp_path / "new" / "anna", "anna", "bert", count=2, first=20)
+    made = Run(tmp_path / "run")
+    made.fit(replace(given, data=str(data)), RECIPE)
+    prepared(made)
+    memory, _ = made.learn(str(new))
+    memory.forget([each for each in memory.ids if str(each).startswith("anna/anna/") or "anna/bert/" in str(each)])
+    made.purge(memory)
+    shutil.rmtree(new)
+    assert len(made.memory()[0].ids) == 16
+
+
+def test_partial_sums_are_gone_before_the_ledger_says_purged(run, monkeypatch):
+    (run.folder / "partial").mkdir()
+    (run.folder / "partial" / "sums-0.safetensors").write_bytes(b"of everybody")
+    memory, _ = run.memory()
+    memory.forget([3])
+
+    def killed(memory):
+        raise Killed
+
+    monkeypatch.setattr(fastntk.Memory, "purge", killed)
+    with pytest.raises(Killed):
+        run.purge(memory)
+    assert not (run.folder / "partial").exists()

@@ -12,6 +12,7 @@ from test_run import RECIPE, given, prepared, run  # noqa: F401 (fixtures)
 import fastntk
 from fastntk.cli.commands import requests as commands
 from fastntk.cli.run import Run
+from fastntk.memory.disk.ledger import Ledger
 from fastntk.memory.memory import Memory
 
 
@@ -110,6 +111,49 @@ def test_a_refresh_that_fails_leaves_the_answer_and_says_so(run, monkeypatch):  
     assert states(run.folder) == ["purged"]
     monkeypatch.undo()
     succeed("refresh", run.folder)
+
+
+def test_what_cannot_be_re_anchored_for_want_of_an_image_is_refused_before(given, tmp_path):  # noqa: F811
+    data = photos(tmp_path / "photos", "anna", "bert", count=8)
+    run = Run(tmp_path / "run")  # noqa: F811
+    run.fit(replace(given, data=str(data)), RECIPE)
+    prepared(run)
+    everyone = ",".join(map(str, run.memory()[0].ids[1:]))
+    refuse("needs at least 2 samples", "forget", run.folder, "--ids", everyone, "--refresh")
+    (data / "bert" / "7.png").unlink()
+    refuse("lacks 1 of the memory's 15 samples", "forget", run.folder, "--ids", "anna/0.png", "--refresh")
+    assert states(run.folder) == []
+
+
+def test_a_refresh_that_is_cut_off_is_said(run, monkeypatch):  # noqa: F811
+    """The ledger may say "re-anchored" before the run's model is replaced."""
+    run.memory()[0].forget([3])
+
+    def killed(*_arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_change", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run.refresh()
+    assert "A refresh has begun and is not done" in succeed("ledger", run.folder)
+    assert json.loads(succeed("ledger", run.folder, "--json"))["refreshing"]
+    succeed("verify", run.folder)
+    assert not json.loads(succeed("ledger", run.folder, "--json"))["refreshing"]
+
+
+def test_an_answer_whose_comparison_fails_is_an_answer(run, tmp_path, monkeypatch, caplog):  # noqa: F811
+    """--full compares when the answer is durable already."""
+
+    def failing(self, certificate):
+        raise fastntk.InputError("the disk is full.")
+
+    monkeypatch.setattr(Ledger, "amend", failing)
+    with caplog.at_level("WARNING"):
+        succeed("forget", run.folder, "--ids", "3", "--full", "--certificate", tmp_path / "c.json")
+    assert "the request is answered, and not compared with a solve anew: the disk is full." in caplog.text
+    assert json.loads((tmp_path / "c.json").read_text())["salt"]
+    assert states(run.folder) == ["purged"]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Which samples a request on the command line asks for."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -22,24 +22,42 @@ log = logging.getLogger(__name__)
 _NAMED = 20  # copies in a text
 
 
+def absent(images: Images, memory: Memory) -> list[Id]:
+    """The members whose images are not in the data any more. A request that names one is refused, as its image must be
+    read once more: nobody is passed over."""
+    here = set(images.ids)
+    return [each for each in memory.ids if each not in here]
+
+
+def nameable(images: Images, memory: Memory) -> list[Id]:
+    """The ids that a request may name: of the data, and of members that are absent from it."""
+    return [*images.ids, *absent(images, memory)]
+
+
 def of_class(images: Images, class_name: str, memory: Memory) -> list[Id]:
-    """The ids of a class's samples that are in the memory.
+    """The ids of a class's samples that are in the memory; of members that are absent from the data the class is not
+    known, which is said.
 
     Raises:
         InputError: there is no such class, or none of its samples is left.
     """
     if class_name not in images.classes:
         raise InputError(f"there is no class {class_name!r}. The classes are: {', '.join(images.classes)}.")
+    if count := len(absent(images, memory)):
+        log.warning(
+            "the images of %d members are not in the data: whether they are of class %r is not known, and they stay",
+            *(count, class_name),
+        )
     places = (images.labels == images.classes.index(class_name)).nonzero()[:, 0].tolist()
     return _members([images.ids[place] for place in places], memory, f"of class {class_name!r}")
 
 
-def owned(images: Images, owners: Mapping[Id, str], name: str) -> list[Id]:
-    """The ids of an owner's samples in the data."""
-    return [each for each in images.ids if owners.get(each) == name]
+def owned(owners: Mapping[Id, str], name: str) -> list[Id]:
+    """The ids of an owner's samples."""
+    return [each for each, owner in owners.items() if owner == name]
 
 
-def of_owners(images: Images, owners: Mapping[Id, str], names: Sequence[str], memory: Memory) -> list[Id]:
+def of_owners(owners: Mapping[Id, str], names: Sequence[str], memory: Memory) -> list[Id]:
     """The ids of some owners' samples that are in the memory.
 
     Raises:
@@ -47,22 +65,22 @@ def of_owners(images: Images, owners: Mapping[Id, str], names: Sequence[str], me
     """
     found: dict[Id, None] = {}
     for name in names:
-        theirs = owned(images, owners, name)
+        theirs = owned(owners, name)
         if not theirs:
             raise InputError(f"no sample of the data is owned by {name!r}. fastntk owners RUN lists who owns some.")
         found |= dict.fromkeys(_members(theirs, memory, f"owned by {name!r}"))
     return list(found)
 
 
-def owners(settings: Settings, images: Images, spec: str | None = None) -> dict[Id, str]:
-    """Whose a run's images are, as ``fit`` was told or as ``spec`` says.
+def owners(settings: Settings, images: Images, absent: Sequence[Id] = (), spec: str | None = None) -> dict[Id, str]:
+    """Whose a run's images are, and the members that are absent from them, as ``fit`` was told or as ``spec`` says.
 
     Raises:
         InputError: neither says it, or what they name cannot be read.
     """
     if not (said := spec or settings.owners):
         raise InputError("nobody said whose the images are. Say it: --owners owners.csv, a column, or a pattern.")
-    return owners_of(said, settings.data, images)
+    return owners_of(said, settings.data, images, absent)
 
 
 def core_of(images: Images, spec: str) -> list[Id] | Images:
@@ -87,7 +105,7 @@ def _of_file(place: Path, images: Images) -> set[Id]:
     """The ids that a core's file names."""
     if not (text := text_of(place)).strip():
         raise InputError(f"the core's file {place} names no sample.")
-    ids, known = read_ids(text, images, lines=True), set(images.ids)
+    ids, known = read_ids(text, images.ids, lines=True), set(images.ids)
     if unknown := [each for each in ids if each not in known]:
         raise InputError(f"the core names {unknown[0]!r}, which is not in the data ({len(unknown)} such).")
     return set(ids)
@@ -104,9 +122,9 @@ def matching(images: Images, patterns: Sequence[str], memory: Memory) -> list[Id
     Raises:
         InputError: a pattern matches no sample, or none that is in the memory still.
     """
-    found: dict[Id, None] = {}
+    found, known = dict[Id, None](), nameable(images, memory)
     for pattern in patterns:
-        those = [each for each in images.ids if fnmatchcase(str(each), pattern)]
+        those = [each for each in known if fnmatchcase(str(each), pattern)]
         if not those:
             raise InputError(f"no sample's id matches {pattern!r}.")
         found |= dict.fromkeys(_members(those, memory, f"that matches {pattern!r}"))
@@ -172,35 +190,35 @@ def with_copies(memory: Memory, ids: list[Id], take: bool) -> tuple[list[Id], Co
     return [*ids, *same], Copies([], {}, taken=len(same))
 
 
-def wanted(ids: str | None, file: Path | None, images: Images) -> list[Id]:
-    """The ids that a user gave as a text, or in a file.
+def wanted(ids: str | None, file: Path | None, known: Iterable[Id]) -> list[Id]:
+    """The ids that a user gave as a text, or in a file, of those that are ``known``.
 
     Raises:
         InputError: they name no sample, or the file cannot be read.
     """
-    return read_ids(ids or "", images) if file is None else read_ids(text_of(file), images, lines=True)
+    return read_ids(ids or "", known) if file is None else read_ids(text_of(file), known, lines=True)
 
 
-def read_ids(text: str, images: Images, lines: bool = False) -> list[Id]:
+def read_ids(text: str, known: Iterable[Id], lines: bool = False) -> list[Id]:
     """The ids that a text names, one a line; where a line is none, by commas between (or spaces, if all are numbers),
     but not of a file, of which every line is one (``lines``).
 
-    What is no id of ``images`` stays as it is, for the memory to refuse. Letters may be composed or not.
+    What is none of the ``known`` ids stays as it is, for the memory to refuse. Letters may be composed or not.
 
     Raises:
         InputError: it names none.
     """
-    known = by_name(images.ids)
+    names = by_name(known)
     found: list[str] = []
     for line in text.replace("\r\n", "\n").split("\n"):
-        if line in known or composed(line.strip()) in known or lines:
-            found.append(line if line in known else line.strip())
+        if line in names or composed(line.strip()) in names or lines:
+            found.append(line if line in names else line.strip())
             continue
         words = [word.strip() for word in line.split(",")]
         numbers = all(part.isdecimal() for word in words for part in word.split())
         found += [part for word in words for part in word.split()] if numbers else words
     ids = [
-        known.get(each, known.get(composed(each), int(each) if each.isdecimal() and len(each) < 19 else each))
+        names.get(each, names.get(composed(each), int(each) if each.isdecimal() and len(each) < 19 else each))
         for each in found
         if each
     ]

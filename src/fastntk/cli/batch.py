@@ -21,7 +21,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from fastntk.cli.asked import owned, read_ids, with_copies
+from fastntk.cli.asked import absent, owned, read_ids, with_copies
 from fastntk.cli.options import text_of
 from fastntk.cli.run import Run
 from fastntk.common.errors import InputError
@@ -122,7 +122,7 @@ def answer_all(
     opened: Run,
     asked: Sequence[Asked],
     out: Path,
-    owners: Callable[[Images], Mapping[Id, str]],
+    owners: Callable[[Images, Sequence[Id]], Mapping[Id, str]],
     copies: bool = False,
 ) -> dict[str, Any]:
     """Answer every request that has no certificate in ``out`` yet, purge, and write ``summary.json`` and
@@ -132,7 +132,7 @@ def answer_all(
         opened: the run.
         asked: the requests.
         out: a folder.
-        owners: whose the images are; called if a request names an owner.
+        owners: whose the images are, and members that are absent from them; called if a request names an owner.
         copies: whether what shows the same image as a sample of a request is taken with it.
 
     Raises:
@@ -140,13 +140,14 @@ def answer_all(
     """
     writable(out / "certificates")
     memory, images = opened.memory()
-    whose = owners(images) if any(each.owner for each in asked) else {}
+    gone = absent(images, memory)
+    everyone, whose = [*images.ids, *gone], owners(images, gone) if any(each.owner for each in asked) else {}
     for each in asked:
         _check_own(memory, each, out)
-    rows = [_told(memory, images, whose, each, out, copies) for each in track(asked, "requests")]
+    rows = [_told(memory, everyone, whose, each, out, copies) for each in track(asked, "requests")]
     members = set(memory.ids)
     for each, row in zip(asked, rows, strict=True):
-        if row["became"] == ANSWERED and (back := len(members.intersection(_named(images, whose, each)[0]))):
+        if row["became"] == ANSWERED and (back := len(members.intersection(_named(everyone, whose, each)[0]))):
             row["back"] = back  # who was remembered since
     seconds = opened.purge(memory)
     summary = {"run": str(opened.folder), "made": _now(), "requests": rows, **_kept(memory, seconds)}
@@ -173,14 +174,14 @@ def _check_own(memory: Memory, asked: Asked, out: Path) -> None:
 
 
 def _told(
-    memory: Memory, images: Images, whose: Mapping[Id, str], asked: Asked, out: Path, copies: bool
+    memory: Memory, everyone: Sequence[Id], whose: Mapping[Id, str], asked: Asked, out: Path, copies: bool
 ) -> dict[str, Any]:
     """What became of a request. Neither an owner nor an id is said."""
     path = out / "certificates" / asked.file
     told: dict[str, Any] = {"request": asked.request, "date": asked.date, "by": "owner" if asked.owner else "ids"}
     known = read_json(path) if path.exists() else {}
     if (entry := _entered(memory, known)) is None:
-        named, unknown = _named(images, whose, asked)
+        named, unknown = _named(everyone, whose, asked)
         members = set(memory.ids)
         there = [each for each in named if each in members]
         told |= {"unknown": unknown, "gone": len(named) - len(there), "samples": len(there)}
@@ -235,15 +236,15 @@ def _entered(memory: Memory, known: Mapping[str, Any]) -> Any:
     return next((each for each in entries if each.number == known["number"]), None)
 
 
-def _named(images: Images, whose: Mapping[Id, str], asked: Asked) -> tuple[list[Id], int]:
-    """The ids in the data that a request names, and how many of those that it names are not there."""
+def _named(everyone: Sequence[Id], whose: Mapping[Id, str], asked: Asked) -> tuple[list[Id], int]:
+    """The ids that a request names, of data and members, and how many of those that it names are of neither."""
     if asked.owner:
-        return owned(images, whose, asked.owner), 0
+        return owned(whose, asked.owner), 0
     try:
-        named = list(dict.fromkeys(read_ids(asked.ids, images, lines=asked.lines)))
+        named = list(dict.fromkeys(read_ids(asked.ids, everyone, lines=asked.lines)))
     except InputError:  # separators alone
         return [], 0
-    known = set(images.ids)
+    known = set(everyone)
     found = [each for each in named if each in known]
     return found, len(named) - len(found)
 

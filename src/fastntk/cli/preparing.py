@@ -60,7 +60,16 @@ def form_and_classes(settings: Settings, form: str, classes: int | str) -> tuple
     return "convex", min(KEPT[0], len(settings.classes)) if classes == "auto" else classes
 
 
-def taken_over(module: nn.Module, core: Core, given: Given, recipe: Recipe) -> Fit:
+def fitted(
+    module: nn.Module, images: Images, core: Core, given: Given, recipe: Recipe, held_out: Dataset | None
+) -> Fit:
+    """The fit of a run: one that was done elsewhere, or one that is done now. Raises like these."""
+    if given.fitted:
+        return _taken_over(module, core, given, recipe)
+    return _first_fit(module, images, core, given, recipe, held_out)
+
+
+def _taken_over(module: nn.Module, core: Core, given: Given, recipe: Recipe) -> Fit:
     """A fit that was done elsewhere, to the core if there is one, whose start is of no account then; else the start is
     rebuilt from the pretrained weights.
 
@@ -74,7 +83,7 @@ def taken_over(module: nn.Module, core: Core, given: Given, recipe: Recipe) -> F
     return Fit(begun.initial, [], recipe, 0.0, assumed=begun.assumed)
 
 
-def first_fit(
+def _first_fit(
     module: nn.Module, images: Images, core: Core, given: Given, recipe: Recipe, held_out: Dataset | None
 ) -> Fit:
     """Fit to the core alone, or to all images if there is none.

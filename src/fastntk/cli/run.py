@@ -5,7 +5,7 @@ initial.safetensors    the tuned parameters before fitting
 model.safetensors      the whole model as fitted
 partial/               sums of a preparation that was cut off, until it is complete
 memory/                the memory, see ``fastntk.memory.disk``; samples that were forgotten are gone from it
-lock                   held while the files of the fit are replaced, which is done in one step
+lock, underway         held while the fit's files are replaced, in one step; there while a refresh is not complete
 
 Whatever a command that was killed has left is gone on with, or undone, when the run is next opened.
 """
@@ -28,13 +28,16 @@ from fastntk.common import distributed
 from fastntk.common.errors import InputError
 from fastntk.common.files import (
     DECIDED,
+    UNDERWAY,
     check_writable,
     complete,
     digest,
+    discard,
     file_digest,
     held,
     read_tensors,
     switching,
+    underway,
     writable,
     write_json,
     write_tensors,
@@ -96,9 +99,7 @@ class Run:
             with self._locked():
                 pass  # whoever takes the lock completes what was decided
         if not (self.folder / _RUN).is_file():
-            raise InputError(
-                f"{self.folder} holds no run. Make one with: fastntk fit {self.folder} --model ... --data ..."
-            )
+            raise InputError(f"{self.folder} holds no run. Make one: fastntk fit {self.folder} --model ... --data ...")
         return Settings.read(self.folder / _RUN)
 
     @contextmanager
@@ -124,10 +125,7 @@ class Run:
         held_out = preparing.held_out_of(images, validation, given.root)
         core = None if given.core is None else core_of(images, given.core)
         core_sum = preparing.core_sum(core, images)
-        if given.fitted:
-            done = preparing.taken_over(module, core, given, recipe)
-        else:
-            done = preparing.first_fit(module, images, core, given, recipe, held_out)
+        done = preparing.fitted(module, images, core, given, recipe, held_out)
         settings = replace(Settings.of(given, images, recipe), core_sum=core_sum)
         if distributed.rank() == 0:
             self.write(settings, done.initial, module)
@@ -199,6 +197,7 @@ class Run:
             if not any(each.kind == "refresh" for each in memory.requests()):
                 raise InputError(f"the memory in {self.folder} was prepared for another fit. Prepare again.")
             self._change(lambda settings: settings, state_at(memory.model, memory.anchor))
+        discard(self.folder / UNDERWAY)
         return memory
 
     def _change(self, change: Callable[[Settings], Settings], model: Mapping[str, Tensor] | None = None) -> None:
@@ -219,6 +218,7 @@ class Run:
         if self.settings().added:  # by a command that was interrupted before it had learned them
             self._change(partial(replace, added=[]))
         settings, model, images = self._opened()
+        settings.check_samples(images)
         tensors, _ = read_tensors(self.folder / "initial.safetensors")
         initial = {name: tensor.to(self.device) for name, tensor in tensors.items()}
         how = preparing.Preparation(ridge, form, classes, seed, self.folder / "partial", numerics)
@@ -230,6 +230,7 @@ class Run:
                 if self.settings() != settings:
                     raise InputError(f"{self.folder} was fitted anew meanwhile. Prepare again.")
                 memory.save(self.folder / "memory")
+                self._replace(replace(settings, samples=None), {}, gone=())  # the memory knows its samples itself
             clear(self.folder / "partial")  # of an earlier attempt in another form
         return memory
 
@@ -250,12 +251,14 @@ class Run:
                 owners(self.here, images)  # says of how many nobody is the owner
             except InputError as error:
                 log.warning("whose they are is not known: %s", error)
-        self._change(partial(Settings.joined, data=data))
-        try:
-            return memory, memory.remember(wanted, full=full)
-        except InputError:
-            self._change(partial(Settings.joined, data=data, there=False))
-            raise
+        with self._locked():  # nobody else learns the same meanwhile
+            before = self.settings()
+            self._replace(before.joined(data), {}, gone=())
+            try:
+                return memory, memory.remember(wanted, full=full)
+            except InputError:
+                self._replace(before, {}, gone=())
+                raise
 
     def plan(self, form: str, classes: int | str, numerics: Numerics) -> Plan:
         """What preparing would take."""
@@ -275,9 +278,8 @@ class Run:
 
     def purge(self, memory: Memory) -> float:
         """Remove every trace of who has left: from the memory, and partial sums over them; the seconds."""
-        seconds = memory.purge()
         clear(self.folder / "partial")
-        return seconds
+        return memory.purge()
 
     def refresh(self, exact_head: bool | None = None, gain: bool = False) -> tuple[float, Memory]:
         """Re-anchor the memory at its answer (``fastntk.refresh``), which becomes the run's model; the seconds, and the
@@ -286,8 +288,9 @@ class Run:
         warn_of_heads(memory, exact_head is not False)
         if memory.audit and not gain:
             log.warning("the audit, whose gain (%.2f) is not taken (--gain), is gone with a refresh", memory.audit.gain)
-        seconds = refresh(memory, self.folder / "partial", gain=gain, exact_head=exact_head)
-        self._change(lambda settings: settings, state_at(memory.model, memory.anchor))
+        with underway(self.folder):
+            seconds = refresh(memory, self.folder / "partial", gain=gain, exact_head=exact_head)
+            self._change(lambda settings: settings, state_at(memory.model, memory.anchor))
         return seconds, memory
 
     def audit(self, fraction: float, class_name: str | None, test: str | None, seed: int) -> Audit | Sameness:
@@ -342,7 +345,6 @@ class Run:
         if any(each.kind == "refresh" for each in memory.requests()):
             log.warning("'original' is the answer that the latest refresh began from, and relearning is beside it")
         problem = Problem(memory, forget, self.settings().fitting())
-        other = problem.recipe.seed + 1 if seed is None else seed
         count = retrained if memory.state.core is None else min(retrained, 1)  # of exact fits all are the same
-        methods = references(other, count, problem.recipe.seed)
+        methods = references(problem.recipe.seed + 1 if seed is None else seed, count, problem.recipe.seed)
         return compare(problem, self.here.held_out(images, test), methods, answered=every_way(memory))[0]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,12 @@ def _run_6(document: dict[str, Any]) -> dict[str, Any]:
     return {"removal": None, **document}
 
 
-FORMAT = Format("run", (unchanged, _run_1, _run_2, unchanged, _run_4, _run_5, _run_6))
+def _run_7(document: dict[str, Any]) -> dict[str, Any]:
+    """Nothing was kept of the samples."""
+    return {"samples": None, **document}
+
+
+FORMAT = Format("run", (unchanged, _run_1, _run_2, unchanged, _run_4, _run_5, _run_6, _run_7))
 """Of ``run.json``; from version 4 on it is sealed."""
 
 _SEALED = 4
@@ -105,7 +111,8 @@ class Given:
 @dataclass(frozen=True)
 class Settings:
     """What ``run.json`` holds: as ``Given``, with other data that were ``added`` later; ``core_sum`` knows the
-    core again that was fitted, and ``files`` are the SHA-256 of the tensors beside it."""
+    core again that was fitted, ``samples`` all ids and labels until there is a memory of them, and ``files`` are the
+    SHA-256 of the tensors beside it."""
 
     model: str
     data: str
@@ -119,6 +126,7 @@ class Settings:
     core: str | None = None
     core_sum: str | None = None
     removal: Sequence[float] | None = None
+    samples: str | None = None
     added: list[str] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
 
@@ -136,6 +144,7 @@ class Settings:
             given.owners,
             given.core,
             removal=given.removal,
+            samples=_sum(images),
         )
 
     @classmethod
@@ -162,10 +171,9 @@ class Settings:
             return found
         return replace(found, root=data) if self.root else replace(found, data=data)
 
-    def joined(self, data: str, there: bool = True) -> "Settings":
-        """The same with data that were added, or without."""
-        others = [each for each in self.added if each != data]
-        return replace(self, added=[*others, data] if there else others)
+    def joined(self, data: str) -> "Settings":
+        """The same with data that were added."""
+        return replace(self, added=[*(each for each in self.added if each != data), data])
 
     def fitting(self) -> Recipe:
         """How the model was fitted.
@@ -210,10 +218,19 @@ class Settings:
                     raise  # else they are gone, as those who were forgotten may be (``check_learned``)
         return found
 
+    def check_samples(self, images: Images) -> None:
+        """Raises ``InputError`` where the model was fitted to others: what is gone would stay in it unseen."""
+        if self.samples not in (None, _sum(images)):
+            raise InputError(
+                f"{self.data} has other samples or labels than those that the model was fitted to, which no request "
+                "could name. Put them back, or fit again."
+            )
+
     def check_learned(self, images: Images, members: Collection[Id]) -> None:
         """Raises ``InputError`` where data that were added are not among the images any more, and some are members."""
+        lacking = set(members).difference(images.ids)
         for each in set(self.added) - set(images.by_source):
-            if any(str(name).startswith(f"{Path(each).name}/") for name in members):
+            if any(str(name).startswith(f"{Path(each).name}/") for name in lacking):
                 raise InputError(f"images that were learned from {each} are in the memory: put them back there.")
 
     def held_out(self, images: Images, test: str | None) -> Dataset:
@@ -233,6 +250,14 @@ class Settings:
         for name, expected in self.files.items():
             if file_digest(folder / name) != expected:
                 raise InputError(f"{folder / name} is damaged. Restore it from a backup, or fit again.")
+
+
+def _sum(images: Images) -> str:
+    """By which ids and labels are known again."""
+    state = sha256()
+    for each, label in zip(images.ids, images.labels.tolist(), strict=True):
+        state.update(f"{each}\t{label}\n".encode(errors="surrogateescape"))
+    return state.hexdigest()
 
 
 def _holds_files(place: Path) -> bool:

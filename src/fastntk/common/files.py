@@ -24,6 +24,9 @@ from fastntk.common.errors import InputError
 DECIDED = ".now"
 """Where a ``switching`` that was decided has what is left of it to do."""
 
+UNDERWAY = "underway"
+"""In a folder, what says that something has begun there and is not done (``underway``)."""
+
 _STAGED, _GONE = ".next", "gone.json"
 
 
@@ -166,6 +169,19 @@ def discard(path: Path) -> None:
             path.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"{path} cannot be removed ({error.strerror}).") from error
+
+
+@contextmanager
+def underway(folder: Path) -> Iterator[None]:
+    """A file in a folder says that something has begun, until it is done, or has failed and nothing is left to do: of a
+    process that is killed meanwhile it stays."""
+    write(folder / UNDERWAY, Path.touch)
+    try:
+        yield
+    except InputError:
+        discard(folder / UNDERWAY)
+        raise
+    discard(folder / UNDERWAY)
 
 
 def sync(folder: Path) -> None:

@@ -162,10 +162,19 @@ def digests(dataset: Dataset, places: Sequence[int], batch_size: int, workers: i
 
     Two are the same if and only if all pixels are, after the same preprocessing on the same machine.
     """
-    read = batches(Subset(dataset, places), batch_size, workers=workers) if places else ()
+    return digests_and_labels(dataset, places, batch_size, workers)[0]
+
+
+def digests_and_labels(
+    dataset: Dataset, places: Sequence[int], batch_size: int, workers: int = 0
+) -> tuple[Int[Tensor, " places"], Tensor]:
+    """``digests``, and the labels of the same images."""
+    found, labels = list[int](), list[Tensor]()
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # hashing leaves the interpreter to the others
-        found = [digest for images, _ in read for digest in pool.map(_digest, images.cpu())]
-    return torch.tensor(found, dtype=torch.long)
+        for images, their in batches(Subset(dataset, places), batch_size, workers=workers) if places else ():
+            found += pool.map(_digest, images.cpu())
+            labels.append(their)
+    return torch.tensor(found, dtype=torch.long), torch.cat(labels) if labels else torch.zeros(0, dtype=torch.long)
 
 
 def _digest(image: Tensor) -> int:
@@ -180,6 +189,24 @@ def checked(images: Tensor) -> Tensor:
         InputError: a pixel is not finite.
     """
     if not torch.isfinite(images).all():
-        place = int((~torch.isfinite(images)).flatten(1).any(1).nonzero()[0])
-        raise InputError(f"an image has NaN or infinite pixels (number {place} of its batch). Repair or remove it.")
+        raise InputError(f"an image has NaN or infinite pixels ({_place(images)}). Repair or remove it.")
     return images
+
+
+def finite(logits: Float[Tensor, "batch classes"]) -> Float[Tensor, "batch classes"]:
+    """The logits as they are.
+
+    Raises:
+        InputError: one is not finite.
+    """
+    if not torch.isfinite(logits).all():
+        raise InputError(
+            f"the network's logits of an image are NaN or infinite ({_place(logits)}), so nothing can be said of it. "
+            "Remove the image, or mend the network: many divide by something that is 0 for an image of one colour."
+        )
+    return logits
+
+
+def _place(batch: Tensor) -> str:
+    """Of the first that is not finite."""
+    return f"number {int((~torch.isfinite(batch)).flatten(1).any(1).nonzero()[0])} of its batch"

@@ -3,6 +3,7 @@
 import csv
 import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from fastntk.common.errors import InputError
@@ -13,7 +14,7 @@ from fastntk.inputs.sources import read_column
 log = logging.getLogger(__name__)
 
 
-def owners_of(spec: str, source: str, images: Images) -> dict[Id, str]:
+def owners_of(spec: str, source: str, images: Images, absent: Sequence[Id] = ()) -> dict[Id, str]:
     """The owner of every sample that has one, by its id.
 
     Args:
@@ -22,17 +23,20 @@ def owners_of(spec: str, source: str, images: Images) -> dict[Id, str]:
             own source; or the column (of an ``.npz``, the array) of the source that names it.
         source: where the images come from, as ``load_data`` takes it.
         images: of it, and of others that were learned.
+        absent: other samples, which the source does not have any more: a column says nothing of them, which is said.
 
     Raises:
         InputError: the file or column cannot be read, an id has two owners, the expression is none or has not one
             group, or nobody owns anything.
     """
     if spec.lower().endswith(".csv"):
-        found = _from_file(Path(spec), images)
+        found = _from_file(Path(spec), [*images.ids, *absent])
     elif "(" in spec:
-        found = _by_pattern(spec, images)
+        found = _by_pattern(spec, images, absent)
     else:
         found = _by_column(spec, source, images)
+        if absent:
+            log.warning("the images of %d members are not in the data: whose they are is not known", len(absent))
     if not found:
         raise InputError(f"{spec!r} gives none of the {len(images):,} images an owner.")
     for learned, ids in images.by_source.items():
@@ -57,14 +61,14 @@ def _by_column(name: str, source: str, images: Images) -> dict[Id, str]:
     return found
 
 
-def _from_file(path: Path, images: Images) -> dict[Id, str]:
+def _from_file(path: Path, ids: Sequence[Id]) -> dict[Id, str]:
     """Rows of images that are not in the data any more are left out, and counted: they may have been removed."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             header, *rows = list(csv.reader(file, strict=True)) or [[]]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path} cannot be read as a table of ids and owners ({error}).") from error
-    known, found, strange = by_name(images.ids), dict[Id, str](), 0
+    known, found, strange = by_name(ids), dict[Id, str](), 0
     if header and known.get(composed(header[0].strip())) is not None:
         raise InputError(f"{path} has no header: its first row names an image. Begin it with: id,owner")
     for number, row in enumerate(rows, 2):
@@ -82,17 +86,19 @@ def _from_file(path: Path, images: Images) -> dict[Id, str]:
     return {each: owner for each, owner in found.items() if owner}
 
 
-def _by_pattern(pattern: str, images: Images) -> dict[Id, str]:
+def _by_pattern(pattern: str, images: Images, absent: Sequence[Id]) -> dict[Id, str]:
     try:
         expression = re.compile(pattern)
     except re.error as error:
         raise InputError(f"{pattern!r} is no regular expression ({error}).") from error
     if expression.groups != 1:
         raise InputError(f"{pattern!r} must have one group, which is the owner, not {expression.groups}.")
-    found = {}
-    for learned, ids in images.by_source.items():
-        for each in ids:
-            match = expression.search(str(each).removeprefix(f"{Path(learned).name}/" if learned else ""))
-            if match and match[1]:
-                found[each] = match[1]
+    begins = [f"{Path(learned).name}/" if learned else "" for learned in images.by_source]
+    named = [(each, begin) for begin, ids in zip(begins, images.by_source.values(), strict=True) for each in ids]
+    named += [(each, begin) for begin in sorted(begins, key=len, reverse=True) for each in absent]  # of one of them
+    found: dict[Id, str] = {}
+    for each, begin in named:
+        match = expression.search(str(each).removeprefix(begin))
+        if match and match[1]:
+            found.setdefault(each, match[1])
     return found

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from fastntk.common.progress import track
-from fastntk.inputs.batches import batches, checked, item
+from fastntk.inputs.batches import batches, checked, finite, item
 from fastntk.inputs.called import called
 from fastntk.jacobians.combinations import ClassProbes
 from fastntk.jacobians.jacobian import Jacobian
@@ -188,7 +188,7 @@ class Linearised:
         """Batches of images, logits and labels."""
         for images, labels in self.one_pass(positions):
             with torch.no_grad(), arithmetic(self.numerics.precision, self.device):
-                logits = self.logits(images)
+                logits = finite(self.logits(images))
             yield images, logits, labels
 
 
@@ -227,6 +227,15 @@ def tails(network: Linearised, positions: Sequence[int]) -> Float[Tensor, "sampl
         ordered = slope.gather(1, likeliest(logits, labels, logits.shape[1]))
         parts.append(ordered.flip(1).cumsum(1).flip(1) - ordered)
     return torch.cat(parts)
+
+
+def tail(network: Linearised) -> float:
+    """What the classes that rows are not kept of have of the loss's gradient, a mean over the first samples; 0 where
+    all are kept."""
+    if network.keep is None or network.keep == network.classes:
+        return 0.0
+    few = range(min(FIRST, len(network.train)))  # type: ignore[arg-type]
+    return float(tails(network, few).mean(0)[network.keep - 1])
 
 
 def enough(

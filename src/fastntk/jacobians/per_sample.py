@@ -17,6 +17,7 @@ from torch.func import jacrev, vmap
 
 from fastntk.common.errors import InputError, reason
 from fastntk.common.machine import out_of_memory
+from fastntk.inputs.batches import finite
 from fastntk.inputs.called import called
 from fastntk.jacobians import trial
 from fastntk.jacobians.jacobian import Jacobian
@@ -136,7 +137,7 @@ class PerSampleJacobian:
         layout = self.layout(x)
         mode = self._mode(x, layout, outer)
         with torch.enable_grad():
-            logits = self._forward(x, {**self.parameters, **mode.tuned}, mode)
+            logits = finite(self._forward(x, {**self.parameters, **mode.tuned}, mode))
             kept = keep(logits.detach().to(self.dtype))
             outputs = logits.gather(1, kept)
             outputs = outputs @ contrasts(kept.shape[1]).to(outputs) if contrasted else outputs
@@ -176,7 +177,7 @@ class PerSampleJacobian:
         layout = self.layout(x)
         mode = self._mode(x, layout)
         with torch.enable_grad():
-            logits = self._forward(x, {**self.parameters, **mode.tuned}, mode)
+            logits = finite(self._forward(x, {**self.parameters, **mode.tuned}, mode))
             probes = combined(logits.detach().to(self.dtype))
             outputs = logits if probes is None else torch.einsum("nck,nc->nk", probes.to(logits), logits)
             rest = self._backward(outputs, layout.fast, mode)
@@ -193,7 +194,7 @@ class PerSampleJacobian:
         head = self.layout(x).head
         mode = PerSample({name: self.parameters[name] for name in head}, len(x), head)
         with torch.no_grad():
-            logits = self._forward(x, self.parameters, mode)
+            logits = finite(self._forward(x, self.parameters, mode))
             return self._features(logits, head, mode).to(self.dtype), logits
 
     @property

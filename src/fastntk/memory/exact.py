@@ -36,7 +36,7 @@ from fastntk.common.errors import InputError
 from fastntk.common.machine import settle
 from fastntk.inputs.batches import digests, item
 from fastntk.inputs.ids import Id
-from fastntk.jacobians.linearised import FIRST, Linearised, enough
+from fastntk.jacobians.linearised import FIRST, Linearised, enough, tail
 from fastntk.jacobians.numerics import Numerics
 from fastntk.memory.certificate import Removal, allowed
 from fastntk.memory.members import Members
@@ -135,10 +135,12 @@ _SCALED = 64  # images of the core, at most, whose rows the ridge's unit is a me
 
 
 class Chosen(NamedTuple):
-    """What is chosen on the core: the total ridge, and how many classes a sample keeps."""
+    """What is chosen on the core: the total ridge, and how many classes a sample keeps; and what is left out so of the
+    gradient there (``State.tail``)."""
 
     ridge: float
     classes: int
+    tail: float
 
 
 def chosen_on(network: Linearised, core: Dataset, ridge: float | str, classes: int | str) -> Chosen:
@@ -149,12 +151,15 @@ def chosen_on(network: Linearised, core: Dataset, ridge: float | str, classes: i
     labels = torch.cat([network.logits(part.to(network.device)).argmax(1).cpu() for part in images.split(64)])
     few = replace(network, train=TensorDataset(images, labels))
     kept = enough(few, between=KEPT) if classes == "auto" else network.classes if classes == "all" else classes
-    if ridge != "auto":
-        return Chosen(float(ridge), int(kept))
-    some = range(0, len(images), -(-len(images) // _SCALED))
-    rows = replace(few, keep=int(kept)).rows(some, "the core")
-    scale = rows.mean_diagonal(torch.float64, rows.jacobian.rest.device)
-    return Chosen(FACTOR * scale, int(kept))
+    few = replace(few, keep=int(kept))
+    return Chosen(_scaled(few) if ridge == "auto" else float(ridge), int(kept), tail(few))
+
+
+def _scaled(core: Linearised) -> float:
+    """``FACTOR`` of the kernel's mean diagonal, over some images of the core."""
+    count = len(core.train)  # type: ignore[arg-type]
+    rows = core.rows(range(0, count, -(-count // _SCALED)), "the core")
+    return FACTOR * rows.mean_diagonal(torch.float64, rows.jacobian.rest.device)
 
 
 def _solved(
@@ -179,7 +184,7 @@ def _optimum(
     state = prepared(network, network.layout.unflatten(center, exactly), {**pull, **_DRAWN}, checkpoint)
     state = replace(state, solution=replace(cast(Convex, state.solution), exactly=True).ready())
     here = network.layout.flatten(network.jacobian.parameters)
-    return replace(state, vector=here + state.solution.step)
+    return replace(state, vector=here + state.solution.step, tail=chosen.tail)
 
 
 def forgettable(state: State) -> list[Id]:
@@ -194,7 +199,7 @@ def solved_anew(state: State, without: Int[Tensor, " some"]) -> dict[str, Tensor
     noise if there is some, and what was chosen on the core."""
     network, members = state.network, state.members
     stays = replace(network, train=Members(members.source, members.without(without).ids))
-    return _optimum(stays, state.center, Chosen(state.ridge, network.keep or network.classes)).parameters
+    return _optimum(stays, state.center, Chosen(state.ridge, network.keep or network.classes, state.tail)).parameters
 
 
 _DRAWN = {"witnesses": 24, "seed": 0}  # retained samples that look at every answer

@@ -1,5 +1,6 @@
 """Who is in a memory: the samples' ids, and the position that each has had in it since it was first seen."""
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,8 +10,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fastntk.common.errors import InputError
-from fastntk.inputs.batches import Labelled, labels_offered
+from fastntk.inputs.batches import Labelled, digests, labels_offered
 from fastntk.inputs.ids import Id, ids_of, once
+
+log = logging.getLogger(__name__)
 
 
 class Members(Labelled):
@@ -123,6 +126,26 @@ class Members(Labelled):
         others = Members(self.source, ids)
         others._known = self._known  # of the same source
         return others
+
+    def check_images(self, some: Int[Tensor, " some"], pixels: Int[Tensor, " positions"], batch_size: int) -> None:
+        """Whether the source has the images at ``some`` positions whose digests ``pixels`` are, 0 where not known.
+
+        Raises:
+            InputError: one is another member's; of the image alone, as the network may be as sure of both.
+        """
+        known, now = pixels[some], digests(self, some.tolist(), batch_size)
+        odd = (now != known) & (known != 0)
+        for position in some[odd & torch.isin(now, pixels[self.present])].tolist():
+            raise InputError(
+                f"the data source has another member's image under id {self.by_position[position]!r}. Give what was "
+                "prepared, in the same order or with the same ids."
+            )
+        if odd.any():
+            log.warning(
+                "%d of %d images that were compared are not pixel by pixel those that were prepared, though the "
+                "network says the same of them: decoded by another library, or replaced",
+                *(int(odd.sum()), len(odd)),
+            )
 
     def available(self, positions: Int[Tensor, " some"]) -> Int[Tensor, " available"]:
         """Those whose samples the source still has."""

@@ -5,6 +5,7 @@ of the linear problem over all samples that are in it, its members. Forgetting t
 remembering adds them; the others are not computed again.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -32,6 +33,8 @@ from fastntk.solve.ridge import Calibration
 from fastntk.tuning.loss import Loss
 from fastntk.tuning.losses import CrossEntropy
 from fastntk.tuning.parameters import tuned
+
+log = logging.getLogger(__name__)
 
 _CHECKED = 8  # samples that are compared when a memory is opened
 
@@ -232,10 +235,13 @@ class Memory:
                 seconds = self._folder.append(answer.certificate, worked_out.journal(), started)
                 answer = replace(answer, seconds=seconds)
             self.state = worked_out.after()
-            if full:
-                answer = replace(answer, certificate=replace(answer.certificate, error=self.state.error()))
-            if self._folder:
-                self._folder.finish(answer.certificate)
+            try:
+                if full:
+                    answer = replace(answer, certificate=replace(answer.certificate, error=self.state.error()))
+                if self._folder:
+                    self._folder.finish(answer.certificate)
+            except InputError as error:  # the request is answered by now, whatever becomes of its comparison
+                log.warning("the request is answered, and not compared with a solve anew: %s", error)
             return answer
 
 

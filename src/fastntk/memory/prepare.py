@@ -21,7 +21,7 @@ from fastntk.common.typed import check_seed
 from fastntk.inputs.batches import check_any, digests
 from fastntk.inputs.called import apart
 from fastntk.jacobians import combinations
-from fastntk.jacobians.linearised import FIRST, Linearised, enough, tails
+from fastntk.jacobians.linearised import FIRST, Linearised, enough, tail
 from fastntk.jacobians.numerics import Numerics
 from fastntk.jacobians.per_sample import PerSampleJacobian
 from fastntk.memory.members import Members
@@ -36,6 +36,12 @@ from fastntk.tuning.parameters import snapshot, tuned
 log = logging.getLogger(__name__)
 
 _RIDGES = 1e-100, 1e100  # beyond, its square is no float64
+
+
+def check_enough(count: int) -> None:
+    """Raises ``InputError`` for so few samples that none could leave."""
+    if count < 2:
+        raise InputError("the training set needs at least 2 samples.")
 
 
 def linearised(model: nn.Module, train: Dataset, loss: Loss, numerics: Numerics) -> Linearised:
@@ -66,8 +72,7 @@ def prepared(
     check_seed(options["seed"])
     checkpoint = Path(checkpoint) if checkpoint else None
     count = len(network.train)  # type: ignore[arg-type]
-    if count < 2:
-        raise InputError("the training set needs at least 2 samples.")
+    check_enough(count)
     network, work, price = priced(network, options["form"], options["classes"], checkpoint)
     free = free_bytes(network.device)
     log.info("%s form: up to %.1f GB of memory, of %.1f GB free", price.form, price.bytes / 1e9, free / 1e9)
@@ -92,16 +97,8 @@ def prepared(
         order=torch.randperm(count, generator=torch.Generator().manual_seed(options["seed"])),
         calibration=solved.calibration,
         made={"versions": versions, "options": dict(options)},
-        tail=_tail(network),
+        tail=tail(network),
     )
-
-
-def _tail(network: Linearised) -> float:
-    """What the classes that are not kept have of the loss's gradient; see ``State.tail``."""
-    if network.keep is None or network.keep == network.classes:
-        return 0.0
-    few = range(min(FIRST, len(network.train)))  # type: ignore[arg-type]
-    return float(tails(network, few).mean(0)[network.keep - 1])
 
 
 def with_head(state: State) -> State:
@@ -179,6 +176,8 @@ def check_initial(initial: Mapping[str, Tensor], parameters: Mapping[str, nn.Par
             raise InputError(
                 f"`initial` has shape {list(initial[name].shape)} for {name!r}, not {list(parameter.shape)}."
             )
+        if not torch.isfinite(initial[name]).all():
+            raise InputError(f"`initial` has NaN or infinite values in {name!r}. Pass fit(...).initial.")
     if all(initial[name].data_ptr() == parameters[name].data_ptr() for name in parameters):
         raise InputError(
             "`initial` is the model's own parameters, not a copy from before fitting. Pass fit(...).initial, or take "

@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 import logging
+import math
 import secrets
 import time
 import uuid
@@ -131,6 +132,8 @@ def _update(state: State, positions: Int[Tensor, " some"], sign: int) -> tuple[S
         state = replace(state, solution=solution.anew(network))
         update = state.solution.update(network, positions, sign, rows)
         inexactness = state.solution.inexactness(update)
+    if not math.isfinite(inexactness):
+        raise InputError("the solution is not finite, so there is no answer. Prepare with a larger ridge.")
     return state, update, inexactness
 
 

@@ -53,7 +53,8 @@ class State:
         calibration: how an automatic ridge was found, or None for a given one.
         made: how the memory was made, for replay: versions and options.
         tail: the share of the loss's gradient at the anchor, beside a probability's 1, that is of classes which the
-            solution keeps no rows of: a mean over the first samples; 0 where all are kept.
+            solution keeps no rows of: a mean over the first samples, in a fit that forgets exactly of the core's; 0
+            where all are kept.
         core: in a fit that forgets exactly (``fastntk.memory.exact``), the positions of those who cannot be forgotten;
             None in any other.
         core_pixels: digests of the images of a core that is not among the members, else None.
@@ -182,6 +183,7 @@ class State:
                 "the memory was prepared, or the model is another. Give what was prepared: no random augmentation, the "
                 "same order or ids."
             )
+        self.members.check_images(positions, self.pixels.cpu(), self.network.numerics.batch_size)
 
     def check_complete(self) -> None:
         """Whether every member's sample is there and has not changed; one forward pass. Raises like ``check``."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from fastntk.common import distributed
 from fastntk.common.errors import InputError
 from fastntk.common.files import digest, discard, mapped, read_tensors, writable, write_tensors
-from fastntk.inputs.batches import item
+from fastntk.inputs.batches import digests_and_labels
 from fastntk.inputs.called import state_at
 from fastntk.jacobians.jacobian import Jacobian
 from fastntk.jacobians.linearised import Linearised
@@ -234,12 +234,13 @@ def empty_rows(like: Rows, count: int, dtype: torch.dtype, folder: Path | None) 
 
 
 def key(linearised: Linearised, count: int) -> str:
-    """A digest of what the sums depend on: weights, tuned parameters, data, loss and numerics."""
-    image, label = item(linearised.train, 0)
+    """A digest of what the sums depend on: weights, tuned parameters, every image and label, loss and numerics."""
+    numerics = linearised.numerics
+    images, labels = digests_and_labels(linearised.train, range(count), numerics.batch_size, numerics.workers)
+    everyone = {"images": images, "labels": labels}
     state = hashlib.sha256(digest(state_at(linearised.jacobian.model, {})).encode())
-    state.update(digest({"image": image, **linearised.jacobian.parameters}).encode())
-    settings = (linearised.loss, replace(linearised.numerics, workers=0), SHARD)
-    state.update(repr((count, label.tolist(), *settings)).encode())
+    state.update(digest({**everyone, **linearised.jacobian.parameters}).encode())
+    state.update(repr((count, linearised.loss, replace(numerics, workers=0), SHARD)).encode())
     return state.hexdigest()
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastntk.jacobians.jacobian import Jacobian
 from fastntk.jacobians.rows import Point, Rows
-from fastntk.solve.linalg import conjugated, factorised
+from fastntk.solve.linalg import conjugated, factor_
 from fastntk.solve.newton import across, curvature
 from fastntk.tuning.loss import Kept, Loss
 
@@ -126,7 +126,7 @@ class Sample:
 
         def at(root: Tensor) -> Callable[[Tensor], Tensor]:
             own = root[self.positions]
-            factor = factorised(curvature(self.kernel, own, objective.ridge / share))
+            factor = factor_(curvature(self.kernel, own, objective.ridge / share))
 
             def inverse(v: Tensor) -> Tensor:
                 inside = across(own, jacobian.matvec(v).flatten(), True)

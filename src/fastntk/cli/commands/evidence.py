@@ -91,7 +91,7 @@ def evaluate(
     from fastntk.evidence.pages import write_report
     from fastntk.evidence.report import document
 
-    named = None if ids is None and ids_file is None else lambda images: asked.wanted(ids, ids_file, images)
+    named = None if ids is None and ids_file is None else lambda images: asked.wanted(ids, ids_file, images.ids)
     report = Run(run, device, data, model).evaluate(test, retrained, seed, named)
     write_report(run, "What was forgotten, and how well", {"forgotten": report}, {})
     wrote = f"Wrote {run / 'report.json'} and {run / 'report.html'}."

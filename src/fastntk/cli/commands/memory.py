@@ -126,10 +126,13 @@ def purge(
 
 def ledger(run: options.Folder, as_json: options.Json = False) -> None:
     """Every request with its state: answered (its trace is still in the folder), purged, or re-anchored (refreshed)."""
+    from fastntk.common.files import UNDERWAY
     from fastntk.memory.disk.folder import Folder
 
-    requests = Folder(run / "memory").requests()
-    show({"run": str(run), "requests": [each.to_dict() for each in requests]}, as_json, table_of(requests))
+    requests, halfway = Folder(run / "memory").requests(), (run / UNDERWAY).exists()
+    text = f"A refresh has begun and is not done: if it was cut off, complete it by fastntk verify {run}"
+    document = {"run": str(run), "refreshing": halfway, "requests": [each.to_dict() for each in requests]}
+    show(document, as_json, table_of(requests), *([text] if halfway else []))
 
 
 def verify(

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -63,7 +64,7 @@ def forget(
     if dry_run:
         show_answer(run, memory.preview(chosen), None, as_json, "nothing was changed", found)
         return
-    _check_refresh(memory, anchor)
+    _check_refresh(memory, chosen, anchor)
     _answered(opened, memory, memory.forget(chosen, full=full), certificate, defer_purge, as_json, found)
     if refresh:
         _anchored_anew(opened, exact_head, gain, silent=as_json)  # as JSON, one object has been printed
@@ -90,22 +91,28 @@ def _chosen(
     if named["--class-name"] is not None:
         chosen = asked.of_class(images, named["--class-name"], memory)
     elif named["--owner"]:
-        chosen = asked.of_owners(images, asked.owners(opened.here, images, owners), named["--owner"], memory)
+        whose = asked.owners(opened.here, images, asked.absent(images, memory), owners)
+        chosen = asked.of_owners(whose, named["--owner"], memory)
     elif named["--match"]:
         chosen = asked.matching(images, named["--match"], memory)
     else:
-        chosen = asked.wanted(named["--ids"], named["--ids-file"], images)
+        chosen = asked.wanted(named["--ids"], named["--ids-file"], asked.nameable(images, memory))
     chosen, found = asked.with_copies(memory, chosen, take)
     return memory, chosen, found if near is None else replace(found, near=near_copies(memory, chosen, near))
 
 
-def _check_refresh(memory: "Memory", anchor: Mapping[str, Any]) -> None:
+def _check_refresh(memory: "Memory", chosen: "list[Id]", anchor: Mapping[str, Any]) -> None:
     """Raises ``InputError`` for a refresh that would be refused: before anything is forgotten."""
     from fastntk.memory.finish import ways
+    from fastntk.memory.prepare import check_enough
 
     if anchor["--refresh"]:
-        memory.state.check_anchored("there is no anchor to be moved: leave out --refresh")
-        ways(memory.state, anchor["--gain"], anchor["--exact-head"])
+        state = memory.state
+        state.check_anchored("there is no anchor to be moved: leave out --refresh")
+        ways(state, anchor["--gain"], anchor["--exact-head"])
+        staying = state.members.without(state.members.positions(chosen))
+        check_enough(len(staying.ids))
+        state.with_members(staying).check_complete()
 
 
 _ALONE = {"--requests": "answers, certifies and purges", "--dry-run": "only shows the verdict"}
@@ -135,7 +142,7 @@ def _batch(opened: "Run", requests: Path, out: Path, owners: str | None, copies:
     from fastntk.cli import asked, batch
 
     wanted = batch.read_requests(requests)
-    done = batch.answer_all(opened, wanted, out, lambda images: asked.owners(opened.here, images, owners), copies)
+    done = batch.answer_all(opened, wanted, out, partial(asked.owners, opened.here, spec=owners), copies)
     heads = "request", "came", "what became of it", "samples", "copies too", "copies left", "gone before"
     table = Table(*heads, "not in the data", "verdict")
     for row in done["requests"]:
@@ -160,7 +167,8 @@ def owners(
 
     opened = Run(run, data=data, model=model)
     memory, images = opened.memory()
-    found, members = asked.owners(opened.here, images, said), set(memory.ids)
+    absent, members = asked.absent(images, memory), set(memory.ids)
+    found = asked.owners(opened.here, images, absent, said)
     counts: dict[str, list[int]] = {}
     for each, name in found.items():
         count = counts.setdefault(name, [0, 0])
@@ -170,7 +178,7 @@ def owners(
     for name, count in sorted(counts.items(), key=lambda each: (-each[1][1], each[0])):
         table.add_row(Text(name), *(f"{number:,}" for number in count))
     listed = {name: {"samples": whole, "members": there} for name, (whole, there) in counts.items()}
-    document = {"run": str(run), "owners": listed, "without": len(images) - len(found)}
+    document = {"run": str(run), "owners": listed, "without": len(images) + len(absent) - len(found)}
     show(document, as_json, table, f"{document['without']:,} images have no owner.")
 
 
@@ -195,7 +203,7 @@ def remember(
     options.check_out(certificate)
     opened = Run(run, device, data, model)
     memory, images = opened.memory()
-    answer = memory.remember(wanted(ids, ids_file, images), full=full)
+    answer = memory.remember(wanted(ids, ids_file, images.ids), full=full)
     _answered(opened, memory, answer, certificate, defer_purge, as_json)
 
 
