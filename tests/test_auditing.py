@@ -364,6 +364,29 @@ def test_a_loop_of_ones_own_may_use_the_model_itself():
     close(snapshot(tuned(memory.model)), before, 0)
 
 
+def test_whatever_a_loop_does_to_the_model_is_put_back():
+    """Its modes, its buffers, what it trains."""
+    memory = prepared()
+    model, fit = memory.model, near(memory)
+    before = {name: each.clone() for name, each in model.state_dict().items()}
+    trained = [each.requires_grad for each in model.parameters()]
+
+    def careless(data, seed):
+        model.train()
+        for each in model.parameters():
+            each.requires_grad_(True)
+        with torch.no_grad():
+            model(data.dataset.source.tensors[0])
+            model.load_state_dict(fit(data, seed), strict=False)
+        return {name: model.get_parameter(name) for name in before if name in memory.anchor}
+
+    fastntk.audit(memory, careless, ids=IDS)
+    close(model.state_dict(), before, 0)
+    assert not any(module.training for module in model.modules())
+    assert [each.requires_grad for each in model.parameters()] == trained
+    memory.forget([4])
+
+
 def test_other_parameters_than_the_tuned_ones_are_refused():
     memory = prepared()
     with pytest.raises(fastntk.InputError, match=r"no others: it differs in 'head.bias'"):

@@ -15,9 +15,10 @@ from fastntk.metrics import accuracy, average_gap, logit_distance, modified_entr
 from test_cli import refuse, succeed
 
 import fastntk
-from fastntk.evidence.bench import grid
+from fastntk.evidence.bench import grid, tables
 from fastntk.evidence.bench.config import Setting, read_config
 from fastntk.evidence.bench.results import Cell, Results
+from fastntk.evidence.bench.stored import StoredRetraining, fitted
 from fastntk.evidence.bench.summary import interval, summarise
 from fastntk.evidence.bench.tables import by_model, conclusions, in_words
 from fastntk.evidence.compare import compare, references
@@ -463,6 +464,25 @@ def test_an_answer_that_came_to_nothing_is_not_left_out():
     assert found_in(cells, "tuned")["ratio_logits"] == 1000.0
     assert found_in(cells, "tuned")["relearn_forgotten"] == pytest.approx(31 / 19.5)
     assert found_in(cells, "retrained models")["relearn_retained_within"] == 0, "each beside the other one alone"
+
+
+def test_what_could_not_be_told_of_a_seed_is_not_left_out_of_a_mean():
+    broken = {**row(), "relearn_steps": None}
+    cells = [cell({**row(), "relearn_steps": 9.0}), cell(broken)]
+    assert tables._cell(cells, "fast_ntk", "relearn_steps").startswith("20.0")
+
+
+def test_an_audit_that_goes_on_has_the_seconds_that_it_took(config, tmp_path):
+    """Retrained models are taken from where they are kept, with what they cost."""
+    read = read_config(written(tmp_path, config))
+    [setting] = read.settings()
+    model, train, _ = grid.opened(read, setting, "cpu")
+    done = fitted(model, train, read.fitting(setting), tmp_path / "original.safetensors", "key")
+    first, again = (StoredRetraining(model, done, tmp_path, "key") for _ in range(2))
+    made = [first(train, number) for number in (1, 2)]
+    kept = [again(train, number) for number in (1, 2)]
+    assert all(torch.equal(a[name], b[name]) for a, b in zip(made, kept, strict=True) for name in a)
+    assert again.seconds == first.seconds > 0
 
 
 def test_settings_that_nothing_chooses_are_refused(config, tmp_path):

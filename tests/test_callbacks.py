@@ -2,6 +2,7 @@
 
 import json
 from importlib import import_module
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader
 import fastntk
 from fastntk.cli.run import Run
 from fastntk.cli.settings import Settings
+from fastntk.cli.training import _of_arguments
 from fastntk.inputs.libraries import torchvision, transformers
 from fastntk.inputs.sources import load_data
 
@@ -192,3 +194,16 @@ def test_what_is_not_as_it_is_said_is_refused_before_a_step(place):
     fitted("tunes other parameters than are selected: they differ in '1.bias' \\(2 such\\)", select=["bn", "head"])
     fitted("neither a folder", data="nothing")
     fitted("do not fit the model", model="mobilenetv3_small_050", size=32)
+
+
+def test_what_a_trainer_did_is_read_off(caplog):
+    """Epochs from how long it trained, the batch over all devices, and an optimizer that is another is said."""
+    given = {
+        "optim": "adamw_torch", "weight_decay": 0.0, "num_train_epochs": 3.0, "learning_rate": 0.1, "seed": 0,
+        "train_batch_size": 8, "gradient_accumulation_steps": 2, "world_size": 2, "label_smoothing_factor": 0.0,
+    }  # fmt: skip
+    recipe = _of_arguments(SimpleNamespace(**given), SimpleNamespace(epoch=20.0))
+    assert (recipe.epochs, recipe.batch_size, recipe.optimizer) == (20, 32, "adamw")
+    assert not caplog.text
+    _of_arguments(SimpleNamespace(**{**given, "optim": "sgd"}), SimpleNamespace(epoch=None))
+    assert "how sgd trains is not read off; audits retrain with AdamW" in caplog.text

@@ -213,3 +213,19 @@ def test_images_of_any_dtype_are_known_again():
             assert found[1] == found[3]
             assert len(set(found.tolist())) == 3
             assert torch.equal(found, digests(TensorDataset(images.to(dtype), torch.arange(4)), range(4), 2))
+
+
+class Relabelled(Subset):
+    """Some classes of a dataset, numbered anew."""
+
+    def __getitem__(self, index):
+        image, label = super().__getitem__(index)
+        return image, int(label) - 2
+
+    def __getitems__(self, indices):
+        return [self[index] for index in indices]
+
+
+def test_labels_are_those_of_the_items_whatever_is_beneath():
+    data = Relabelled(TensorDataset(torch.zeros(4, 3, 2, 2), torch.tensor([2, 3, 2, 3])), [1, 2])
+    assert labels_of(data).tolist() == [data[0][1], data[1][1]] == [1, 0]

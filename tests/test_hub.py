@@ -7,10 +7,19 @@ import numpy as np
 import pytest
 import torch
 from alone import alone
+from PIL import Image
 from test_cli import RATE, refuse, succeed
 
 from fastntk.cli.run import Run
+from fastntk.inputs.hub import _processor
+from fastntk.inputs.images import Images
 from fastntk.inputs.libraries import timm, transformers
+from fastntk.inputs.models import load_model
+
+PHOTO = Image.fromarray(
+    np.kron(np.random.default_rng(1).integers(0, 255, (6, 12, 3)), np.ones((20, 20, 1))).astype(np.uint8)
+)
+"""Twice as wide as it is high."""
 
 CASES = {
     "a CNN of timm": ("mobilenetv3_small_050", 32, ["bn", "head"]),
@@ -35,6 +44,22 @@ def small(tmp_path_factory):
     library.ViTForImageClassification(config).save_pretrained(folder)
     library.ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.1, 0.2, 0.3]).save_pretrained(folder)
     return folder
+
+
+def as_fitted(shown, preprocessing):
+    """The photo, as the folder's own preprocessing shows it, is what the model was fitted to."""
+    expected = Images([PHOTO], [0], ["a"], preprocessing)[0][0]
+    assert float((shown - expected).abs().mean()) < 0.02 / min(preprocessing.std), "pixels, of 0 to 1"
+
+
+@pytest.mark.parametrize("kind", ["efficientnet", "convnext", "resnet", "vit", "mobilevit"])
+def test_the_image_processor_shows_what_the_model_was_fitted_to(kind, tmp_path):
+    """Whatever the one of its own type does: squash, crop a share, divide twice, flip channels."""
+    model, preprocessing = load_model(f"transformers/{kind}", 2, size=64)
+    _processor(preprocessing, model.bgr).save_pretrained(tmp_path)
+    processor = transformers().AutoImageProcessor.from_pretrained(tmp_path)
+    shown = processor(images=PHOTO, return_tensors="pt")["pixel_values"][0]
+    as_fitted(shown.flip(0) if model.bgr else shown, preprocessing)
 
 
 def fitted(folder, data, model, size, select):
@@ -62,13 +87,16 @@ def test_the_library_loads_the_folder(case, data, small, tmp_path):
         processor = transformers().AutoImageProcessor.from_pretrained(folder)
         logits = loaded(pixel_values=batch).logits
         assert loaded.config.id2label == {0: "cat", 1: "dog"}
-        assert (list(processor.image_mean), dict(processor.size)) == ([0.1, 0.2, 0.3], {"height": 32, "width": 32})
+        shown = processor(images=PHOTO, return_tensors="pt")["pixel_values"][0]
     else:
         loaded = timm().create_model(f"local-dir:{folder}", pretrained=True).eval()
         logits = loaded(batch)
         config = loaded.pretrained_cfg
         assert config["label_names"] == ["cat", "dog"]
         assert (config["input_size"][-1], tuple(config["mean"])) == (32, images.preprocessing.mean)
+        given = timm().data.resolve_data_config(pretrained_cfg=loaded.pretrained_cfg)
+        shown = timm().data.create_transform(**given)(PHOTO)
+    as_fitted(shown, images.preprocessing)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
     text = (folder / "README.md").read_text()
     assert "| forgotten | 1 | 3 |" in text

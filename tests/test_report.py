@@ -197,6 +197,36 @@ def test_no_drawing_has_a_forgotten_image_s_own_margin():
         assert all(len(line.get_xdata()) <= 2 for line in axes.lines)
 
 
+def test_a_drawing_says_what_is_not_known_and_nothing_of_a_few_images():
+    """Forgotten images that are gone from the disk have no accuracy; and four have no margins to show."""
+    _, _, report = reported()
+    gone = {name: {**row, "forget_accuracy": None} for name, row in report.rows.items()}
+    figure = draw(replace(report, rows=gone))
+    told = [text.get_text() for text in figure.axes[0].texts]
+    assert told.count("–") == len(report.rows)
+    assert not [line for line in figure.axes[1].lines if len(set(line.get_xdata())) > 1]
+    many = {**report.labels, "forget": torch.zeros(21, dtype=torch.long)}
+    logits = {
+        name: {**parts, "forget": torch.randn(21, 3, generator=torch.Generator().manual_seed(1))}
+        for name, parts in report.logits.items()
+    }
+    more = replace(report, labels=many, logits=logits)
+    own = {round(float(each), 5) for each in more.margins("fastntk")}
+    drawn = {round(float(x), 5) for line in draw(more).axes[1].lines for x in line.get_xdata()}
+    assert len(drawn) > 5
+    assert not drawn & own
+
+
+def test_a_module_is_measured_in_eval_mode_and_stays_as_it_was():
+    module = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Dropout(0.5))
+    data = TensorDataset(torch.randn(9, 4), torch.zeros(9, dtype=torch.long))
+    mean = module[1].running_mean.clone()
+    report = fastntk.evaluate({"a": module, "retrain": module}, retain=data, forget=data, test=data)
+    assert report.rows["a"]["forget_distance"] == 0
+    assert torch.equal(module[1].running_mean, mean)
+    assert module.training
+
+
 def test_the_demo_s_page_tells_a_story_first():
     _, _, report = reported()
     rows = {name: {**row, "seconds": 1.25} for name, row in report.rows.items()}

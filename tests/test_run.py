@@ -335,8 +335,22 @@ def test_training_images_are_not_held_out_after_more_were_learned(given, more, t
     made.fit(replace(given, data=str(tmp_path / "whole.npz")), RECIPE)
     prepared(made)
     made.learn(more[0])[0].forget([3])
-    with pytest.raises(fastntk.InputError, match="has no test split"):
-        made.evaluate(None, 1)
+    for test in (None, str(tmp_path / "whole.npz")):
+        with pytest.raises(fastntk.InputError, match="has no test split"):
+            made.evaluate(test, 1)
+
+
+def test_held_out_data_need_no_ids(given, tmp_path):
+    """Whatever names the samples of the run's own."""
+    with np.load(given.data) as arrays:
+        names = [f"n{place}" for place in range(20)]
+        np.savez(tmp_path / "named.npz", **arrays, name_train=names)
+    made = Run(tmp_path / "run")
+    made.fit(replace(given, data=str(tmp_path / "named.npz"), id_column="name"), RECIPE)
+    prepared(made)
+    made.memory()[0].forget(["n3"])
+    for test in (None, given.data):
+        assert made.evaluate(test, 0).rows["original"]["test_accuracy"] is not None
 
 
 def test_who_was_never_in_the_memory_is_not_shown_as_forgotten(given, tmp_path):

@@ -239,10 +239,12 @@ class Settings:
         Raises:
             InputError: the run's own data have no test split, so that the training images would be taken.
         """
-        found = self.images(images.preprocessing, test, split="test")
+        found = replace(self, id_column=None).images(images.preprocessing, test, split="test")
         whole = len(found) == images.parts[0][1] and torch.equal(found.labels, images.labels[: len(found)])
-        if test is None and whole and torch.equal(found[0][0], images[0][0]):
-            raise InputError(f"{self.data} has no test split. Give images that the model was not fitted to: --test.")
+        if whole and torch.equal(found[0][0], images[0][0]):
+            raise InputError(
+                f"{test or self.data} has no test split. Give images that the model was not fitted to: --test."
+            )
         return in_memory(found)
 
     def check_files(self, folder: Path) -> None:

@@ -28,7 +28,7 @@ from fastntk.tuning.lora import adapters
 from fastntk.tuning.loss import Loss
 from fastntk.tuning.losses import CrossEntropy
 from fastntk.tuning.parameters import snapshot, tuned
-from fastntk.tuning.recipe import Recipe
+from fastntk.tuning.recipe import MOMENTUM, Recipe
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +150,7 @@ def trainer_callback(
 
         def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
             if state.is_world_process_zero:
-                recorder.end(model, _of_arguments(args))
+                recorder.end(model, _of_arguments(args, state))
 
     return Callback()
 
@@ -217,14 +217,17 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
     return {name: each.detach().cpu().contiguous() for name, each in _plain(model.state_dict()).items()}
 
 
-def _of_arguments(arguments: Any) -> Recipe:
-    """What a trainer's arguments say of how it trains."""
+def _of_arguments(arguments: Any, state: Any) -> Recipe:
+    """What a trainer's arguments say of how it trains, and its state of how long it did."""
+    optimizer = getattr(arguments.optim, "value", arguments.optim)
+    if not optimizer.startswith("adamw"):
+        log.warning("how %s trains is not read off; audits retrain with AdamW. Say recipe=.", optimizer)
     if arguments.weight_decay:
         log.warning("the trainer's weight decay leaves out biases and norms; the run takes it as of all. Say recipe=.")
     return Recipe(
-        epochs=max(1, round(arguments.num_train_epochs)),
+        epochs=max(1, round(state.epoch or arguments.num_train_epochs)),
         learning_rate=arguments.learning_rate,
-        batch_size=arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps,
+        batch_size=arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
         weight_decay=arguments.weight_decay,
         seed=arguments.seed,
         loss=CrossEntropy(arguments.label_smoothing_factor),
@@ -235,16 +238,17 @@ def _of_arguments(arguments: Any) -> Recipe:
 
 def _of_lightning(trainer: Any, loss: Loss) -> Recipe:
     """What a Lightning trainer knows of how it trains."""
-    optimizer = trainer.optimizers[0]
+    optimizer, batch = trainer.optimizers[0], getattr(trainer.train_dataloader, "batch_size", None)
     kind, group = type(optimizer).__name__.lower(), optimizer.param_groups[0]
     decay = float(group.get("weight_decay", 0.0))
-    if kind not in ("adam", "adamw", "sgd") or (decay and kind != "adamw"):
+    ours = kind in ("adam", "adamw") or (kind == "sgd" and group.get("momentum") == MOMENTUM)
+    if not ours or (decay and kind != "adamw"):
         log.warning("how %s trains is not read off; audits retrain with Adam. Say recipe=.", type(optimizer).__name__)
         kind, decay = "adam", 0.0
     return Recipe(
         epochs=max(1, trainer.current_epoch),
         learning_rate=float(group.get("initial_lr", group["lr"])),
-        batch_size=getattr(trainer.train_dataloader, "batch_size", None) or Recipe.batch_size,
+        batch_size=(batch or Recipe.batch_size) * trainer.accumulate_grad_batches * trainer.world_size,
         weight_decay=decay,
         loss=loss,
         optimizer=kind,

@@ -22,6 +22,7 @@ from fastntk.evidence.gain import found, solved
 from fastntk.evidence.methods.retrain import retrained
 from fastntk.evidence.metrics import accuracy, label_probability, logit_distance
 from fastntk.inputs.batches import check_any, labels_of
+from fastntk.inputs.called import restored
 from fastntk.inputs.ids import Id
 from fastntk.jacobians.products import tangent
 from fastntk.memory.audit import Audit
@@ -340,10 +341,8 @@ def _fitted(memory: Memory, retain: Dataset, recipe: Recipe | Retraining, number
         again = replace(recipe, seed=recipe.seed + number)
         return retrained(memory.model, memory.state.initial, retain, again)[0]
     before = snapshot(tuned(memory.model))
-    try:
+    with restored(memory.model):
         fitted = {name: tensor.detach().clone() for name, tensor in recipe(retain, number).items()}
-    finally:
-        memory.model.load_state_dict(before, strict=False)
     if fitted.keys() != before.keys():
         odd = sorted(fitted.keys() ^ before.keys())[0]
         raise InputError(f"retraining must return all tuned parameters and no others: it differs in {odd!r}.")

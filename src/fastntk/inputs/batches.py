@@ -75,7 +75,7 @@ def labels_offered(dataset: Dataset) -> Int[Tensor, " samples"] | None:
     """
     if isinstance(dataset, TensorDataset) and type(dataset).__getitem__ is TensorDataset.__getitem__:
         return hard(dataset.tensors[1])
-    if isinstance(dataset, Subset):
+    if isinstance(dataset, Subset) and type(dataset).__getitem__ is Subset.__getitem__:
         whole = labels_offered(dataset.dataset)
         return None if whole is None else whole[list(dataset.indices)]
     return dataset.labels if isinstance(dataset, Labelled) else None  # type: ignore[attr-defined]

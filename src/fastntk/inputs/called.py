@@ -2,7 +2,8 @@
 
 import copy
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,35 @@ def called(model: nn.Module, parameters: Mapping[str, Tensor], images: Tensor) -
             return functional_call(uncached(model), replaced, (suited(model, images),), tie_weights=False)
         finally:
             uncached(model)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, and afterwards as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """Whatever is done to the model meanwhile, it is afterwards as it was: parameters, buffers, what is trained, and
+    modes. Holds a copy of the model."""
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        model.load_state_dict(state)
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
+        for module, training in modes:
+            module.training = training
 
 
 def _in_all_places(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastntk.common.errors import InputError, reason
-from fastntk.inputs.called import called
+from fastntk.inputs.called import called, evaluating
 
 _SIDES = 32, 64, 224, 28, 16, 8, 4, 96, 128, 160, 192, 256, 299, 384
 """Of the images that are tried where the model says nothing of its own."""
@@ -79,7 +79,7 @@ def _logits(model: nn.Module, parameters: dict[str, Tensor]) -> tuple[Tensor, Te
     """The logits of one image of the first size that the model takes, with their history, and the image."""
     told = ""
     like = next((each for each in parameters.values() if each.is_floating_point()), torch.zeros(()))
-    with _evaluating(model), torch.enable_grad():
+    with evaluating(model), torch.enable_grad():
         for shape in _shapes(model):
             image = torch.zeros(1, *shape, dtype=like.dtype, device=like.device, requires_grad=True)
             try:
@@ -133,18 +133,6 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
         for now, then in before:
             now.clear()
             now.update(then)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, and afterwards as it was."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _last_matrices(logits: Tensor, image: Tensor) -> Iterator[Tensor]:

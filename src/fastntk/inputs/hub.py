@@ -12,8 +12,8 @@ from torch import nn
 from fastntk.common.errors import InputError
 from fastntk.common.files import check_writable, sync
 from fastntk.inputs.images import Preprocessing
-from fastntk.inputs.libraries import timm
-from fastntk.inputs.makers import Logits, processor_of, resolved
+from fastntk.inputs.libraries import timm, transformers
+from fastntk.inputs.makers import Logits, resolved
 
 
 def check_hub(name: str, folder: Path) -> None:
@@ -64,7 +64,7 @@ def _by_timm(name: str, model: nn.Module, preprocessing: Preprocessing, classes:
     config: dict[str, Any] = {
         "num_classes": len(classes),
         "label_names": classes,
-        "pretrained_cfg": {**seen, "crop_pct": 1.0, "interpolation": "bilinear"},
+        "pretrained_cfg": {**seen, "crop_pct": 1.0, "crop_mode": "center", "interpolation": "bilinear"},
     }
     fixed: Any = getattr(model, "pretrained_cfg", {})
     sized = {"img_size": side} if fixed.get("fixed_input_size") else None
@@ -81,16 +81,23 @@ def _by_transformers(
     inner.config.id2label = dict(enumerate(classes))
     inner.config.label2id = {each: number for number, each in enumerate(classes)}
     inner.save_pretrained(folder)
-    processor = processor_of(name if (Path(name) / "config.json").is_file() else None, inner.config)
-    side = preprocessing.size
-    edges = ["shortest_edge"] if "shortest_edge" in dict(processor.size) else ["height", "width"]
-    processor.size = dict.fromkeys(edges, side)
-    processor.image_mean, processor.image_std = list(preprocessing.mean), list(preprocessing.std)
-    if getattr(processor, "crop_size", None):
-        processor.crop_size = {"height": side, "width": side}
-    processor.save_pretrained(folder)
+    _processor(preprocessing, model.bgr).save_pretrained(folder)
     return "transformers.AutoModelForImageClassification.from_pretrained('{}')"
 
+
+def _processor(preprocessing: Preprocessing, bgr: bool) -> Any:
+    """An image processor of transformers' that does what ``Images`` does, whatever the model's own does: the shorter
+    side to ``size``, the middle of the longer one, then mean and std; where channels are flipped there is neither."""
+    side, library = preprocessing.size, transformers()
+    seen = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}, "resample": _BILINEAR}
+    if bgr:
+        return library.MobileViTImageProcessor(**seen)
+    return library.BitImageProcessor(
+        **seen, image_mean=list(preprocessing.mean), image_std=list(preprocessing.std), do_convert_rgb=True
+    )
+
+
+_BILINEAR = 2  # PIL's number of it
 
 _SAVERS: dict[str, Callable[[str, nn.Module, Preprocessing, list[str], Path], str]] = {
     "timm": _by_timm,

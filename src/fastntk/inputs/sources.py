@@ -102,7 +102,7 @@ def read_column(source: str, name: str, split: str = "train") -> list[Any]:
         stored = _stored(path, split)
         if name not in stored.features:
             raise InputError(f"{path} has no column {name!r}; it holds {', '.join(stored.features)}.")
-        return list(stored[name][:])
+        return list(stored.with_format(None)[name][:])
     if path.suffix != ".npz":
         raise InputError(f"{source} has no columns, so there is no {name!r}.")
     (labels, column), _ = _arrays(path, split, ("y", name))

@@ -128,11 +128,8 @@ class Members(Labelled):
         return others
 
     def check_images(self, some: Int[Tensor, " some"], pixels: Int[Tensor, " positions"], batch_size: int) -> None:
-        """Whether the source has the images at ``some`` positions whose digests ``pixels`` are, 0 where not known.
-
-        Raises:
-            InputError: one is another member's; of the image alone, as the network may be as sure of both.
-        """
+        """Raises ``InputError`` if the source has another member's image at one of ``some`` positions, as the network
+        may be as sure of both; says of how many it has none that is known. ``pixels`` are digests, or 0."""
         known, now = pixels[some], digests(self, some.tolist(), batch_size)
         odd = (now != known) & (known != 0)
         for position in some[odd & torch.isin(now, pixels[self.present])].tolist():

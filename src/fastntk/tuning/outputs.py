@@ -1,6 +1,7 @@
 """The logits of a model, also at other values of its tuned parameters."""
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 
 import torch
 from jaxtyping import Float, Int
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fastntk.inputs.batches import batches
-from fastntk.inputs.called import called
+from fastntk.inputs.called import called, evaluating
 from fastntk.inputs.checks import taking
 
 Model = nn.Module | Callable[[Tensor], Tensor]
@@ -20,10 +21,10 @@ def model_at(model: nn.Module, parameters: Mapping[str, Tensor]) -> Callable[[Te
 
 
 def logits_of(model: Model, samples: Dataset, device: torch.device | str, batch_size: int = 64) -> Float[Tensor, "n c"]:
-    """The logits of all samples, on ``device``, where the model is; of no sample ``[0, 0]``."""
-    of = model_at(model, {}) if isinstance(model, nn.Module) else model
+    """The logits of all samples, on ``device``, where the model is, in eval mode; of no sample ``[0, 0]``."""
+    of, mode = (model_at(model, {}), evaluating(model)) if isinstance(model, nn.Module) else (model, nullcontext())
     found = []
-    with torch.no_grad():
+    with torch.no_grad(), mode:
         for images, _ in batches(samples, batch_size):
             with taking(images):
                 found.append(of(images.to(device)))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastntk.common.errors import InputError
 from fastntk.inputs.heads import head_parameters
 from fastntk.inputs.models import load_model
-from fastntk.inputs.weights import read_weights
+from fastntk.inputs.weights import named_as, read_weights
 from fastntk.tuning.parameters import tuned
 from fastntk.tuning.prompts import NAME
 
@@ -48,7 +48,7 @@ def rebuilt_start(model: nn.Module, weights: Mapping[str, Tensor] | Path | str, 
     """
     if head not in HEADS:
         raise InputError(f"the head's start is {' or '.join(HEADS)}, not {head!r}.")
-    known, own = _read(weights), head_parameters(model)
+    known, own = named_as(model.state_dict(), _read(weights)), head_parameters(model)
     initial: dict[str, Tensor] = {}
     assumed: dict[str, None] = {}
     for name, parameter in tuned(model).items():

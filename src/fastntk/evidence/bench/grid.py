@@ -19,7 +19,7 @@ from fastntk.evidence.auditing import audit
 from fastntk.evidence.bench.choosing import Choice, Trial, choose
 from fastntk.evidence.bench.config import CHOSEN, Config, Entry, Setting
 from fastntk.evidence.bench.results import Results
-from fastntk.evidence.bench.stored import Stored, fitted, stored_retraining
+from fastntk.evidence.bench.stored import Stored, StoredRetraining, fitted
 from fastntk.evidence.compare import compare, references
 from fastntk.evidence.methods import Method, Problem
 from fastntk.evidence.report import Report
@@ -75,8 +75,9 @@ class _Bench:
         recipe = config.fitting(setting)
         self.fit = fitted(model, self.train, recipe, self.folder / "original.safetensors", self.key)
         self.memory, self.preparing = _prepared(model, self.train, self.fit)
-        retraining = stored_retraining(model, self.fit, self.folder, self.key)
-        audit(self.memory, retraining, held_out=self.test, seed=setting.seed + 2)
+        retraining = StoredRetraining(model, self.fit, self.folder, self.key)
+        audited = audit(self.memory, retraining, held_out=self.test, seed=setting.seed + 2)
+        self.audit = {**audited.to_dict(), "seconds": retraining.seconds}
         select = config.select
         self.trials = [self._trial(request, select.retrained) for request in select.requests] if select else []
         tried = {name: [each.default, *each.others] for name, each in config.methods.items() if each.others}
@@ -133,7 +134,7 @@ class _Bench:
             "unit": memory.state.network.loss.unit,
             "form": memory.form,
             "ridge": asdict(calibration) if calibration else memory.ridge,
-            "audit": memory.audit.to_dict() if memory.audit else None,
+            "audit": self.audit,
             "notes": dict(notes),
             "fit_seconds": self.fit.seconds,
             "prepare_seconds": self.preparing,

@@ -9,7 +9,6 @@ from torch.utils.data import Dataset
 
 from fastntk.common.files import read_tensors, write_tensors
 from fastntk.common.formats import Document, Format, unchanged
-from fastntk.evidence.auditing import Retraining
 from fastntk.evidence.methods import Method, Problem, Unlearned
 from fastntk.evidence.methods.problem import measured
 from fastntk.evidence.methods.retrain import retrained
@@ -53,19 +52,28 @@ def fitted(model: nn.Module, train: Dataset, recipe: Recipe, path: Path, key: st
     return done
 
 
-def stored_retraining(model: nn.Module, fit: Fit, folder: Path, key: str) -> Retraining:
-    """Training as ``fit`` did, for an audit; what each seed arrives at is kept in ``folder``."""
+@dataclass
+class StoredRetraining:
+    """Training as ``fit`` did, for an audit; what each seed arrives at is kept in ``folder``. ``seconds`` add up what
+    all took when they were made."""
 
-    def retraining(data: Dataset, seed: int) -> dict[str, Tensor]:
-        path = folder / f"audit-{seed}.safetensors"
-        if kept := _kept(path, key, next(model.parameters()).device):
-            return kept[0]
-        recipe = replace(fit.recipe, seed=fit.recipe.seed + seed)
-        parameters, seconds = retrained(model, fit.initial, data, recipe)
-        write_tensors(path, parameters, FORMAT.stamped({"key": key, "seconds": seconds}))
+    model: nn.Module
+    fit: Fit
+    folder: Path
+    key: str
+    seconds: float = 0.0
+
+    def __call__(self, data: Dataset, seed: int) -> dict[str, Tensor]:
+        """The tuned parameters after it."""
+        path = self.folder / f"audit-{seed}.safetensors"
+        if kept := _kept(path, self.key, next(self.model.parameters()).device):
+            parameters, seconds = kept[0], kept[1]["seconds"]
+        else:
+            recipe = replace(self.fit.recipe, seed=self.fit.recipe.seed + seed)
+            parameters, seconds = retrained(self.model, self.fit.initial, data, recipe)
+            write_tensors(path, parameters, FORMAT.stamped({"key": self.key, "seconds": seconds}))
+        self.seconds += seconds
         return parameters
-
-    return retraining
 
 
 def _kept(path: Path, key: str, device: torch.device) -> tuple[dict[str, Tensor], Document] | None:

@@ -159,17 +159,19 @@ def tables(cells: Iterable[Cell]) -> list[Table]:
 
 def _table(group: tuple, cells: Sequence[Cell]) -> Table:
     (data, model, per_class, loss, request), columns = group, shown("terminal", "pages")
-    found = {method: [cell.rows[method] for cell in cells if method in cell.rows] for method in cells[0].rows}
+    found = {method: [cell for cell in cells if method in cell.rows] for method in cells[0].rows}
     return Table(
         f"{data}, {model}, {per_class} images a class, {loss}, forgotten: {request}",
         f"{_audits(cells)} Seeds: {', '.join(str(cell.setting.seed) for cell in cells)}.{_choices(cells)}",
         [measure.heading for measure in columns.values()],
-        {method: [_cell(rows, name) for name in columns] for method, rows in found.items()},
+        {method: [_cell(those, method, name) for name in columns] for method, those in found.items()},
     )
 
 
-def _cell(rows: Sequence[Mapping[str, float | None]], name: str) -> str:
-    values, text = [each for row in rows if (each := row.get(name)) is not None], MEASURES[name].text
+def _cell(cells: Sequence[Cell], method: str, name: str) -> str:
+    """Over seeds, what could not be told of one as ``value`` has it."""
+    values = [each for cell in cells if (each := value(cell, method, name)) is not None]
+    text = MEASURES[name].text
     spread = f" ± {text(stdev(values))}" if len(values) > 1 else ""
     return f"{text(mean(values) if values else None)}{spread}"
 
