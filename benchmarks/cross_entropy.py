@@ -42,7 +42,7 @@ from torch.utils.data import Dataset
 import fastntk
 from fastntk.common.files import read_json, write_json
 from fastntk.common.machine import settle
-from fastntk.evidence.bench.stored import stored_retraining
+from fastntk.evidence.bench.stored import StoredRetraining
 from fastntk.evidence.methods import FineTune, Golatkar, Problem, RandomLabel, Retrain
 from fastntk.inputs.batches import labels_of
 from fastntk.memory.members import Members
@@ -78,7 +78,7 @@ class Answers:
         self.old = case.prepared(form="dual") if others and case.setting.classes == 10 else None
         self.others = others
         if others:
-            retraining = stored_retraining(case.model, case.fit, case.folder, case.key)
+            retraining = StoredRetraining(case.model, case.fit, case.folder, case.key)
             fastntk.audit(self.memory, retraining, seed=case.setting.head + 1)
 
     def of(self, request: str, ids: list) -> dict[str, tuple[dict[str, Tensor], float]]:

@@ -32,7 +32,7 @@ from torch.utils.data import Dataset
 import fastntk
 from fastntk.common.files import read_json, writable, write_json
 from fastntk.common.machine import settle
-from fastntk.evidence.bench.stored import fitted, stored_retraining
+from fastntk.evidence.bench.stored import StoredRetraining, fitted
 from fastntk.evidence.compare import compare
 from fastntk.inputs.images import Preprocessing
 from fastntk.inputs.packaged import pretrained
@@ -66,7 +66,7 @@ def measured(name: str, arguments: argparse.Namespace) -> dict[str, dict[str, An
     """Both scenarios of a family."""
     model, train, test, fit, folder, key = opened(name, arguments)
     memory = fastntk.prepare(model, train, fit.initial, loss=fit.recipe.loss)
-    audit = fastntk.audit(memory, stored_retraining(model, fit, folder, key), held_out=test, seed=1)
+    audit = fastntk.audit(memory, StoredRetraining(model, fit, folder, key), held_out=test, seed=1)
     results = {}
     for scenario, forget, held_out in scenarios(train, test):
         methods = {**stored_references(1, folder, scenario, key), "fastntk": FastNTK()}

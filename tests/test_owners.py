@@ -20,9 +20,10 @@ from fastntk.inputs.owners import owners_of
 IDS = ["alice/1.png", "alice/2.png", "bob/1.png", "3", "é/1.png"]
 
 
-def images():
-    pixels = np.zeros((len(IDS), 4, 4, 3), dtype=np.uint8)
-    return Images(pixels, [0] * len(IDS), ["one"], Preprocessing(4, (0.5,) * 3, (0.5,) * 3), ids=IDS)
+def images(*ids):
+    ids = ids or IDS
+    pixels = np.zeros((len(ids), 4, 4, 3), dtype=np.uint8)
+    return Images(pixels, [0] * len(ids), ["one"], Preprocessing(4, (0.5,) * 3, (0.5,) * 3), ids=ids)
 
 
 def written(tmp_path, text):
@@ -44,6 +45,17 @@ def test_owners_from_a_pattern():
         "bob/1.png": "bob",
         "é/1.png": "é",
     }
+
+
+def test_owners_of_members_whose_images_are_gone():
+    """By what their ids are in their own source, wherever they were learned from."""
+    whole = images("cat/bob/1.png")
+    for learned in ("/d/january", "/d/december"):
+        whole = whole.joined_by(images("cat/carl/1.png"), learned)
+    absent = ["january/cat/alice/1.png", "december/cat/alice/2.png", "cat/alice/3.png"]
+    found = owners_of("^[^/]+/([^/]+)/", "anywhere", whole, absent)
+    assert [found[each] for each in absent] == ["alice"] * 3
+    assert found["cat/bob/1.png"] == "bob"
 
 
 def test_owners_from_a_column(tmp_path):

@@ -399,8 +399,27 @@ def test_data_that_have_changed_since_the_fit_are_refused(given, tmp_path):
         with pytest.raises(fastntk.InputError, match="other samples or labels than those that the model was fitted to"):
             prepared(made)
     np.savez(place, **rows)
-    prepared(made)
+    for _ in range(2):
+        prepared(made)
+        np.savez(place, **fewer)
+        with pytest.raises(fastntk.InputError, match="other samples or labels"):
+            prepared(made)
+        np.savez(place, **rows)
+    memory, _ = made.memory()
+    memory.forget([3])
+    made.purge(memory)
     assert made.settings().samples is None, "of a request nothing is to be known by it"
+
+
+def test_a_run_that_may_only_be_read_is_read(run, monkeypatch):
+    """Whatever is under way in it."""
+    monkeypatch.setattr(files.os, "access", lambda *_: False)
+    monkeypatch.setattr(files, "discard", lambda path: pytest.fail("it removes a file"))
+    (run.folder / "underway").touch()
+    assert run.memory()[0].ids
+    monkeypatch.undo()
+    assert run.memory()[0].ids
+    assert not (run.folder / "underway").exists()
 
 
 def test_learned_images_are_told_from_others_of_a_like_name(given, tmp_path):

@@ -106,7 +106,7 @@ def test_a_refresh_that_fails_leaves_the_answer_and_says_so(run, monkeypatch):  
         raise fastntk.InputError("the disk is full.")
 
     monkeypatch.setattr(Run, "refresh", failing)
-    said = "the disk is full. The request is answered and purged, and not re-anchored: fastntk refresh .*run"
+    said = "the disk is full. The request is answered and purged, the refresh not at its end: fastntk refresh .*run"
     refuse(said, "forget", run.folder, "--ids", "3", "--refresh")
     assert states(run.folder) == ["purged"]
     monkeypatch.undo()
@@ -136,7 +136,7 @@ def test_a_refresh_that_is_cut_off_is_said(run, monkeypatch):  # noqa: F811
         patch.setattr(Run, "_change", killed)
         with pytest.raises(KeyboardInterrupt):
             run.refresh()
-    assert "A refresh has begun and is not done" in succeed("ledger", run.folder)
+    assert "A refresh has begun and has not come to its end" in succeed("ledger", run.folder)
     assert json.loads(succeed("ledger", run.folder, "--json"))["refreshing"]
     succeed("verify", run.folder)
     assert not json.loads(succeed("ledger", run.folder, "--json"))["refreshing"]
@@ -151,7 +151,7 @@ def test_an_answer_whose_comparison_fails_is_an_answer(run, tmp_path, monkeypatc
     monkeypatch.setattr(Ledger, "amend", failing)
     with caplog.at_level("WARNING"):
         succeed("forget", run.folder, "--ids", "3", "--full", "--certificate", tmp_path / "c.json")
-    assert "the request is answered, and not compared with a solve anew: the disk is full." in caplog.text
+    assert "the request is answered; what was to follow failed: the disk is full." in caplog.text
     assert json.loads((tmp_path / "c.json").read_text())["salt"]
     assert states(run.folder) == ["purged"]
 

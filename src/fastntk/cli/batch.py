@@ -162,7 +162,7 @@ def _check_own(memory: Memory, asked: Asked, out: Path) -> None:
     if not path.exists():
         return
     known = read_json(path)
-    own = "salt" in known and known["asked"] == asked.hashed(known["salt"])
+    own = "salt" in known and known.get("asked") == asked.hashed(known["salt"])
     if own and "certificate" in known:
         hashes = known["certificate"]["hashes"]
         own = any(each.certificate.get("hashes") == hashes for each in memory.requests())

@@ -28,14 +28,13 @@ from fastntk.common import distributed
 from fastntk.common.errors import InputError
 from fastntk.common.files import (
     DECIDED,
-    UNDERWAY,
     check_writable,
     complete,
     digest,
-    discard,
     file_digest,
     held,
     read_tensors,
+    settled,
     switching,
     underway,
     writable,
@@ -197,7 +196,7 @@ class Run:
             if not any(each.kind == "refresh" for each in memory.requests()):
                 raise InputError(f"the memory in {self.folder} was prepared for another fit. Prepare again.")
             self._change(lambda settings: settings, state_at(memory.model, memory.anchor))
-        discard(self.folder / UNDERWAY)
+        settled(self.folder)
         return memory
 
     def _change(self, change: Callable[[Settings], Settings], model: Mapping[str, Tensor] | None = None) -> None:
@@ -230,7 +229,6 @@ class Run:
                 if self.settings() != settings:
                     raise InputError(f"{self.folder} was fitted anew meanwhile. Prepare again.")
                 memory.save(self.folder / "memory")
-                self._replace(replace(settings, samples=None), {}, gone=())  # the memory knows its samples itself
             clear(self.folder / "partial")  # of an earlier attempt in another form
         return memory
 
@@ -277,8 +275,10 @@ class Run:
         )
 
     def purge(self, memory: Memory) -> float:
-        """Remove every trace of who has left: from the memory, and partial sums over them; the seconds."""
+        """Remove every trace of who has left, with partial sums and the digest of all ids; the seconds."""
         clear(self.folder / "partial")
+        if self.settings().samples:
+            self._change(partial(replace, samples=None))
         return memory.purge()
 
     def refresh(self, exact_head: bool | None = None, gain: bool = False) -> tuple[float, Memory]:

@@ -111,8 +111,8 @@ class Given:
 @dataclass(frozen=True)
 class Settings:
     """What ``run.json`` holds: as ``Given``, with other data that were ``added`` later; ``core_sum`` knows the
-    core again that was fitted, ``samples`` all ids and labels until there is a memory of them, and ``files`` are the
-    SHA-256 of the tensors beside it."""
+    core again that was fitted, ``samples`` all ids and labels of an ordinary fit until some are forgotten, and
+    ``files`` are the SHA-256 of the tensors beside it."""
 
     model: str
     data: str
@@ -144,7 +144,7 @@ class Settings:
             given.owners,
             given.core,
             removal=given.removal,
-            samples=_sum(images),
+            samples=None if given.core else _sum(images),
         )
 
     @classmethod

@@ -173,15 +173,17 @@ def discard(path: Path) -> None:
 
 @contextmanager
 def underway(folder: Path) -> Iterator[None]:
-    """A file in a folder says that something has begun, until it is done, or has failed and nothing is left to do: of a
-    process that is killed meanwhile it stays."""
+    """A file in a folder says that something has begun, until it is done; it stays where that failed or was cut off,
+    until ``settled``."""
     write(folder / UNDERWAY, Path.touch)
-    try:
-        yield
-    except InputError:
+    yield
+    settled(folder)
+
+
+def settled(folder: Path) -> None:
+    """Nothing is under way, or left to do, in a folder: who may only read it leaves it as it is."""
+    if (folder / UNDERWAY).exists() and os.access(folder, os.W_OK):
         discard(folder / UNDERWAY)
-        raise
-    discard(folder / UNDERWAY)
 
 
 def sync(folder: Path) -> None:

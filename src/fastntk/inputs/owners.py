@@ -95,7 +95,8 @@ def _by_pattern(pattern: str, images: Images, absent: Sequence[Id]) -> dict[Id, 
         raise InputError(f"{pattern!r} must have one group, which is the owner, not {expression.groups}.")
     begins = [f"{Path(learned).name}/" if learned else "" for learned in images.by_source]
     named = [(each, begin) for begin, ids in zip(begins, images.by_source.values(), strict=True) for each in ids]
-    named += [(each, begin) for begin in sorted(begins, key=len, reverse=True) for each in absent]  # of one of them
+    longest = sorted(begins, key=len, reverse=True)  # of whom nothing is known but the id
+    named += [(each, begin) for each in absent for begin in longest if str(each).startswith(begin)]
     found: dict[Id, str] = {}
     for each, begin in named:
         match = expression.search(str(each).removeprefix(begin))

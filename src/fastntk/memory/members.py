@@ -127,10 +127,10 @@ class Members(Labelled):
         others._known = self._known  # of the same source
         return others
 
-    def check_images(self, some: Int[Tensor, " some"], pixels: Int[Tensor, " positions"], batch_size: int) -> None:
+    def check_images(self, some: Int[Tensor, " some"], pixels: Int[Tensor, " positions"], *how: int) -> None:
         """Raises ``InputError`` if the source has another member's image at one of ``some`` positions, as the network
-        may be as sure of both; says of how many it has none that is known. ``pixels`` are digests, or 0."""
-        known, now = pixels[some], digests(self, some.tolist(), batch_size)
+        may be as sure of both; says how many are of nobody. ``pixels`` are digests, or 0; ``how`` is of ``digests``."""
+        known, now = pixels[some], digests(self, some.tolist(), *how)
         odd = (now != known) & (known != 0)
         for position in some[odd & torch.isin(now, pixels[self.present])].tolist():
             raise InputError(

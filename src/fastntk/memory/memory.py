@@ -240,8 +240,8 @@ class Memory:
                     answer = replace(answer, certificate=replace(answer.certificate, error=self.state.error()))
                 if self._folder:
                     self._folder.finish(answer.certificate)
-            except InputError as error:  # the request is answered by now, whatever becomes of its comparison
-                log.warning("the request is answered, and not compared with a solve anew: %s", error)
+            except InputError as error:  # what is durable is answered
+                log.warning("the request is answered; what was to follow failed: %s", error)
             return answer
 
 

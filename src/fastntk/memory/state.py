@@ -183,10 +183,12 @@ class State:
                 "the memory was prepared, or the model is another. Give what was prepared: no random augmentation, the "
                 "same order or ids."
             )
-        self.members.check_images(positions, self.pixels.cpu(), self.network.numerics.batch_size)
+        how = self.network.numerics
+        self.members.check_images(positions, self.pixels.cpu(), how.batch_size, how.workers)
 
     def check_complete(self) -> None:
-        """Whether every member's sample is there and has not changed; one forward pass. Raises like ``check``."""
+        """Whether every member's sample is there and has not changed; one forward pass, for which the images are read
+        twice. Raises like ``check``."""
         missing = self.members.missing(self.positions)
         if missing:
             raise InputError(f"the data source lacks {missing:,} of the memory's {len(self.positions):,} samples.")

@@ -234,7 +234,12 @@ def empty_rows(like: Rows, count: int, dtype: torch.dtype, folder: Path | None) 
 
 
 def key(linearised: Linearised, count: int) -> str:
-    """A digest of what the sums depend on: weights, tuned parameters, every image and label, loss and numerics."""
+    """A digest of what the sums depend on: weights, tuned parameters, every image and label, loss and numerics; of the
+    first process, for all."""
+    return distributed.shared(_key(linearised, count) if distributed.rank() == 0 else None)
+
+
+def _key(linearised: Linearised, count: int) -> str:
     numerics = linearised.numerics
     images, labels = digests_and_labels(linearised.train, range(count), numerics.batch_size, numerics.workers)
     everyone = {"images": images, "labels": labels}

@@ -130,7 +130,7 @@ def ledger(run: options.Folder, as_json: options.Json = False) -> None:
     from fastntk.memory.disk.folder import Folder
 
     requests, halfway = Folder(run / "memory").requests(), (run / UNDERWAY).exists()
-    text = f"A refresh has begun and is not done: if it was cut off, complete it by fastntk verify {run}"
+    text = f"A refresh has begun and has not come to its end. What is left of it is done by: fastntk verify {run}"
     document = {"run": str(run), "refreshing": halfway, "requests": [each.to_dict() for each in requests]}
     show(document, as_json, table_of(requests), *([text] if halfway else []))
 

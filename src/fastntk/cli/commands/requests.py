@@ -75,7 +75,7 @@ def _anchored_anew(opened: "Run", exact_head: bool | None, gain: bool, silent: b
     try:
         refreshed(opened, False, exact_head, gain, silent)
     except InputError as error:
-        done = f"The request is answered and purged, and not re-anchored: fastntk refresh {opened.folder}"
+        done = f"The request is answered and purged, the refresh not at its end: fastntk refresh {opened.folder}"
         raise InputError(f"{error} {done}") from error
 
 

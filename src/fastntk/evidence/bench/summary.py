@@ -72,9 +72,9 @@ def value(cell: Cell, row: str, measure: str) -> float | None:
     if row == THEIRS:
         return middle((value(cell, name, measure) for name in retrained_of(cell)), mean)
     found = cell.rows.get(row)
-    if found is None or found[measure] is not None:
-        return None if found is None else found[measure]
-    return _UNTOLD.get(measure)
+    if found is None or measure not in found:  # or of a measure that is newer than the results
+        return None
+    return _UNTOLD.get(measure) if found[measure] is None else found[measure]
 
 
 def _beside(measure: str) -> Callable[[Cell, str], float | None]:
