@@ -128,6 +128,13 @@ def test_golatkar_solves_twice_with_a_ridge_per_sample_and_no_anchor(form):
     torch.testing.assert_close(moved(Golatkar()(given)), moved(Golatkar(0.03)(given)))
 
 
+@pytest.mark.parametrize("head", [False, True])
+def test_a_note_says_of_labels_that_are_known_nothing_else(head):
+    given = problem()
+    assert given.memory.state.emptied(torch.tensor(given.forget)) is not None
+    assert "do not offer all labels" not in FastNTK(exact_head=head)(given).note
+
+
 def test_samples_may_have_names_of_their_own():
     given = problem()
     named = TensorDataset(*given.memory.state.members.source.tensors)

@@ -21,7 +21,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from fastntk.cli.asked import absent, owned, read_ids, with_copies
+from fastntk.cli.asked import absent, nameable, owned, read_ids, with_copies
 from fastntk.cli.options import text_of
 from fastntk.cli.run import Run
 from fastntk.common.errors import InputError
@@ -140,8 +140,8 @@ def answer_all(
     """
     writable(out / "certificates")
     memory, images = opened.memory()
-    gone = absent(images, memory)
-    everyone, whose = [*images.ids, *gone], owners(images, gone) if any(each.owner for each in asked) else {}
+    everyone = nameable(images, memory)
+    whose = owners(images, absent(images, memory)) if any(each.owner for each in asked) else {}
     for each in asked:
         _check_own(memory, each, out)
     rows = [_told(memory, everyone, whose, each, out, copies) for each in track(asked, "requests")]

@@ -43,7 +43,7 @@ class FastNTK:
         answer = problem.memory.preview(problem.forget)
         certificate = replace(answer.certificate, audit=self.audit_of(problem.memory))
         if self.exact_head:
-            certificate = replace(certificate, still=None)  # it was of the step without the head
+            certificate = replace(certificate, still=0.0)  # it was of the step, and of the head nothing is said
         parameters = finished(
             problem.memory, answer.parameters, gain=self.gain, exact_head=self.exact_head, without=problem.forget
         )
