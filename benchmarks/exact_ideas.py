@@ -28,7 +28,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from exact import NAMES, RECIPE, Case, Setting
+from exact import AUGMENTED, NAMES, RECIPE, Case, Setting
 from fastntk.metrics import accuracy
 from pretrained import fingerprint
 from rich.console import Console
@@ -47,7 +47,6 @@ from fastntk.memory.members import Members
 from fastntk.tuning.outputs import logits_of, model_at
 
 RIDGES = 0.003, 0.01, 0.03, 0.1, 0.3
-AUGMENTED = replace(RECIPE, epochs=40, augment=("flip", "crop"))
 Row = dict[str, object]
 
 

@@ -10,14 +10,13 @@ classes a sample kept.
 
 import argparse
 import json
-import subprocess
-import sys
 import time
 
 import numpy as np
 import torch
 from scipy.optimize import minimize
 from sklearn.linear_model import LogisticRegression
+from timing import in_own_process
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 from torch.utils.data import TensorDataset
@@ -98,8 +97,7 @@ def _optimum(
 
 def peak_gib(classes: int) -> float:
     """Of preparing, in a process of its own."""
-    command = [sys.executable, __file__, "--peak", str(classes)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["peak_gib"]
+    return in_own_process(__file__, "--peak", classes)["peak_gib"]
 
 
 def _peak(classes: int) -> dict[str, float]:

@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from networks import randomise
+from networks import moved, randomise
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -39,7 +39,6 @@ from torch.utils.data import Subset, TensorDataset
 import fastntk
 from fastntk.inputs.libraries import torchvision
 from fastntk.memory.memory import Memory
-from fastntk.tuning.parameters import snapshot, tuned
 from fastntk.tuning.selectors import tune
 
 LOSS = fastntk.SquaredLoss()
@@ -125,10 +124,7 @@ def growth(sizes: list[int], folder: Path) -> dict[str, float]:
     memories = []
     for samples in sizes:
         model, train = problem(samples)
-        initial = snapshot(tuned(model))
-        with torch.no_grad():
-            for parameter in tuned(model).values():
-                parameter.add_(0.01 * torch.randn_like(parameter))
+        initial = moved(model)
         memories.append(fastntk.prepare(model, train, initial, form="primal", loss=LOSS))
         memories[-1].save(folder / str(samples))
     for memory in memories:

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
 import fastntk
-from fastntk.common.machine import device_name, peak_memory, settle, wait
+from fastntk.common.machine import device_name, peak_memory, settle, synchronise
 from fastntk.inputs.libraries import timm, torchvision
 from fastntk.jacobians.linearised import jacobians
 from fastntk.jacobians.numerics import PRECISIONS
@@ -105,10 +105,10 @@ class Bench:
 
     def clocked(self, work: Callable[[], object]) -> float:
         """Seconds, until the device is done."""
-        wait(self.device)
+        synchronise(self.device)
         started = time.perf_counter()
         work()
-        wait(self.device)
+        synchronise(self.device)
         return time.perf_counter() - started
 
     def jacobian(self, kind: str, precision: str) -> dict[str, Any]:
@@ -155,7 +155,7 @@ class Bench:
         with peak_memory(self.device) as peak:
             started = time.perf_counter()
             memory = fastntk.prepare(model, train, fit.initial, loss=own, precision=precision)
-            wait(self.device)
+            synchronise(self.device)
             prepared = time.perf_counter() - started
             first = memory.ready()
         requests = {"ten": memory.ids[1:11], "tenth": memory.ids[::10]}

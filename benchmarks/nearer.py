@@ -40,6 +40,7 @@ from fastntk.inputs.batches import labels_of
 from fastntk.jacobians.linearised import Linearised
 from fastntk.jacobians.per_sample import PerSampleJacobian
 from fastntk.jacobians.products import pull
+from fastntk.jacobians.rows import rows_of
 from fastntk.tuning.fitting import Fit
 from fastntk.tuning.outputs import logits_of, model_at
 from fastntk.tuning.parameters import snapshot, tuned
@@ -68,7 +69,7 @@ class Problem:
 
     def places(self, forget: Tensor) -> Tensor:
         """The rows of samples."""
-        return (forget[:, None] * self.classes + torch.arange(self.classes)).flatten()
+        return rows_of(forget, self.classes)
 
     def judged(self, request: str, vector: Tensor) -> list[str]:
         """Distance over floor on what is forgotten, and accuracies there and on the test images."""

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
-from fastntk.tuning.parameters import tuned
+from fastntk.tuning.parameters import snapshot, tuned
 
 
 def randomise(model: nn.Module) -> None:
@@ -18,6 +18,15 @@ def randomise(model: nn.Module) -> None:
             nn.init.normal_(module.bias, 0, 0.1)
         if isinstance(module, nn.Linear):  # torchvision starts the ViT's head with zeros
             nn.init.normal_(module.weight, 0, module.in_features**-0.5)
+
+
+def moved(model: nn.Module) -> dict[str, Tensor]:
+    """Tuned parameters a little away from where they were, as after a fit; returns those from before."""
+    initial = snapshot(tuned(model))
+    with torch.no_grad():
+        for parameter in tuned(model).values():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    return initial
 
 
 def by_vmap(model: nn.Module, parameters: dict[str, Tensor], images: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ JSON. --only leaves one form out, where the other has no room.
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import threading
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import torch
 from pretrained import cifar, mobilenet_v2
+from timing import in_own_process
 
 import fastntk
 from fastntk.common.machine import settle
@@ -77,8 +77,7 @@ def main() -> None:
     rows, forms = [], [arguments.only] if arguments.only else ["convex", "convex-disk"]
     with tempfile.TemporaryDirectory() as folder:
         for form in forms:
-            command = [sys.executable, __file__, *sys.argv[1:], "--form", form, "--out", folder]
-            rows.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+            rows.append(in_own_process(__file__, *sys.argv[1:], "--form", form, "--out", folder))
             print(json.dumps(rows[-1]), flush=True)
         apart = {}
         if len(forms) == 2:

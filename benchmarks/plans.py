@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from networks import randomise
+from networks import moved, randomise
 from rich.console import Console
 from rich.table import Table
 from scale import Images
@@ -60,11 +60,8 @@ def one(case: Case) -> dict[str, Any]:
     model, _ = fastntk.load_model(case.model, case.classes, size=case.side)
     randomise(model)
     train, loss = Images(case.images, case.side, case.classes), loss_named(case.loss)
-    tuned = fastntk.tune(model, *case.select)
-    initial = fastntk.snapshot(tuned)
-    with torch.no_grad():
-        for parameter in tuned.values():
-            parameter.add_(0.01 * torch.randn_like(parameter))
+    fastntk.tune(model, *case.select)
+    initial = moved(model)
     started = time.perf_counter()
     planned = fastntk.plan(model, train, form=case.form, loss=loss)
     answered = time.perf_counter() - started

@@ -14,7 +14,7 @@ answer  relative error of the change of the tuned parameters that the request br
 
 import argparse
 import json
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -25,6 +25,7 @@ from torch.utils.data import TensorDataset
 from fastntk import SquaredLoss, prepare
 from fastntk.inputs.libraries import torchvision
 from fastntk.jacobians.per_sample import PerSampleJacobian
+from fastntk.solve.primal import Primal
 from fastntk.tuning.parameters import snapshot, tuned
 from fastntk.tuning.selectors import tune
 
@@ -56,7 +57,7 @@ def answer(train: TensorDataset, dtype: torch.dtype, ridge: float, options: dict
     memory = prepare(model, train, initial, form="primal", ridge=ridge, loss=SquaredLoss(), **options)
     state, gone = memory.state, torch.arange(10)
     update = state.solution.update(state.network, gone, -1, state.rows(gone))
-    return state.solution.tensors()["sums.rest"].double(), update.change
+    return cast(Primal, state.solution).sums.rest.double(), update.change
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ from typing import Any
 import psutil
 import torch
 import torch.nn.functional as F
-from networks import randomise
+from networks import moved, randomise
 from rich.console import Console
 from rich.table import Table
 from timing import in_own_process, peak_bytes
@@ -36,7 +36,6 @@ from torch.utils.data import Dataset
 from fastntk import SquaredLoss, plan, prepare
 from fastntk.inputs.libraries import torchvision
 from fastntk.solve import primal
-from fastntk.tuning.parameters import snapshot, tuned
 from fastntk.tuning.selectors import tune
 
 CLASSES, LOSS = 10, SquaredLoss()
@@ -81,10 +80,7 @@ def problem(case: str, samples: int) -> tuple[nn.Module, Images]:
 def one(case: str, samples: int) -> dict[str, float]:
     """Plan and prepare, in this process."""
     model, train = problem(case, samples)
-    initial = snapshot(tuned(model))
-    with torch.no_grad():
-        for parameter in tuned(model).values():
-            parameter.add_(0.01 * torch.randn_like(parameter))
+    initial = moved(model)
     before = psutil.Process().memory_info().rss
     planned = plan(model, train, form="primal", loss=LOSS)
     passes: list[float] = []

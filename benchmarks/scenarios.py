@@ -6,7 +6,7 @@ from pathlib import Path
 from fastntk.methods import Method
 from torch.utils.data import Dataset
 
-from fastntk.evidence.bench.stored import Stored
+from fastntk.evidence.bench.stored import StoredAnswer
 from fastntk.evidence.compare import references
 from fastntk.evidence.requests import drawn
 from fastntk.inputs.ids import Id
@@ -22,6 +22,5 @@ def scenarios(
 
 def stored_references(seed: int, folder: Path, scenario: str, key: str) -> dict[str, Method]:
     """The two retrained models, kept in ``folder``."""
-    return {
-        row: Stored(method, folder / f"{scenario}-{row}.safetensors", key) for row, method in references(seed).items()
-    }
+    files = {row: folder / f"{scenario}-{row}.safetensors" for row in references(seed)}
+    return {row: StoredAnswer(method, files[row], key) for row, method in references(seed).items()}

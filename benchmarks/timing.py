@@ -7,11 +7,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 
-def interleaved(
-    work: Mapping[str, Callable[[], object]], repeats: int = 3, warm: bool = True
-) -> dict[str, list[float]]:
+def interleaved(work: Mapping[str, Callable[[], object]], repeats: int = 3) -> dict[str, list[float]]:
     """Seconds of every run of every alternative: one that is not counted, then in turn."""
     for run in work.values():
         run()
@@ -37,7 +36,7 @@ def finished(command: list[str]) -> str:
     return done.stdout
 
 
-def in_own_process(file: str, *arguments: object) -> dict[str, float]:
+def in_own_process(file: str, *arguments: object) -> dict[str, Any]:
     """What a benchmark prints as its last line, JSON, when it is run with these arguments, in a process of its own."""
     return json.loads(finished([sys.executable, file, *map(str, arguments)]).splitlines()[-1])
 

@@ -45,7 +45,7 @@ from fastntk.memory.members import Members
 from fastntk.memory.memory import Memory
 from fastntk.solve.convex import Convex
 from fastntk.solve.head import convex_shortfall
-from fastntk.solve.newton import Newton, Problem
+from fastntk.solve.newton import DualProblem, NewtonMethod
 from fastntk.tuning.loss import contrasts, kept_of
 from fastntk.tuning.outputs import logits_of, model_at
 from fastntk.tuning.rebuilding import rebuilt_start
@@ -166,9 +166,11 @@ class Ways:
         there = replace(rows, point=Point(moved.gather(1, classes) @ contrasts(classes.shape[1]), kept))
         present = torch.ones(len(rows), dtype=torch.bool)
         present[self.gone] = asked
-        problem = Problem.of(there, loss, solution.displacement, solution.ridge, solution.optimum.kernel, present)
-        a, _ = Newton().minimise(problem, solution.optimum.coefficients, solution.tolerance)
-        return state.moved_by(rows.step(a, solution.displacement) - solution.step)
+        start = there.point.z - there.jacobian.matvec(solution.displacement)
+        problem = DualProblem(loss, kept, start, solution.optimum.kernel, solution.ridge, present)
+        a, _ = NewtonMethod().minimise(problem, solution.optimum.coefficients, solution.tolerance)
+        found = rows.jacobian.rmatvec(a.view_as(rows.residual)) - solution.displacement
+        return state.moved_by(found - solution.step)
 
     def other_head(self, c: float) -> dict[str, Tensor]:
         """With the head pulled at ``c`` times as strongly: as if its inputs were ``c^-1/2`` as large."""

@@ -15,6 +15,7 @@ from fastntk.jacobians.linearised import Linearised
 from fastntk.jacobians.per_sample import PerSampleJacobian
 from fastntk.solve import convex, iterative, layers, on_disk, reading, speeds
 from fastntk.solve.forms import FORMS
+from fastntk.solve.gram import Krylov
 from fastntk.solve.head import convex_shortfall
 from fastntk.solve.kernel import Stored
 from fastntk.solve.passes import Passes
@@ -89,7 +90,7 @@ class GramContract(Contract):
             assert gram.trace > 0
 
     def test_its_spectrum_gives_the_outputs_at_every_ridge(self, network, rows, dense, u):
-        spectrum = self.operator(network, range(9)).spectrum(u, 200)
+        spectrum = Krylov.of(self.operator(network, range(9)), u, 200).spectrum
         flat, ridges = dense.flatten(0, 1), torch.tensor([0.01, RIDGE, 7.0], dtype=torch.float64)
         for total, found in zip(ridges, spectrum.outputs(ridges), strict=True):
             step = oracles.anchored_step(dense, rows.residual, u, float(total))

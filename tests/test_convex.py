@@ -77,8 +77,8 @@ def test_a_start_is_the_optimum_of_the_loss_s_second_order(loss):
     hessian = torch.einsum("nkp,nka,nla,nlq->pq", dense, root, root, dense) + RIDGE * torch.eye(len(u)).double()
     expected = -torch.linalg.solve(hessian, torch.einsum("nkp,nk->p", dense, slope) + RIDGE * u)
     everyone = torch.ones(12, dtype=torch.bool)
-    problem = newton.Problem(loss, point.kept, point.z - rows.jacobian.matvec(u), kernel(rows), RIDGE, everyone)
-    a = newton.Newton().start(problem, point.z)
+    problem = newton.DualProblem(loss, point.kept, point.z - rows.jacobian.matvec(u), kernel(rows), RIDGE, everyone)
+    a = newton.NewtonMethod().start(problem, point.z)
     torch.testing.assert_close(rows.jacobian.rmatvec(a.view_as(rows.residual)) - u, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -129,8 +129,8 @@ def test_a_full_step_that_goes_too_far_is_not_taken(scale, seed):
     kernel = scale * torch.kron(features @ features.T, torch.eye(c - 1, dtype=torch.float64))
     kept = kept_of(LOSSES[1], logits, labels, torch.arange(c).expand(n, c))
     everyone = torch.ones(n, dtype=torch.bool)
-    problem = newton.Problem(LOSSES[1], kept, logits @ contrasts(c), kernel, 1.5, everyone)
-    a, _ = newton.Newton().minimise(problem, torch.randn(n * (c - 1), **draw), 1e-10)
+    problem = newton.DualProblem(LOSSES[1], kept, logits @ contrasts(c), kernel, 1.5, everyone)
+    a, _ = newton.NewtonMethod().minimise(problem, torch.randn(n * (c - 1), **draw), 1e-10)
     assert problem.inexactness(a, problem.logits(a)) < 1e-8
 
 

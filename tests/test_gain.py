@@ -69,6 +69,9 @@ def test_the_answer_is_the_step_multiplied_and_then_the_head():
     audit = given.memory.audit
     assert str(audit.with_gain) in gained.note
     assert str(audit) in FastNTK()(given).note
+    given.memory.enter(replace(audit, floor=1e-9), given.memory.state)
+    for method in (FastNTK(), FastNTK(gain=1.5), FastNTK(gain=1.5, exact_head=True)):
+        assert method(given).note.startswith("retrain needed"), "as a request is told of after an audit that failed"
 
 
 @pytest.mark.parametrize("loss", [fastntk.CrossEntropy(), fastntk.SquaredLoss()])
@@ -169,11 +172,13 @@ def test_it_multiplies_what_all_requests_have_changed(tmp_path):
     apart.memory.save(tmp_path / "memory")
     for index in together.forget:
         apart.memory.forget([index])
-    found = fastntk.amplified(fastntk.load(tmp_path / "memory", apart.model, apart.memory.state.members.source))
+    found = fastntk.finished(
+        fastntk.load(tmp_path / "memory", apart.model, apart.memory.state.members.source), gain=True
+    )
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     fastntk.refresh(apart.memory)  # its audit was of the steps before
     with pytest.raises(fastntk.InputError, match="a gain comes from an audit"):
-        fastntk.amplified(apart.memory)
+        fastntk.finished(apart.memory, gain=True)
 
 
 def test_a_refresh_says_what_it_began_from(tmp_path):

@@ -141,7 +141,7 @@ def test_requests_that_name_people(run, data, tmp_path):  # noqa: F811
     other = dict(np.load(data))
     other["x_train"] = 255 - other["x_train"]
     np.savez(tmp_path / "other.npz", **other)
-    refuse("changed|other|not those", "forget", folder, "--ids", "20", "--data", tmp_path / "other.npz")
+    refuse("has another image or label under id", "forget", folder, "--ids", "20", "--data", tmp_path / "other.npz")
 
 
 def test_a_fit_remembers_where_owners_are_named_and_not_who_they_are(data, tmp_path):  # noqa: F811

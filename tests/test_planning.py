@@ -142,7 +142,7 @@ def test_a_curved_loss_leaves_the_head_its_structure_in_the_convex_forms_alone()
     case = CASES["bn+head"]
     plan = fastntk.plan(case.model(), case.data(), loss=fastntk.CrossEntropy(), form="convex")
     w = plan.workload
-    assert (w.features, w.of_kept.outputs) == (5, w.kept - 1)
+    assert (w.features, w.kept_rows) == (5, w.kept - 1)
     assert (w.written.rest, w.written.features) == (w.parameters, 0)
     few, many = (work(1000, c, 9_600, 513, kept=4, contrasted=True, curved=True) for c in (10, 1000))
     for form in ("convex", "convex-disk"):

@@ -233,7 +233,8 @@ def test_the_demo_s_page_tells_a_story_first():
     rows["fastntk_exact_head"] = {**rows["fastntk"], "forget_accuracy": 7.0, "probability_ratio": 1.06}
     logits = {**report.logits, "fastntk_exact_head": report.logits["fastntk"]}
     told = replace(report, rows=rows, logits=logits)
-    text = html("A network forgets every 3", {"class": told, "random": told}, {}, "demo.html")
+    drawings = {"class": "", "random": ""}
+    text = html("A network forgets every 3", {"class": told, "random": told}, {}, drawings, "demo.html")
     assert text.index("The memory.") < text.index("7 %") < text.index("1.06 times") < text.index("Request: class")
     assert not re.search(r"""(src|href)=["']https?:""", text)
-    assert "The memory." not in html("Another", {"class": told}, {})
+    assert "The memory." not in html("Another", {"class": told}, {}, drawings)

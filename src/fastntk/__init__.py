@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from fastntk.memory.copies import copies as copies
     from fastntk.memory.copies import near_copies as near_copies
     from fastntk.memory.exact import fit_exact as fit_exact
-    from fastntk.memory.finish import amplified as amplified
     from fastntk.memory.finish import exact_head as exact_head
     from fastntk.memory.finish import finished as finished
     from fastntk.memory.finish import refresh as refresh
@@ -89,7 +88,7 @@ _HOMES = {
     "memory.certificate": ["Answer", "Certificate", "Removal"],
     "memory.copies": ["copies", "near_copies"],
     "memory.exact": ["fit_exact"],
-    "memory.finish": ["amplified", "exact_head", "finished", "refresh"],
+    "memory.finish": ["exact_head", "finished", "refresh"],
     "memory.memory": ["Memory", "load", "prepare"],
     "memory.plan": ["Plan", "plan"],
     "evidence.auditing": ["audit", "audit_exact", "left_out_gain"],

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 _NAMED = 20  # copies in a text
 
 
-def absent(images: Images, memory: Memory) -> list[Id]:
+def absent_members(images: Images, memory: Memory) -> list[Id]:
     """The members whose images are not in the data any more. A request that names one is refused, as its image must be
     read once more: nobody is passed over."""
     here = set(images.ids)
@@ -31,7 +31,7 @@ def absent(images: Images, memory: Memory) -> list[Id]:
 
 def nameable(images: Images, memory: Memory) -> list[Id]:
     """The ids that a request may name: of the data, and of members that are absent from it."""
-    return [*images.ids, *absent(images, memory)]
+    return [*images.ids, *absent_members(images, memory)]
 
 
 def of_class(images: Images, class_name: str, memory: Memory) -> list[Id]:
@@ -43,7 +43,7 @@ def of_class(images: Images, class_name: str, memory: Memory) -> list[Id]:
     """
     if class_name not in images.classes:
         raise InputError(f"there is no class {class_name!r}. The classes are: {', '.join(images.classes)}.")
-    if count := len(absent(images, memory)):
+    if count := len(absent_members(images, memory)):
         log.warning(
             "the images of %d members are not in the data: whether they are of class %r is not known, and they stay",
             *(count, class_name),
@@ -72,7 +72,9 @@ def of_owners(owners: Mapping[Id, str], names: Sequence[str], memory: Memory) ->
     return list(found)
 
 
-def owners(settings: Settings, images: Images, absent: Sequence[Id] = (), spec: str | None = None) -> dict[Id, str]:
+def owners_said(
+    settings: Settings, images: Images, absent: Sequence[Id] = (), spec: str | None = None
+) -> dict[Id, str]:
     """Whose a run's images are, and the members that are absent from them, as ``fit`` was told or as ``spec`` says.
 
     Raises:

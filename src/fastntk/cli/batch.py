@@ -21,7 +21,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from fastntk.cli.asked import absent, nameable, owned, read_ids, with_copies
+from fastntk.cli.asked import absent_members, nameable, owned, read_ids, with_copies
 from fastntk.cli.options import text_of
 from fastntk.cli.run import Run
 from fastntk.common.errors import InputError
@@ -141,7 +141,7 @@ def answer_all(
     writable(out / "certificates")
     memory, images = opened.memory()
     everyone = nameable(images, memory)
-    whose = owners(images, absent(images, memory)) if any(each.owner for each in asked) else {}
+    whose = owners(images, absent_members(images, memory)) if any(each.owner for each in asked) else {}
     for each in asked:
         _check_own(memory, each, out)
     rows = [_told(memory, everyone, whose, each, out, copies) for each in track(asked, "requests")]

@@ -215,11 +215,11 @@ def loss(name: str, smoothing: float) -> Any:
     return CrossEntropy(smoothing)
 
 
-def recipe(*values: Any) -> Any:
-    """How to fit: ``fastntk.Recipe`` of its fields in order."""
+def recipe(**fields: Any) -> Any:
+    """How to fit: ``fastntk.Recipe`` of its fields."""
     from fastntk.tuning.recipe import Recipe
 
-    return Recipe(*values)
+    return Recipe(**fields)
 
 
 def head_start(text: str | None, fitted: str | None) -> str:

@@ -21,7 +21,7 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 from fastntk.cli import preparing
-from fastntk.cli.asked import core_of, forgotten, of_class, owners, warn_of_heads
+from fastntk.cli.asked import core_of, forgotten, of_class, owners_said, warn_of_heads
 from fastntk.cli.options import check_out
 from fastntk.cli.settings import Given, Settings
 from fastntk.common import distributed
@@ -246,7 +246,7 @@ class Run:
             raise InputError(f"{data} was learned already. Name other images, or use: fastntk remember.")
         if settings.owners:
             try:
-                owners(self.here, images)  # says of how many nobody is the owner
+                owners_said(self.here, images)  # says of how many nobody is the owner
             except InputError as error:
                 log.warning("whose they are is not known: %s", error)
         with self._locked():  # nobody else learns the same meanwhile

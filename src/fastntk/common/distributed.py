@@ -103,11 +103,11 @@ def share_(tensors: Iterable[Tensor], source: int = 0) -> None:
             dist.broadcast(tensor, source)
 
 
-def shared(thing: Any, source: int = 0) -> Any:
-    """One process's object, small and picklable, for every process."""
+def shared(thing: Any) -> Any:
+    """The first process's object, small and picklable, for every process."""
     box = [thing]
     if active():
-        dist.broadcast_object_list(box, source)
+        dist.broadcast_object_list(box, 0)
     return box[0]
 
 

@@ -1,4 +1,4 @@
-"""Settings of the whole process that long passes over a network run faster with."""
+"""Of the machine: devices, free memory, clocks, and settings of the process that long passes run faster with."""
 
 import ctypes
 import gc
@@ -80,7 +80,7 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def wait(device: torch.device) -> None:
+def synchronise(device: torch.device) -> None:
     """Until a device has done all that it was given; only GPUs are given work ahead."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -88,7 +88,7 @@ def wait(device: torch.device) -> None:
 
 def elapsed(started: float, device: torch.device) -> float:
     """Seconds from ``started``, by ``time.perf_counter``, to the end of all that ``device`` was given."""
-    wait(device)
+    synchronise(device)
     return time.perf_counter() - started
 
 

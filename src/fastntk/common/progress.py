@@ -24,6 +24,6 @@ def busy(description: str) -> AbstractContextManager[object]:
     return console.status(description) if _watched() else nullcontext()
 
 
-def track(items: Iterable[_T], description: str, total: int | None = None) -> Iterable[_T]:
+def track(items: Iterable[_T], description: str) -> Iterable[_T]:
     """``items`` as they are, with a bar on standard error while they last if that is a terminal."""
-    return rich_track(items, description, total, console=console, transient=True, disable=not _watched())
+    return rich_track(items, description, console=console, transient=True, disable=not _watched())

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL.Image import Resampling
 from torch import nn
 
 from fastntk.common.errors import InputError
@@ -89,15 +90,14 @@ def _processor(preprocessing: Preprocessing, bgr: bool) -> Any:
     """An image processor of transformers' that does what ``Images`` does, whatever the model's own does: the shorter
     side to ``size``, the middle of the longer one, then mean and std; where channels are flipped there is neither."""
     side, library = preprocessing.size, transformers()
-    seen = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}, "resample": _BILINEAR}
+    size = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    seen = {**size, "resample": Resampling.BILINEAR}
     if bgr:
         return library.MobileViTImageProcessor(**seen)
     return library.BitImageProcessor(
         **seen, image_mean=list(preprocessing.mean), image_std=list(preprocessing.std), do_convert_rgb=True
     )
 
-
-_BILINEAR = 2  # PIL's number of it
 
 _SAVERS: dict[str, Callable[[str, nn.Module, Preprocessing, list[str], Path], str]] = {
     "timm": _by_timm,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset, Subset, TensorDataset
 
 from fastntk.common.errors import InputError
 from fastntk.common.progress import track
@@ -127,7 +127,7 @@ class Images(Labelled):
         chosen = torch.cat(places).sort().values
         ids = [self.ids[place] for place in chosen.tolist()]
         return Images(
-            _Chosen(self.source, chosen.tolist()), self.labels[chosen].tolist(), self.classes, self.preprocessing, ids
+            Subset(self.source, chosen.tolist()), self.labels[chosen].tolist(), self.classes, self.preprocessing, ids
         )
 
     def _tensor(self, image: Any) -> Tensor:
@@ -171,16 +171,6 @@ class _Joined:
     def __getitem__(self, index: int) -> Any:
         count = len(self.first)
         return self.first.source[index] if index < count else self.second.source[index - count]
-
-
-class _Chosen:
-    """Some of a source's images."""
-
-    def __init__(self, source: Any, places: list[int]) -> None:
-        self.source, self.places = source, places
-
-    def __getitem__(self, index: int) -> Any:
-        return self.source[self.places[index]]
 
 
 def in_memory(data: Images, limit: int = 2_000_000_000) -> Dataset:

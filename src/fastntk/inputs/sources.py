@@ -72,7 +72,7 @@ def load_data(
             missing or not each their own.
     """
     path = Path(source)
-    if any((path / name).is_file() for name in _HUGGING_FACE):
+    if _is_hugging_face(path):
         return _from_hugging_face(path, preprocessing, split, id_column)
     if path.suffix == ".npz":
         return _from_npz(path, preprocessing, split, id_column)
@@ -98,16 +98,29 @@ def read_column(source: str, name: str, split: str = "train") -> list[Any]:
         InputError: the source has no columns, or not this one, or it cannot be read.
     """
     path = Path(source)
-    if any((path / each).is_file() for each in _HUGGING_FACE):
+    if _is_hugging_face(path):
         stored = _stored(path, split)
-        if name not in stored.features:
-            raise InputError(f"{path} has no column {name!r}; it holds {', '.join(stored.features)}.")
+        _check_column(stored, name, path)
         return list(stored.with_format(None)[name][:])
     if path.suffix != ".npz":
         raise InputError(f"{source} has no columns, so there is no {name!r}.")
     (labels, column), _ = _arrays(path, split, ("y", name))
     _check_one_each(path, name, column, labels)
-    return [each.decode(errors="surrogateescape") if isinstance(each, bytes) else each for each in column.tolist()]
+    return [_text(each) for each in column.tolist()]
+
+
+def _text(value: Any) -> Any:
+    """Bytes as text, and all else as it is."""
+    return value.decode(errors="surrogateescape") if isinstance(value, bytes) else value
+
+
+def _is_hugging_face(path: Path) -> bool:
+    return any((path / name).is_file() for name in _HUGGING_FACE)
+
+
+def _check_column(stored: Any, name: str, path: Path) -> None:
+    if name not in stored.features:
+        raise InputError(f"{path} has no column {name!r}; it holds {', '.join(stored.features)}.")
 
 
 def _named(column: Sequence[Any], source: Path) -> list[int | str]:
@@ -115,8 +128,7 @@ def _named(column: Sequence[Any], source: Path) -> list[int | str]:
     odd = [each for each in column if not isinstance(each, int | np.integer | str | bytes)]
     if odd:
         raise InputError(f"{source}: an id is a whole number or text, not {odd[0]!r}. Choose another column.")
-    texts = (each.decode(errors="surrogateescape") if isinstance(each, bytes) else each for each in column)
-    ids: list[int | str] = [each if isinstance(each, str) else int(each) for each in texts]
+    ids: list[int | str] = [each if isinstance(each, str) else int(each) for each in map(_text, column)]
     if len(set(ids)) < len(ids):
         twice = next(each for each, count in Counter(ids).items() if count > 1)
         raise InputError(f"{source}: the id {twice!r} occurs more than once. Choose a column whose values are unique.")
@@ -145,8 +157,7 @@ def _from_hugging_face(path: Path, preprocessing: Preprocessing, split: str, id_
     stored = stored.with_format(None).cast_column(image, library.Image(decode=True))
     ids = None
     if id_column is not None:
-        if id_column not in stored.features:
-            raise InputError(f"{path} has no column {id_column!r}; it holds {', '.join(stored.features)}.")
+        _check_column(stored, id_column, path)
         ids = _named(stored[id_column][:], path)
     labels = stored[label][:]
     if None in labels:

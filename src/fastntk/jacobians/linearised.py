@@ -143,7 +143,7 @@ class Linearised:
                 x, y = checked(images).to(self.device), labels.to(self.device)
                 with arithmetic(self.numerics.precision, self.device):
                     chosen = partial(likeliest, labels=y, count=cast(int, self.keep))
-                    jacobian, logits = self.jacobian.of_kept(x, chosen, self.loss.contrasted)
+                    jacobian, logits, _ = self.jacobian.parted(x, chosen, self.loss.contrasted)
                 yield _rows_of(self.loss, jacobian, logits.to(self.dtype), y)
 
         return Rows.gathered(batches(), len(asked))[: len(positions)]
@@ -238,14 +238,12 @@ def tail(network: Linearised) -> float:
     return float(tails(network, few).mean(0)[network.keep - 1])
 
 
-def enough(
-    network: Linearised, first: int = FIRST, limit: float = LIMIT_TAIL, between: tuple[int, int] = (3, 4)
-) -> int:
-    """How many classes a sample: 3, or 4 where 3 leave out more than ``limit`` of the loss's gradient, a mean over the
-    ``first`` samples (``tails``)."""
+def enough(network: Linearised, first: int = FIRST, between: tuple[int, int] = (3, 4)) -> int:
+    """How many classes a sample: 3, or 4 where 3 leave out more than ``LIMIT_TAIL`` of the loss's gradient, a mean over
+    the ``first`` samples (``tails``)."""
     fewest, at_most = between
     left = tails(network, range(min(first, len(network.train)))).mean(0)  # type: ignore[arg-type]
-    return min(max(fewest, 1 + int((left > limit).sum())), at_most, network.classes)
+    return min(max(fewest, 1 + int((left > LIMIT_TAIL).sum())), at_most, network.classes)
 
 
 def jacobians(

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -59,10 +59,6 @@ class Numerics:
     def probes(self) -> ClassProbes | None:
         """The random combinations, if there are any."""
         return None if self.class_probes is None else ClassProbes(self.class_probes, self.probe_seed)
-
-    def in_batches_of(self, batch_size: int) -> "Numerics":
-        """The same with other batches."""
-        return replace(self, batch_size=batch_size)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; how many processes read ahead is a matter of each run."""

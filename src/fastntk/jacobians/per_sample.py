@@ -119,13 +119,6 @@ class PerSampleJacobian:
         """The Jacobian of a batch ``x`` of images, ``[batch, ...]``."""
         return self.with_logits(x)[0]
 
-    def of_kept(
-        self, x: Tensor, keep: Callable[[Tensor], Int[Tensor, "batch kept"]], contrasted: bool
-    ) -> tuple[Jacobian, Float[Tensor, "batch classes"]]:
-        """The Jacobian of some logits of each image of a batch ``x``, whose classes ``keep`` finds from the logits, or
-        of their contrasts, and the logits: one backward pass a row."""
-        return self.parted(x, keep, contrasted)[:2]
-
     def parted(
         self,
         x: Tensor,

@@ -1,6 +1,6 @@
 """The Jacobians and residuals of a set of samples."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, cast
 
@@ -13,6 +13,11 @@ from fastntk.tuning.loss import Kept
 
 PART = 128
 """Samples whose rows are read from disk, or written to it, at a time."""
+
+
+def rows_of(samples: Int[Tensor, " some"], outputs: int) -> Int[Tensor, " rows"]:
+    """The rows of samples that have so many each."""
+    return (samples[:, None] * outputs + torch.arange(outputs, device=samples.device)).flatten()
 
 
 @dataclass(frozen=True)
@@ -48,9 +53,7 @@ class Rows:
         whole, start = None, 0
         for batch in batches:
             if whole is None:
-                given = batch.tensors()
-                room = {n: t if n == "classes" else t.new_empty(count, *t.shape[1:]) for n, t in given.items()}
-                whole = cls.from_tensors(room)
+                whole = batch.each(lambda _, tensor: tensor.new_empty(count, *tensor.shape[1:]))
             whole.put_(slice(start, start + len(batch)), batch)
             start += len(batch)
         return cast(Rows, whole)
@@ -84,10 +87,6 @@ class Rows:
             some = slice(start, start + PART)
             yield some, self.jacobian[some].to(dtype, device)
 
-    def doubled(self) -> "Doubled":
-        """J, multiplied in float64."""
-        return Doubled(self)
-
     def mean_diagonal(self, dtype: torch.dtype, device: torch.device) -> float:
         """Of ``J J'``, by one read."""
         total = 0.0
@@ -103,9 +102,7 @@ class Rows:
 
     def places(self, positions: Int[Tensor, " some"]) -> Int[Tensor, " rows"]:
         """The rows of the kernel that belong to the samples at ``positions``."""
-        outputs = self.residual.shape[1]
-        first = positions.to(self.residual.device)[:, None] * outputs
-        return (first + torch.arange(outputs, device=first.device)).flatten()
+        return rows_of(positions.to(self.residual.device), self.residual.shape[1])
 
     def room_for(self, positions: Int[Tensor, " some"]) -> int:
         """How many more samples it takes to have one at each of ``positions``."""
@@ -114,19 +111,16 @@ class Rows:
     def with_others(self, positions: Int[Tensor, " some"], others: "Rows") -> "Rows":
         """With other samples at ``positions``, where there were none, in arrays of its own; between them nothing."""
         room = self.room_for(positions)
-        empty = Rows.from_tensors(
-            {n: t.new_zeros(room, *t.shape[1:]) if n != "classes" else t for n, t in others.tensors().items()}
-        )
-        whole = Rows.from_tensors({n: t.clone() for n, t in (self + empty).tensors().items()})
+        empty = others.each(lambda _, tensor: tensor.new_zeros(room, *tensor.shape[1:]))
+        whole = (self + empty).each(lambda _, tensor: tensor.clone())
         whole.put_(positions, others)
         return whole
 
     def put_(self, samples: Any, others: "Rows") -> None:
         """The rows of others in the places of some samples, in place, in the dtype and on the device of these."""
         given = others.tensors()
-        for name, tensor in self.tensors().items():
-            if name != "classes":
-                tensor[samples] = given[name].to(tensor.device, tensor.dtype)
+        for name, tensor in self._of_samples():
+            tensor[samples] = given[name].to(tensor.device, tensor.dtype)
 
     def tensors(self) -> dict[str, Tensor]:
         """By name."""
@@ -147,11 +141,18 @@ class Rows:
         loss = Kept(*(tensors[prefix + field.name] for field in fields(Kept)))
         return cls(Jacobian(rest, features, kept.to(rest.device), int(classes)), residual, Point(z, loss))
 
+    def each(self, change: Callable[[str, Tensor], Tensor]) -> "Rows":
+        """With every tensor of the samples changed, as a function of its name and itself."""
+        return Rows.from_tensors({**self.tensors(), **{name: change(name, own) for name, own in self._of_samples()}})
+
+    def _of_samples(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors that have a row a sample: all but the number of classes."""
+        return ((name, tensor) for name, tensor in self.tensors().items() if name != "classes")
+
     def clear_(self, samples: Any) -> None:
         """Nothing is left of some of the samples, in place."""
-        for name, tensor in self.tensors().items():
-            if name != "classes":
-                tensor[samples] = 0
+        for _, tensor in self._of_samples():
+            tensor[samples] = 0
 
 
 @dataclass(frozen=True)

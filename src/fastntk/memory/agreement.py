@@ -12,7 +12,7 @@ from fastntk.jacobians.linearised import Linearised
 from fastntk.jacobians.products import tangent
 from fastntk.memory.audit import Audit
 from fastntk.tuning.loss import predictions
-from fastntk.tuning.outputs import model_at
+from fastntk.tuning.outputs import accuracy, model_at
 
 
 def logits_around(
@@ -88,8 +88,7 @@ def observed(
 def _still(logits: Float[Tensor, "samples classes"], labels: Int[Tensor, " samples"], gone: Collection[int]) -> float:
     """The percentage of samples of the classes that are gone which are classified as these; 0 if there are none."""
     concerned = torch.isin(labels, torch.tensor(sorted(gone), dtype=labels.dtype))
-    right = logits.argmax(1)[concerned] == labels[concerned]
-    return 100 * float(right.double().mean()) if len(right) else 0.0
+    return accuracy(logits[concerned], labels[concerned]) if concerned.any() else 0.0
 
 
 def rms(vectors: Float[Tensor, "samples classes"]) -> float:

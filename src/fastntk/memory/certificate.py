@@ -51,7 +51,7 @@ class Removal(NamedTuple):
             )
 
 
-def allowed(ridge: float) -> float:
+def gradient_allowed(ridge: float) -> float:
     """Of the gradient, by noise for certified removal."""
     return LEFT * ridge
 

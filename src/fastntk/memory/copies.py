@@ -13,7 +13,7 @@ from fastntk.inputs.ids import Id
 from fastntk.jacobians.linearised import Linearised
 from fastntk.memory.members import Members
 from fastntk.memory.memory import Memory
-from fastntk.memory.state import copied
+from fastntk.memory.state import same_pixels
 
 
 def copies(memory: Memory, ids: Iterable[Id]) -> list[Id] | None:
@@ -26,7 +26,7 @@ def copies(memory: Memory, ids: Iterable[Id]) -> list[Id] | None:
         InputError: as of ``Memory.forget``.
     """
     members = memory.state.members
-    found = copied(memory.state, members.positions(ids))
+    found = same_pixels(memory.state, members.positions(ids))
     return None if found is None else _ids(members, found)
 
 

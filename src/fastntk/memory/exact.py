@@ -38,7 +38,7 @@ from fastntk.inputs.batches import digests, item
 from fastntk.inputs.ids import Id
 from fastntk.jacobians.linearised import FIRST, Linearised, enough, tail
 from fastntk.jacobians.numerics import Numerics
-from fastntk.memory.certificate import Removal, allowed
+from fastntk.memory.certificate import Removal, gradient_allowed
 from fastntk.memory.members import Members
 from fastntk.memory.memory import Memory
 from fastntk.memory.prepare import linearised, prepared, pull_of
@@ -169,7 +169,7 @@ def _solved(
     checkpoint: Path | str | None,
 ) -> State:
     here = network.layout.flatten(network.jacobian.parameters)
-    bound = allowed(chosen.ridge)
+    bound = gradient_allowed(chosen.ridge)
     drawn = None if removal is None else distributed.shared(noise(removal, bound, len(here)))
     center = here if drawn is None else here - drawn.to(here) / chosen.ridge
     return _optimum(network, center, chosen, checkpoint)

@@ -124,21 +124,15 @@ def check_gain(gain: float | None, exact_head: bool) -> None:
         )
 
 
-def amplified(memory: Memory, parameters: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """``theta* + max(g, 1) (theta - theta*)`` with the gain g of the memory's audit, and theta the ``parameters``; None
-    takes the memory's after all requests so far. Raises ``InputError`` where there is no audit."""
-    return finished(memory, parameters, gain=True)
-
-
-def exact_head(memory: Memory, parameters: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The ``parameters`` with their head solved exactly over the members (``fastntk.solve.head``); None takes the
-    memory's after all requests so far.
+def exact_head(memory: Memory) -> dict[str, Tensor]:
+    """The parameters after all requests so far with their head solved exactly over the members
+    (``fastntk.solve.head``), as ``finished`` has them.
 
     Raises:
         InputError: the head is not tuned, what it puts out are not the logits, the memory's classes are probed, or a
             member is missing in the data source.
     """
-    return finished(memory, parameters, exact_head=True)
+    return finished(memory, exact_head=True)
 
 
 def multiplied(state: State, parameters: Mapping[str, Tensor], gain: float) -> dict[str, Tensor]:

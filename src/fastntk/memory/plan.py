@@ -81,7 +81,7 @@ class Plan:
             [
                 f"{self.form} form: {w.parameters:,} tuned parameters, {w.samples:,} samples, {w.outputs} outputs each",
                 f"peak memory   {self.bytes / 1e9:.2f} GB beside what the process holds already"
-                + (f"\ndisk          {self.disk / 1e9:.2f} GB of rows, which requests read" * bool(self.disk)),
+                + (f"\ndisk          {self.disk / 1e9:.2f} GB of rows, which requests read" if self.disk else ""),
                 f"arithmetic    {self.operations:.2e} floating-point operations",
                 f"time          {_phases(self.seconds)}; estimated from a short calibration",
                 *later,
@@ -93,7 +93,7 @@ class Plan:
 
     def _told(self, offer: Offer) -> str:
         """A form in a line."""
-        size = f"{offer.bytes / 1e9:6.2f} GB" + f" and {offer.disk / 1e9:.2f} GB" * bool(offer.disk)
+        size = f"{offer.bytes / 1e9:6.2f} GB" + (f" and {offer.disk / 1e9:.2f} GB" if offer.disk else "")
         but = "taken" if offer.form == self.form else offer.but
         shares = f"{offer.seconds / self.retraining:8.2f}{(offer.seconds + offer.first) / self.retraining:8.2f}"
         return f"{offer.form:<12}{shares}  {size}  {but}".rstrip()

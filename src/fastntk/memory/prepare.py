@@ -125,7 +125,8 @@ def priced(
     work = replace(Workload.of(network), kept=_kept(network, form, classes, first))
     free = free_bytes(network.device)
     price = distributed.shared(chosen(work, free, form, room(folder)))  # of the first process, for all
-    return replace(network, numerics=network.numerics.in_batches_of(price.batch or work.batch_size)), work, price
+    numerics = replace(network.numerics, batch_size=price.batch or work.batch_size)
+    return replace(network, numerics=numerics), work, price
 
 
 def _kept(network: Linearised, form: str, classes: int | str, first: int) -> int:
@@ -133,8 +134,8 @@ def _kept(network: Linearised, form: str, classes: int | str, first: int) -> int
     if classes == "all" or (classes == "auto" and not network.loss.curved):
         return network.classes
     if classes == "auto":
-        convex = form in ("auto", "convex", "convex-disk", "layerwise") and network.numerics.probes is None
-        return enough(network, first) if convex else network.classes
+        likeliest = (form not in FORMS or FORMS[form].likeliest) and network.numerics.probes is None
+        return enough(network, first) if likeliest else network.classes
     if not isinstance(classes, int) or not 2 <= classes <= network.classes:
         raise InputError(f"classes must be 'auto', 'all' or from 2 to {network.classes}, not {classes!r}.")
     return classes

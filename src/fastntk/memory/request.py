@@ -21,8 +21,8 @@ from fastntk.inputs.batches import digests
 from fastntk.inputs.ids import Id
 from fastntk.jacobians.rows import Rows
 from fastntk.memory.agreement import observed
-from fastntk.memory.certificate import Answer, Certificate, Removal, allowed
-from fastntk.memory.state import State, check_apart, copied
+from fastntk.memory.certificate import Answer, Certificate, Removal, gradient_allowed
+from fastntk.memory.state import State, check_apart, same_pixels
 from fastntk.solve.convex import Convex
 from fastntk.solve.newton import gradient_of
 from fastntk.solve.solution import Update
@@ -166,7 +166,7 @@ def _certificate(
     known = update.rows.jacobian.matvec(change) if update.rows and state.network.of_logits else None
     audit, salt = state.audit if kind == "forget" else None, secrets.token_hex(16)
     gone = state.emptied(update.positions) if kind == "forget" else ()
-    copies = copied(state, update.positions) if kind == "forget" else None
+    copies = same_pixels(state, update.positions) if kind == "forget" else None
     seen = observed(state.network, change, before, parameters, asked, witnesses, known, audit, gone)
     return Certificate(
         request=str(uuid.uuid4()),
@@ -201,7 +201,7 @@ class _Left(NamedTuple):
 
 
 def _left(state: State, update: Update, inexactness: float) -> _Left:
-    least = None if state.removal is None else allowed(state.ridge)
+    least = None if state.removal is None else gradient_allowed(state.ridge)
     return _Left(inexactness, _gradient(state, update, inexactness), state.removal, least)
 
 

@@ -28,10 +28,11 @@ def _removal(pair: Sequence[float] | None) -> Removal | None:
 
 
 # How a folder keeps a field: as a tensor, which may be None if it is optional, or as JSON, and what makes it again.
-_TENSOR, _OPTIONAL = ({"kept": "tensor", "optional": optional} for optional in (False, True))
-_PLAIN, _CALIBRATION, _REMOVAL = (
-    {"kept": "data", "make": make} for make in (lambda value: value, _calibration, _removal)
-)
+_TENSOR = {"kept": "tensor", "optional": False}
+_OPTIONAL = {"kept": "tensor", "optional": True}
+_PLAIN = {"kept": "data", "make": lambda value: value}
+_CALIBRATION = {"kept": "data", "make": _calibration}
+_REMOVAL = {"kept": "data", "make": _removal}
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,7 @@ class State:
         self.check(self.positions)
 
 
-def copied(state: State, asked: Int[Tensor, " some"]) -> Int[Tensor, " copies"] | None:
+def same_pixels(state: State, asked: Int[Tensor, " some"]) -> Int[Tensor, " copies"] | None:
     """The positions of the other members that have the same pixels as one at ``asked``, whatever their labels; None if
     some members' pixels are not known."""
     if (state.pixels[state.members.present] == 0).any():

@@ -8,7 +8,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -108,11 +108,10 @@ class Checkpoint:
                 tensor.add_(tensors[name].to(tensor))
 
     def clear(self) -> None:
-        """Remove the partial sums: the pass is complete, or they are not wanted."""
+        """Remove the partial sums: the pass is complete."""
         distributed.wait()
         if distributed.rank() == 0:
             _emptied(self.folder)
-            self.close()
 
     def close(self) -> None:
         """Let other jobs use the folder; what was completed stays."""
@@ -122,6 +121,20 @@ class Checkpoint:
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
     return digest(dict(sorted(tensors.items())))
+
+
+@contextmanager
+def resumed(folder: Path | None, key: Callable[[], str]) -> Iterator[Checkpoint | None]:
+    """Partial sums in a folder, if there is one: removed when the block is done, kept where it fails. ``key`` makes
+    that of the ``Checkpoint``."""
+    partial = Checkpoint(folder, key()) if folder else None
+    try:
+        yield partial
+        if partial:
+            partial.clear()
+    finally:
+        if partial:
+            partial.close()
 
 
 def clear(folder: Path) -> None:
@@ -216,21 +229,22 @@ def stored_rows(linearised: Linearised, count: int, dtype: torch.dtype, folder: 
             distributed.share_(part.tensors().values(), owner)
         whole.put_(slice(positions.start, positions.stop), part)
     if folder:
-        Checkpoint(folder, "").clear()
+        distributed.wait()
+        if distributed.rank() == 0:
+            clear(folder)
     return whole
 
 
 def empty_rows(like: Rows, count: int, dtype: torch.dtype, folder: Path | None) -> Rows:
     """Zeros for the rows of so many samples, with what grows with the parameters on disk, as ``stored_rows`` has it."""
-    found = {}
-    for name, tensor in like.tensors().items():
-        if name == "classes":
-            found[name] = tensor
-        elif name in ("rest", "features"):
-            found[name] = mapped((count, *tensor.shape[1:]), dtype if name == "rest" else tensor.dtype, folder)
-        else:
-            found[name] = tensor.new_zeros(count, *tensor.shape[1:])
-    return Rows.from_tensors(found)
+
+    def empty(name: str, tensor: Tensor) -> Tensor:
+        shape = (count, *tensor.shape[1:])
+        if name in ("rest", "features"):
+            return mapped(shape, dtype if name == "rest" else tensor.dtype, folder)
+        return tensor.new_zeros(shape)
+
+    return like.each(empty)
 
 
 def key(linearised: Linearised, count: int) -> str:

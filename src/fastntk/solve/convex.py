@@ -29,12 +29,12 @@ from fastntk.common.progress import busy
 from fastntk.jacobians.jacobian import Operator
 from fastntk.jacobians.layout import Layout
 from fastntk.jacobians.linearised import Linearised
-from fastntk.jacobians.rows import Point, Rows
+from fastntk.jacobians.rows import Doubled, Point, Rows
 from fastntk.solve.collect import collect_rows
 from fastntk.solve.kernel import kernel, kernel_between
 from fastntk.solve.left_out import Hessian
 from fastntk.solve.linalg import border_, zero_
-from fastntk.solve.newton import Factor, Newton, Optimum, Problem, solved
+from fastntk.solve.newton import DualProblem, Factor, NewtonMethod, Optimum, solved
 from fastntk.solve.prices import Price, Timing, Workload, forward, passes
 from fastntk.solve.ridge import SAMPLED, Calibration, calibrate_convex
 from fastntk.solve.solution import Ownership, Solved, Task, Update
@@ -67,6 +67,7 @@ class Convex:
     name: ClassVar[str] = "convex"
     leaves_out: ClassVar[bool] = True
     likeliest: ClassVar[bool] = True
+    mapped: ClassVar[tuple[str, ...]] = ()
     limit: ClassVar[float] = 1e-6
     tolerance: ClassVar[float] = 1e-9
     """The relative gradient that every solve reaches."""
@@ -239,7 +240,7 @@ class Convex:
         jacobian = self.jacobian(network)
         start = self.point_of(self.rows).z - jacobian.matvec(displacement)
         problem = replace(_problem(self, optimum.kernel, staying, start), ridge=ridge)
-        a, reached = Newton().minimise(problem, optimum.coefficients, self.tolerance)
+        a, reached = NewtonMethod().minimise(problem, optimum.coefficients, self.tolerance)
         if reached > self.limit:
             raise InputError("the solve did not converge: the ridge is too small for it. Use a larger one.")
         a = a.index_fill(0, self.rows.places(positions), 0)
@@ -281,15 +282,15 @@ def _is_solved(solution: Convex) -> bool:
 
 def _operator(solution: Convex) -> Operator:
     """J of its rows, in the dtype that it is multiplied in."""
-    return solution.rows.doubled() if solution.exactly else solution.rows.jacobian
+    return Doubled(solution.rows) if solution.exactly else solution.rows.jacobian
 
 
-def _found(solution: Convex, problem: Problem) -> Optimum:
+def _found(solution: Convex, problem: DualProblem) -> Optimum:
     """The optimum, from the kernel alone."""
     found = solved(problem, solution.point_of(solution.rows).z, solution.tolerance)
     if not solution.exactly:
         return found
-    refined = Newton(found.factor).refine(problem, found.coefficients, _operator(solution), solution.tolerance)
+    refined = NewtonMethod(found.factor).refine(problem, found.coefficients, _operator(solution), solution.tolerance)
     return replace(found, coefficients=refined[0])
 
 
@@ -297,7 +298,7 @@ def updated(solution: Convex, network: Linearised, asked: Update) -> Update:
     """What samples change that leave, or that join with what is known of them."""
     solution.ownership.check()
     before = _grown(solution, asked) if asked.sign > 0 else solution
-    optimum, newton = before.optimum, Newton(before.optimum.factor)
+    optimum, newton = before.optimum, NewtonMethod(before.optimum.factor)
     problem = _problem(before, optimum.kernel, asked.changes(solution.over), optimum.start)
     a, reached = newton.minimise(problem, optimum.coefficients, solution.tolerance)
     if before.exactly:
@@ -311,14 +312,14 @@ def updated(solution: Convex, network: Linearised, asked: Update) -> Update:
     return replace(asked, change=change, low_rank=found, reached=reached, kept={**asked.kept, **kept})
 
 
-def _problem(solution: Convex, matrix: Tensor, staying: Int[Tensor, " some"], start: Tensor) -> Problem:
+def _problem(solution: Convex, matrix: Tensor, staying: Int[Tensor, " some"], start: Tensor) -> DualProblem:
     """Over the samples who stay, with the kernel of all rows and where they start."""
     present = torch.zeros(len(solution.rows), dtype=torch.bool).index_fill(0, staying, True).to(matrix.device)
     kept = solution.point_of(solution.rows).kept
-    return Problem(solution.loss, kept, start, matrix, solution.ridge, present)
+    return DualProblem(solution.loss, kept, start, matrix, solution.ridge, present)
 
 
-def _problem_at(solution: Convex, optimum: Optimum) -> Problem:
+def _problem_at(solution: Convex, optimum: Optimum) -> DualProblem:
     """Over all of S, with what is known."""
     return _problem(solution, optimum.kernel, solution.over, optimum.start)
 

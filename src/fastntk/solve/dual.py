@@ -47,7 +47,8 @@ class Dual(Convex):
         operations = float(work.rows) ** 2 * work.rest + float(work.rows) ** 3 / 3
         looked_at = work.itemsize * STORED * work.rest if work.rows > STORED else 0
         size = max((8 + 4 * 4) * work.rows**2, looked_at) + stored + work.batch_bytes
-        return Price(cls.name, size, operations, work.one_step, ONE_STEP * work.curved, rank=2 * work.curved)
+        drawback, rank = (ONE_STEP, 2) if work.curved else ("", 0)
+        return Price(cls.name, size, operations, work.one_step, drawback, rank=rank)
 
     @classmethod
     def timing(cls, work: Workload, speeds: Speeds) -> Timing:

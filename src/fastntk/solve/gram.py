@@ -71,9 +71,9 @@ class Gram(Protocol):
     def matvec(self, vector: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
         """``G v``, in the dtype of the vector."""
 
-    def spectrum(self, displacement: Float[Tensor, " p"], steps: int, enough: Enough = never) -> Spectrum:
-        """The problem in a Krylov space of at most so many steps, for a displacement u; of fewer where one is
-        ``enough``."""
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the basis of a Krylov space."""
 
 
 @dataclass(frozen=True)
@@ -95,15 +95,14 @@ class Krylov:
     square: Float[Tensor, ""]
 
     @classmethod
-    def of(
-        cls, gram: Gram, displacement: Float[Tensor, " p"], steps: int, dtype: torch.dtype, enough: Enough = never
-    ) -> "Krylov":
-        """At most so many steps, and fewer where a spectrum is ``enough``; the basis is kept in ``dtype``."""
+    def of(cls, gram: Gram, displacement: Float[Tensor, " p"], steps: int, enough: Enough = never) -> "Krylov":
+        """At most so many steps, and fewer where a spectrum is ``enough``; the basis is kept in the operator's
+        ``dtype``."""
         image = gram.matvec(displacement)
-        start = (gram.rhs + image).to(dtype)
+        start = (gram.rhs + image).to(gram.dtype)
 
         def space(basis: Tensor, projected: Tensor) -> Krylov:
-            inside, cross = ((basis.T @ vector.to(dtype)).double() for vector in (start, image))
+            inside, cross = ((basis.T @ vector.to(basis)).double() for vector in (start, image))
             return cls(basis, projected.double(), inside, cross, displacement @ image)
 
         return space(*lanczos(gram.matvec, start, steps, lambda *found: enough(space(*found).spectrum)))

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastntk.jacobians.linearised import Linearised
 from fastntk.jacobians.per_sample import PerSampleJacobian
-from fastntk.solve.linalg import conjugated, ridge_inverse, shifted
+from fastntk.solve.linalg import below, conjugated, ridge_inverse, shifted
 from fastntk.tuning.loss import Labels, Loss
 
 _NEWTON, _STEPS = 40, 200  # at most: of the method, of conjugate gradients
@@ -161,8 +161,7 @@ class _System:
         def precondition(v: Tensor) -> Tensor:
             return (v.view(slope.shape) @ self.inverse).flatten()
 
-        small = tolerance * float(rhs.norm())
-        step, _ = conjugated(apply, rhs, precondition, lambda left, _: float(left.norm()) <= small, _STEPS)
+        step, _ = conjugated(apply, rhs, precondition, below(tolerance * float(rhs.norm())), _STEPS)
         return step.view(slope.shape).double()
 
 

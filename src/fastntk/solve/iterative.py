@@ -23,7 +23,7 @@ from fastntk.jacobians.linearised import Linearised
 from fastntk.jacobians.rows import Rows
 from fastntk.solve import prices
 from fastntk.solve.gram import Krylov
-from fastntk.solve.linalg import conjugate_gradients, shifted
+from fastntk.solve.linalg import conjugate_gradients, relative, shifted
 from fastntk.solve.passes import Passes
 from fastntk.solve.prices import Price, Timing, Workload
 from fastntk.solve.ridge import calibrate
@@ -56,6 +56,7 @@ class Iterative:
     name: ClassVar[str] = "matrix-free"
     leaves_out: ClassVar[bool] = False
     likeliest: ClassVar[bool] = False
+    mapped: ClassVar[tuple[str, ...]] = ()
     displacement: Float[Tensor, " p"]
     ridge: float
     basis: Float[Tensor, "p m"]
@@ -92,7 +93,7 @@ class Iterative:
         """The passes, the ridge among them."""
         gram = Passes(task.network, torch.arange(task.count))
         residuals = task.network.residuals(range(task.count))
-        space = Krylov.of(gram, task.displacement, STEPS, task.network.dtype)
+        space = Krylov.of(gram, task.displacement, STEPS)
         found = calibrate(gram, task.displacement, space.spectrum) if task.ridge is None else None
         ridge = found.ridge if found else cast(float, task.ridge)
         return Solved(cls.of(gram, task.displacement, ridge, space), residuals, found)
@@ -191,4 +192,4 @@ class Iterative:
         if float(left.norm()) > enough:
             start = start + conjugate_gradients(apply, left, precondition, enough / float(left.norm()))
             left = rhs - apply(start)
-        return start, float(left.norm() / rhs.norm())
+        return start, relative(left, rhs)

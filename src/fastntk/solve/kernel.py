@@ -9,7 +9,6 @@ from torch import Tensor
 from fastntk.common.progress import track
 from fastntk.jacobians.jacobian import Jacobian
 from fastntk.jacobians.rows import Rows
-from fastntk.solve.gram import Enough, Krylov, Spectrum, never
 from fastntk.solve.linalg import add_product_, mirror_
 
 # The kernel's products run in the Jacobian's own dtype, over this many parameters at a time, and add up in float64.
@@ -98,6 +97,7 @@ class Stored:
         """``J'(J v)``."""
         return self.rows.jacobian.rmatvec(self.rows.jacobian.matvec(vector))
 
-    def spectrum(self, displacement: Float[Tensor, " p"], steps: int, enough: Enough = never) -> Spectrum:
-        """From a Krylov space of G."""
-        return Krylov.of(self, displacement, steps, self.rows.jacobian.rest.dtype, enough).spectrum
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the basis of a Krylov space."""
+        return self.rows.jacobian.rest.dtype

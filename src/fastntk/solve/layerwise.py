@@ -22,11 +22,11 @@ from fastntk.jacobians.jacobian import Operator
 from fastntk.jacobians.linearised import Linearised
 from fastntk.jacobians.rows import Point, Rows
 from fastntk.solve import prices
-from fastntk.solve.collect import Checkpoint, collect_rows, key
+from fastntk.solve.collect import collect_rows, key, resumed
 from fastntk.solve.convex import FACTORS, RIDGE_FACTORS, Convex, updated
 from fastntk.solve.kernel import kernel, kernel_between
 from fastntk.solve.layers import groups, layered_kernel
-from fastntk.solve.newton import Factor, Optimum, Problem, solved
+from fastntk.solve.newton import DualProblem, Factor, Optimum, solved
 from fastntk.solve.passes import Passing
 from fastntk.solve.prices import Price, Timing, Workload
 from fastntk.solve.ridge import SAMPLED, Calibration, calibrate_kernel, sampled
@@ -84,17 +84,11 @@ class Layerwise(Convex):
         passing, r = Passing(network, rows, list(everyone)), rows.residual.shape[1]
         parts, kept = _groups(network, task.count, r), cast(Tensor, rows.jacobian.kept)
         where = f"{key(network, task.count)} {network.keep} {[each.names for each in parts]}"
-        partial = Checkpoint(task.checkpoint, where) if task.checkpoint else None
-        try:
+        with resumed(task.checkpoint, lambda: where) as partial:
             matrix = layered_kernel(network, parts, everyone, kept, r, checkpoint=partial)
             matrix += kernel(rows)
             ridge, calibration, known = _minimum(task, rows, matrix, passing.matvec(u))
             found = passing.rmatvec(known.coefficients.view_as(rows.residual)) - u
-            if partial:
-                partial.clear()
-        finally:
-            if partial:
-                partial.close()
         solution = cls(rows, network.loss, u, ridge, torch.arange(task.count), known, found=found)
         return Solved(solution, rows.residual.clone(), calibration)
 
@@ -176,7 +170,7 @@ def _minimum(task: Task, rows: Rows, matrix: Tensor, image: Tensor) -> tuple[flo
                 ridge = calibration.factor * float(matrix.diagonal().mean())
                 calibration = replace(calibration, ridge=ridge)
             everyone = torch.ones(len(rows), dtype=torch.bool, device=matrix.device)
-            found = solved(Problem(loss, point.kept, start, matrix, ridge, everyone), point.z, Convex.tolerance)
+            found = solved(DualProblem(loss, point.kept, start, matrix, ridge, everyone), point.z, Convex.tolerance)
             a, lower = found.coefficients, found.factor.lower.contiguous()
             parcel = ridge, calibration, lower.dtype
     ridge, calibration, dtype = distributed.shared(parcel)

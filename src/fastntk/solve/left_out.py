@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastntk.jacobians.rows import Rows
 from fastntk.solve.linalg import factor_
-from fastntk.solve.newton import Problem, curvature
+from fastntk.solve.newton import DualProblem, curvature
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,13 @@ class Hessian:
         gradient: l'.
     """
 
-    problem: Problem
+    problem: DualProblem
     root: Float[Tensor, "samples outputs outputs"]
     lower: Float[Tensor, "rows rows"]
     gradient: Float[Tensor, "samples outputs"]
 
     @classmethod
-    def of(cls, problem: Problem, a: Float[Tensor, " rows"]) -> "Hessian":
+    def of(cls, problem: DualProblem, a: Float[Tensor, " rows"]) -> "Hessian":
         """At an optimum's coefficients."""
         z = problem.logits(a)
         root = problem.root(z)

@@ -1,4 +1,4 @@
-"""Symmetric matrices: products and inverses at the rate of matrix products, and two Krylov methods."""
+"""Symmetric matrices: products at half the arithmetic, factors in place, and two Krylov methods."""
 
 from collections.abc import Callable
 from math import isqrt
@@ -13,6 +13,7 @@ LOOK = 10
 """Steps of ``lanczos`` between looks at what is found."""
 
 _BLOCK = 512
+_STEPS = 500  # of conjugate gradients, at most
 
 
 def _halves(size: int) -> int:
@@ -91,44 +92,6 @@ def solved_by(lower: Float[Tensor, "n n"], columns: Float[Tensor, "n some"]) -> 
     return torch.linalg.solve_triangular(lower.mT, half, upper=True).to(columns)
 
 
-def invert_(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
-    """The inverse of a positive definite matrix, in place; only its lower triangle is read.
-
-    ``L L' = matrix`` by Cholesky, then ``W = L^-1`` and ``W'W`` by halves, where all but small blocks is matrix
-    products: LAPACK's own routine for the latter two runs at a fraction of their rate. Beside the matrix itself, half
-    its size is needed for a while.
-
-    Raises:
-        InputError: the matrix is not positive definite in floating point.
-    """
-    return mirror_(_square_(_invert_triangle_(factor_(matrix))))
-
-
-def _invert_triangle_(lower: Tensor) -> Tensor:
-    """The inverse of a lower triangle with zeros above it; that of ``[[A, 0], [B, D]]`` is
-    ``[[A^-1, 0], [-D^-1 B A^-1, D^-1]]``."""
-    if len(lower) <= _BLOCK:
-        eye = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-        return lower.copy_(torch.linalg.solve_triangular(lower, eye, upper=False))
-    half = _halves(len(lower))
-    first, below, last = lower[:half, :half], lower[half:, :half], lower[half:, half:]
-    right = below @ _invert_triangle_(first)
-    below.copy_((_invert_triangle_(last) @ right).neg_())
-    return lower
-
-
-def _square_(lower: Tensor) -> Tensor:
-    """The lower triangle of ``W'W`` for a lower triangle W: ``[[A'A + B'B, .], [D'B, D'D]]``."""
-    if len(lower) <= _BLOCK:
-        return lower.copy_(lower.T @ lower)
-    half = _halves(len(lower))
-    first, below, last = lower[:half, :half], lower[half:, :half], lower[half:, half:]
-    add_product_(_square_(first), below.T, below.T)
-    below.copy_(last.T @ below)
-    _square_(last)
-    return lower
-
-
 def shifted(matrix: Float[Tensor, "n n"], shift: float) -> Float[Tensor, "n n"]:
     """``matrix + shift I``, in a matrix of its own."""
     copy = matrix.clone()
@@ -137,8 +100,8 @@ def shifted(matrix: Float[Tensor, "n n"], shift: float) -> Float[Tensor, "n n"]:
 
 
 def ridge_inverse(matrix: Float[Tensor, "n n"], ridge: float) -> Float[Tensor, "n n"]:
-    """``(matrix + ridge I)^-1`` for a positive semidefinite matrix. ``ridge`` is a total. Raises like ``invert_``."""
-    return invert_(shifted(matrix, ridge))
+    """``(matrix + ridge I)^-1`` for a positive semidefinite matrix. ``ridge`` is a total. Raises like ``factor_``."""
+    return torch.cholesky_inverse(factor_(shifted(matrix, ridge)))
 
 
 def factorised(core: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
@@ -154,6 +117,11 @@ def factorised(core: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
             "arithmetic have changed. Prepare again."
         )
     return factor
+
+
+def below(size: float) -> Callable[[Tensor, int], bool]:
+    """What is left is no longer than that: a question for ``conjugated``."""
+    return lambda left, _: float(left.norm()) <= size
 
 
 def relative(left: Tensor, rhs: Tensor) -> float:
@@ -191,18 +159,17 @@ def conjugate_gradients(
     rhs: Float[Tensor, " n"],
     precondition: Callable[[Tensor], Tensor],
     tolerance: float = 1e-11,
-    limit: int = 500,
 ) -> Float[Tensor, " n"]:
     """``x`` with ``|apply(x) - rhs| <= tolerance |rhs|`` for a positive definite operator.
 
     Raises:
-        InputError: not reached within ``limit`` steps.
+        InputError: not reached within 500 steps.
     """
-    small = tolerance * float(rhs.norm())
-    x, done = conjugated(apply, rhs, precondition, lambda left, _: float(left.norm()) <= small, limit)
+    x, done = conjugated(apply, rhs, precondition, below(tolerance * float(rhs.norm())), _STEPS)
     if not done:
         raise InputError(
-            f"the solve did not converge in {limit} steps: its ridge is too far from the one prepared. Prepare with it."
+            f"the solve did not converge in {_STEPS} steps: its ridge is too far from the one prepared. "
+            "Prepare with it."
         )
     return x
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastntk.common.errors import InputError
 from fastntk.jacobians.jacobian import Operator
-from fastntk.jacobians.rows import Point, Rows
+from fastntk.jacobians.rows import Point, Rows, rows_of
 from fastntk.solve.linalg import conjugated, factorised, near_factor, solved_by
 from fastntk.tuning.loss import Kept, Loss
 
@@ -42,7 +42,7 @@ _LOOK = 4  # steps of conjugate gradients between looks at what is left
 
 
 @dataclass(frozen=True)
-class Problem:
+class DualProblem:
     """The convex problem of a set of samples, in one unknown a row.
 
     Attributes:
@@ -120,7 +120,7 @@ class Factor:
     over: Int[Tensor, " samples"]
 
     @classmethod
-    def of(cls, problem: "Problem", root: Float[Tensor, "samples outputs outputs"]) -> "Factor":
+    def of(cls, problem: "DualProblem", root: Float[Tensor, "samples outputs outputs"]) -> "Factor":
         """Of a problem's set, where the Hessian's root is ``root``.
 
         Raises:
@@ -129,16 +129,17 @@ class Factor:
         lower = near_factor(lambda dtype: curvature(problem.kernel.to(dtype), root.to(dtype), problem.ridge))
         return cls(lower, problem.present.nonzero()[:, 0].cpu())
 
-    def changes(self, problem: "Problem") -> tuple[Tensor, Tensor]:
+    def changes(self, problem: "DualProblem") -> tuple[Tensor, Tensor]:
         """The samples that have left, and those that have joined, since: positions."""
         known = torch.zeros(len(problem.present), dtype=torch.bool).index_fill(0, self.over, True)
         present = problem.present.cpu()
         return tuple((one & ~other).nonzero()[:, 0] for one, other in ((known, present), (present, known)))  # type: ignore[return-value]
 
-    def preconditioner(self, problem: "Problem") -> Preconditioner:
+    def preconditioner(self, problem: "DualProblem") -> Preconditioner:
         """For a problem whose set is nearly this one: without the rows of who has left, exactly; with the diagonal
         alone for who has joined."""
-        left, joined = (_places(some, problem) for some in self.changes(problem))
+        outputs, device = problem.start.shape[1], problem.kernel.device
+        left, joined = (rows_of(some, outputs).to(device) for some in self.changes(problem))
         size, scale = len(self.lower), problem.kernel.diagonal()[joined] + problem.ridge
         columns = self.lower.new_zeros(size, len(left))
         columns[left, torch.arange(len(left), device=left.device)] = 1
@@ -153,12 +154,6 @@ class Factor:
             return image.index_fill(0, left, 0)
 
         return inverted
-
-
-def _places(samples: Int[Tensor, " some"], problem: "Problem") -> Int[Tensor, " rows"]:
-    """The rows of samples."""
-    outputs = problem.start.shape[1]
-    return (samples[:, None] * outputs + torch.arange(outputs)).flatten().to(problem.kernel.device)
 
 
 def across(root: Tensor, v: Tensor, transposed: bool = False) -> Tensor:
@@ -176,7 +171,7 @@ def curvature(matrix: Float[Tensor, "rows rows"], root: Tensor, ridge: float) ->
     return whole
 
 
-class Newton:
+class NewtonMethod:
     """Newton's method for problems that are near each other: what preconditioned one does so for the next.
 
     Args:
@@ -188,9 +183,9 @@ class Newton:
 
     def __init__(self, factor: Factor | None = None) -> None:
         self.factor = factor
-        self._ready: tuple[Problem, Preconditioner] | None = None
+        self._ready: tuple[DualProblem, Preconditioner] | None = None
 
-    def start(self, problem: Problem, z: Float[Tensor, "samples outputs"]) -> Float[Tensor, " rows"]:
+    def start(self, problem: DualProblem, z: Float[Tensor, "samples outputs"]) -> Float[Tensor, " rows"]:
         """A start, from logits that are near the optimum's: with ``l'(z + y) = l'(z) + H y`` and ``z_0 = f - J u``,
 
             (ridge + H K) a = H (z - z_0) - l'(z) = c,    a = (c - L (ridge I + L'K L)^-1 L'K c) / ridge,
@@ -204,7 +199,7 @@ class Newton:
         return (c - across(root, x)) / problem.ridge
 
     def minimise(
-        self, problem: Problem, a: Float[Tensor, " rows"], tolerance: float
+        self, problem: DualProblem, a: Float[Tensor, " rows"], tolerance: float
     ) -> tuple[Float[Tensor, " rows"], float]:
         """The optimum from a start, and its inexactness, at most the ``tolerance`` unless rounding has it otherwise.
 
@@ -228,7 +223,7 @@ class Newton:
         return a, reached
 
     def refine(
-        self, problem: Problem, a: Float[Tensor, " rows"], jacobian: Operator, tolerance: float
+        self, problem: DualProblem, a: Float[Tensor, " rows"], jacobian: Operator, tolerance: float
     ) -> tuple[Float[Tensor, " rows"], float]:
         """From nearly the optimum to that of ``K = J J'``, which the kernel at hand is up to rounding: products with J
         say what is left, and the kernel where to go from there."""
@@ -240,14 +235,14 @@ class Newton:
             reached = problem.inexactness(a, z := problem.logits(a, jacobian))
         return a, reached
 
-    def _moved(self, problem: Problem, a: Tensor, z: Tensor, share: float) -> tuple[Tensor, Tensor, bool]:
+    def _moved(self, problem: DualProblem, a: Tensor, z: Tensor, share: float) -> tuple[Tensor, Tensor, bool]:
         """A step from a, whose logits are z, to a ``share`` of the gradient; and whether there is one."""
         reached, root, r = problem.inexactness(a, z), problem.root(z), problem.slope(a, z)
         wanted = problem.gradient(a, z) * max(min(reached, _LOOSE), min(_LOOSE, share / 2))
         x = self._solved(problem, root, -across(root, problem.kernel @ r, True), wanted)
         return _searched(problem, a, z, -(r + across(root, x)) / problem.ridge)
 
-    def _solved(self, problem: Problem, root: Tensor, rhs: Tensor, wanted: float) -> Tensor:
+    def _solved(self, problem: DualProblem, root: Tensor, rhs: Tensor, wanted: float) -> Tensor:
         """``(ridge I + L'K L)^-1 rhs``, by a factor of its own if another's takes more steps than that is worth."""
         x = torch.zeros_like(rhs)
         if self.factor is not None and self._near(self.factor, problem):
@@ -258,11 +253,11 @@ class Newton:
         self.factor, self._ready = Factor.of(problem, root), None
         return _iterated(problem, root, rhs, x, self._preconditioner(problem), wanted)[0]
 
-    def _near(self, factor: Factor, problem: Problem) -> bool:
+    def _near(self, factor: Factor, problem: DualProblem) -> bool:
         """Whether so few have left or joined since a factor was made that making another takes longer."""
         return sum(map(len, factor.changes(problem))) <= max(_FEW, int(problem.present.sum()) // _SHARE)
 
-    def _preconditioner(self, problem: Problem) -> Preconditioner:
+    def _preconditioner(self, problem: DualProblem) -> Preconditioner:
         """Of the factor, made once for a problem."""
         if self._ready is None or self._ready[0] is not problem:
             self._ready = problem, cast(Factor, self.factor).preconditioner(problem)
@@ -270,7 +265,7 @@ class Newton:
 
 
 def _iterated(
-    problem: Problem,
+    problem: DualProblem,
     root: Tensor,
     rhs: Tensor,
     x: Tensor,
@@ -297,7 +292,7 @@ def _iterated(
     return x + change, done
 
 
-def _searched(problem: Problem, a: Tensor, z: Tensor, direction: Tensor) -> tuple[Tensor, Tensor, bool]:
+def _searched(problem: DualProblem, a: Tensor, z: Tensor, direction: Tensor) -> tuple[Tensor, Tensor, bool]:
     """The first of the steps 1, 1/2, ... along a direction that lowers the objective, or, where rounding hides by how
     much, its gradient."""
     change = (problem.kernel @ direction).view_as(z)
@@ -329,9 +324,9 @@ class Optimum:
     start: Float[Tensor, "samples outputs"]
 
 
-def solved(problem: Problem, z: Float[Tensor, "samples outputs"], tolerance: float) -> Optimum:
+def solved(problem: DualProblem, z: Float[Tensor, "samples outputs"], tolerance: float) -> Optimum:
     """From the kernel alone, and logits z that are near the optimum's."""
-    newton = Newton()
+    newton = NewtonMethod()
     a, _ = newton.minimise(problem, newton.start(problem, z), tolerance)
     if newton.factor is None or problem.loss.curved:  # it is of another place
         newton.factor = Factor.of(problem, problem.root(problem.logits(a)))

@@ -22,7 +22,7 @@ from fastntk.common.errors import InputError
 from fastntk.common.progress import busy
 from fastntk.jacobians.layout import Layout
 from fastntk.jacobians.linearised import Linearised
-from fastntk.jacobians.rows import PART, Rows
+from fastntk.jacobians.rows import PART, Rows, rows_of
 from fastntk.solve import prices
 from fastntk.solve.collect import empty_rows, stored_rows
 from fastntk.solve.kernel import kernel
@@ -183,8 +183,7 @@ class OnDisk:
             return replace(solution, rows=_grown(self.rows, cast(Rows, update.rows), update.positions))
         self.rows.clear_(update.positions)
         outputs, gone = self.rows.residual.shape[1], torch.isin(self.sample.positions, update.positions)
-        places = gone.nonzero()[:, :1] * outputs + torch.arange(outputs)
-        zero_(self.sample.kernel, places.flatten().to(self.sample.kernel.device))
+        zero_(self.sample.kernel, rows_of(gone.nonzero()[:, 0], outputs).to(self.sample.kernel.device))
         return solution
 
     def inexactness(self, update: Update | None = None) -> float:

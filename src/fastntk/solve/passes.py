@@ -12,7 +12,6 @@ from fastntk.common import distributed
 from fastntk.jacobians import products
 from fastntk.jacobians.linearised import Linearised
 from fastntk.jacobians.rows import Rows
-from fastntk.solve.gram import Enough, Krylov, Spectrum, never
 
 
 @dataclass(frozen=True)
@@ -73,9 +72,10 @@ class Passes:
             total += products.pull(network, [(x, products.lift(network, x, signs))]).square().sum()
         return float(self._total(total))
 
-    def spectrum(self, displacement: Float[Tensor, " p"], steps: int, enough: Enough = never) -> Spectrum:
-        """From a Krylov space of G, a pass a step."""
-        return Krylov.of(self, displacement, steps, self.network.dtype, enough).spectrum
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the basis of a Krylov space."""
+        return self.network.dtype
 
     @staticmethod
     def _total(tensor: Tensor) -> Tensor:

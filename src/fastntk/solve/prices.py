@@ -83,11 +83,6 @@ class Workload:
         return replace(self, rest=self.parameters, features=0) if self.curved else self
 
     @property
-    def of_kept(self) -> "Workload":
-        """The same with the rows of the convex forms for outputs."""
-        return replace(self, outputs=self.kept_rows)
-
-    @property
     def kept_rows(self) -> int:
         """Rows a sample of the convex form."""
         return (self.kept or self.outputs) - self.contrasted

@@ -10,7 +10,6 @@ formula preconditions, and every solve is finished by conjugate gradients on the
 """
 
 from collections.abc import Mapping
-from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import ClassVar, cast
@@ -24,9 +23,9 @@ from fastntk.common.progress import busy
 from fastntk.jacobians.layout import Layout
 from fastntk.jacobians.linearised import Linearised
 from fastntk.jacobians.rows import Rows
-from fastntk.solve.collect import Checkpoint, collect_sums, key, solved_once
+from fastntk.solve.collect import collect_sums, key, resumed, solved_once
 from fastntk.solve.head import head_shortfall
-from fastntk.solve.linalg import conjugated, factor_, lower_of, mirror_, relative, ridge_inverse, square_of
+from fastntk.solve.linalg import below, conjugated, factor_, lower_of, mirror_, relative, ridge_inverse, square_of
 from fastntk.solve.prices import ONE_STEP, Price, Timing, Workload, passes
 from fastntk.solve.ridge import USUAL, calibrate
 from fastntk.solve.schur import Blockwise, Product, complement, factored
@@ -104,13 +103,14 @@ class Primal:
         block = (ROWS + work.batch_size * work.outputs) * work.rest
         collecting = work.rest**2 * work.sums_itemsize + block * (2 * work.itemsize + work.sums_itemsize)
         solving = work.rest**2 * (2 * work.sums_itemsize + 2 * 4)
+        drawback, rank = (ONE_STEP, 2) if work.curved else ("", 0)
         return Price(
             cls.name,
             max(collecting + work.batch_bytes, solving) + cross * work.sums_itemsize,
             work.rows * square + work.outputs * work.features * square + float(work.rest) ** 3 / 3,
             refusal=work.one_step,
-            drawback=ONE_STEP * work.curved,
-            rank=2 * work.curved,
+            drawback=drawback,
+            rank=rank,
             remedy="float32 sums take half the memory of float64 ones" if work.sums_itemsize == 8 else "",
         )
 
@@ -132,9 +132,7 @@ class Primal:
     def prepare(cls, task: Task) -> Solved:
         """One pass, in shards, that goes on from what an earlier one left in the checkpoint; then the solve."""
         network, everyone = task.network, torch.arange(task.count)
-        place = task.checkpoint
-        partial = Checkpoint(place, key(network, task.count)) if place else None
-        with closing(partial) if partial else nullcontext():
+        with resumed(task.checkpoint, lambda: key(network, task.count)) as partial:
             sums, residuals = collect_sums(network, task.count, partial)
 
             def solved() -> Solved:
@@ -143,10 +141,7 @@ class Primal:
                     ridge = found.ridge if found else cast(float, task.ridge)
                     return Solved(cls.of(sums, task.displacement, ridge, everyone), residuals, found)
 
-            done = solved_once(solved, cls.restore, residuals)
-            if partial:
-                partial.clear()
-        return done
+            return solved_once(solved, cls.restore, residuals)
 
     def ready(self) -> "Primal":
         """With a factor over S."""
@@ -300,7 +295,5 @@ def _refined(
 ) -> Float[Tensor, " p"]:
     """``(gram + ridge I)^-1 rhs`` by conjugate gradients, to the digits that the sums have."""
     total = solution.ridge if ridge is None else ridge
-    enough = _ENOUGH[solution.sums.rest.dtype] * float(rhs.norm())
-    return conjugated(
-        lambda v: gram(v) + total * v, rhs, precondition, lambda left, _: float(left.norm()) <= enough, _STEPS
-    )[0]
+    enough = below(_ENOUGH[solution.sums.rest.dtype] * float(rhs.norm()))
+    return conjugated(lambda v: gram(v) + total * v, rhs, precondition, enough, _STEPS)[0]

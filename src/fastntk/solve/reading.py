@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastntk.jacobians.jacobian import Jacobian
 from fastntk.jacobians.rows import Point, Rows
-from fastntk.solve.linalg import conjugated, factor_
+from fastntk.solve.linalg import below, conjugated, factor_
 from fastntk.solve.newton import across, curvature
 from fastntk.tuning.loss import Kept, Loss
 
@@ -31,7 +31,7 @@ TOLERANCE = 1e-4
 SHARE = 1e-2
 """Of the gradient that a request starts from, which it leaves at most, so that a small one is as exact as a large."""
 
-_NEWTON, _STEPS, _HALVINGS, _LOOSE = 60, 60, 12, 0.1  # as in fastntk.solve.newton
+_NEWTON, _STEPS, _HALVINGS, _LOOSE = 60, 60, 12, 0.1  # at most, and a share, as in fastntk.solve.newton
 
 
 @dataclass(frozen=True)
@@ -158,13 +158,8 @@ def _solved(
     objective: Objective, place: Place, precondition: Callable[[Tensor], Tensor], wanted: float
 ) -> Float[Tensor, " p"]:
     """``-(ridge I + sum J_i'L_i L_i'J_i)^-1 grad F``, up to a share of the gradient."""
-    left = wanted * float(place.gradient.norm())
-
-    def enough(residual: Tensor, step: int) -> bool:
-        return float(residual.norm()) <= left
-
-    curved = partial(objective.curved, place.root)
-    return conjugated(curved, -place.gradient, precondition, enough, _STEPS)[0]
+    enough = below(wanted * float(place.gradient.norm()))
+    return conjugated(partial(objective.curved, place.root), -place.gradient, precondition, enough, _STEPS)[0]
 
 
 def _searched(objective: Objective, place: Place, x: Float[Tensor, " p"]) -> Place | None:

@@ -19,9 +19,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastntk.jacobians.rows import Point, Rows
-from fastntk.solve.gram import Gram, Spectrum
+from fastntk.solve.gram import Gram, Krylov, Spectrum
 from fastntk.solve.kernel import Stored, kernel
-from fastntk.solve.newton import Newton, Problem
+from fastntk.solve.newton import DualProblem, NewtonMethod
 from fastntk.tuning.loss import Loss
 
 STEPS = 60
@@ -83,7 +83,7 @@ def calibrate(gram: Gram, displacement: Float[Tensor, " p"], spectrum: Spectrum 
         before = best
         return abs(best - last) <= _STEADY
 
-    known = spectrum or gram.spectrum(displacement, STEPS, steady)
+    known = spectrum or Krylov.of(gram, displacement, STEPS, steady).spectrum
     best = best_of(known)
     ridge = float(_FACTORS[best]) * scale
     square = known.outputs(known.values.new_tensor([ridge]))[0]
@@ -128,8 +128,8 @@ def calibrate_kernel(point: Point, loss: Loss, start: Float[Tensor, "samples out
     ``start``."""
     scale = float(matrix.diagonal().mean())
     everyone = torch.ones(len(start), dtype=torch.bool, device=matrix.device)
-    wanted, newton = loss.gradient_of(point.z, point.kept), Newton()
-    first = Problem(loss, point.kept, start, matrix, scale, everyone)
+    wanted, newton = loss.gradient_of(point.z, point.kept), NewtonMethod()
+    first = DualProblem(loss, point.kept, start, matrix, scale, everyone)
     tried: dict[float, tuple[float, Tensor]] = {}
 
     def miss(exponent: float, a: Tensor) -> float:

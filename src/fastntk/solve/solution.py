@@ -103,6 +103,9 @@ class Solution(Protocol):
     likeliest: ClassVar[bool]
     """Whether it has rows of each sample's likeliest classes alone."""
 
+    mapped: ClassVar[tuple[str, ...]]
+    """Which of its tensors are read from a mapped file where they are."""
+
     leaves_out: ClassVar[bool]
     """Whether it knows what leaving out each sample ``alone`` changes."""
 

@@ -9,7 +9,7 @@ from functools import cache, cached_property
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastntk.common.machine import elapsed, wait
+from fastntk.common.machine import elapsed, synchronise
 from fastntk.inputs.batches import checked
 from fastntk.jacobians import products
 from fastntk.jacobians.jacobian import Jacobian
@@ -175,7 +175,7 @@ def _clocked(work: Callable[[], object], device: torch.device) -> float:
     """The seconds of some work: the median of as many as start within ``_AIM`` seconds, at most three."""
     seconds: list[float] = []
     while len(seconds) < 3 and sum(seconds) < _AIM:
-        wait(device)
+        synchronise(device)
         started = time.perf_counter()
         work()
         seconds.append(elapsed(started, device))

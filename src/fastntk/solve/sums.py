@@ -11,7 +11,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastntk.jacobians.jacobian import Jacobian, concatenate
-from fastntk.solve.gram import Enough, Krylov, Spectrum, never
 from fastntk.solve.linalg import add_product_, mirror_
 
 # Rows that are multiplied at once: enough for the products to run at full rate.
@@ -20,7 +19,7 @@ ROWS = 2048
 
 @dataclass(frozen=True)
 class Sums:
-    """The sums over a set of samples, as a ``Gram`` operator. ``+`` and ``-`` act on every field.
+    """The sums over a set of samples, as a ``Gram`` operator. ``-`` acts on every field.
 
     The head's blocks keep their structure: head-head is ``I_C (x) head`` and rest-head is C products, none of whose
     zeros are stored. Products are taken and added up in the dtype of the fields, float64 unless asked otherwise.
@@ -76,9 +75,6 @@ class Sums:
         mirror_(self.head)
         return self
 
-    def __add__(self, other: "Sums") -> "Sums":
-        return Sums(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
-
     def __sub__(self, other: "Sums") -> "Sums":
         return Sums(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
 
@@ -116,9 +112,10 @@ class Sums:
         """Rows a sample."""
         return len(self.cross)
 
-    def spectrum(self, displacement: Float[Tensor, " p"], steps: int, enough: Enough = never) -> Spectrum:
-        """From a Krylov space of G."""
-        return Krylov.of(self, displacement, steps, displacement.dtype, enough).spectrum
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the basis of a Krylov space."""
+        return self.rhs.dtype
 
     @property
     def trace(self) -> float:
@@ -136,12 +133,12 @@ def accumulate(batches: Iterable[tuple[Jacobian, Tensor]], sums: Sums) -> Sums:
     return sums
 
 
-def grouped(batches: Iterable[tuple[Jacobian, Tensor]], rows: int = ROWS) -> Iterator[tuple[Jacobian, Tensor]]:
-    """The batches put together to at least ``rows`` rows (samples times classes) each, but for the last."""
+def grouped(batches: Iterable[tuple[Jacobian, Tensor]]) -> Iterator[tuple[Jacobian, Tensor]]:
+    """The batches put together to at least ``ROWS`` rows (samples times classes) each, but for the last."""
     waiting: list[tuple[Jacobian, Tensor]] = []
     for batch in batches:
         waiting.append(batch)
-        if sum(residual.numel() for _, residual in waiting) >= rows:
+        if sum(residual.numel() for _, residual in waiting) >= ROWS:
             yield _joined(waiting)
             waiting = []
     if waiting:

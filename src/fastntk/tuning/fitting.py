@@ -17,7 +17,7 @@ from fastntk.inputs.batches import batches, check_any, checked, hard, labels_of
 from fastntk.inputs.called import suited, uncached
 from fastntk.inputs.checks import check_logits, taking
 from fastntk.tuning.loss import check_labels
-from fastntk.tuning.outputs import logits_of
+from fastntk.tuning.outputs import accuracy, logits_of
 from fastntk.tuning.parameters import snapshot, tuned
 from fastntk.tuning.recipe import MOMENTUM, Recipe
 
@@ -88,8 +88,7 @@ def fit(
         losses.append(loss)
         accuracies.append(right)
         if validation is not None:
-            right_ones = logits_of(model, validation, device).argmax(1).cpu() == held_out
-            validated.append(100 * float(right_ones.double().mean()))
+            validated.append(accuracy(logits_of(model, validation, device).cpu(), held_out))
     left = recipe.shrinkage(epochs.count)
     return Fit(initial, losses, recipe, elapsed(started, device), accuracies, validated, left)
 

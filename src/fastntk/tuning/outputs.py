@@ -31,6 +31,11 @@ def logits_of(model: Model, samples: Dataset, device: torch.device | str, batch_
     return torch.cat(found) if found else torch.empty(0, 0, device=device)
 
 
+def accuracy(logits: Float[Tensor, "samples classes"], labels: Int[Tensor, " samples"]) -> float:
+    """The share of samples whose largest logit is their label's, in percent; NaN for no samples."""
+    return 100 * float((logits.argmax(1) == labels).double().mean())
+
+
 def margins(logits: Float[Tensor, "samples classes"], labels: Int[Tensor, " samples"]) -> Float[Tensor, " samples"]:
     """Per sample: the label's logit less the largest other one; positive where the sample is classified rightly."""
     own = logits.gather(1, labels[:, None])

@@ -33,7 +33,6 @@ def start(
     """
     _, preprocessing = load_model(name, 2, size=size)
     images = read(preprocessing)
-    side = size or preprocessing.size or None
-    model, _ = load_model(name, len(images.classes), weights=weights, size=side, seed=seed)
+    model, _ = load_model(name, len(images.classes), weights=weights, size=preprocessing.size, seed=seed)
     tune(model, *select)
     return model, images

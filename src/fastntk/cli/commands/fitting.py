@@ -1,7 +1,7 @@
 """Models, what of them can be tuned, and fitting them."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -50,17 +50,19 @@ def fit(
     Several processes share every batch when it is started as: torchrun --nproc-per-node=N -m fastntk fit RUN ...
     """
     options.no_mixup(mixup)
-    numbers = epochs, learning_rate, batch_size, weight_decay, seed
-    recipe = options.recipe(*numbers, options.loss(loss, label_smoothing), optimizer, decay_toward, augment or ())
-    begun, place = options.head_start(head_start, fitted), (model, data, data_root)
-    named = *place, select or options.SELECTED, image_size, weights, id_column, fitted, begun, owners
-    done, solved = _fitted(run, device, (*named, core, options.removal(removal, core)), recipe, validation)
+    numbers = {"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size, "weight_decay": weight_decay}
+    how = {"optimizer": optimizer, "decay_toward": decay_toward, "augment": augment or (), "seed": seed}
+    recipe = options.recipe(**numbers, **how, loss=options.loss(loss, label_smoothing))
+    images = {"data": data, "root": data_root, "id_column": id_column, "owners": owners, "core": core}
+    network = {"model": model, "select": select or options.SELECTED, "size": image_size, "weights": weights}
+    more = {"head_start": options.head_start(head_start, fitted), "removal": options.removal(removal, core)}
+    done, solved = _fitted(run, device, {**images, **network, "fitted": fitted, **more}, recipe, validation)
     if done:
         show_fit(run, done, as_json, solved)
 
 
 def _fitted(
-    run: Path, device: str, named: Sequence[Any], recipe: "Recipe", validation: str | None
+    run: Path, device: str, named: Mapping[str, Any], recipe: "Recipe", validation: str | None
 ) -> "tuple[Fit | None, Solved | None]":
     """What the first of all processes did, and what it solved for if there is a core; None for the other processes."""
     from fastntk.cli.run import Run
@@ -72,7 +74,7 @@ def _fitted(
 
     opened = Run(run, local_device(device))
     with distributed.session(opened.device):
-        given = Given(*named)
+        given = Given(**named)
         done, solved = opened.fit(given, recipe, validation), None
         if given.core:
             started = time.perf_counter()

@@ -91,7 +91,7 @@ def _chosen(
     if named["--class-name"] is not None:
         chosen = asked.of_class(images, named["--class-name"], memory)
     elif named["--owner"]:
-        whose = asked.owners(opened.here, images, asked.absent(images, memory), owners)
+        whose = asked.owners_said(opened.here, images, asked.absent_members(images, memory), owners)
         chosen = asked.of_owners(whose, named["--owner"], memory)
     elif named["--match"]:
         chosen = asked.matching(images, named["--match"], memory)
@@ -142,7 +142,7 @@ def _batch(opened: "Run", requests: Path, out: Path, owners: str | None, copies:
     from fastntk.cli import asked, batch
 
     wanted = batch.read_requests(requests)
-    done = batch.answer_all(opened, wanted, out, partial(asked.owners, opened.here, spec=owners), copies)
+    done = batch.answer_all(opened, wanted, out, partial(asked.owners_said, opened.here, spec=owners), copies)
     heads = "request", "came", "what became of it", "samples", "copies too", "copies left", "gone before"
     table = Table(*heads, "not in the data", "verdict")
     for row in done["requests"]:
@@ -167,8 +167,8 @@ def owners(
 
     opened = Run(run, data=data, model=model)
     memory, images = opened.memory()
-    absent, members = asked.absent(images, memory), set(memory.ids)
-    found = asked.owners(opened.here, images, absent, said)
+    absent, members = asked.absent_members(images, memory), set(memory.ids)
+    found = asked.owners_said(opened.here, images, absent, said)
     counts: dict[str, list[int]] = {}
     for each, name in found.items():
         count = counts.setdefault(name, [0, 0])

@@ -46,11 +46,11 @@ def pack(state: State) -> tuple[dict[str, Tensor], dict[str, Any]]:
     }
 
 
-def unpack(document: Document, model: nn.Module, source: Dataset) -> State:
+def unpack(record: Document, model: nn.Module, source: Dataset) -> State:
     """The reverse of ``pack``, for the model and the data source that the memory is of.
 
     Args:
-        document: the record, with the tensors under that key.
+        record: the record, with the tensors under the key ``tensors``.
         model: the one that was prepared.
         source: of the samples.
 
@@ -58,23 +58,23 @@ def unpack(document: Document, model: nn.Module, source: Dataset) -> State:
         InputError: it is another model's, or something is missing.
     """
     device = next(model.parameters()).device
-    stays = {f"solution.{name}" for name in getattr(FORMS.get(document["form"]), "mapped", ())}
-    tensors, record = Document(on_device(document["tensors"], device, stays), document.where), document
+    if record["form"] not in FORMS:
+        raise InputError(f"{record.where} is of the form {record['form']!r}, which is none of {', '.join(FORMS)}.")
+    stays = {f"solution.{name}" for name in FORMS[record["form"]].mapped}
+    tensors = Document(on_device(record["tensors"], device, stays), record.where)
     anchor = {name: tensors[f"anchor.{name}"] for name in record["names"]}
     with REPLACING:
         shapes = {name: each.shape for name, each in model.named_parameters()}
     tuned = all(shapes.get(name) == tensor.shape for name, tensor in anchor.items())
     if not tuned or record["model"] != _frozen(model, anchor):
         differ = "frozen weights" if tuned else "tuned parameters or the classes"
-        raise InputError(f"{document.where} belongs to another model: the {differ} differ. Open it with its own.")
+        raise InputError(f"{record.where} belongs to another model: the {differ} differ. Open it with its own.")
     layout = Layout(
         **{name: tuple(record["layout"][name]) for name in _PLACES},
         shapes={name: tensor.shape for name, tensor in anchor.items()},
     )
     numerics, loss = Numerics.from_dict(record["numerics"]), loss_from(record["loss"])
     members = Members(source, record["ids"])
-    if record["form"] not in FORMS:
-        raise InputError(f"{document.where} is of the form {record['form']!r}, which is none of {', '.join(FORMS)}.")
     own: dict[str, Any] = {
         **{name: tensors.get(name) if how["optional"] else tensors[name] for name, how in _own("tensor").items()},
         **{name: how["make"](record[name]) for name, how in _own("data").items()},
@@ -84,7 +84,7 @@ def unpack(document: Document, model: nn.Module, source: Dataset) -> State:
     }
     return State(
         Linearised(PerSampleJacobian(apart(model), anchor, layout), members, loss, numerics, record["keep"]),
-        FORMS[record["form"]].restore(Document(solved, document.where), record["ridge"]),
+        FORMS[record["form"]].restore(Document(solved, record.where), record["ridge"]),
         **own,
     )
 
