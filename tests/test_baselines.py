@@ -9,6 +9,7 @@ from dataclasses import replace
 import oracles
 import pytest
 import torch
+from cases import CASES
 from fastntk.methods import (
     BadTeacher,
     Dampening,
@@ -19,6 +20,7 @@ from fastntk.methods import (
     GradientAscent,
     HeadAlone,
     Newton,
+    Problem,
     RandomLabel,
     Scrub,
 )
@@ -31,6 +33,7 @@ from fastntk.evidence.methods.random_label import salient
 from fastntk.evidence.metrics.predictions import divergence
 from fastntk.inputs.batches import labels_of
 from fastntk.tuning.parameters import tuned
+from fastntk.tuning.recipe import Recipe
 
 RATE = 1e-3
 PARTS = "retain", "forget"
@@ -245,6 +248,25 @@ def test_newton_takes_the_fit_for_optimal(form):
     rows, errors = jacobian[keep].flatten(0, 1), jacobian[~keep].flatten(0, 1).T @ residual[~keep].flatten()
     matrix = rows.T @ rows + 0.6 * torch.eye(rows.shape[1], dtype=torch.float64)
     torch.testing.assert_close(moved(Newton()(given)), -torch.linalg.solve(matrix, errors), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("form", ["convex", "convex-disk", "layerwise"])
+def test_newton_s_step_has_all_classes_whatever_rows_the_memory_has(form):
+    loss = fastntk.CrossEntropy(smoothing=0.1)
+    case, recipe = CASES["bn+head"], Recipe(epochs=3, batch_size=5, loss=loss)
+    model, data = case.model(), case.data(20)
+    fit = fastntk.fit(model, data, recipe)
+    memory = fastntk.prepare(model, data, fit.initial, ridge=0.6, form=form, loss=loss, classes=2)
+    given = Problem(memory, [2, 9, 15], recipe)
+    jacobian, residual, _, keep, moved = dense(given)
+    p = model(data.tensors[0]).detach().softmax(1)
+    curvature = torch.diag_embed(p) - p[:, :, None] * p[:, None]
+    matrix = torch.einsum("ncp,ncd,ndq->pq", jacobian[keep], curvature[keep], jacobian[keep])
+    matrix.diagonal().add_(0.6)
+    expected = -torch.linalg.solve(matrix, torch.einsum("ncp,nc->p", jacobian[~keep], residual[~keep]))
+    torch.testing.assert_close(moved(Newton()(given)), expected, rtol=1e-4, atol=1e-6 * float(expected.norm()))
+    nobody = moved(Newton()(replace(given, forget=[])))
+    assert float(nobody.norm()) == 0
 
 
 def test_newton_is_our_step_where_the_fit_is_optimal():

@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from fastntk.methods import FastNTK, FineTune, Problem
+from fastntk.methods import FastNTK, FineTune, Newton, Problem
 from fastntk.metrics import accuracy, average_gap, logit_distance, modified_entropy, taken_for_members
 from test_cli import refuse, succeed
 
 import fastntk
+from fastntk.evidence import report as reports
 from fastntk.evidence.bench import grid, tables
 from fastntk.evidence.bench.config import Setting, read_config
-from fastntk.evidence.bench.results import Cell, Results
+from fastntk.evidence.bench.results import Cell, Measured, Results
 from fastntk.evidence.bench.stored import StoredRetraining, fitted
 from fastntk.evidence.bench.summary import interval, summarise
 from fastntk.evidence.bench.tables import by_model, conclusions, in_words
@@ -122,8 +123,19 @@ def test_what_is_there_is_not_run_again(config, tmp_path, monkeypatch):
     assert len(done) == 3
     assert again[0].rows == first.rows
     more = written(tmp_path, {**config, "methods": {**config["methods"], "more": {"method": "Newton"}}})
-    assert all("more" in each.rows for each in grid.run(read_config(more), out).cells())
+    measured, measuring = [], reports.measured_by_all
+    monkeypatch.setattr(reports, "measured_by_all", lambda *given: measured.append(given) or measuring(*given))
+    again = grid.run(read_config(more), out).cells()
+    assert all("more" in each.rows for each in again)
     assert len(done) == 5  # compared again, with the fits and the answers that are there
+    assert len(measured) == 2, "of what was measured already nothing is measured again"
+    assert again[0].rows == {**first.rows, "more": again[0].rows["more"]}
+    monkeypatch.setattr(Newton, "version", 3)
+    grid.run(read_config(more), out)
+    assert len(measured) == 4, "what it does has changed"
+    fewer = written(tmp_path, {**config, "retrained": 2})
+    grid.run(read_config(fewer), out)
+    assert len(measured) == 4 + 2 * 5, "beside other retrained models, every measure is another"
     monkeypatch.undo()
     changed = written(tmp_path, {**config, "recipe": {"epochs": 1, "batch_size": 4}})
     assert grid.run(read_config(changed), out).cells()[0].rows["original"] != first.rows["original"]
@@ -209,7 +221,7 @@ def test_settings_are_chosen_by_the_least_score_on_requests_that_nobody_asks_for
         assert scores[choice.method] == pytest.approx(choice.score, rel=1e-4)
         assert choice.tried == len(scores)
         assert choice.seconds > 0
-    facts, report = bench.cell("class")
+    facts, report = bench.cell("class", Measured({}, {}))
     assert list(report.rows)[:4] == ["original", "retrain", "retrain_2", "retrain_3"]
     for name, choice in bench.choices.items():
         if choice.method == read.methods[name].default:
@@ -349,9 +361,9 @@ def test_a_summary_has_the_medians_of_each_loss_and_kind_beside_the_retrained_mo
     assert (found["gap"], found["gap_retrained"]) == (1.0, 1.0)
     assert found["off"] == pytest.approx((0 + 1 / 2 + 2 / 2) / 3)  # from 80 and 82: 3 and 1, 4.1 and 2.1, 6 and 4
     assert found["off_retrained"] == 0
-    assert found["relearn_forgotten"] == pytest.approx(8 / 19.5)  # 8 and more than 30 steps: 31
+    assert found["relearn_forgotten"] == pytest.approx(8 - 19.5)  # 8 and more than 30 steps: 31
     assert found["relearn_retained"] == pytest.approx(-3.0)  # -3, 4 and -3 beside 53
-    assert found["relearn_retained_within"] == pytest.approx(2 / 3)
+    assert found["relearn_retained_within"] == pytest.approx(1 / 3)  # 50, 57 and 50 beside each of 50 and 56 alone
     assert found["request_fraction"] == pytest.approx(10 / 15)
     assert found["prepared_fraction"] == found["chosen_fraction"] == pytest.approx(40 / 15)
     tuned = found_in(three_twice, "tuned")
@@ -422,10 +434,26 @@ def test_the_summary_counts_what_was_off_and_what_was_flagged_and_doubted():
     bad = {"bad": 2, "bad_and_flagged": 1, "bad_and_doubted": 1}
     assert found["flags"] == {**bad, "good": 2, "good_and_flagged": 1, "good_and_doubted": 1}
     assert found["doubt"] == {"models": 6, "within": 3}
+    assert found["kinds"] == {"class": {"flags": found["flags"], "doubt": found["doubt"]}}
     assert conclusions(found)[-1] == (
         "2 of 4 answers were off by more than 3 points from the retrained models' mean; the verdict had flagged 1 of "
         "these, and 1 of the others. 3 of 6 retrained models lay within the doubt."
     )
+
+
+def test_every_row_stands_beside_as_many_retrained_models():
+    more = {f"retrain_{number}": row(back=back) for number, back in ((3, 54.0), (4, 52.0))}
+    for back, share in ((49.0, 0), (50.0, 3 / 4), (53.0, 1), (55.0, 3 / 4)):  # beside 50, 52, 54 and 56 but one
+        found = found_in([cell(row(back=back), **more)])
+        assert found["relearn_retained_within"] == pytest.approx(share)
+    theirs = found_in([cell(row(), **more)], "retrained models")
+    assert theirs["relearn_retained_within"] == 1 / 2
+
+
+def test_methods_that_came_to_the_same_count_once():
+    same, twin = row(ratio=3.0, seconds=2.0), row(ratio=3.0)
+    cells = [cell(row(ratio=1.0), tuned=row(ratio=2.0), same=same, twin=twin)] * 6
+    assert "2 of 2 other methods are farther" in conclusions(summarise(cells, "fast_ntk"))[0]
 
 
 def test_the_figures_of_each_model_are_over_its_requests():
@@ -462,7 +490,7 @@ def test_an_answer_that_came_to_nothing_is_not_left_out():
     broken = {**row(), "distance_ratio": None, "relearn_steps": None}
     cells = [cell(row(), tuned=each) for each in (row(ratio=1.1), broken, broken)]
     assert found_in(cells, "tuned")["ratio_logits"] == 1000.0
-    assert found_in(cells, "tuned")["relearn_forgotten"] == pytest.approx(31 / 19.5)
+    assert found_in(cells, "tuned")["relearn_forgotten"] == pytest.approx(31 - 19.5)
     assert found_in(cells, "retrained models")["relearn_retained_within"] == 0, "each beside the other one alone"
 
 

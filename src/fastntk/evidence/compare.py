@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 from fastntk.common.progress import track
 from fastntk.evidence.methods import FastNTK, Golatkar, Method, Problem, Retrain, Unlearned
 from fastntk.evidence.methods.problem import measured
-from fastntk.evidence.report import ORIGINAL, RETRAINED, Report, reported, subjects_of
+from fastntk.evidence.report import ORIGINAL, RETRAINED, Report, Row, reported, subjects_of
 from fastntk.memory.audit import Audit
 from fastntk.tuning.outputs import model_at
 
@@ -35,6 +35,7 @@ def compare(
     original_seconds: float | None = None,
     answered: Mapping[str, Mapping[str, Tensor]] | None = None,
     thoroughly: bool = False,
+    known: Mapping[str, Row] | None = None,
 ) -> tuple[Report, dict[str, str]]:
     """Run every method on the request and measure its model beside the original one.
 
@@ -45,6 +46,7 @@ def compare(
         original_seconds: what fitting the original took, if known.
         answered: parameters of answers that are there already, by name.
         thoroughly: with the costly measures.
+        known: rows that were measured already.
 
     Returns:
         The report, whose first row is ``original``, and what the methods said of their own results.
@@ -65,7 +67,8 @@ def compare(
         )
         for name, subject in subjects_of(models, sets, problem.device).items()
     }
-    return reported(subjects, thoroughly=thoroughly), {name: each.note for name, each in done.items() if each.note}
+    notes = {name: each.note for name, each in done.items() if each.note}
+    return reported(subjects, thoroughly=thoroughly, known=known), notes
 
 
 def _audit_of(method: Method | None, problem: Problem) -> Audit | None:

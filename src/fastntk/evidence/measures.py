@@ -302,3 +302,6 @@ MEASURES: Registry[Measure] = Registry(
     "metrics", _OWN, lambda made: isinstance(made, Measure), "a fastntk.evidence.measures.Measure"
 )
 """By name, in the order of their columns."""
+
+RATIOS = {"logits": "distance_ratio", "probabilities": "probability_ratio"}
+"""The measure that is the ratio in a unit."""

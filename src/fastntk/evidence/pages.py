@@ -37,13 +37,19 @@ def write_report(
 ) -> None:
     """``report.json``, ``report.html`` and a drawing a report in ``folder``; ``notes`` stand above the tables."""
     write_json(folder / "report.json", document(reports))
-    for name, report in reports.items():
-        drawing = svg(draw(report))
+    drawings = {name: svg(draw(report)) for name, report in reports.items()}
+    for name, drawing in drawings.items():
         write(folder / f"{name}.svg", lambda file, text=drawing: file.write_text(text))  # type: ignore[misc]
-    write(folder / "report.html", lambda file: file.write_text(html(title, reports, notes, template)))
+    write(folder / "report.html", lambda file: file.write_text(html(title, reports, notes, drawings, template)))
 
 
-def html(title: str, reports: Mapping[str, Report], notes: Mapping[str, str], template: str = "report.html") -> str:
+def html(
+    title: str,
+    reports: Mapping[str, Report],
+    notes: Mapping[str, str],
+    drawings: Mapping[str, str],
+    template: str = "report.html",
+) -> str:
     """A page without outside references: per scenario the table, the accuracies and the margins as drawings. Costly
     measures have a column where they were taken."""
     rows = [row for report in reports.values() for row in report.rows.values()]
@@ -60,7 +66,7 @@ def html(title: str, reports: Mapping[str, Report], notes: Mapping[str, str], te
                 model: [measure.text(row[key]) for key, measure in columns.items()]
                 for model, row in report.rows.items()
             },
-            "figure": svg(draw(report)),
+            "figure": drawings[name],
         }
         for name, report in reports.items()
     ]

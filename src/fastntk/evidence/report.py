@@ -26,6 +26,10 @@ RETRAINED = "retrain"
 """The row of the first retrained model; those of others are called ``retrain_2``, ``retrain_3``, ..."""
 
 
+Row = Mapping[str, float | None]
+"""The numbers of ``fastntk.evidence.measures.MEASURES`` of a model, by name; None where one cannot be told."""
+
+
 def is_retrained(row: str) -> bool:
     """Whether a row is a retrained model's, by its name."""
     return row == RETRAINED or row.startswith(f"{RETRAINED}_")
@@ -137,11 +141,18 @@ def subjects_of(
 
 
 def reported(
-    subjects: Mapping[str, Subject], retrained: Sequence[str] | None = None, thoroughly: bool = False
+    subjects: Mapping[str, Subject],
+    retrained: Sequence[str] | None = None,
+    thoroughly: bool = False,
+    known: Mapping[str, Row] | None = None,
 ) -> Report:
-    """All measures of at least one subject, beside the retrained ones; the costly measures if ``thoroughly``."""
-    names = tuple(filter(is_retrained, subjects) if retrained is None else retrained)
-    rows = {name: measured_by_all(each, thoroughly) for name, each in beside(subjects, names).items()}
+    """All measures of at least one subject, beside the retrained ones; the costly measures if ``thoroughly``. Rows that
+    are ``known`` are not measured again."""
+    names, there = tuple(filter(is_retrained, subjects) if retrained is None else retrained), known or {}
+    rows = {
+        name: dict(there[name]) if name in there else measured_by_all(each, thoroughly)
+        for name, each in beside(subjects, names).items()
+    }
     labels = next(iter(subjects.values())).labels
     return Report(rows, {name: subject.logits for name, subject in subjects.items()}, labels, names)
 

@@ -20,13 +20,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fastntk.common.progress import track
-from fastntk.evidence.measures import MEASURES, Subject
+from fastntk.evidence.measures import MEASURES, RATIOS, Subject
 from fastntk.evidence.methods import Method, Problem, Unlearned
 from fastntk.evidence.methods.problem import measured
 from fastntk.evidence.report import beside, subjects_of
 from fastntk.tuning.outputs import model_at
 
-_RATIOS = {"logits": MEASURES["distance_ratio"], "probabilities": MEASURES["probability_ratio"]}
 _ASKED, _LEAST = "asked", 1e-9
 
 
@@ -50,7 +49,7 @@ class Trial:
         """Of an answer with these parameters; infinite where its outputs are not finite."""
         subjects = {**self._known, **self._subjects({_ASKED: parameters})}
         subject = beside(subjects, list(self._known))[_ASKED]
-        ratio = _RATIOS[self.problem.state.network.loss.unit](subject)
+        ratio = MEASURES[RATIOS[self.problem.state.network.loss.unit]](subject)
         near = math.inf if ratio is None else max(ratio, _LEAST)
         return near * (1 + _gap(subject)) / (1 + self._floor)
 

@@ -18,11 +18,11 @@ from fastntk.common.progress import console
 from fastntk.evidence.auditing import audit
 from fastntk.evidence.bench.choosing import Choice, Trial, choose
 from fastntk.evidence.bench.config import CHOSEN, Config, Entry, Setting
-from fastntk.evidence.bench.results import Results
-from fastntk.evidence.bench.stored import Stored, StoredRetraining, fitted
+from fastntk.evidence.bench.results import Measured, Results
+from fastntk.evidence.bench.stored import StoredAnswer, StoredRetraining, fitted
 from fastntk.evidence.compare import compare, references
 from fastntk.evidence.methods import Method, Problem
-from fastntk.evidence.report import Report
+from fastntk.evidence.report import ORIGINAL, Report
 from fastntk.evidence.requests import drawn
 from fastntk.inputs.images import Images, Preprocessing, in_memory
 from fastntk.inputs.sources import load_data
@@ -38,7 +38,8 @@ def run(config: Config, path: Path, device: torch.device | str = "cpu") -> Resul
     """Every cell of the grid that is not in the results at ``path`` yet, made with the same settings.
 
     Fits and the methods' answers are kept in the folder ``fits`` beside it, so that what was cut off goes on where it
-    was. For every fitted model the memory is audited once, on a random tenth, and settings are chosen once.
+    was; of a cell with other methods or settings, answers that were measured already are not measured again. For every
+    fitted model the memory is audited once, on a random tenth, and settings are chosen once.
 
     Raises:
         InputError: the folder cannot be written, or a model or data cannot be had.
@@ -54,7 +55,7 @@ def run(config: Config, path: Path, device: torch.device | str = "cpu") -> Resul
             )
             bench = _Bench(config, setting, path.parent / "fits", device)
             for request in missing:
-                facts, report = bench.cell(request)
+                facts, report = bench.cell(request, results.measured(setting, request))
                 results.add(setting, request, described, facts, report)
                 console.print(report.table(request))
     wanted = {(setting, request) for setting in config.settings() for request in config.requests}
@@ -83,8 +84,9 @@ class _Bench:
         tried = {name: [each.default, *each.others] for name, each in config.methods.items() if each.others}
         self.choices = choose(tried, self.trials) if self.trials else {}
 
-    def cell(self, request: str) -> tuple[dict[str, object], Report]:
-        """What is known of a request and its report: every method as it is by default, and as it was chosen."""
+    def cell(self, request: str, before: Measured) -> tuple[dict[str, object], Report]:
+        """What is known of a request and its report: every method as it is by default, and as it was chosen. What was
+        measured ``before`` is taken from there."""
         problem, test = self._problem(request, self.setting.seed)
         defaults = {name: each.default for name, each in self.config.methods.items()}
         chosen = {name: each.method for name, each in self.choices.items() if each.method != defaults[name]}
@@ -94,11 +96,13 @@ class _Bench:
             **{f"{name}{CHOSEN}": method for name, method in chosen.items()},
         }
         kept = {name: self._kept(request, name, method) for name, method in methods.items()}
-        report, notes = compare(problem, test, kept, self.fit.seconds, thoroughly=True)
+        answers = {ORIGINAL: self.key, **{name: each.key for name, each in kept.items()}}
+        known = before.of(answers)
+        report, notes = compare(problem, test, kept, self.fit.seconds, thoroughly=True, known=known)
         for name in (each for each in self.choices if each not in chosen):
             report = report.repeated(name, f"{name}{CHOSEN}")
             notes |= {f"{name}{CHOSEN}": notes[name]} if name in notes else {}
-        return self._facts(problem, test, notes), report
+        return {**self._facts(problem, test, notes), "answers": answers}, report
 
     def _problem(self, request: str, seed: int) -> tuple[Problem, Dataset]:
         """A request, the same for the same seed, and its test images."""
@@ -116,10 +120,10 @@ class _Bench:
 
         return Trial(problem, test, {name: kept(name, method)(problem) for name, method in models.items()}, kept)
 
-    def _kept(self, request: str, name: str, method: Method) -> Method:
+    def _kept(self, request: str, name: str, method: Method) -> StoredAnswer:
         """The method, with answers that are kept."""
         digest = _digest([self.key, *_described_method(method)])
-        return Stored(method, self.folder / f"{request}-{name}-{digest}.safetensors", digest)
+        return StoredAnswer(method, self.folder / f"{request}-{name}-{digest}.safetensors", digest)
 
     def _facts(self, problem: Problem, test: Dataset, notes: Mapping[str, str]) -> dict[str, object]:
         """What is known of a cell beside the methods' measures."""
@@ -151,9 +155,10 @@ class _Bench:
 
 
 def _prepared(model: nn.Module, train: Dataset, done: Fit) -> tuple[Memory, float]:
-    """The memory of a fitted model, and the seconds that it took."""
+    """The memory of a fitted model, and the seconds that it took, with all that its first request would wait for."""
     started = time.perf_counter()
     memory = prepare(model, train, done.initial, loss=done.recipe.loss, shrinkage=done.shrinkage)
+    memory.ready()
     return memory, elapsed(started, memory.state.network.device)
 
 
@@ -186,7 +191,9 @@ def _compared(config: Config) -> dict[str, object]:
 
 
 def _described_method(method: Method) -> list[object]:
-    return [type(method).__name__, asdict(method)]  # type: ignore[call-overload]
+    """Its name and settings, and its version, where that is not the first."""
+    version = getattr(method, "version", 1)
+    return [type(method).__name__, asdict(method), *([version] if version > 1 else [])]  # type: ignore[call-overload]
 
 
 def _digest(document: object) -> str:

@@ -15,7 +15,8 @@ from torch import Tensor
 from fastntk.common.errors import InputError
 from fastntk.common.formats import Document, Format, unchanged
 from fastntk.evidence.bench.config import Setting
-from fastntk.evidence.report import Report
+from fastntk.evidence.measures import MEASURES
+from fastntk.evidence.report import Report, Row, is_retrained
 
 FORMAT = Format("results", (unchanged, unchanged))
 """Of the files. One of an older version has other tables, which hold less, and is refused."""
@@ -40,7 +41,31 @@ class Cell:
     setting: Setting
     request: str
     facts: Mapping[str, Any]
-    rows: Mapping[str, Mapping[str, float | None]]
+    rows: Mapping[str, Row]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The rows of a cell that was made before, perhaps with other methods.
+
+    Attributes:
+        answers: a digest of what each row's answer depends on, by the row's name.
+        rows: their measures.
+    """
+
+    answers: Mapping[str, str]
+    rows: Mapping[str, Row]
+
+    def of(self, answers: Mapping[str, str]) -> dict[str, Row]:
+        """Of rows that are to be, by the digests of their answers, those that were measured, with all measures that
+        there are; none where the retrained models are others, which all are compared with."""
+        retrained = [
+            {name: each for name, each in some.items() if is_retrained(name)} for some in (answers, self.answers)
+        ]
+        if retrained[0] != retrained[1]:
+            return {}
+        known = {self.answers[name]: row for name, row in self.rows.items() if name in self.answers}
+        return {name: known[each] for name, each in answers.items() if set(known.get(each, ())) == set(MEASURES)}
 
 
 class Results:
@@ -65,6 +90,15 @@ class Results:
         with self._open() as database:
             row = database.execute(f"SELECT settings FROM cells WHERE {_THESE}", _key(setting, request)).fetchone()
         return row is not None and json.loads(row[0]) == settings
+
+    def measured(self, setting: Setting, request: str) -> Measured:
+        """What the cell has, with whatever settings it was made."""
+        key = _key(setting, request)
+        with self._open() as database:
+            facts = database.execute(f"SELECT facts FROM cells WHERE {_THESE}", key).fetchone()
+            rows = database.execute(f"SELECT method, measures FROM rows WHERE {_THESE}", key).fetchall()
+        answers = json.loads(facts[0]).get("answers", {}) if facts else {}
+        return Measured(answers, {method: json.loads(measures) for method, measures in rows})
 
     def add(
         self,

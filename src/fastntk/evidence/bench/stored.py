@@ -21,7 +21,7 @@ FORMAT = Format("stored fit", (unchanged,))
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredAnswer:
     """A method whose answer is taken from ``path`` if it was stored there under the same ``key``."""
 
     method: Method

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastntk.evidence.bench.config import CHOSEN
 from fastntk.evidence.bench.results import Cell
-from fastntk.evidence.measures import PARTS
+from fastntk.evidence.measures import PARTS, RATIOS
 from fastntk.evidence.recovery import STEPS
 from fastntk.evidence.report import ORIGINAL, is_retrained
 from fastntk.memory.audit import LIMIT_DOUBT
@@ -27,14 +27,11 @@ THEIRS = "retrained models"
 FAR = 1000.0
 """How many times as far as retrained models from each other an answer counts whose outputs are not finite."""
 
-RATIOS = {"logits": "distance_ratio", "probabilities": "probability_ratio"}
-"""The measure that is the ratio in a unit."""
-
 _UNTOLD = {**dict.fromkeys(RATIOS.values(), FAR), "relearn_steps": STEPS + 1.0}
 
 
 @dataclass(frozen=True)
-class Figure:
+class Number:
     """A number of a row on one request, whose median a summary has."""
 
     heading: str
@@ -58,11 +55,16 @@ def retrained_of(cell: Cell) -> list[str]:
     return list(filter(is_retrained, cell.rows))
 
 
+def kind_of(cell: Cell) -> str:
+    """What a cell's request is called."""
+    return KINDS.get(cell.request, cell.request)
+
+
 def groups(cells: Sequence[Cell]) -> dict[tuple[str, str], list[Cell]]:
     """The cells of each loss and kind of request."""
     found: dict[tuple[str, str], list[Cell]] = {}
     for cell in cells:
-        found.setdefault((cell.setting.loss, KINDS.get(cell.request, cell.request)), []).append(cell)
+        found.setdefault((cell.setting.loss, kind_of(cell)), []).append(cell)
     return found
 
 
@@ -87,16 +89,6 @@ def _beside(measure: str) -> Callable[[Cell, str], float | None]:
     return figure
 
 
-def _over(measure: str) -> Callable[[Cell, str], float | None]:
-    """Over the retrained models' mean."""
-
-    def figure(cell: Cell, row: str) -> float | None:
-        own, theirs = value(cell, row, measure), value(cell, THEIRS, measure)
-        return own / theirs if own is not None and theirs else None
-
-    return figure
-
-
 def off(cell: Cell, row: str) -> float | None:
     """The share of retrained models from which an accuracy on any set differs by more than ``POINTS``."""
     if row != THEIRS and row not in cell.rows:
@@ -112,13 +104,19 @@ def _far(cell: Cell, *pair: str) -> bool:
 
 
 def relearned_within(cell: Cell, row: str) -> float | None:
-    """1 if relearning on retained data gives back as much as of one of the retrained models, or between, else 0; of
-    these the mean, each beside the others."""
+    """1 if relearning on retained data gives back as much as of one of the retrained models but one, or between, else
+    0: the mean over which of them is left out. Of the retrained models the mean, each beside the others, so that all
+    rows stand beside equally many."""
     if row == THEIRS:
         return middle((relearned_within(cell, name) for name in retrained_of(cell)), mean)
-    theirs = [value(cell, name, "relearned_without") for name in retrained_of(cell) if name != row]
-    own, known = value(cell, row, "relearned_without"), [each for each in theirs if each is not None]
-    return None if own is None or not known else float(min(known) <= own <= max(known))
+    own, names = value(cell, row, "relearned_without"), retrained_of(cell)
+    left_out = [row] if row in names else names
+    beside = ([value(cell, each, "relearned_without") for each in names if each != out] for out in left_out)
+    return middle((_between(own, [each for each in some if each is not None]) for some in beside), mean)
+
+
+def _between(own: float | None, ends: Sequence[float]) -> float | None:
+    return float(min(ends) <= own <= max(ends)) if own is not None and ends else None
 
 
 def _seconds(before: Callable[[Cell, str, str], float], cell: Cell, row: str) -> float | None:
@@ -147,16 +145,16 @@ def _choosing(cell: Cell, row: str, method: str) -> float:
 
 
 FIGURES = {
-    "ratio_logits": Figure("ratio, logits", lambda cell, row: value(cell, row, RATIOS["logits"])),
-    "ratio_probabilities": Figure("ratio, probabilities", lambda cell, row: value(cell, row, RATIOS["probabilities"])),
-    "gap": Figure("gap", lambda cell, row: value(cell, row, "average_gap"), 1),
-    "membership": Figure("member, points more", _beside("membership"), 1),
-    "relearn_forgotten": Figure("relearn F, of theirs", _over("relearn_steps")),
-    "relearn_retained": Figure("relearn R, points more", _beside("relearned_without"), 1),
-    "moved": Figure("moved", lambda cell, row: value(cell, row, "moved")),
-    "request_fraction": Figure("time", partial(_seconds, _nothing), 3),
-    "prepared_fraction": Figure("with preparing", partial(_seconds, _preparing)),
-    "chosen_fraction": Figure("with choosing", partial(_seconds, _choosing)),
+    "ratio_logits": Number("ratio, logits", lambda cell, row: value(cell, row, RATIOS["logits"])),
+    "ratio_probabilities": Number("ratio, probabilities", lambda cell, row: value(cell, row, RATIOS["probabilities"])),
+    "gap": Number("gap", lambda cell, row: value(cell, row, "average_gap"), 1),
+    "membership": Number("member, points more", _beside("membership"), 1),
+    "relearn_forgotten": Number("relearn F, steps more", _beside("relearn_steps"), 1),
+    "relearn_retained": Number("relearn R, points more", _beside("relearned_without"), 1),
+    "moved": Number("moved", lambda cell, row: value(cell, row, "moved")),
+    "request_fraction": Number("time", partial(_seconds, _nothing), 3),
+    "prepared_fraction": Number("with preparing", partial(_seconds, _preparing)),
+    "chosen_fraction": Number("with choosing", partial(_seconds, _choosing)),
 }
 """What a summary has the medians of. Times are of retraining; the first is from a prepared memory."""
 
@@ -175,7 +173,8 @@ def summarise(cells: Sequence[Cell], ours: str) -> dict[str, Any]:
 
     ``flags``: of all requests, how many answers of ``ours`` were off by more than 3 points from the retrained models'
     mean (``bad``), and how many of these and of the others the verdict had flagged. ``doubt``: how many of the
-    retrained models' accuracies on the forgotten samples lay within the doubt of the answer's.
+    retrained models' accuracies on the forgotten samples lay within the doubt of the answer's. ``kinds``: both for each
+    kind of request.
     """
     rows = [
         _row(group, loss, kind, method, settings, ours)
@@ -185,7 +184,13 @@ def summarise(cells: Sequence[Cell], ours: str) -> dict[str, Any]:
         if (method, settings) == (THEIRS, "default") or any(row_of(method, settings) in cell.rows for cell in group)
     ]
     judged = [(cell, row) for cell in cells if (row := own_row(cell, ours)) in cell.rows]
-    return {"cells": len(cells), "ours": ours, "rows": rows, "flags": flags(judged), "doubt": covered(judged)}
+    kinds = {
+        kind: {"flags": flags(some), "doubt": covered(some)}
+        for kind in dict.fromkeys(map(kind_of, cells))
+        if (some := [each for each in judged if kind_of(each[0]) == kind])
+    }
+    whole = {"flags": flags(judged), "doubt": covered(judged), "kinds": kinds}
+    return {"cells": len(cells), "ours": ours, "rows": rows, **whole}
 
 
 def label_of(row: Mapping[str, Any]) -> str:

@@ -9,10 +9,9 @@ from typing import Any
 from fastntk.evidence.bench.results import Cell
 from fastntk.evidence.bench.summary import (
     FIGURES,
-    KINDS,
-    RATIOS,
     THEIRS,
     flags,
+    kind_of,
     label_of,
     middle,
     own_row,
@@ -20,7 +19,7 @@ from fastntk.evidence.bench.summary import (
     value,
     verdict_of,
 )
-from fastntk.evidence.measures import MEASURES, shown
+from fastntk.evidence.measures import MEASURES, RATIOS, shown
 from fastntk.evidence.report import ORIGINAL
 
 _NEAR, _GAP = 1.10, 0.3  # the ratio, and the points of gap beyond the retrained models' own, that are called near
@@ -95,9 +94,11 @@ _SIDES = (0, 1), (1, -1)  # of an interval: all of it above 1, all of it below
 
 
 def _others(own: Row, rows: Sequence[Row]) -> list[Row]:
-    """A row of every other method, with chosen settings where there are any; those called as ours and more are ours."""
+    """A row of every other method, with chosen settings where there are any; those called as ours and more are ours,
+    and of those that came to the same (NegGrad+ with either loss, where the fit's is cross-entropy) one counts."""
     found = {row["method"]: row for row in rows if row["method"] not in (own["method"], ORIGINAL, THEIRS)}
-    return [row for name, row in found.items() if not name.startswith(f"{own['method']}_")]
+    others = [row for name, row in found.items() if not name.startswith(f"{own['method']}_")]
+    return list({(row["ratio_logits"], row["ratio_probabilities"], row["gap"]): row for row in others}.values())
 
 
 def overviews(found: Row) -> list[Table]:
@@ -188,7 +189,7 @@ def _choices(cells: Sequence[Cell]) -> str:
 
 
 def _settings(method: Sequence[Any]) -> str:
-    name, fields = method
+    name, fields = method[:2]
     given = (f"{field}={each:.3g}" if isinstance(each, float) else f"{field}={each}" for field, each in fields.items())
     return f"{name}({', '.join(text for text in given if not text.startswith('seed='))})"
 
@@ -224,7 +225,7 @@ def _of_model(cells: Sequence[Cell], ours: str) -> list[str]:
 
 def in_words(cell: Cell, ours: str) -> str:
     """How near the answer of ``ours`` to a request came."""
-    row, setting, kind = own_row(cell, ours), cell.setting, KINDS.get(cell.request, cell.request)
+    row, setting, kind = own_row(cell, ours), cell.setting, kind_of(cell)
     ratio, original = (value(cell, name, RATIOS[cell.facts["unit"]]) for name in (row, ORIGINAL))
     theirs = sorted(cell.rows[name]["forget_accuracy"] or 0.0 for name in retrained_of(cell))
     verdict = verdict_of(cell, row)

@@ -18,7 +18,8 @@ from fastntk.tuning.outputs import model_at
 class BadTeacher:
     """Minimise ``mean_i (1 - l_i) KL(good || student) + l_i KL(bad || student)``, with ``l_i`` 1 on F and 0 on R.
 
-    The good teacher is the fitted model, the bad one has the parameters from before fitting.
+    The good teacher is the fitted model, the bad one has the parameters from before fitting: pretrained features under
+    a head that is not fitted, where the source has a network that was never trained.
 
     Attributes:
         retained_share: how much of the retained samples takes part, from 0 to 1.
@@ -27,7 +28,8 @@ class BadTeacher:
         rate: of Adam, constant, as a factor of the fit's.
         seed: of the order, and of which retained samples take part.
 
-    The official code takes one epoch with Adam at a tenth of the fit's rate, as the defaults do.
+    The official code takes one epoch with Adam at a tenth of the fit's rate, as the defaults do (of the body's: its
+    head was fitted at ten times that).
 
     Source: Chundawat et al. 2023, "Can bad teaching induce forgetting?" (arXiv 2205.08096).
     """

@@ -19,7 +19,8 @@ _MASKED = -1e4  # a logit of a class that is not there; minus infinity has no pr
 class Delete:
     """Minimise ``KL(q || student)`` over F, with q the fitted model's probabilities without the sample's class.
 
-    The retained samples are not touched. The official code descends by SGD, and has no random requests.
+    The retained samples are not touched. The official code descends by SGD, for 20 epochs where fitting took 80 to 150
+    and at 0.0005 to 0.005 of its rate, and has no random requests.
 
     Attributes:
         share: of the fit's epochs, over the forgotten samples.

@@ -24,7 +24,7 @@ class FastNTK:
             the retained samples; with the memory's own ridge alone.
         gain: multiply the step, before that, by this number, or if ``True`` by the gain of the memory's audit
             (``fastntk.memory.finish``); one below 1 only if the exact head follows. The note explains the certificate
-            of the step, with what an audit found of answers like it, if one did.
+            of the step, as a request has it; with the audit's gain, with what the audit found of answers with that.
     """
 
     prepared: ClassVar[bool] = True
@@ -41,7 +41,8 @@ class FastNTK:
         if self.ridge is not None:
             return self._at_another_ridge(problem, self.ridge)
         answer = problem.memory.preview(problem.forget)
-        certificate = replace(answer.certificate, audit=self.audit_of(problem.memory))
+        audit = self.audit_of(problem.memory) or answer.certificate.audit
+        certificate = replace(answer.certificate, audit=audit)
         if self.exact_head:
             certificate = replace(certificate, still=0.0)  # it was of the step, and of the head nothing is said
         parameters = finished(

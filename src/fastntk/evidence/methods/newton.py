@@ -3,16 +3,25 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from jaxtyping import Float
+from torch import Tensor
+
 from fastntk.evidence.methods.problem import Problem, Unlearned
 from fastntk.jacobians.products import pull
+from fastntk.solve.linalg import conjugate_gradients
+from fastntk.solve.passes import Passes
+
+_TOLERANCE = 1e-6  # of conjugate gradients
 
 
 @dataclass(frozen=True)
 class Newton:
     """``theta* - (G_R + ridge I)^-1 b_F`` with ``b_F = J_F'r_F``: certified removal's step, or an influence function.
 
-    Where the fit is stationary, ``b_D = ridge u``, it is ``s(R) - s(D)`` of ``fastntk.solve``; where it is not, it
-    differs from it by what fitting fell short of.
+    ``G_R`` is the generalised Gauss-Newton matrix of all classes. Where the fit is stationary, ``b_D = ridge u``, and
+    the loss is squared, it is ``s(R) - s(D)`` of ``fastntk.solve``; where it is not, it differs from it by what fitting
+    fell short of. A memory whose rows are of the likeliest classes alone has another optimum: there the system is
+    solved by conjugate gradients, with passes over the retained samples.
 
     Attributes:
         ridge: a total; None takes the memory's.
@@ -22,12 +31,23 @@ class Newton:
     """
 
     prepared: ClassVar[bool] = True
+    version: ClassVar[int] = 2
     ridge: float | None = None
 
     def __call__(self, problem: Problem) -> Unlearned:
-        """Answer the request by one backward pass over all samples and a solve over the stored sums."""
+        """Answer the request by one backward pass over all samples and a solve over the stored sums, or by one over the
+        forgotten and some forty passes over the retained."""
         state, network = problem.state, problem.state.network
         ridge = state.ridge if self.ridge is None else self.ridge
+        if state.solution.likeliest:
+            return Unlearned(state.moved_by(-self._solved(problem, ridge)))
         gradient = pull(network, network.residual(state.positions.tolist()))
         step = state.resolve(problem.positions, gradient / ridge, ridge)  # (G_R + ridge)^-1 (b_R - b_D)
         return Unlearned(state.moved_by(step))
+
+    @staticmethod
+    def _solved(problem: Problem, ridge: float) -> Float[Tensor, " p"]:
+        """``(G_R + ridge I)^-1 b_F`` by passes."""
+        network, retained = problem.state.network, Passes(problem.state.network, problem.staying)
+        forgotten = pull(network, network.residual(problem.positions.tolist()))
+        return conjugate_gradients(lambda v: retained.matvec(v) + ridge * v, forgotten, lambda v: v / ridge, _TOLERANCE)

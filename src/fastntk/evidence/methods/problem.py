@@ -119,7 +119,8 @@ class Unlearned:
 
 Method = Callable[[Problem], Unlearned]
 """A method answers a request. It is a frozen dataclass whose fields are its hyper-parameters; one that needs a memory
-to be prepared says so by a class variable ``prepared``."""
+to be prepared says so by a class variable ``prepared``. Where what it does has changed, a class variable ``version``
+keeps stored answers of before from being taken for its own."""
 
 
 def measured(method: Method, problem: Problem) -> Unlearned:

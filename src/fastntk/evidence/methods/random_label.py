@@ -40,8 +40,9 @@ class RandomLabel:
         rate: of Adam, constant, as a factor of the fit's.
         seed: of the labels and the order.
 
-    SalUn's official code goes through the forgotten samples first and then through the retained ones, in every epoch;
-    here their batches are mixed, as a loss over both has it.
+    SalUn's official code draws the wrong labels from all classes, so that one in C is right, and goes, for CIFAR-10 and
+    SVHN, through the forgotten samples first and then through the retained ones in every epoch; here labels are wrong,
+    and batches are mixed, as a loss over both has it (and as that code has it for CIFAR-100).
 
     Source: Golatkar, Achille, Soatto 2020 (arXiv 1911.04933); Fan et al. 2024, "SalUn" (arXiv 2310.12508).
     """

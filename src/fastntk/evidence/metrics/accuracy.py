@@ -1,12 +1,7 @@
-"""How often, and by how much, the right class wins."""
+"""How sure of the labels a model is."""
 
 from jaxtyping import Float, Int
 from torch import Tensor
-
-
-def accuracy(logits: Float[Tensor, "samples classes"], labels: Int[Tensor, " samples"]) -> float:
-    """The share of samples whose largest logit is their label's, in percent; NaN for no samples."""
-    return 100 * float((logits.argmax(1) == labels).double().mean())
 
 
 def label_probability(logits: Float[Tensor, "samples classes"], labels: Int[Tensor, " samples"]) -> float:

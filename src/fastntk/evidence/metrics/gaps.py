@@ -8,7 +8,8 @@ def average_gap(ours: Mapping[str, float], retrained: Mapping[str, float]) -> fl
     """``mean_k |ours_k - retrained_k|`` in points, over measures in percent; 0 is best.
 
     SalUn's average gap takes the accuracies on the retained, forgotten and test samples and the success of a membership
-    attack on the forgotten ones. Source: Fan et al. 2024 (arXiv 2310.12508).
+    attack on the forgotten ones: there a support vector machine on confidences, in this project's measure a threshold
+    on the modified entropy (``fastntk.metrics.taken_for_members``). Source: Fan et al. 2024 (arXiv 2310.12508).
 
     Raises:
         ValueError: the two do not hold the same measures.

@@ -3,6 +3,8 @@
 from jaxtyping import Float
 from torch import Tensor
 
+from fastntk.tuning.outputs import accuracy
+
 
 def divergence(
     left: Float[Tensor, "batch classes"], right: Float[Tensor, "batch classes"], temperature: float = 1.0
@@ -19,4 +21,4 @@ def kl_divergence(left: Float[Tensor, "samples classes"], right: Float[Tensor, "
 
 def agreement(left: Float[Tensor, "samples classes"], right: Float[Tensor, "samples classes"]) -> float:
     """The share of samples that both models put into the same class, in percent."""
-    return 100 * float((left.argmax(1) == right.argmax(1)).double().mean())
+    return accuracy(left, right.argmax(1))

@@ -55,7 +55,8 @@ def ulira(unlearned: Margins, retrained: Float[Tensor, "others samples"]) -> Flo
     The first rows are the unlearned models, then the retrained. For each model and sample a normal distribution is
     fitted to the margins of the other models of either kind, and the likelier kind is named; ties count a half. The
     mean is 0.5 where the kinds are the same. Source: Hayes et al. 2024, "Inexact unlearning needs more careful
-    evaluations to avoid a false sense of privacy" (arXiv 2403.01218), leaving one model out.
+    evaluations to avoid a false sense of privacy" (arXiv 2403.01218), leaving one model out. Where models differ in
+    their seeds alone, and not in their training data too, as there, the two kinds are easier to tell.
 
     Raises:
         ValueError: there are fewer than three models of a kind.
