@@ -50,6 +50,8 @@ def _checked(function: Callable, **options: object) -> Callable:
 
 jaxtyping.jaxtyped = lambda **options: lambda function: _checked(function, **options)
 jaxtyping.install_import_hook("fastntk", "beartype.beartype")
+from runs import colours, fitted, given, run  # noqa: E402, F401 (fixtures, checked as all else is)
+
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 torch.set_flush_denormal(True)
 if "TMPDIR" not in os.environ and os.access(IN_MEMORY, os.W_OK) and shutil.disk_usage(IN_MEMORY).free > ROOM:

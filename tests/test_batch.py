@@ -6,7 +6,7 @@ from hashlib import sha256
 
 import numpy as np
 import pytest
-from test_cli import data, refuse, run, succeed  # noqa: F401
+from runs import refuse, succeed
 
 import fastntk
 from fastntk.cli import batch
@@ -33,9 +33,9 @@ def asked(tmp_path):
     return tmp_path / "asked.csv"
 
 
-def test_a_batch(run, data, asked, tmp_path, monkeypatch):  # noqa: F811
+def test_a_batch(fitted, colours, asked, tmp_path, monkeypatch):
     """Killed before the second answer, and after it before its certificate; then gone on with."""
-    folder, out = shutil.copytree(run, tmp_path / "run"), tmp_path / "out"
+    folder, out = shutil.copytree(fitted, tmp_path / "run"), tmp_path / "out"
     people = str(tmp_path / "owners.csv")
     given = ("forget", folder, "--requests", asked, "--out", out, "--owners", people)
     opened, before = Run(folder), Memory.forget
@@ -72,12 +72,12 @@ def test_a_batch(run, data, asked, tmp_path, monkeypatch):  # noqa: F811
         "r5": (UNKNOWN, 0, 0, 1),
     }
     assert summary["purged"]
-    assert summary["samples_left"] == len(np.load(data)["y_train"]) - 4
+    assert summary["samples_left"] == len(np.load(colours)["y_train"]) - 4
     entries = json.loads(succeed("ledger", folder, "--json"))["requests"]
     assert [each["state"] for each in entries] == ["purged", "purged"]
     assert sorted(path.name for path in (out / "certificates").iterdir()) == ["r1.json", "r2.json"]
     first, second = (json.loads((out / "certificates" / f"r{k}.json").read_text())["certificate"] for k in (1, 2))
-    twin = shutil.copytree(run, tmp_path / "twin")
+    twin = shutil.copytree(fitted, tmp_path / "twin")
     assert first["after"] == json.loads(succeed("forget", twin, "--ids", "0,1", "--json"))["after"]
     assert first["salt"]
     for name, ids in (("r1", ["0", "1"]), ("r2", ["4", "5"])):
@@ -103,8 +103,8 @@ def test_a_batch(run, data, asked, tmp_path, monkeypatch):  # noqa: F811
     refuse("--requests answers.*--dry-run", *given, "--dry-run")
 
 
-def test_a_request_that_is_refused_does_not_keep_the_others(run, data, tmp_path):  # noqa: F811
-    folder, count = shutil.copytree(run, tmp_path / "run"), len(np.load(data)["y_train"])
+def test_a_request_that_is_refused_does_not_keep_the_others(fitted, colours, tmp_path):
+    folder, count = shutil.copytree(fitted, tmp_path / "run"), len(np.load(colours)["y_train"])
     rows = [
         {"request": "everyone", "ids": list(range(count))},
         {"request": "summary", "ids": [3, 3, "3"]},
@@ -119,9 +119,9 @@ def test_a_request_that_is_refused_does_not_keep_the_others(run, data, tmp_path)
     assert summary["purged"]
 
 
-def test_what_another_command_answered_meanwhile_is_not_taken_for_a_request(run, tmp_path, monkeypatch):  # noqa: F811
+def test_what_another_command_answered_meanwhile_is_not_taken_for_a_request(fitted, tmp_path, monkeypatch):
     """Killed after it said what it would do; then somebody else's request gets the number that it had in mind."""
-    folder, out = shutil.copytree(run, tmp_path / "run"), tmp_path / "out"
+    folder, out = shutil.copytree(fitted, tmp_path / "run"), tmp_path / "out"
     (tmp_path / "asked.csv").write_text("request,ids\nr1,4 5\n")
 
     def killed(self, ids, **more):

@@ -12,7 +12,7 @@ import torch
 import yaml
 from fastntk.methods import FastNTK, FineTune, Newton, Problem
 from fastntk.metrics import accuracy, average_gap, logit_distance, modified_entropy, taken_for_members
-from test_cli import refuse, succeed
+from runs import refuse, succeed
 
 import fastntk
 from fastntk.evidence import report as reports

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_cli import succeed
+from runs import succeed
 from torch import nn
 from torch.utils.data import DataLoader
 

@@ -1,7 +1,5 @@
 """The command line as a user types it."""
 
-import contextlib
-import io
 import json
 import re
 import shutil
@@ -11,9 +9,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from runs import MODEL, RATE, refuse, succeed
 from safetensors.torch import load_file
 
-from fastntk.cli.main import main
 from fastntk.cli.run import Run
 from fastntk.cli.settings import Settings
 from fastntk.common.files import write_json
@@ -22,21 +20,6 @@ from fastntk.inputs.models import load_model
 from fastntk.inputs.sources import load_data
 from fastntk.solve import speeds
 from fastntk.tuning.selectors import tune
-
-MODEL = ["--model", "mobilenetv3_small_050", "--image-size", "32"]
-RATE = ["--learning-rate", 0.01]
-
-
-def fastntk(*arguments):
-    """The command in this process: exit status, standard output, standard error."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            main([str(argument) for argument in arguments])
-            status = 0
-        except SystemExit as exit_:
-            status = exit_.code or 0
-    return subprocess.CompletedProcess(arguments, status, out.getvalue(), err.getvalue())
 
 
 def test_a_process_of_its_own(tmp_path):
@@ -50,49 +33,13 @@ def test_a_process_of_its_own(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def succeed(*arguments):
-    done = fastntk(*arguments)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def copied(fitted, tmp_path):
+    return shutil.copytree(fitted, tmp_path / "run")
 
 
-def refuse(message, *arguments):
-    done = fastntk(*arguments)
-    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
-    assert re.search(message, done.stderr.replace("\n", " ")), done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stderr
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Three classes that colour tells apart."""
-    path = tmp_path_factory.mktemp("data") / "colours.npz"
-    generator = np.random.default_rng(0)
-    y = np.arange(36) % 3
-    x = generator.integers(0, 60, (36, 32, 32, 3), dtype=np.uint8)
-    x[np.arange(36), :, :, y] += 150
-    np.savez(path, x_train=x[:30], y_train=y[:30], x_test=x[30:], y_test=y[30:], classes=["red", "green", "blue"])
-    return path
-
-
-@pytest.fixture(scope="module")
-def run(data, tmp_path_factory):
-    """A run that was fitted and prepared."""
-    folder = tmp_path_factory.mktemp("runs") / "colours"
-    text = succeed("fit", folder, *MODEL, "--data", data, "--epochs", 4, "--batch-size", 4, *RATE)
-    assert "Next: fastntk prepare" in text
-    assert "Next: fastntk forget" in succeed("prepare", folder)
-    return folder
-
-
-def copied(run, tmp_path):
-    return shutil.copytree(run, tmp_path / "run")
-
-
-def test_a_run_fitted_to_cross_entropy(data, tmp_path):
+def test_a_run_fitted_to_cross_entropy(colours, tmp_path):
     run = tmp_path / "run"
-    succeed("fit", run, *MODEL, "--data", data, "--epochs", 2, "--loss", "cross-entropy")
+    succeed("fit", run, *MODEL, "--data", colours, "--epochs", 2, "--loss", "cross-entropy")
     succeed("prepare", run)
     assert "trusted" in succeed("forget", run, "--ids", "3,7")
     refuse(
@@ -101,18 +48,18 @@ def test_a_run_fitted_to_cross_entropy(data, tmp_path):
         tmp_path / "other",
         *MODEL,
         "--data",
-        data,
+        colours,
         "--loss",
         "hinge",
     )
 
 
-def test_a_run_fitted_as_people_do_it_and_one_that_was_fitted_elsewhere(data, tmp_path):
+def test_a_run_fitted_as_people_do_it_and_one_that_was_fitted_elsewhere(colours, tmp_path):
     run, other = tmp_path / "run", tmp_path / "other"
     how = ["--loss", "cross-entropy", "--label-smoothing", 0.1, "--optimizer", "adamw", "--weight-decay", 0.05]
     how += ["--decay-toward", "zero", "--augment", "flip", "--augment", "crop"]
-    given = [*MODEL, "--data", data]
-    fitted = json.loads(succeed("fit", run, *given, *how, "--epochs", 2, "--validation", data, "--json"))
+    given = [*MODEL, "--data", colours]
+    fitted = json.loads(succeed("fit", run, *given, *how, "--epochs", 2, "--validation", colours, "--json"))
     assert [len(fitted[each]) for each in ("losses", "accuracies", "validation")] == [2, 2, 2]
     assert json.loads(succeed("prepare", run, "--json"))["form"] == "convex"
     assert "trusted" in succeed("forget", run, "--ids", "3,7")
@@ -133,8 +80,8 @@ def test_a_run_fitted_as_people_do_it_and_one_that_was_fitted_elsewhere(data, tm
     assert "witnesses" in succeed("forget", other, "--ids", "3,7")
 
 
-def test_the_whole_job(run, tmp_path):
-    folder = copied(run, tmp_path)
+def test_the_whole_job(fitted, tmp_path):
+    folder = copied(fitted, tmp_path)
     before = load_file(folder / "model.safetensors")
     preview = json.loads(succeed("forget", folder, "--ids", "3,17", "--dry-run", "--json"))
     assert json.loads(succeed("ledger", folder, "--json"))["requests"] == []
@@ -180,14 +127,14 @@ def test_the_whole_job(run, tmp_path):
     the_later_life(folder)
 
 
-def test_training_images_are_not_taken_for_test_images(run, data, tmp_path):
-    folder, arrays = copied(run, tmp_path), np.load(data)
+def test_training_images_are_not_taken_for_test_images(fitted, colours, tmp_path):
+    folder, arrays = copied(fitted, tmp_path), np.load(colours)
     np.savez(tmp_path / "plain.npz", x=arrays["x_train"], y=arrays["y_train"], classes=arrays["classes"])
     settings = Settings.read(folder / "run.json")
     write_json(folder / "run.json", replace(settings, data=str(tmp_path / "plain.npz")).written())
     succeed("forget", folder, "--ids", "3")
     refuse("has no test split.*--test", "evaluate", folder)
-    assert "retrain" in succeed("evaluate", folder, "--test", data, "--retrained", 0)
+    assert "retrain" in succeed("evaluate", folder, "--test", colours, "--retrained", 0)
 
 
 def the_later_life(folder):
@@ -226,9 +173,9 @@ def the_later_life(folder):
     assert not list(folder.glob(".*"))
 
 
-def test_seed_repeats_a_fit(run, data, tmp_path):
-    succeed("fit", tmp_path / "again", *MODEL, "--data", data, "--epochs", 4, "--batch-size", 4, *RATE)
-    left, right = (load_file(folder / "model.safetensors") for folder in (run, tmp_path / "again"))
+def test_seed_repeats_a_fit(fitted, colours, tmp_path):
+    succeed("fit", tmp_path / "again", *MODEL, "--data", colours, "--epochs", 4, "--batch-size", 4, *RATE)
+    left, right = (load_file(folder / "model.safetensors") for folder in (fitted, tmp_path / "again"))
     assert all((left[name] == right[name]).all() for name in left)
 
 
@@ -260,12 +207,14 @@ def test_help_explains_every_command(command):
         ("device 'abacus' is not there", ["--ids", "1", "--device", "abacus"]),
     ],
 )
-def test_bad_requests_change_no_file(message, arguments, run):
+def test_bad_requests_change_no_file(message, arguments, fitted):
     def times():
-        return {path.name: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and path.name != "lock"}
+        return {
+            path.name: path.stat().st_mtime_ns for path in fitted.rglob("*") if path.is_file() and path.name != "lock"
+        }
 
     before = times()
-    refuse(message, "forget", run, *arguments)
+    refuse(message, "forget", fitted, *arguments)
     assert times() == before
 
 
@@ -280,26 +229,26 @@ def test_bad_requests_change_no_file(message, arguments, run):
         ("Invalid value|not a valid", ["--epochs", "many"]),
     ],
 )
-def test_bad_fits_leave_no_file(message, arguments, data, tmp_path):
-    refuse(message, "fit", tmp_path / "new", *MODEL, "--data", data, *arguments)
+def test_bad_fits_leave_no_file(message, arguments, colours, tmp_path):
+    refuse(message, "fit", tmp_path / "new", *MODEL, "--data", colours, *arguments)
     assert not list((tmp_path / "new").glob("*"))
 
 
-def test_bad_folders_and_files(run, data, tmp_path):
+def test_bad_folders_and_files(fitted, colours, tmp_path):
     refuse("holds no run", "prepare", tmp_path)
     refuse("holds no run", "evaluate", tmp_path / "none")
     (tmp_path / "file").write_text("")
-    refuse("cannot be written", "fit", tmp_path / "file" / "run", *MODEL, "--data", data)
-    refuse("nothing has been forgotten", "evaluate", run)
-    refuse("must be 'auto' or a number", "prepare", run, "--ridge", "big")
-    refuse("ridge must be a positive number", "prepare", run, "--ridge", "-1")
-    folder = copied(run, tmp_path)
+    refuse("cannot be written", "fit", tmp_path / "file" / "run", *MODEL, "--data", colours)
+    refuse("nothing has been forgotten", "evaluate", fitted)
+    refuse("must be 'auto' or a number", "prepare", fitted, "--ridge", "big")
+    refuse("ridge must be a positive number", "prepare", fitted, "--ridge", "-1")
+    folder = copied(fitted, tmp_path)
     [memory] = (folder / "memory").glob("base-*.safetensors")
     memory.write_bytes(memory.read_bytes()[:-9])
     refuse(rf"{memory.name} is damaged", "forget", folder, "--ids", "1")
     refuse(rf"{memory.name} is damaged", "verify", folder)
     refuse("there is no ledger", "ledger", tmp_path)
-    initial = bytearray((run / "initial.safetensors").read_bytes())
+    initial = bytearray((fitted / "initial.safetensors").read_bytes())
     initial[-5] ^= 4
     (folder / "initial.safetensors").write_bytes(initial)
     for command in ("verify", "prepare", "plan"):
@@ -308,17 +257,17 @@ def test_bad_folders_and_files(run, data, tmp_path):
     refuse("run.json cannot be read as JSON", "forget", folder, "--ids", "1")
 
 
-def test_a_plan_before_and_after_there_is_a_run(data, run, monkeypatch):
+def test_a_plan_before_and_after_there_is_a_run(colours, fitted, monkeypatch):
     monkeypatch.setattr(speeds, "_AIM", 0.02)  # seconds a trial; what takes how long is not looked at
     monkeypatch.setattr(speeds, "_TRIAL", 256)
-    before = json.loads(succeed("plan", *MODEL, "--data", data, "--form", "primal", "--json"))
-    after = json.loads(succeed("plan", run, "--form", "primal", "--json"))
+    before = json.loads(succeed("plan", *MODEL, "--data", colours, "--form", "primal", "--json"))
+    after = json.loads(succeed("plan", fitted, "--form", "primal", "--json"))
     assert before["workload"] == after["workload"]
     assert before["bytes"] == after["bytes"] > 0
-    assert "peak memory" in succeed("plan", *MODEL, "--data", data)
+    assert "peak memory" in succeed("plan", *MODEL, "--data", colours)
     refuse("either a run folder, or --model and --data", "plan")
-    refuse("either a run folder, or --model and --data", "plan", run, *MODEL, "--data", data)
-    refuse("either a run folder, or --model and --data", "plan", run, "--select", "bn")
+    refuse("either a run folder, or --model and --data", "plan", fitted, *MODEL, "--data", colours)
+    refuse("either a run folder, or --model and --data", "plan", fitted, "--select", "bn")
 
 
 def test_what_can_be_named_and_tuned():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from cases import CASES
-from test_cli import MODEL, RATE, refuse, succeed
+from runs import MODEL, RATE, refuse, succeed
 from test_memory import moved
 from torch.utils.data import TensorDataset
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from cases import CASES
-from test_cli import MODEL, RATE, data, refuse, succeed  # noqa: F401
+from runs import MODEL, RATE, refuse, succeed
 from test_memory import close
 from torch.func import functional_call, jacrev
 from torch.utils.data import Subset, TensorDataset
@@ -286,11 +286,11 @@ def gradient_of(memory):
     return float(torch.autograd.grad(value, d)[0].norm())
 
 
-def test_on_the_command_line(data, tmp_path):  # noqa: F811
+def test_on_the_command_line(colours, tmp_path):
     """Fitted, asked, learned, exported; what the core is stays, and new images are found again."""
     run, core = tmp_path / "run", tmp_path / "core.txt"
     core.write_text("\n".join(map(str, range(0, 30, 2))))
-    given = ["--data", data, "--epochs", 2, *RATE, "--seed", 3]
+    given = ["--data", colours, "--epochs", 2, *RATE, "--seed", 3]
     said = succeed("fit", run, *MODEL, *given, "--core", core)
     assert "15 other samples were solved for" in said
     assert f"fastntk forget {run}" in said.replace("\n", "")
@@ -315,23 +315,23 @@ def test_on_the_command_line(data, tmp_path):  # noqa: F811
     told = (tmp_path / "hub" / "README.md").read_text()
     assert "the same fit, from a core that is not forgotten" in told
     assert "linearisation" not in told
-    refuse("leave held-out data out", "audit", run, "--test", data)
+    refuse("leave held-out data out", "audit", run, "--test", colours)
     refuse("no anchor to be moved", "refresh", run)
     refuse("the convex form alone", "prepare", never, "--form", "primal")
     core.write_text("0\n2\n")
     refuse("names other samples than when it was fitted", "prepare", never)
     new = tmp_path / "new.npz"
-    with np.load(data) as arrays:
+    with np.load(colours) as arrays:
         np.savez(new, x=arrays["x_test"], y=arrays["y_test"], classes=arrays["classes"])
     before = Run(run).memory()[0].parameters
     told = json.loads(succeed("learn", run, "--data", new, "--json"))
     assert (told["kind"], told["samples"], told["verdict"]) == ("remember", 6, "exact")
     refuse("was learned already", "learn", run, "--data", new)
     refuse("no file|neither", "learn", run, "--data", tmp_path / "none.npz")
-    elsewhere = data.rename(tmp_path / "elsewhere.npz")
+    elsewhere = colours.rename(tmp_path / "elsewhere.npz")
     refuse("--fitted-to", "learn", never, "--data", new)
     succeed("learn", never, "--data", new, "--fitted-to", elsewhere)
-    elsewhere.rename(data)
+    elsewhere.rename(colours)
     new.rename(elsewhere)
     refuse("put them back", "forget", never, "--ids", "3")
     elsewhere.rename(new)
@@ -347,14 +347,14 @@ def test_on_the_command_line(data, tmp_path):  # noqa: F811
     refuse("names '99'|names 99", "fit", tmp_path / "x", *MODEL, *given, "--core", core)
 
 
-def test_a_core_of_other_images(data, tmp_path):  # noqa: F811
+def test_a_core_of_other_images(colours, tmp_path):
     """Of the same classes, with their head; or of others, whose backbone alone is taken."""
-    with np.load(data) as arrays:
+    with np.load(colours) as arrays:
         x, y, names = arrays["x_train"], arrays["y_train"], arrays["classes"]
     same, other = tmp_path / "same.npz", tmp_path / "other.npz"
     np.savez(same, x=255 - x[:20], y=y[:20], classes=names)
     np.savez(other, x=255 - x[:20], y=y[:20] % 2, classes=["this", "that"])
-    given = ["--data", data, "--epochs", 2, *RATE, "--seed", 3]
+    given = ["--data", colours, "--epochs", 2, *RATE, "--seed", 3]
     anchors = {}
     for core in (same, other):
         run = tmp_path / core.stem
@@ -376,7 +376,7 @@ def test_a_core_of_other_images(data, tmp_path):  # noqa: F811
     told = json.loads(succeed("forget", tmp_path / "noisy", "--ids", "4", "--json"))["removal"]
     assert (told["eps"], told["delta"]) == (0.5, 1e-4)
     theirs = tmp_path / "same" / "model.safetensors"
-    said = succeed("fit", tmp_path / "taken", *MODEL, "--data", data, "--core", same, "--fitted", theirs)
+    said = succeed("fit", tmp_path / "taken", *MODEL, "--data", colours, "--core", same, "--fitted", theirs)
     assert "taken for true: the weights were fitted to the core alone" in said.replace("\n", " ")
     close(Run(tmp_path / "taken").memory()[0].anchor, anchors[same], 0)
     away, twice, none = tmp_path / "away", tmp_path / "twice.npz", tmp_path / "none.txt"
@@ -392,8 +392,8 @@ def test_a_core_of_other_images(data, tmp_path):  # noqa: F811
         refuse("--removal is eps", *noisy, wrong)
     for wrong in ("0,0.1", "nan,0.1", "2,0.1", "1,1"):
         refuse("eps above 0", *noisy, wrong)
-    refuse("--removal goes with --core", "fit", away, *MODEL, "--data", data, "--removal", "1,1e-5")
-    refuse("--validation does not measure", "fit", away, *MODEL, *given, "--core", other, "--validation", data)
+    refuse("--removal goes with --core", "fit", away, *MODEL, "--data", colours, "--removal", "1,1e-5")
+    refuse("--validation does not measure", "fit", away, *MODEL, *given, "--core", other, "--validation", colours)
     never = shutil.copytree(tmp_path / "other", tmp_path / "never")
     np.savez(other, x=x[:20] // 2, y=y[:20] % 2, classes=["this", "that"])
     shutil.rmtree(never / "memory")

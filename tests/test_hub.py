@@ -8,7 +8,7 @@ import pytest
 import torch
 from alone import alone
 from PIL import Image
-from test_cli import RATE, refuse, succeed
+from runs import RATE, refuse, succeed
 
 from fastntk.cli.run import Run
 from fastntk.inputs.hub import _processor

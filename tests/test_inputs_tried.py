@@ -20,7 +20,7 @@ import pytest
 import test_cli
 import torch
 from PIL import Image, PngImagePlugin
-from test_run import MODEL
+from runs import NETWORK
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from world import PAIRS, PIXELS, STATE, A, World, X, Y, put
@@ -43,8 +43,8 @@ def made(tmp_path_factory):
     for name in ("[b]", "[i]"):
         (here / "[data]" / name).mkdir(parents=True)
         put(here / "[data]" / name / "[u]1.png", Image.fromarray(PIXELS[0]).save)
-    put(here / "[bold].py", MODEL)
-    model, _ = fastntk.load_model(f"{put(here / 'own.py', MODEL)}:small", 2)
+    put(here / "[bold].py", NETWORK)
+    model, _ = fastntk.load_model(f"{put(here / 'own.py', NETWORK)}:small", 2)
     fastntk.tune(model, "bn", "head")
     data = TensorDataset(X, Y)
     initial = fastntk.fit(model, data, epochs=2, batch_size=4, learning_rate=1e-2).initial

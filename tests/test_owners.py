@@ -7,9 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_cli import MODEL, data, refuse, run, succeed  # noqa: F401
+from runs import MODEL, RECIPE, prepared, refuse, succeed
 from test_data import photos
-from test_run import RECIPE, given, prepared  # noqa: F401
 
 import fastntk
 from fastntk.cli.batch import ANSWERED, REFUSED
@@ -108,10 +107,10 @@ def test_a_file_that_is_no_table_of_owners_is_refused(text, message, tmp_path):
         owners_of(written(tmp_path, text), "anywhere", images())
 
 
-def test_requests_that_name_people(run, data, tmp_path):  # noqa: F811
+def test_requests_that_name_people(fitted, colours, tmp_path):
     """Counts, requests, who owns nothing any more, and data that have moved meanwhile; names stay out of the folder."""
-    folder = shutil.copytree(run, tmp_path / "run")
-    count = len(np.load(data)["y_train"])
+    folder = shutil.copytree(fitted, tmp_path / "run")
+    count = len(np.load(colours)["y_train"])
     people = written(
         tmp_path, "id,owner\n" + "".join(f"{i},{'Zuleika' if i < 3 else 'Bob'}\n" for i in range(count - 1))
     )
@@ -132,21 +131,21 @@ def test_requests_that_name_people(run, data, tmp_path):  # noqa: F811
     for path in folder.rglob("*"):
         assert path.is_dir() or b"Zuleika" not in path.read_bytes()
     moved = tmp_path / "elsewhere.npz"
-    moved.write_bytes(data.read_bytes())
+    moved.write_bytes(colours.read_bytes())
     document = json.loads((folder / "run.json").read_text())
     assert "forget: 1 samples" in succeed("forget", folder, "--match", "1[0]", "--data", moved)
     refuse("no sample's id matches", "forget", folder, "--match", "x*", "--data", moved)
     succeed("refresh", folder, "--data", moved)
     assert json.loads((folder / "run.json").read_text())["data"] == document["data"], "where they were fitted from"
-    other = dict(np.load(data))
+    other = dict(np.load(colours))
     other["x_train"] = 255 - other["x_train"]
     np.savez(tmp_path / "other.npz", **other)
     refuse("has another image or label under id", "forget", folder, "--ids", "20", "--data", tmp_path / "other.npz")
 
 
-def test_a_fit_remembers_where_owners_are_named_and_not_who_they_are(data, tmp_path):  # noqa: F811
+def test_a_fit_remembers_where_owners_are_named_and_not_who_they_are(colours, tmp_path):
     people = written(tmp_path, "id,owner\n0,Zuleika\n1,Bob\n")
-    given = ("fit", tmp_path / "run", *MODEL, "--data", data, "--epochs", 1)  # noqa: F811
+    given = ("fit", tmp_path / "run", *MODEL, "--data", colours, "--epochs", 1)
     refuse("cannot be read as a table", *given, "--owners", tmp_path / "nowhere.csv")
     assert not (tmp_path / "run").exists()
     succeed(*given, "--owners", people)
@@ -181,9 +180,9 @@ def test_owners_of_images_that_were_learned_are_read_where_those_come_from(tmp_p
 
 
 @pytest.fixture
-def of_people(given, tmp_path):  # noqa: F811
+def of_people(given, tmp_path):
     """A run over photos of people, one of whose images is gone from the disk."""
-    data = photos(tmp_path / "photos", "cat", "dog", count=0)  # noqa: F811
+    data = photos(tmp_path / "photos", "cat", "dog", count=0)
     for place, name in enumerate(("alice", "bob", "carl")):
         for kind in ("cat", "dog"):
             photos(data / kind, name, count=4, first=4 * place)

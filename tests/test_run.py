@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from runs import NETWORK, RECIPE, prepared
 from test_data import photos
 from test_folder import Killed, failing
 
@@ -15,44 +16,11 @@ import fastntk
 from fastntk.cli import preparing
 from fastntk.cli.asked import forgotten
 from fastntk.cli.run import Run
-from fastntk.cli.settings import Given, Settings
+from fastntk.cli.settings import Settings
 from fastntk.common import files
 from fastntk.common.files import file_digest, read_tensors, switching, write_json
 from fastntk.jacobians.numerics import Numerics
 from fastntk.memory.certificate import HEAD_NEEDED, Certificate
-from fastntk.tuning.recipe import Recipe
-
-MODEL = """
-from torch import nn
-from fastntk import Preprocessing
-
-def small(classes):
-    layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    return nn.Sequential(*layers, nn.Linear(4, classes)), Preprocessing(8, (0.5,) * 3, (0.5,) * 3)
-"""
-RECIPE = Recipe(epochs=2, batch_size=4, learning_rate=1e-2)
-
-
-@pytest.fixture(scope="module")
-def given(tmp_path_factory):
-    """What runs are made of."""
-    place = tmp_path_factory.mktemp("given")
-    (place / "own.py").write_text(MODEL)
-    x = np.random.default_rng(0).integers(0, 255, (20, 8, 8, 3), dtype=np.uint8)
-    np.savez(place / "data.npz", x_train=x, y_train=np.arange(20) % 2, x_test=x[:4], y_test=np.arange(4) % 2)
-    return Given(f"{place}/own.py:small", f"{place}/data.npz", None, ("bn", "head"), None)
-
-
-def prepared(run):
-    return run.prepare("auto", "auto", "auto", 0, Numerics())
-
-
-@pytest.fixture
-def run(given, tmp_path):
-    made = Run(tmp_path / "run")
-    made.fit(given, RECIPE)
-    prepared(made)
-    return made
 
 
 def state(folder):
@@ -225,7 +193,7 @@ def test_a_model_and_data_that_have_moved(given, tmp_path):
     there.memory()[0].forget([3])
     assert there.evaluate(None, 1).to_dict()
     assert state(run.folder) == before
-    (moved / "own.py").write_text(MODEL.replace("nn.ReLU()", "nn.Tanh()"))
+    (moved / "own.py").write_text(NETWORK.replace("nn.ReLU()", "nn.Tanh()"))
     with pytest.raises(fastntk.InputError, match="or the model is another"):
         Run(run.folder, "cpu", f"{moved}/data.npz", f"{moved}/own.py:small").memory()
 

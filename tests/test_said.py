@@ -6,9 +6,8 @@ import shutil
 from dataclasses import replace
 
 import pytest
-from test_cli import refuse, succeed
+from runs import RECIPE, prepared, refuse, succeed
 from test_data import photos
-from test_run import RECIPE, given, prepared, run  # noqa: F401 (fixtures)
 
 import fastntk
 from fastntk.cli.commands import requests as commands
@@ -21,7 +20,7 @@ def states(folder):
     return [each["state"] for each in json.loads(succeed("ledger", folder, "--json"))["requests"]]
 
 
-def test_a_purge_that_fails_is_no_failed_request(run, monkeypatch):  # noqa: F811
+def test_a_purge_that_fails_is_no_failed_request(run, monkeypatch):
     def failing(self):
         raise fastntk.InputError("the disk is full.")
 
@@ -35,7 +34,7 @@ def test_a_purge_that_fails_is_no_failed_request(run, monkeypatch):  # noqa: F81
     assert "nothing to purge" in succeed("purge", run.folder)
 
 
-def test_an_answer_is_shown_when_its_purge_is_interrupted(run, monkeypatch, capsys):  # noqa: F811
+def test_an_answer_is_shown_when_its_purge_is_interrupted(run, monkeypatch, capsys):
     def interrupted(self):
         raise KeyboardInterrupt
 
@@ -48,20 +47,20 @@ def test_an_answer_is_shown_when_its_purge_is_interrupted(run, monkeypatch, caps
 
 
 @pytest.mark.parametrize("where", ["", "file/certificate.json"])
-def test_a_certificate_that_cannot_be_written_is_refused_before_the_request(where, run, tmp_path):  # noqa: F811
+def test_a_certificate_that_cannot_be_written_is_refused_before_the_request(where, run, tmp_path):
     (tmp_path / "file").write_text("")
     refuse("is a folder|cannot be written", "forget", run.folder, "--ids", "3", "--certificate", tmp_path / where)
     assert states(run.folder) == []
 
 
-def test_partial_sums_go_with_a_purge(run):  # noqa: F811
+def test_partial_sums_go_with_a_purge(run):
     (run.folder / "partial").mkdir()
     (run.folder / "partial" / "sums-0.safetensors").write_bytes(b"of everybody")
     succeed("forget", run.folder, "--ids", "3")
     assert not (run.folder / "partial").exists()
 
 
-def test_brackets_are_brackets(run, tmp_path):  # noqa: F811
+def test_brackets_are_brackets(run, tmp_path):
     for name in ("[red]", "[/]", "[bold", ":smile:"):
         refuse(re.escape(f"id {name!r} is not in the memory"), "forget", run.folder, "--ids", name)
         place = run.folder.rename(run.folder.with_name(name.replace("/", "|")))
@@ -69,9 +68,9 @@ def test_brackets_are_brackets(run, tmp_path):  # noqa: F811
         place.rename(run.folder)
 
 
-def test_a_class_that_was_forgotten_may_be_deleted_from_the_disk(given, tmp_path):  # noqa: F811
+def test_a_class_that_was_forgotten_may_be_deleted_from_the_disk(given, tmp_path):
     data = photos(tmp_path / "photos", "anna", "bert", "carl", count=8)
-    run = Run(tmp_path / "run")  # noqa: F811
+    run = Run(tmp_path / "run")
     run.fit(replace(given, data=str(data)), RECIPE)
     prepared(run)
     succeed("forget", run.folder, "--class-name", "bert")
@@ -85,14 +84,14 @@ def test_a_class_that_was_forgotten_may_be_deleted_from_the_disk(given, tmp_path
     refuse("does not know: dora", "export", run.folder)
 
 
-def test_forgetting_with_a_refresh_re_anchors(run):  # noqa: F811
+def test_forgetting_with_a_refresh_re_anchors(run):
     assert json.loads(succeed("forget", run.folder, "--ids", "3", "--refresh", "--json"))["samples"] == 1
     assert states(run.folder) == ["re-anchored", "purged"]
     refuse("leave out --defer-purge", "forget", run.folder, "--ids", "4", "--refresh", "--defer-purge")
     refuse("go with --refresh", "forget", run.folder, "--ids", "4", "--step-alone")
 
 
-def test_what_cannot_be_re_anchored_as_asked_is_refused_before_anything_is_forgotten(run):  # noqa: F811
+def test_what_cannot_be_re_anchored_as_asked_is_refused_before_anything_is_forgotten(run):
     refuse("a gain comes from an audit", "forget", run.folder, "--ids", "3", "--refresh", "--gain")
     assert states(run.folder) == []
     succeed("audit", run.folder)
@@ -102,7 +101,7 @@ def test_what_cannot_be_re_anchored_as_asked_is_refused_before_anything_is_forgo
     assert entry["exact_head"] is True
 
 
-def test_a_refresh_that_fails_leaves_the_answer_and_says_so(run, monkeypatch):  # noqa: F811
+def test_a_refresh_that_fails_leaves_the_answer_and_says_so(run, monkeypatch):
     def failing(*_arguments):
         raise fastntk.InputError("the disk is full.")
 
@@ -114,9 +113,9 @@ def test_a_refresh_that_fails_leaves_the_answer_and_says_so(run, monkeypatch):  
     succeed("refresh", run.folder)
 
 
-def test_what_cannot_be_re_anchored_for_want_of_an_image_is_refused_before(given, tmp_path):  # noqa: F811
+def test_what_cannot_be_re_anchored_for_want_of_an_image_is_refused_before(given, tmp_path):
     data = photos(tmp_path / "photos", "anna", "bert", count=8)
-    run = Run(tmp_path / "run")  # noqa: F811
+    run = Run(tmp_path / "run")
     run.fit(replace(given, data=str(data)), RECIPE)
     prepared(run)
     everyone = ",".join(map(str, run.memory()[0].ids[1:]))
@@ -126,7 +125,7 @@ def test_what_cannot_be_re_anchored_for_want_of_an_image_is_refused_before(given
     assert states(run.folder) == []
 
 
-def test_a_refresh_that_is_cut_off_is_said(run, monkeypatch):  # noqa: F811
+def test_a_refresh_that_is_cut_off_is_said(run, monkeypatch):
     """The ledger may say "re-anchored" before the run's model is replaced."""
     run.memory()[0].forget([3])
 
@@ -143,7 +142,7 @@ def test_a_refresh_that_is_cut_off_is_said(run, monkeypatch):  # noqa: F811
     assert not json.loads(succeed("ledger", run.folder, "--json"))["refreshing"]
 
 
-def test_an_answer_whose_comparison_fails_is_an_answer(run, tmp_path, monkeypatch, caplog):  # noqa: F811
+def test_an_answer_whose_comparison_fails_is_an_answer(run, tmp_path, monkeypatch, caplog):
     """--full compares when the answer is durable already."""
 
     def failing(self, certificate):
@@ -172,20 +171,20 @@ def test_an_answer_whose_comparison_fails_is_an_answer(run, tmp_path, monkeypatc
         ("selector is empty", ["--select", ""]),
     ],
 )
-def test_numbers_out_of_range(message, arguments, given, tmp_path):  # noqa: F811
+def test_numbers_out_of_range(message, arguments, given, tmp_path):
     start = ["--model", given.model, "--data", given.data, "--epochs", 1]
     refuse(message, "fit", tmp_path / "new", *start, *arguments)
     assert not (tmp_path / "new" / "run.json").exists()
 
 
-def test_a_fit_writes_over_nobody_s_files(given, tmp_path):  # noqa: F811
+def test_a_fit_writes_over_nobody_s_files(given, tmp_path):
     (tmp_path / "model.safetensors").write_text("precious")
     refuse("holds no run, but model.safetensors", "fit", tmp_path, "--model", given.model, "--data", given.data)
     assert (tmp_path / "model.safetensors").read_text() == "precious"
 
 
 @pytest.mark.parametrize("fraction", ["0", "1", "-0.1", "nan", "inf"])
-def test_a_fraction_is_between_0_and_1(fraction, run):  # noqa: F811
+def test_a_fraction_is_between_0_and_1(fraction, run):
     refuse("must be between 0 and 1", "audit", run.folder, "--fraction", fraction)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import faults
 import numpy as np
+import runs
 import scipy.optimize  # noqa: F401 (as what follows: not at every fork)
 
 import fastntk.cli.asked
@@ -17,15 +18,6 @@ from fastntk.cli.run import Run
 from fastntk.common.errors import InputError
 from fastntk.common.files import digest
 from fastntk.inputs.libraries import torchvision
-
-MODEL = """
-from torch import nn
-from fastntk import Preprocessing
-
-def small(classes):
-    layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    return nn.Sequential(*layers, nn.Linear(4, classes)), Preprocessing(8, (0.5,) * 3, (0.5,) * 3)
-"""
 
 
 @dataclass(frozen=True)
@@ -82,7 +74,7 @@ class Place:
         torchvision()
         faults.warm()
         self.given, self.whole, self.root = folder, folder / "whole", folder / "root"
-        (folder / "own.py").write_text(MODEL)
+        (folder / "own.py").write_text(runs.NETWORK)
         x = np.random.default_rng(0).integers(0, 255, (20, 8, 8, 3), dtype=np.uint8)
         y = np.arange(20) % 2
         np.savez(folder / "data.npz", x_train=x, y_train=y, x_test=x[:4], y_test=y[:4])

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import test_cli
+import runs
 import torch
 import yaml
 from PIL import Image
@@ -60,7 +60,7 @@ class World:
             put(self.new / "copy" / value[0], value[1])
         words = line.split() + ([value] if isinstance(value, str) else [])
         roots = {"@new": self.new, "@cop": self.new}
-        done = test_cli.fastntk(*(w if w[:1] != "@" else roots.get(w[:4], self.here) / w[1:] for w in words))
+        done = runs.fastntk(*(w if w[:1] != "@" else roots.get(w[:4], self.here) / w[1:] for w in words))
         if not done.returncode:
             return done.stdout
         assert (done.returncode, done.stdout) == (2, "")
