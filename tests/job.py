@@ -54,14 +54,14 @@ def result(form):
 
 def result_of_run():
     """Of a run that is fitted to a core and prepared in one go, as ``fastntk fit --core`` does it."""
-    from trials import MODEL
+    from runs import NETWORK
 
     from fastntk.cli.run import Run
     from fastntk.cli.settings import Given
 
     own, data = out / "own.py", out / "data.npz"
     if not distributed.rank():
-        own.write_text(MODEL)
+        own.write_text(NETWORK)
         generator = np.random.default_rng(0)
         x, y = generator.integers(0, 255, (20, 8, 8, 3), dtype=np.uint8), np.arange(20) % 2
         np.savez(data, x_train=x, y_train=y)

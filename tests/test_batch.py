@@ -10,6 +10,7 @@ from runs import refuse, succeed
 
 import fastntk
 from fastntk.cli import batch
+from fastntk.cli.asked import owned
 from fastntk.cli.batch import ANSWERED, GONE, REFUSED, UNKNOWN, Asked, read_requests
 from fastntk.cli.run import Run
 from fastntk.inputs.owners import owners_of
@@ -160,6 +161,20 @@ def test_requests_as_a_table_and_as_lines_of_json(asked, tmp_path):
     )
     commas, zero = read_requests(tmp_path / "commas.jsonl")
     assert (commas.ids, commas.lines, zero.ids) == ("a,b.jpg\nz.jpg", True, "0")
+
+
+def test_a_file_in_another_encoding_is_refused(tmp_path):
+    text = "request,owner\nr1,Zoë\n"
+    for encoding, message in (("latin-1", "request 1: its owner is no text in UTF-8"), ("utf-16", "no text in UTF-8")):
+        (tmp_path / "asked").write_text(text, encoding=encoding)
+        with pytest.raises(fastntk.InputError, match=message):
+            read_requests(tmp_path / "asked")
+    (tmp_path / "asked").write_text(text, encoding="utf-8-sig")
+    assert read_requests(tmp_path / "asked")[0].owner == "Zoë"
+
+
+def test_an_owner_is_known_in_either_form_of_unicode():
+    assert owned({1: "Zoe\u0308", 2: "Zoë", 3: "Zoe"}, "Zoë") == [1, 2]
 
 
 @pytest.mark.parametrize(

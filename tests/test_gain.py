@@ -49,6 +49,11 @@ def test_an_audit_finds_it():
     done = fastntk.audit(memory, lambda data, seed: scaled(memory, 1.2 + 0.1 * seed), ids=IDS)
     assert done.gain == pytest.approx(1.35, abs=0.02)
     assert f"the step times {done.gain:.2f} is as sure of their labels as they, at" in str(done)
+    for gain, words in (
+        (LEAST, "0.50, the least that is tried, comes nearest"),
+        (MOST, "2.00, the most that is tried"),
+    ):
+        assert f"the step times {words}" in str(replace(done, gain=gain))
 
 
 def audited(given, gain=1.3):

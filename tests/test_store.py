@@ -1,5 +1,6 @@
 """A memory's folder: durable, all or nothing, and without a trace of who has left."""
 
+import copy
 import json
 import re
 import resource
@@ -234,6 +235,16 @@ def test_killed_at_any_point_it_is_as_before_or_after(tmp_path):
     assert done.returncode == 0, done.stderr
     states = json.loads(done.stdout.splitlines()[-1].replace("'", '"'))
     assert min(states.values()) >= 10, states
+
+
+def test_a_model_in_training_mode_opens_its_memory_and_stays_as_it_is(tmp_path):
+    memory = saved(tmp_path)
+    expected, model = memory.preview([3]).parameters, copy.deepcopy(memory.model).train()
+    before = copy.deepcopy(model.state_dict())
+    answer = fastntk.load(tmp_path, model, memory.state.members.source).forget([3])
+    torch.testing.assert_close(answer.parameters, expected)
+    assert model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_a_folder_that_was_moved_opens(tmp_path):

@@ -53,8 +53,9 @@ def of_class(images: Images, class_name: str, memory: Memory) -> list[Id]:
 
 
 def owned(owners: Mapping[Id, str], name: str) -> list[Id]:
-    """The ids of an owner's samples."""
-    return [each for each, owner in owners.items() if owner == name]
+    """The ids of an owner's samples, in whichever form of Unicode the name is written."""
+    wanted = composed(name)
+    return [each for each, owner in owners.items() if composed(owner) == wanted]
 
 
 def of_owners(owners: Mapping[Id, str], names: Sequence[str], memory: Memory) -> list[Id]:

@@ -87,6 +87,8 @@ def read_requests(path: Path) -> list[Asked]:
         asked = Asked(texts[0], texts[1], texts[2], texts[3], lines=listed is not None)
         if not asked.request or bool(asked.owner) == bool(asked.ids):
             raise InputError(f"{path}, request {number}: needs a name, and either an owner or ids.")
+        if any("\udc80" <= each <= "\udcff" for each in asked.owner):  # what stands for bytes that are no UTF-8
+            raise InputError(f"{path}, request {number}: its owner is no text in UTF-8. Save the file as that.")
         if asked.request in found:
             raise InputError(f"{path}, request {number}: another one is called {asked.request!r} too.")
         found[asked.request] = asked

@@ -301,6 +301,9 @@ def text_of(path: Path) -> str:
         InputError: it cannot be read.
     """
     try:
-        return path.read_text(encoding="utf-8-sig", errors="surrogateescape")  # names of files may be no UTF-8
+        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")  # names of files may be no UTF-8
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read as text ({error}).") from error
+    if "\0" in text:
+        raise InputError(f"{path} is no text in UTF-8. Save it as that.")
+    return text

@@ -18,12 +18,12 @@ from torch.utils.data import Dataset
 
 from fastntk.evidence.metrics import label_probability
 from fastntk.inputs.batches import labels_of
+from fastntk.memory.audit import LIMITS_GAIN
 from fastntk.memory.finish import multiplied
 from fastntk.memory.state import State
 from fastntk.tuning.outputs import logits_of, model_at
 
-LEAST, MOST = 0.5, 2.0
-"""Gains beyond are not considered: where the linear prediction is off by more it is no guide."""
+LEAST, MOST = LIMITS_GAIN
 
 
 def found(

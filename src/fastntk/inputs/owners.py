@@ -36,7 +36,11 @@ def owners_of(spec: str, source: str, images: Images, absent: Sequence[Id] = ())
     else:
         found = _by_column(spec, source, images)
         if absent:
-            log.warning("the images of %d members are not in the data: whose they are is not known", len(absent))
+            log.warning(
+                "the images of %d members are not in the data: whose they are is not known, and requests by owner "
+                "leave them where they are",
+                len(absent),
+            )
     if not found:
         raise InputError(f"{spec!r} gives none of the {len(images):,} images an owner.")
     for learned, ids in images.by_source.items():

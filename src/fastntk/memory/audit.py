@@ -31,6 +31,9 @@ CHANCE = 1.96
 SURE = 0.95
 """Of retrained models, whose accuracy lies within a doubt."""
 
+LIMITS_GAIN = 0.5, 2.0
+"""Gains beyond are not considered: where the linear prediction is off by more it is no guide."""
+
 LIMIT_DOUBT = 3.0
 """Points of doubt up to which a request's accuracy is said to be known; see ``Audit.doubt``."""
 
@@ -128,12 +131,20 @@ class Audit:
         """
         return None if self.errors is None else accuracy_doubt(margins(logits, labels), *self.errors)
 
+    @property
+    def _at_an_end(self) -> str:
+        """How the step so multiplied is sure of the labels."""
+        least, most = LIMITS_GAIN
+        if least < self.gain < most:
+            return " is"
+        return f", the {'least' if self.gain <= least else 'most'} that is tried, comes nearest to being"
+
     def __str__(self) -> str:
         text = (
             f"audited on {self.samples:,} drawn samples: the answer lay {self.ratio:.2f} times as far from two "
             f"retrained models as they from each other, in {self.unit} (limit {LIMIT_RATIO[self.unit]:.2f}), accuracy "
             f"{self.accuracy:.1f} % against theirs of {sum(self.retrained) / 2:.1f} % (within {self.allowed:.1f} "
-            f"points); the step times {self.gain:.2f} is as sure of their labels as they, at "
+            f"points); the step times {self.gain:.2f}{self._at_an_end} as sure of their labels as they, at "
             f"{self.accuracy_with_gain:.1f} %"
         )
         if self.left_out is None:

@@ -51,7 +51,7 @@ def unpack(record: Document, model: nn.Module, source: Dataset) -> State:
 
     Args:
         record: the record, with the tensors under the key ``tensors``.
-        model: the one that was prepared.
+        model: the one that was prepared, in whatever mode it is; the memory's own is in eval mode.
         source: of the samples.
 
     Raises:
@@ -83,7 +83,7 @@ def unpack(record: Document, model: nn.Module, source: Dataset) -> State:
         name.removeprefix("solution."): tensor for name, tensor in tensors.items() if name.startswith("solution.")
     }
     return State(
-        Linearised(PerSampleJacobian(apart(model), anchor, layout), members, loss, numerics, record["keep"]),
+        Linearised(PerSampleJacobian(apart(model).eval(), anchor, layout), members, loss, numerics, record["keep"]),
         FORMS[record["form"]].restore(Document(solved, record.where), record["ridge"]),
         **own,
     )
