@@ -176,4 +176,4 @@ def shares(labels: Labels, classes: int) -> Float[Tensor, "batch classes"]:
             raise InputError(f"soft labels must be {classes} shares a sample, none negative, that add up to 1.")
         return labels
     check_labels(labels, classes)
-    return torch.nn.functional.one_hot(labels.long(), classes).double()
+    return torch.nn.functional.one_hot(labels.long(), classes).to(torch.get_default_dtype())
