@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 from fastntk.common.progress import track
 from fastntk.evidence.methods import FastNTK, Golatkar, Method, Problem, Retrain, Unlearned
 from fastntk.evidence.methods.problem import measured
-from fastntk.evidence.report import ORIGINAL, RETRAINED, Report, Row, reported, subjects_of
+from fastntk.evidence.report import ORIGINAL, RETRAINED, Measures, Report, reported, subjects_of
 from fastntk.memory.audit import Audit
 from fastntk.tuning.outputs import model_at
 
@@ -35,7 +35,7 @@ def compare(
     original_seconds: float | None = None,
     answered: Mapping[str, Mapping[str, Tensor]] | None = None,
     thoroughly: bool = False,
-    known: Mapping[str, Row] | None = None,
+    known: Mapping[str, Measures] | None = None,
 ) -> tuple[Report, dict[str, str]]:
     """Run every method on the request and measure its model beside the original one.
 

@@ -26,7 +26,7 @@ RETRAINED = "retrain"
 """The row of the first retrained model; those of others are called ``retrain_2``, ``retrain_3``, ..."""
 
 
-Row = Mapping[str, float | None]
+Measures = Mapping[str, float | None]
 """The numbers of ``fastntk.evidence.measures.MEASURES`` of a model, by name; None where one cannot be told."""
 
 
@@ -144,7 +144,7 @@ def reported(
     subjects: Mapping[str, Subject],
     retrained: Sequence[str] | None = None,
     thoroughly: bool = False,
-    known: Mapping[str, Row] | None = None,
+    known: Mapping[str, Measures] | None = None,
 ) -> Report:
     """All measures of at least one subject, beside the retrained ones; the costly measures if ``thoroughly``. Rows that
     are ``known`` are not measured again."""

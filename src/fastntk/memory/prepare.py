@@ -134,8 +134,8 @@ def _kept(network: Linearised, form: str, classes: int | str, first: int) -> int
     if classes == "all" or (classes == "auto" and not network.loss.curved):
         return network.classes
     if classes == "auto":
-        likeliest = (form not in FORMS or FORMS[form].likeliest) and network.numerics.probes is None
-        return enough(network, first) if likeliest else network.classes
+        offered = ("auto", *(name for name, kind in FORMS.items() if kind.likeliest))
+        return enough(network, first) if form in offered and network.numerics.probes is None else network.classes
     if not isinstance(classes, int) or not 2 <= classes <= network.classes:
         raise InputError(f"classes must be 'auto', 'all' or from 2 to {network.classes}, not {classes!r}.")
     return classes

@@ -44,7 +44,7 @@ _OVERHEAD = 0.1  # the share of the time that writing partial sums may take
 @dataclass
 class Checkpoint:
     """Partial sums on disk: every file holds the sums over the shards that it names, and no shard is in two files.
-    From ``open`` to ``clear`` no other job uses the folder.
+    From ``open`` to ``close`` no other job uses the folder.
 
     Args:
         folder: shared by all processes; made if need be, removed by ``clear``.

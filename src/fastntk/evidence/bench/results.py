@@ -16,7 +16,7 @@ from fastntk.common.errors import InputError
 from fastntk.common.formats import Document, Format, unchanged
 from fastntk.evidence.bench.config import Setting
 from fastntk.evidence.measures import MEASURES
-from fastntk.evidence.report import Report, Row, is_retrained
+from fastntk.evidence.report import Measures, Report, is_retrained
 
 FORMAT = Format("results", (unchanged, unchanged))
 """Of the files. One of an older version has other tables, which hold less, and is refused."""
@@ -41,7 +41,7 @@ class Cell:
     setting: Setting
     request: str
     facts: Mapping[str, Any]
-    rows: Mapping[str, Row]
+    rows: Mapping[str, Measures]
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ class Measured:
     """
 
     answers: Mapping[str, str]
-    rows: Mapping[str, Row]
+    rows: Mapping[str, Measures]
 
-    def of(self, answers: Mapping[str, str]) -> dict[str, Row]:
+    def of(self, answers: Mapping[str, str]) -> dict[str, Measures]:
         """Of rows that are to be, by the digests of their answers, those that were measured, with all measures that
         there are; none where the retrained models are others, which all are compared with."""
         retrained = [

@@ -144,7 +144,7 @@ def _choosing(cell: Cell, row: str, method: str) -> float:
     return _preparing(cell, row, method) + choice + audited
 
 
-FIGURES = {
+NUMBERS = {
     "ratio_logits": Number("ratio, logits", lambda cell, row: value(cell, row, RATIOS["logits"])),
     "ratio_probabilities": Number("ratio, probabilities", lambda cell, row: value(cell, row, RATIOS["probabilities"])),
     "gap": Number("gap", lambda cell, row: value(cell, row, "average_gap"), 1),
@@ -165,7 +165,7 @@ SHARES: dict[str, Callable[[Cell, str], float | None]] = {"off": off, "relearn_r
 def summarise(cells: Sequence[Cell], ours: str) -> dict[str, Any]:
     """Of every loss, kind of request, method and settings the figures over its requests, and how ``ours`` did.
 
-    ``rows``: with ``FIGURES`` (medians) and ``SHARES`` (means); ``ratio`` is that in the loss's own unit, ``low`` and
+    ``rows``: with ``NUMBERS`` (medians) and ``SHARES`` (means); ``ratio`` is that in the loss's own unit, ``low`` and
     ``high`` bound the 95 % interval of its median, ``low_logits`` and so on that in each (None below six requests);
     ``nearer`` is that of the median over requests of the ratio over that of ``ours``, with its chosen settings where
     there are any: above 1 throughout, ours is nearer to retraining. ``gap_retrained`` and ``off_retrained`` are the
@@ -216,7 +216,7 @@ def _row(group: Sequence[Cell], loss: str, kind: str, method: str, settings: str
         "settings": settings,
         "requests": len(cells),
         "unit": unit,
-        **{name: middle(figure.of(cell, row) for cell in cells) for name, figure in FIGURES.items()},
+        **{name: middle(number.of(cell, row) for cell in cells) for name, number in NUMBERS.items()},
         **{name: middle((share(cell, row) for cell in cells), mean) for name, share in SHARES.items()},
         "gap_retrained": middle(value(cell, THEIRS, "average_gap") for cell in cells),
         "off_retrained": middle((off(cell, THEIRS) for cell in cells), mean),

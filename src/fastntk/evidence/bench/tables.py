@@ -8,7 +8,7 @@ from typing import Any
 
 from fastntk.evidence.bench.results import Cell
 from fastntk.evidence.bench.summary import (
-    FIGURES,
+    NUMBERS,
     THEIRS,
     flags,
     kind_of,
@@ -107,7 +107,7 @@ def overviews(found: Row) -> list[Table]:
 
 
 def _overview(loss: str, kind: str, rows: Sequence[Row]) -> Table:
-    columns = ("95 %", *(figure.heading for figure in FIGURES.values()), "off", "R within", "over ours")
+    columns = ("95 %", *(number.heading for number in NUMBERS.values()), "off", "R within", "over ours")
     return Table(
         f"{kind}, {loss}",
         f"Medians over {max(row['requests'] for row in rows)} requests; 95 %: of the ratio in {rows[0]['unit']}, by "
@@ -120,7 +120,7 @@ def _overview(loss: str, kind: str, rows: Sequence[Row]) -> Table:
 
 
 def _figures(row: Row) -> list[str]:
-    texts = [_text(row[name], figure.decimals) for name, figure in FIGURES.items()]
+    texts = [_text(row[name], number.decimals) for name, number in NUMBERS.items()]
     shares = _text(row["off"]), _text(row["relearn_retained_within"])
     return [_range(_ends(row)), *texts, *shares, _range(row["nearer"])]
 
