@@ -5,6 +5,7 @@ import oracles
 import pytest
 import torch
 from cases import CASES, Case, LinearInTuned
+from torch import nn
 from torch.func import functional_call
 from torch.utils.data import Subset, TensorDataset
 
@@ -222,6 +223,31 @@ def test_gathered_rounding_is_taken_off():
     answer = memory.forget([2, 6])
     assert answer.certificate.inexactness < 1e-10
     close(answer.parameters, exact.forget([2, 6]).parameters)
+
+
+@pytest.mark.parametrize("ridge", [1e-2, 1e-4, 1e-6])
+def test_with_little_ridge_and_coarse_sums_a_request_is_refused_or_durable(ridge, tmp_path):
+    torch.manual_seed(0)
+    images, labels = torch.randn(60, 40) * torch.logspace(1, -3, 40), torch.arange(60) % 3
+    model, data = nn.Linear(40, 3), TensorDataset(images, labels)
+    memory = fastntk.prepare(
+        model, data, moved(model), ridge=ridge, form="primal", loss=fastntk.SquaredLoss(), dtype=torch.float32
+    )
+    memory.save(tmp_path / "memory")
+    answered = []
+    for ids in torch.randperm(60)[:54].view(3, 18).tolist():
+        try:
+            memory.forget(ids)
+        except fastntk.InputError as error:
+            assert "larger ridge" in str(error)
+        else:
+            answered += ids
+        again = fastntk.load(tmp_path / "memory", model, data)
+        assert sorted([*again.ids, *answered]) == list(range(60))
+        close(again.parameters, memory.parameters)
+    assert len(answered) == 54 or ridge < 1e-4
+    again.purge()
+    close(fastntk.load(tmp_path / "memory", model, data).parameters, memory.parameters)
 
 
 def test_the_error_to_a_full_solve_is_measured_where_asked():

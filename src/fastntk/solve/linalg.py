@@ -86,6 +86,21 @@ def near_factor(matrix: Callable[[torch.dtype], Float[Tensor, "n n"]]) -> Float[
     return lower if cholesky_(lower) else factor_(matrix(torch.float64))
 
 
+def nearest_factor(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    """The factor to precondition with, of a matrix that rounding may have made indefinite: with as little more on its
+    diagonal, from nothing to its own size in steps of ten, as makes it definite. Raises like ``factor_`` for one that
+    is not finite."""
+    size = float(matrix.diagonal().abs().max()) if len(matrix) else 0.0
+    lower = matrix.to(torch.float32, copy=True)
+    if cholesky_(lower):
+        return lower
+    for digits in range(15, 0, -1):
+        lower = shifted(matrix.double(), size * 10.0**-digits)
+        if cholesky_(lower):
+            return lower
+    return factor_(shifted(matrix.double(), size * len(matrix)))
+
+
 def solved_by(lower: Float[Tensor, "n n"], columns: Float[Tensor, "n some"]) -> Float[Tensor, "n some"]:
     """``(L L')^-1`` times some columns for a factor L, in their dtype."""
     half = torch.linalg.solve_triangular(lower, columns.to(lower), upper=False)

@@ -25,7 +25,18 @@ from fastntk.jacobians.linearised import Linearised
 from fastntk.jacobians.rows import Rows
 from fastntk.solve.collect import collect_sums, key, resumed, solved_once
 from fastntk.solve.head import head_shortfall
-from fastntk.solve.linalg import below, conjugated, factor_, lower_of, mirror_, relative, ridge_inverse, square_of
+from fastntk.solve.linalg import (
+    add_product_,
+    below,
+    conjugated,
+    factor_,
+    lower_of,
+    mirror_,
+    nearest_factor,
+    relative,
+    ridge_inverse,
+    square_of,
+)
 from fastntk.solve.prices import ONE_STEP, Price, Timing, Workload, passes
 from fastntk.solve.ridge import USUAL, calibrate
 from fastntk.solve.schur import Blockwise, Product, complement, factored
@@ -151,7 +162,7 @@ class Primal:
 
     @cached_property
     def _made_anew(self) -> "Primal":
-        return replace(self, factor=factored(self.schur), made=self.over)
+        return replace(self, factor=nearest_factor(self.schur), made=self.over)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything but the ridge, by name; of symmetric matrices the lower triangles, with the factor over S."""
@@ -191,13 +202,16 @@ class Primal:
     def update(
         self, network: Linearised, positions: Int[Tensor, " samples"], sign: int, rows: Rows | None = None
     ) -> Update:
-        """By conjugate gradients on the sums with and without the rows, preconditioned by Woodbury's identity."""
+        """By conjugate gradients on the sums with and without the rows, preconditioned by Woodbury's identity; its
+        ``low_rank`` is the head's inverse after it, which there may not be."""
         self.ownership.check()
         these = cast(Rows, rows)
         jacobian, near = these.jacobian.to(torch.float64), _before(self, sign).near
         apply, precondition = near.updated(these, sign)
         error = jacobian.rmatvec(these.error(self.step).view_as(these.residual))
-        return Update(_refined(self, apply, sign * error, precondition), positions, sign, these)
+        change = _refined(self, apply, sign * error, precondition)
+        head = add_product_(self.sums.head.clone(), *[these.jacobian.features.to(self.sums.head).T] * 2, sign)
+        return Update(change, positions, sign, these, low_rank=(ridge_inverse(head, self.ridge),))
 
     def alone(self, network: Linearised, positions: Int[Tensor, " samples"]) -> Float[Tensor, "samples outputs"]:
         """``-M_i (I - M_i)^-1 (r_i - J_i s(S))`` with ``M_i = J_i B J_i'``, for each sample i."""
@@ -233,7 +247,8 @@ class Primal:
         self.near.observe_(self.schur, rows, update.sign)
         self.ownership.give_up()
         self.sums.observe_(rows.jacobian, rows.residual, update.sign).complete_()
-        head_inverse, step = ridge_inverse(self.sums.head, self.ridge), self.step + update.change
+        [head_inverse] = update.low_rank
+        step = self.step + update.change
         after = replace(before, head_inverse=head_inverse, step=step, over=over, ownership=Ownership())
         changed = int((~torch.isin(over, before.made)).sum() + (~torch.isin(before.made, over)).sum())
         return after.ready() if changed > len(over) // _MANY else after
