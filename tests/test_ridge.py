@@ -2,6 +2,7 @@ import pytest
 import torch
 from cases import CASES
 
+import fastntk
 from fastntk.jacobians.linearised import Linearised
 from fastntk.jacobians.per_sample import PerSampleJacobian
 from fastntk.jacobians.rows import Rows
@@ -47,3 +48,21 @@ def test_few_krylov_steps_are_enough_for_a_wide_spectrum(monkeypatch):
     exact = calibrate(Stored(rows), u)
     monkeypatch.setattr(ridge, "STEPS", 25)
     assert calibrate(Stored(rows), u).ridge == pytest.approx(exact.ridge, rel=0.03)
+
+
+@pytest.mark.parametrize("factor", [0.1, 10.0])
+@pytest.mark.parametrize("loss", [fastntk.SquaredLoss(), fastntk.CrossEntropy()], ids=["squared", "cross-entropy"])
+def test_the_convex_form_gives_an_optimal_fit_back_its_ridge(loss, factor):
+    """Above the kernel's mean diagonal too, where a short fit has hardly moved."""
+    case = CASES["bn+head"]
+    model, data = case.model(), case.data(12)
+    here = snapshot(tuned(model))
+    network, (images, labels) = Linearised(PerSampleJacobian(model, here), data), data.tensors
+    dense = network.rows(range(12)).jacobian.dense().flatten(0, 1)
+    ridge = factor * float(dense.square().sum()) / len(dense)
+    residual = loss.residual(model(images).detach(), labels)
+    pull = network.layout.unflatten(dense.T @ residual.flatten() / ridge, here)
+    initial = {name: tensor - pull[name] for name, tensor in here.items()}
+    found = fastntk.prepare(model, data, initial, form="convex", loss=loss, classes="all").calibration
+    assert found.mismatch < 0.1
+    assert found.factor == pytest.approx(factor, rel=0.8)

@@ -28,7 +28,7 @@ _NOISE = {"full": 1e-4, "tf32": 1e-2, "bf16": 5e-2}
 
 
 LIMIT_TAIL = 0.05
-"""Of the loss's gradient, that the classes which are not kept may have."""
+"""``sum |t - p|`` of a sample, over the classes which are not kept: at most so much."""
 
 FIRST = 256
 """Samples that this is measured on, at most."""
@@ -219,8 +219,8 @@ def likeliest(logits: Float[Tensor, "batch classes"], labels: Labels, count: int
 
 
 def tails(network: Linearised, positions: Sequence[int]) -> Float[Tensor, "samples classes"]:
-    """What keeping so many classes, from 1 on, leaves out of the loss's gradient of each sample: the sum of ``|t - p|``
-    over its other classes, beside a probability's 1."""
+    """What keeping so many classes, from 1 on, leaves out of each sample: the sum of ``|t - p|``, the loss's gradient,
+    over its other classes. It is no share: a class that is taken for another has 2 in sum over all."""
     parts = []
     for _, logits, labels in network._forward(positions):
         slope = network.loss.residual(logits.double(), labels).abs()
@@ -230,8 +230,8 @@ def tails(network: Linearised, positions: Sequence[int]) -> Float[Tensor, "sampl
 
 
 def tail(network: Linearised) -> float:
-    """What the classes that rows are not kept of have of the loss's gradient, a mean over the first samples; 0 where
-    all are kept."""
+    """``sum |t - p|`` over the classes that rows are not kept of, a mean over the first samples; 0 where all are
+    kept."""
     if network.keep is None or network.keep == network.classes:
         return 0.0
     few = range(min(FIRST, len(network.train)))  # type: ignore[arg-type]
@@ -239,8 +239,8 @@ def tail(network: Linearised) -> float:
 
 
 def enough(network: Linearised, first: int = FIRST, between: tuple[int, int] = (3, 4)) -> int:
-    """How many classes a sample: 3, or 4 where 3 leave out more than ``LIMIT_TAIL`` of the loss's gradient, a mean over
-    the ``first`` samples (``tails``)."""
+    """How many classes a sample: 3, or 4 where 3 leave out more than ``LIMIT_TAIL``, a mean over the ``first`` samples
+    (``tails``)."""
     fewest, at_most = between
     left = tails(network, range(min(first, len(network.train)))).mean(0)  # type: ignore[arg-type]
     return min(max(fewest, 1 + int((left > LIMIT_TAIL).sum())), at_most, network.classes)

@@ -64,8 +64,8 @@ class Certificate:
     one, and of another the quadratic approximation there) and the given ridge: since the anchor it is what training it
     on the samples that are then in the memory differs by from training it on all. ``inexactness`` is the relative
     residual of the normal equations, ``|(G + ridge I) s - (b - ridge u)| / |b - ridge u|`` (primal; the dual's own in
-    the dual form), and ``error``, where it was asked for, is the relative distance of the parameters' change since the
-    anchor to that of solving anew from the stored sums.
+    the dual form), and ``error``, where it was asked for, is the relative distance of the step ``s(R)`` to that of
+    solving anew.
 
     For the network itself the agreement is measured: ``departure = rms_S |g(f(theta_new)) - g(f(theta_old) + J
     (theta_new - theta_old))| / rms_F |g(f(theta_old) + J (theta_new - theta_old)) - g(f(theta_old))|`` with S the
@@ -91,7 +91,7 @@ class Certificate:
         error: to a full re-solve, or None.
         audit: of the memory, the latest one since it was linearised, or None.
         unit: what departures are of: ``"logits"`` or ``"probabilities"``.
-        tail: of the loss's gradient, what the classes have that the solution keeps no rows of (``State.tail``).
+        tail: ``sum |t - p|`` of a sample over the classes that the solution keeps no rows of (``State.tail``).
         has_head: whether the answer can be finished with an exact head.
         still: the percentage of the samples of classes that no member is left of which the answer still classifies as
             these; None where the data do not offer all labels, which the verdict takes for none. It is in no ledger.
@@ -102,8 +102,8 @@ class Certificate:
             was, and where a memory was prepared before that was kept. It is in no ledger: beside the folder it would
             tell something of an image that is gone.
         exact: whether the weights are those of the same procedure on what stays (``fastntk.memory.exact``).
-        gradient: the norm of what is left of the objective's gradient. The parameters are within that over the ridge of
-            the optimum, in norm, since the objective is convex beyond the ridge.
+        gradient: in an exact fit, the norm of what is left of the objective's gradient. The parameters are within that
+            over the ridge of the optimum, in norm, since the objective is convex beyond the ridge. Else None.
         removal: the (eps, delta) that the fit's noise was drawn for (``fastntk.fit_exact``); None without noise.
         allowed: of the gradient, by that noise.
     """
@@ -228,7 +228,8 @@ class Certificate:
     @property
     def _left(self) -> str:
         """What is known of classes that are left out, and of one that is gone."""
-        out = f", without {self.tail:.1%} of the loss's gradient, which is of other classes" if self.tail else ""
+        apart = f"{100 * self.tail:.1f} points a sample"
+        out = f", without classes whose probabilities and targets differ by {apart} in sum" if self.tail else ""
         if self.still is None and self.kind == "forget":
             return f"{out}; whether a class is left without samples is not known, as the data do not offer all labels"
         if not self.still:

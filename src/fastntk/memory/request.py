@@ -195,22 +195,21 @@ class _Left(NamedTuple):
     """What is left of the objective's gradient, and what certified removal would have; see ``Certificate``."""
 
     inexactness: float
-    gradient: float
+    gradient: float | None
     removal: Removal | None
     allowed: float | None
 
 
 def _left(state: State, update: Update, inexactness: float) -> _Left:
     least = None if state.removal is None else gradient_allowed(state.ridge)
-    return _Left(inexactness, _gradient(state, update, inexactness), state.removal, least)
+    gradient = None if state.core is None else _gradient(state, update)
+    return _Left(inexactness, gradient, state.removal, least)
 
 
-def _gradient(state: State, update: Update, inexactness: float) -> float:
-    """The norm of what is left of the objective's gradient: of a fit that forgets exactly at the parameters themselves,
-    in float64 over the rows, whatever rounding their kernel has."""
+def _gradient(state: State, update: Update) -> float:
+    """The norm of what is left of the objective's gradient, of a fit that forgets exactly: at the parameters
+    themselves, in float64 over the rows, whatever rounding their kernel has."""
     vector, solution = state.vector + update.change, state.solution
-    if state.core is None:
-        return inexactness * state.ridge * float((vector - state.center).norm())
     rows, joins = cast(Convex, solution).rows, update.sign > 0
     present = torch.zeros(len(rows)).index_fill(0, solution.over if joins else update.changes(solution.over), 1)
     sets = [(rows, present)] + ([(update.rows, torch.ones(len(update.rows)))] if joins and update.rows else [])

@@ -53,9 +53,8 @@ class State:
         order: positions, in the order in which they are drawn for witnesses: retained samples that check every request.
         calibration: how an automatic ridge was found, or None for a given one.
         made: how the memory was made, for replay: versions and options.
-        tail: the share of the loss's gradient at the anchor, beside a probability's 1, that is of classes which the
-            solution keeps no rows of: a mean over the first samples, in a fit that forgets exactly of the core's; 0
-            where all are kept.
+        tail: ``sum |t - p|`` at the anchor over the classes which the solution keeps no rows of: a mean over the first
+            samples, in a fit that forgets exactly of the core's; 0 where all are kept.
         core: in a fit that forgets exactly (``fastntk.memory.exact``), the positions of those who cannot be forgotten;
             None in any other.
         core_pixels: digests of the images of a core that is not among the members, else None.

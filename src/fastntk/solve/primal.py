@@ -210,7 +210,8 @@ class Primal:
         apply, precondition = near.updated(these, sign)
         error = jacobian.rmatvec(these.error(self.step).view_as(these.residual))
         change = _refined(self, apply, sign * error, precondition)
-        head = add_product_(self.sums.head.clone(), *[these.jacobian.features.to(self.sums.head).T] * 2, sign)
+        inputs = these.jacobian.features.to(self.sums.head).T
+        head = add_product_(self.sums.head.clone(), inputs, inputs, sign)
         return Update(change, positions, sign, these, low_rank=(ridge_inverse(head, self.ridge),))
 
     def alone(self, network: Linearised, positions: Int[Tensor, " samples"]) -> Float[Tensor, "samples outputs"]:

@@ -11,6 +11,8 @@ With too small a ridge the linearised optimum fits the training data better than
 worse. docs/benchmarks-ridge.md compares this rule with seven others on several models, against the best in hindsight.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -36,11 +38,12 @@ SAMPLED = 2048
 STORED = 8192
 """Rows of the samples that ``calibrate_stored`` looks at."""
 
+_LEAST, _MOST = 1e-4, 1e2  # multiples of the kernel's mean diagonal that are looked at
 _FACTORS = torch.logspace(-4, 2, 601, dtype=torch.float64)
 
 _STEADY = 2  # of these, apart, are the same ridge
 
-_EXPONENTS = [-k / 2 for k in range(9)]  # of 10: the multiples that ``calibrate_convex`` tries first
+_DOWN, _UP = [-k / 2 for k in range(9)], [k / 2 for k in range(1, 5)]  # the exponents that ``calibrate_convex`` tries
 
 _ROUGH = 1e-2  # the relative gradient up to which it solves for them
 
@@ -53,7 +56,8 @@ class Calibration:
         ridge: the total.
         factor: ``ridge`` over the mean diagonal of ``J J'``, which compares between models.
         mismatch: ``|J s(D)| / |J u|`` at that ridge: how far the linearised optimum's outputs lie from the network's,
-            as a share of what fitting changed to first order. 0 if the fitted parameters are that optimum.
+            as a share of what fitting changed to first order; of probabilities where the rows are of a convex form.
+            0 if the fitted parameters are that optimum.
     """
 
     ridge: float
@@ -61,7 +65,8 @@ class Calibration:
     mismatch: float
 
     def __str__(self) -> str:
-        return f"automatic: {self.factor:.3f} of the kernel's mean diagonal, mismatch {self.mismatch:.2f}"
+        edge = "" if _LEAST < self.factor < _MOST else ", the end of what is looked at"
+        return f"automatic: {self.factor:.3g} of the kernel's mean diagonal{edge}, mismatch {self.mismatch:.2f}"
 
 
 def calibrate(gram: Gram, displacement: Float[Tensor, " p"], spectrum: Spectrum | None = None) -> Calibration:
@@ -106,9 +111,9 @@ def sampled(rows: Rows, size: int) -> Int[Tensor, " some"]:
 def calibrate_convex(rows: Rows, loss: Loss, u: Tensor, few: Rows | None = None) -> Calibration:
     """The ridge whose optimum has probabilities (squared loss: logits) nearest to the network's.
 
-    Among multiples of the kernel's mean diagonal, from 1 down by half decades while that falls, then between the best
-    of these and its neighbours; over some of the samples, and for the mean diagonal of all. ``few`` are the rows of
-    these, where they are at hand.
+    Among multiples of the kernel's mean diagonal, from 1 down by half decades while that falls, or up where it rises at
+    once, then between the best of these and its neighbours; over some of the samples, and for the mean diagonal of
+    all. ``few`` are the rows of these, where they are at hand.
     """
     few = _some(rows, SAMPLED) if few is None else few
     point = cast(Point, few.point)
@@ -138,16 +143,23 @@ def calibrate_kernel(point: Point, loss: Loss, start: Float[Tensor, "samples out
         tried[exponent] = float((wanted - loss.gradient_of(problem.logits(a), point.kept)).norm()), a
         return tried[exponent][0]
 
-    best, a = float("inf"), newton.start(first, point.z)
-    for exponent in _EXPONENTS:
-        last, best = best, min(best, miss(exponent, a))
-        if best == last:
-            break
-        a = tried[exponent][1]
-    middle = min(tried, key=lambda each: tried[each][0])
+    def nearest() -> float:
+        return min(tried, key=lambda each: tried[each][0])
+
+    def along(exponents: Sequence[float], a: Tensor) -> None:
+        for exponent in exponents:
+            least = tried[nearest()][0] if tried else math.inf
+            if miss(exponent, a) >= least:
+                break
+            a = tried[exponent][1]
+
+    along(_DOWN, newton.start(first, point.z))
+    if nearest() == 0:
+        along(_UP, tried[0][1])
+    middle = nearest()
     for between in (middle - 0.25, middle + 0.25):
         miss(between, tried[middle][1])
-    exponent = min(tried, key=lambda each: tried[each][0])
+    exponent = nearest()
     found, _ = tried[exponent]
     before = float((wanted - loss.gradient_of(start, point.kept)).norm())
     return Calibration(10**exponent * scale, 10**exponent, found / before if before else 0.0)
