@@ -86,6 +86,9 @@ def prepared(
     displacement = network.layout.flatten(network.jacobian.parameters) - center
     ridge = None if options["ridge"] == "auto" else float(options["ridge"])
     solved = form.prepare(Task(network, count, displacement, ridge, checkpoint))
+    if (left := solved.solution.inexactness()) > (limit := solved.solution.limit):
+        told = "the solution over all samples is exact to %.0e of its gradient alone (limit %.0e), and so are answers"
+        log.warning(f"{told}; a larger ridge makes it more so", left, limit)
     versions = {name: version(name) for name in ("fastntk", "torch")} | {"python": platform.python_version()}
     return State(
         network,

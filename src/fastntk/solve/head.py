@@ -13,6 +13,8 @@ The bracket is what the fitted head falls short of, as ``s(D)`` is for all param
 was prepared. Where the head alone is tuned, ``W_new`` is the step's.
 """
 
+import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -25,9 +27,13 @@ from fastntk.jacobians.per_sample import PerSampleJacobian
 from fastntk.solve.linalg import below, conjugated, ridge_inverse, shifted
 from fastntk.tuning.loss import Labels, Loss
 
+log = logging.getLogger(__name__)
+
 _NEWTON, _STEPS = 40, 200  # at most: of the method, of conjugate gradients
 
 _TOLERANCE, _LEAST = 1e-9, 1e-9  # of the relative gradient at the end, of a step's length
+
+_LIMIT = 1e-6  # of that gradient, above which it is told
 
 Head = Float[Tensor, "classes features"]
 """A head as a matrix, the bias its last column."""
@@ -105,7 +111,7 @@ class _Inputs:
         By Newton's method in W. Its systems are solved by conjugate gradients in float32, as well as the step is worth,
         preconditioned as if the Hessians of all classes were the same.
         """
-        w, system = here.double(), None
+        w, system, reached = here.double(), None, math.inf
         for _ in range(_NEWTON):
             z = self._at(w - here)
             slope = ridge * (w - center) - self.loss.residual(z, self.labels).T @ self.features
@@ -118,6 +124,10 @@ class _Inputs:
             while self._value(w - t * step, here, center, ridge) > value * (1 + 1e-12) and t > _LEAST:
                 t /= 2
             w = w - t * step
+        if reached > _LIMIT:
+            log.warning(
+                "the exact head is exact to %.0e of its gradient alone; a larger ridge makes it more so", reached
+            )
         return w
 
     def _at(self, change: Head) -> Float[Tensor, "samples classes"]:
@@ -145,8 +155,10 @@ class _System:
     @classmethod
     def of(cls, inputs: _Inputs, z: Float[Tensor, "samples classes"], ridge: float) -> "_System":
         """At the logits z."""
-        p, features = z.softmax(1), inputs.features
-        weights = (1 - p.square().sum(1)).clamp_min(0) / (p.shape[1] - 1) if inputs.loss.curved else p.new_ones(len(p))
+        p, features, weights = z.softmax(1), inputs.features, z.new_ones(len(z))
+        if inputs.loss.curved:
+            total = inputs.loss.targets(inputs.labels, p.shape[1]).to(p).sum(1)
+            weights = total * (1 - p.square().sum(1)).clamp_min(0) / (p.shape[1] - 1)
         return cls(features.float(), ridge_inverse(features.T @ (weights[:, None] * features), ridge).float(), ridge)
 
     def solved(self, inputs: _Inputs, z: Float[Tensor, "samples classes"], slope: Head, tolerance: float) -> Head:
