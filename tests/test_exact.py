@@ -67,6 +67,22 @@ def test_the_weights_are_those_of_the_fit_on_what_stays(loss, classes, tmp_path)
     close(again.parameters, made(loss=loss, classes=classes).parameters, 1e-8)
 
 
+@pytest.mark.parametrize("ridge", [1.0, 1e-6])
+def test_what_solving_makes_of_the_accuracy_is_told(ridge, caplog):
+    caplog.set_level("INFO")
+    memory, (images, labels) = made(ridge=ridge), Named(range(5, 14)).tensors
+    was, now = (
+        100 * float((functional_call(memory.model, each, images).argmax(1) == labels).double().mean())
+        for each in (memory.anchor, memory.parameters)
+    )
+    [told] = [record for record in caplog.records if "the solved ones" in record.getMessage()]
+    assert f"of 9 samples that are not of the core its weights classify {was:.1f} %" in told.getMessage()
+    assert f"the solved ones {now:.1f} %" in told.getMessage()
+    assert (told.levelname, "larger ridge" in told.getMessage()) == (
+        ("WARNING", True) if now < was else ("INFO", False)
+    )
+
+
 @pytest.mark.parametrize("loss", LOSSES, ids=str)
 def test_they_are_the_optimum(loss):
     """The objective's gradient, by dense Jacobians of the core's model, is as small as the certificate says."""

@@ -18,6 +18,7 @@ Sources: for linearised networks as models, Achille et al. 2020 (LQF, arXiv 2012
 forgotten, Golatkar et al. 2020 (mixed-privacy forgetting, arXiv 2012.13431).
 """
 
+import logging
 import math
 import os
 from collections.abc import Iterable
@@ -38,6 +39,7 @@ from fastntk.inputs.batches import digests, item
 from fastntk.inputs.ids import Id
 from fastntk.jacobians.linearised import FIRST, Linearised, enough, tail
 from fastntk.jacobians.numerics import Numerics
+from fastntk.memory.agreement import logits_around
 from fastntk.memory.certificate import Removal, gradient_allowed
 from fastntk.memory.members import Members
 from fastntk.memory.memory import Memory
@@ -45,7 +47,10 @@ from fastntk.memory.prepare import linearised, prepared, pull_of
 from fastntk.memory.state import State, check_apart
 from fastntk.solve.convex import Convex
 from fastntk.tuning.fitting import fit
+from fastntk.tuning.outputs import accuracy
 from fastntk.tuning.recipe import Recipe
+
+log = logging.getLogger(__name__)
 
 FACTOR = 3e-2
 """Of the mean diagonal of the kernel over the core: the ridge, if nothing is said (docs/exact.md)."""
@@ -81,8 +86,7 @@ def fit_exact(
         classes: of each sample that rows are kept of: a number, ``"all"``, or ``"auto"``: enough for the core.
         removal: add noise for certified removal, drawn by the system and not by the seed; it is in the folder. It holds
             where a certificate says ``certified``: no more of the gradient is left than ``LEFT`` of the ridge.
-        checkpoint: as for ``fastntk.prepare``.
-        numerics: as for ``fastntk.prepare``.
+        checkpoint, numerics: as for ``fastntk.prepare``.
 
     Raises:
         InputError: the core is empty or unknown, or everything; other images that are a core are among ``train`` too;
@@ -98,8 +102,9 @@ def fit_exact(
         fit(model, images, recipe)
     network = linearised(model, train, recipe.loss, numerics)
     chosen = distributed.shared(chosen_on(network, images, ridge, classes))
-    state = _solved(network, chosen, removal, checkpoint)
-    return Memory(replace(state, core=positions, core_pixels=pixels, removal=removal))
+    state = replace(_solved(network, chosen, removal, checkpoint), core=positions, core_pixels=pixels, removal=removal)
+    _tell_of(state)
+    return Memory(state)
 
 
 def _check_asked(ridge: float | str, classes: int | str, removal: Removal | None) -> None:
@@ -129,6 +134,23 @@ def _apart(train: Dataset, core: Dataset, batch_size: int) -> Int[Tensor, " core
     known, others = (digests(data, range(len(data)), batch_size) for data in (core, train))  # type: ignore[arg-type]
     check_apart(others, known)
     return known
+
+
+_SEEN = 512  # samples, at most, on which the core's weights and the solved ones are compared
+
+
+def _tell_of(state: State) -> None:
+    """What solving has made of the network's accuracy on samples that are not of the core; a warning of a loss."""
+    others = state.order[~torch.isin(state.order, cast(Tensor, state.core))][:_SEEN]
+    before, after, labels = logits_around(state.network, others.tolist(), state.anchor, state.parameters)
+    was, now = (accuracy(logits.cpu(), labels) for logits in (before, after))
+    worse = now < was
+    advice = ": the step is too long for the network. Take a larger ridge, or a larger core." if worse else ""
+    log.log(
+        logging.WARNING if worse else logging.INFO,
+        "of %d samples that are not of the core its weights classify %.1f %% rightly, the solved ones %.1f %%%s",
+        len(labels), was, now, advice,
+    )  # fmt: skip
 
 
 _SCALED = 64  # images of the core, at most, whose rows the ridge's unit is a mean over: a few percent from that of all

@@ -29,7 +29,7 @@ from fastntk.memory.state import State
 from fastntk.solve.forms import FORMS, chosen
 from fastntk.solve.head import convex_shortfall
 from fastntk.solve.prices import Price, Workload
-from fastntk.solve.solution import Task
+from fastntk.solve.solution import Solution, Task
 from fastntk.tuning.loss import Loss, check_loss
 from fastntk.tuning.parameters import snapshot, tuned
 
@@ -86,9 +86,7 @@ def prepared(
     displacement = network.layout.flatten(network.jacobian.parameters) - center
     ridge = None if options["ridge"] == "auto" else float(options["ridge"])
     solved = form.prepare(Task(network, count, displacement, ridge, checkpoint))
-    if (left := solved.solution.inexactness()) > (limit := solved.solution.limit):
-        told = "the solution over all samples is exact to %.0e of its gradient alone (limit %.0e), and so are answers"
-        log.warning(f"{told}; a larger ridge makes it more so", left, limit)
+    _tell_of(solved.solution)
     versions = {name: version(name) for name in ("fastntk", "torch")} | {"python": platform.python_version()}
     return State(
         network,
@@ -102,6 +100,13 @@ def prepared(
         made={"versions": versions, "options": dict(options)},
         tail=tail(network),
     )
+
+
+def _tell_of(solution: Solution) -> None:
+    """A warning of one that is not as exact as it should be."""
+    if (left := solution.inexactness()) > solution.limit:
+        told = "the solution over all samples is exact to %.0e of its gradient alone (limit %.0e), and so are answers"
+        log.warning(f"{told}; a larger ridge makes it more so", left, solution.limit)
 
 
 def with_head(state: State) -> State:
