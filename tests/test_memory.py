@@ -343,3 +343,16 @@ def test_logits_that_are_not_finite_are_refused(form):
     start["head.bias"][0] = torch.nan
     with pytest.raises(fastntk.InputError, match="has NaN or infinite values in 'head.bias'"):
         fastntk.prepare(model, TensorDataset(images, labels), start, ridge=0.5, form=form, loss=loss)
+
+
+def test_whether_the_model_knows_its_samples_is_told(caplog):
+    """The labels that it gives itself, and others than it gives."""
+    case = CASES["bn+head"]
+    model, images = case.model(), case.data().tensors[0]
+    own = model(images).argmax(1)
+    for labels, level, share in ((own, "INFO", "100.0"), ((own + 1) % 3, "WARNING", "0.0")):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            fastntk.prepare(model, TensorDataset(images, labels), moved(model), ridge=0.5)
+        [told] = [record for record in caplog.records if "the model classifies" in record.getMessage()]
+        assert (told.levelname, f"classifies {share} % rightly" in told.getMessage()) == (level, True)

@@ -26,7 +26,7 @@ from fastntk.memory.certificate import Answer
 from fastntk.memory.disk.folder import Folder
 from fastntk.memory.disk.ledger import Request
 from fastntk.memory.disk.packing import on_device, pack, unpack
-from fastntk.memory.prepare import check_initial, linearised, prepared, pull_of, refreshed, with_head
+from fastntk.memory.prepare import check_initial, linearised, prepared, pull_of, refreshed, tell_of_fit, with_head
 from fastntk.memory.request import draft, replayed
 from fastntk.memory.state import State
 from fastntk.solve.ridge import Calibration
@@ -274,11 +274,9 @@ def prepare(
         form: of ``fastntk.solve.forms``, or ``"auto"``: the cheapest that fits.
         classes: of each sample that the convex form keeps: a number, ``"all"``, or ``"auto"``, as many as are enough.
         loss: the one it was fitted with.
-        shrinkage: where weight decay pulled toward zero, what it alone would have left of the parameters:
-            ``fit(...).shrinkage``, or ``fastntk.shrinkage`` of your own loop's.
-        witnesses: how many retained samples check every request: the first that are there in an order of ``seed``.
-        checkpoint: a folder for partial sums of the primal and layerwise forms, from which a preparation that was cut
-            off goes on, and for rows on disk.
+        shrinkage: what weight decay toward zero alone would have left: ``fit(...).shrinkage``, ``fastntk.shrinkage``.
+        witnesses: how many retained samples check every request, in an order of ``seed``.
+        checkpoint: a folder for rows on disk and for partial sums, from which a preparation that was cut off goes on.
         numerics: how to compute; ``changes`` replace its fields: ``prepare(..., batch_size=16)``.
 
     Raises:
@@ -289,7 +287,9 @@ def prepare(
     settle()
     check_initial(initial, tuned(model))
     network = linearised(model, train, loss, replace(numerics, **changes))  # type: ignore[arg-type]
-    return Memory(with_head(prepared(network, initial, options, checkpoint)))
+    state = with_head(prepared(network, initial, options, checkpoint))
+    tell_of_fit(state)
+    return Memory(state)
 
 
 def load(folder: Path | str, model: nn.Module, train: Dataset) -> Memory:

@@ -18,7 +18,7 @@ from fastntk.common.errors import InputError
 from fastntk.common.files import room
 from fastntk.common.machine import free_bytes
 from fastntk.common.typed import check_seed
-from fastntk.inputs.batches import check_any, digests
+from fastntk.inputs.batches import check_any, digests, hard
 from fastntk.inputs.called import apart
 from fastntk.jacobians import combinations
 from fastntk.jacobians.linearised import FIRST, Linearised, enough, tail
@@ -34,6 +34,8 @@ from fastntk.tuning.loss import Loss, check_loss
 from fastntk.tuning.parameters import snapshot, tuned
 
 log = logging.getLogger(__name__)
+
+_SEEN = 128  # samples, at most, that the model is asked about
 
 _RIDGES = 1e-100, 1e100  # beyond, its square is no float64
 
@@ -107,6 +109,21 @@ def _tell_of(solution: Solution) -> None:
     if (left := solution.inexactness()) > solution.limit:
         told = "the solution over all samples is exact to %.0e of its gradient alone (limit %.0e), and so are answers"
         log.warning(f"{told}; a larger ridge makes it more so", left, solution.limit)
+
+
+def tell_of_fit(state: State) -> None:
+    """How many of some samples the model classifies rightly; a warning where one label for all would do as well."""
+    network, right, labels = state.network, [], []
+    with torch.no_grad():
+        for images, its in network.images(state.order[:_SEEN].tolist()):
+            labels.append(hard(its))
+            right.append(network.logits(images.to(network.device)).argmax(1).cpu() == labels[-1])
+    known, most = torch.cat(right).double().mean(), torch.cat(labels).bincount().max() / len(torch.cat(labels))
+    told = f"of {len(torch.cat(labels))} of its samples the model classifies {100 * known:.1f} % rightly"
+    if known > most or known == 1:
+        log.info(told)
+    else:
+        log.warning(f"{told}, and one label for all {100 * most:.1f} %: are these its weights, images and labels?")
 
 
 def with_head(state: State) -> State:
