@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 from dataclasses import replace
 
@@ -216,6 +217,20 @@ def test_an_export_without_the_head_that_a_verdict_asked_for_says_so(run, monkey
     run.refresh()
     run.export(tmp_path / "refreshed.safetensors")
     assert "exact head needed" not in caplog.text
+
+
+def test_purging_and_refreshing_name_what_was_written_before(run, caplog):
+    run.memory()[0].forget([3])
+    run.export(run.folder / "unlearned.safetensors")
+    run.purge(run.memory()[0])
+    assert "from before" not in caplog.text  # it is of after the request
+    os.utime(run.folder / "unlearned.safetensors", (0, 0))
+    run.memory()[0].forget([5])
+    run.purge(run.memory()[0])
+    assert re.search(r"from before, .* are in .*: unlearned.safetensors. Delete", caplog.text)
+    caplog.clear()
+    run.refresh()
+    assert "unlearned.safetensors" in caplog.text
 
 
 @pytest.fixture

@@ -1,8 +1,10 @@
 """Which samples a request on the command line asks for."""
 
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -18,6 +20,8 @@ from fastntk.memory.copies import copies
 from fastntk.memory.memory import Memory
 
 log = logging.getLogger(__name__)
+
+_OUTPUTS = "unlearned*.safetensors", "report.json", "report.html", "*.svg"
 
 _NAMED = 20  # copies in a text
 
@@ -298,3 +302,13 @@ def warn_of_heads(memory: Memory, exact_head: bool) -> None:
     unfinished = (each for each in memory.requests() if each.certificate.get("verdict") == HEAD_NEEDED)
     if not exact_head and any(each.state != "re-anchored" for each in unfinished):
         log.warning("a request's verdict is %r: without it, part of a class is still taken for it", HEAD_NEEDED)
+
+
+def warn_of_outputs(folder: Path, memory: Memory) -> None:
+    """Of what export and evaluate have written into a run before its latest request or refresh: it tells of who has
+    left since."""
+    changes = [each.answered for each in memory.requests() if each.kind != "audit"]
+    latest = datetime.fromisoformat(changes[-1]).timestamp() if changes else -math.inf
+    there = (each for name in _OUTPUTS for each in folder.glob(name) if each.stat().st_mtime < latest)
+    if names := ", ".join(sorted(each.name for each in there)):
+        log.warning("from before, and with what has left since, are in %s: %s. Delete or write anew.", folder, names)

@@ -21,7 +21,7 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 from fastntk.cli import preparing
-from fastntk.cli.asked import core_of, forgotten, of_class, owners_said, warn_of_heads
+from fastntk.cli.asked import core_of, forgotten, of_class, owners_said, warn_of_heads, warn_of_outputs
 from fastntk.cli.options import check_out
 from fastntk.cli.settings import Given, Settings
 from fastntk.common import distributed
@@ -261,29 +261,21 @@ class Run:
     def plan(self, form: str, classes: int | str, numerics: Numerics) -> Plan:
         """What preparing would take."""
         settings, model, images = self._opened()
-        recipe = settings.fitting()
         form, classes = preparing.form_and_classes(settings, form, classes)
-        return plan(
-            model,
-            images,
-            form=form,
-            classes=classes,
-            loss=recipe.loss,
-            epochs=recipe.epochs,
-            checkpoint=self.folder / "partial",
-            numerics=numerics,
-        )
+        recipe, checkpoint = settings.fitting(), self.folder / "partial"
+        task = partial(plan, model, images, loss=recipe.loss, epochs=recipe.epochs, checkpoint=checkpoint)
+        return task(form=form, classes=classes, numerics=numerics)
 
     def purge(self, memory: Memory) -> float:
         """Remove every trace of who has left, with partial sums and the digest of all ids; the seconds."""
         clear(self.folder / "partial")
         if self.settings().samples:
             self._change(partial(replace, samples=None))
+        warn_of_outputs(self.folder, memory)
         return memory.purge()
 
     def refresh(self, exact_head: bool | None = None, gain: bool = False) -> tuple[float, Memory]:
-        """Re-anchor the memory at its answer (``fastntk.refresh``), which becomes the run's model; the seconds, and the
-        memory."""
+        """Re-anchor the memory at its answer, which becomes the run's model; the seconds, and the memory."""
         memory, _ = self.memory(all_images=True)
         warn_of_heads(memory, exact_head is not False)
         if memory.audit and not gain:
@@ -291,6 +283,7 @@ class Run:
         with underway(self.folder):
             seconds = refresh(memory, self.folder / "partial", gain=gain, exact_head=exact_head)
             self._change(lambda settings: settings, state_at(memory.model, memory.anchor))
+        warn_of_outputs(self.folder, memory)
         return seconds, memory
 
     def audit(self, fraction: float, class_name: str | None, test: str | None, seed: int) -> Audit | Sameness:
