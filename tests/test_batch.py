@@ -74,6 +74,7 @@ def test_a_batch(fitted, colours, asked, tmp_path, monkeypatch):
     }
     assert summary["purged"]
     assert summary["samples_left"] == len(np.load(colours)["y_train"]) - 4
+    assert summary["unowned"] == len(np.load(colours)["y_train"]) - 5, "0, 1 and 9 have owners; 4 and 5 had gone"
     entries = json.loads(succeed("ledger", folder, "--json"))["requests"]
     assert [each["state"] for each in entries] == ["purged", "purged"]
     assert sorted(path.name for path in (out / "certificates").iterdir()) == ["r1.json", "r2.json"]
@@ -88,6 +89,7 @@ def test_a_batch(fitted, colours, asked, tmp_path, monkeypatch):
     shown = (out / "summary.html").read_text()
     assert "2026-11-21" in shown
     assert "no audit" in shown
+    assert "nobody was known to be the owner" in shown
     row = repr(("r1", "Zuleika", "", "2026-11-20", False))
     unsalted = sha256(row.encode()).hexdigest().encode()
     for path in [*out.rglob("*"), *folder.rglob("*")]:
@@ -188,6 +190,7 @@ def test_an_owner_is_known_in_either_form_of_unicode():
         ("request,owner\n", "has no request in it"),
         ('{"request": "r1", "ids": [3]}\n{nothing\n', "request 2 is no JSON"),
         ('{"request": "r1", "ids": [3]}\n[1]\n', "request 2: must be an object"),
+        ('{"request": "r1", "ids": [3, "a\\nb"]}', "request 1: an id has a line break"),
     ],
 )
 def test_a_file_that_is_none_is_refused(text, message, tmp_path):

@@ -72,7 +72,7 @@ def read_requests(path: Path) -> list[Asked]:
 
     Raises:
         InputError: it cannot be read, a row has no name or names not exactly one of owner and ids, or two rows are
-            called alike.
+            called alike, or an id has a line break.
     """
     text = text_of(path)
     rows = _lines_of_json(text, path) if text.lstrip().startswith("{") else _table(text, path)
@@ -82,6 +82,8 @@ def read_requests(path: Path) -> list[Asked]:
         if odd:
             raise InputError(f"{path}: there is no column {odd[0]!r}; its columns are {', '.join(_COLUMNS)}.")
         listed = row.get("ids") if isinstance(row.get("ids"), list) else None
+        if any("\n" in str(each) for each in listed or ()):
+            raise InputError(f"{path}, request {number}: an id has a line break. Name that sample by its owner.")
         values = {**row, "ids": "\n".join(map(str, listed))} if listed is not None else row
         texts = ["" if values.get(name) is None else str(values[name]).strip() for name in _COLUMNS]
         asked = Asked(texts[0], texts[1], texts[2], texts[3], lines=listed is not None)
@@ -146,13 +148,15 @@ def answer_all(
     whose = owners(images, absent_members(images, memory)) if any(each.owner for each in asked) else {}
     for each in asked:
         _check_own(memory, each, out)
+    unowned = len(set(memory.ids) - set(whose)) if any(each.owner for each in asked) else None
     rows = [_told(memory, everyone, whose, each, out, copies) for each in track(asked, "requests")]
     members = set(memory.ids)
     for each, row in zip(asked, rows, strict=True):
         if row["became"] == ANSWERED and (back := len(members.intersection(_named(everyone, whose, each)[0]))):
             row["back"] = back  # who was remembered since
     seconds = opened.purge(memory)
-    summary = {"run": str(opened.folder), "made": _now(), "requests": rows, **_kept(memory, seconds)}
+    summary = {"run": str(opened.folder), "made": _now(), "requests": rows, "unowned": unowned}
+    summary |= _kept(memory, seconds)
     write_json(out / "summary.json", summary)
     write(out / "summary.html", lambda file: file.write_text(page("requests.html", title=_TITLE, **summary)))
     return summary
