@@ -186,7 +186,12 @@ TRIED = {
     (".do", [lambda w: fastntk.CrossEntropy(weights=torch.ones(2)).weights,
      lambda w: fastntk.CrossEntropy(weights=np.ones(2, dtype=np.float32)).weights], (1.0, 1.0)),
     (".do", [lambda w: w.memory.purge(), lambda w: w.memory.save(w.here), lambda w: fastntk.finished(w.memory, gain=0),
-     lambda w: fastntk.audit(w.memory, lambda *_: {})], "Save it first|Choose a folder|gain must be|return all"),
+     lambda w: fastntk.audit(w.memory, lambda *_: {})], "Save it first|Choose a folder|gain must be|what retraining"),
+    (".do", [lambda w, odd=odd: fastntk.audit(w.memory, lambda *_: odd) for odd in (
+        None, nn.Identity(), 3, {"a": "b"})], "what retraining returns must be tensors by name"),
+    (".do", [lambda w, odd=odd: fastntk.audit(w.memory, lambda *_: {k: odd(v) for k, v in w.memory.parameters.items()})
+             for odd in (lambda v: v * NAN, lambda v: v[:0])], "what retraining returns has (NaN|shape)"),
+    (".prepare", [{"train": DataLoader(PAIRS)}, {"train": iter(())}, {"train": None}], "must be a map-style dataset"),
     (".do", [lambda w: fastntk.SquaredLoss(NAN), lambda w: fastntk.left_out_gain(w.memory, [(A, 9)]),
      lambda w: fastntk.add_lora(w.memory.model, 2, "([")], "scale|outside the model's classes|regular expression"),
     (".do", [lambda w: fastntk.CrossEntropy(weights="ab"), lambda w: fastntk.SquaredLoss("x"),

@@ -33,7 +33,7 @@ from fastntk.memory.memory import Memory, current
 from fastntk.memory.state import State
 from fastntk.tuning.loss import check_labels, predictions
 from fastntk.tuning.outputs import logits_of, margins, model_at
-from fastntk.tuning.parameters import tuned
+from fastntk.tuning.parameters import check_values, tuned
 from fastntk.tuning.recipe import Recipe
 
 _LEFT_OUT = 1000  # members at most
@@ -340,10 +340,8 @@ def _fitted(memory: Memory, retain: Dataset, recipe: Recipe | Retraining, number
     if isinstance(recipe, Recipe):
         again = replace(recipe, seed=recipe.seed + number)
         return retrained(memory.model, memory.state.initial, retain, again)[0]
-    own = tuned(memory.model).keys()
+    own = tuned(memory.model)
     with restored(memory.model):
-        fitted = {name: tensor.detach().clone() for name, tensor in recipe(retain, number).items()}
-    if fitted.keys() != own:
-        odd = sorted(fitted.keys() ^ own)[0]
-        raise InputError(f"retraining must return all tuned parameters and no others: it differs in {odd!r}.")
-    return fitted
+        fitted = recipe(retain, number)
+        check_values(fitted, own, "what retraining returns", "Return fastntk.snapshot of what tune gave.")
+        return {name: tensor.detach().clone() for name, tensor in fitted.items()}

@@ -1,6 +1,6 @@
 """Batches of any map-style dataset of ``(image, label)``."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from typing import Any
@@ -29,8 +29,18 @@ class Labelled(Dataset):
     """A dataset whose ``labels``, a tensor or None, are what its items have, known without making the items."""
 
 
+def check_mapped(dataset: Dataset) -> Sized:
+    """The dataset, with a length. Raises ``InputError`` for what is no map-style one."""
+    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        own = " Pass its .dataset." if isinstance(dataset, DataLoader) else ""
+        raise InputError(f"the data must be a map-style dataset, with a length and items, not {_kind(dataset)}.{own}")
+    return dataset
+
+
 def check_any(dataset: Dataset, kind: str) -> None:
-    """Raises ``InputError`` for a dataset of a kind (training, validation, held-out) without samples."""
+    """Raises ``InputError`` for what is no map-style dataset, or, of a kind (training, validation, held-out), has no
+    samples."""
+    check_mapped(dataset)
     if not len(dataset):  # type: ignore[arg-type]
         raise InputError(f"there are no {kind} samples.")
 
@@ -107,9 +117,8 @@ def batches(
     With ``workers`` that many processes read images ahead while others are worked on. With a ``share`` of (rank, size)
     every size-th sample of each batch; one sample where that is none.
     """
-    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
-        raise InputError(f"the data must be a map-style dataset, with a length and items, not {_kind(dataset)}.")
-    order = SequentialSampler(dataset) if shuffle is None else RandomSampler(dataset, generator=shuffle)
+    sized = check_mapped(dataset)
+    order = SequentialSampler(sized) if shuffle is None else RandomSampler(sized, generator=shuffle)
     sampler = _Share(BatchSampler(order, batch_size, drop_last=False), *share)
     return DataLoader(dataset, batch_sampler=sampler, generator=shuffle, num_workers=workers, collate_fn=_collated)
 

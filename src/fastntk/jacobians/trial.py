@@ -63,11 +63,13 @@ def tried(
 
 
 def _check_independent(model: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> None:
-    """Raises ``InputError`` unless an image has the same logits again, and beside another image."""
+    """Raises ``InputError`` unless an image has the same finite logits again, and beside another image."""
     with torch.no_grad():
         copies, again = (forward(model, parameters, x.expand(8, *x.shape[1:])) for _ in range(2))
         beside = forward(model, parameters, torch.cat([x, x.flip(-1) + 1]))[:1]
     once, all_of_it = copies[:1], torch.cat([copies, again])
+    if not torch.isfinite(once).all():
+        raise InputError("an image's logits are NaN or infinite: see the model's weights, and the images.")
     limit = _CHANGED * (float(once.abs().max()) + 1e-6)
     if not float((all_of_it - once).abs().max()) <= limit:
         raise InputError(

@@ -31,7 +31,7 @@ from fastntk.solve.head import convex_shortfall
 from fastntk.solve.prices import Price, Workload
 from fastntk.solve.solution import Solution, Task
 from fastntk.tuning.loss import Loss, check_loss
-from fastntk.tuning.parameters import snapshot, tuned
+from fastntk.tuning.parameters import check_values, snapshot, tuned
 
 log = logging.getLogger(__name__)
 
@@ -192,18 +192,7 @@ def pull_of(ridge: float | str, shrinkage: float) -> dict[str, Any]:
 
 def check_initial(initial: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
     """Raises ``InputError`` unless ``initial`` are copies of these parameters from before fitting, by shape."""
-    if not isinstance(initial, Mapping):
-        raise InputError(f"`initial` must be tensors by name, not a {type(initial).__name__}. Pass fit(...).initial.")
-    if set(initial) != set(parameters):
-        odd = sorted(set(initial) ^ set(parameters))[0]
-        raise InputError(f"`initial` does not hold the model's tuned parameters: they differ in {odd!r}.")
-    for name, parameter in parameters.items():
-        if initial[name].shape != parameter.shape:
-            raise InputError(
-                f"`initial` has shape {list(initial[name].shape)} for {name!r}, not {list(parameter.shape)}."
-            )
-        if not torch.isfinite(initial[name]).all():
-            raise InputError(f"`initial` has NaN or infinite values in {name!r}. Pass fit(...).initial.")
+    check_values(initial, parameters, "`initial`", "Pass fit(...).initial.")
     if all(initial[name].data_ptr() == parameters[name].data_ptr() for name in parameters):
         raise InputError(
             "`initial` is the model's own parameters, not a copy from before fitting. Pass fit(...).initial, or take "

@@ -1,5 +1,7 @@
 """The tuned parameters of a model, and copies of them."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
@@ -25,3 +27,18 @@ def tuned(model: nn.Module) -> dict[str, nn.Parameter]:
 def snapshot(parameters: dict[str, nn.Parameter] | dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Detached copies, safe from later training."""
     return {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+
+def check_values(values: object, parameters: Mapping[str, torch.Tensor], what: str, remedy: str) -> None:
+    """Raises ``InputError``, with a remedy, unless ``values``, which are ``what``, are finite tensors for exactly these
+    parameters, of their shapes."""
+    if not isinstance(values, Mapping) or not all(isinstance(each, torch.Tensor) for each in values.values()):
+        raise InputError(f"{what} must be tensors by name, not a {type(values).__name__}. {remedy}")
+    if set(values) != set(parameters):
+        odd = sorted(map(str, set(values) ^ set(parameters)))[0]
+        raise InputError(f"{what} does not hold the model's tuned parameters: they differ in {odd!r}. {remedy}")
+    for name, parameter in parameters.items():
+        if values[name].shape != parameter.shape:
+            raise InputError(f"{what} has shape {list(values[name].shape)} for {name!r}, not {list(parameter.shape)}.")
+        if not torch.isfinite(values[name]).all():
+            raise InputError(f"{what} has NaN or infinite values in {name!r}. {remedy}")
