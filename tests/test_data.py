@@ -5,7 +5,7 @@ from PIL import Image
 from torch.utils.data import Subset, TensorDataset
 
 import fastntk
-from fastntk.inputs.batches import batches, digests, labels_of
+from fastntk.inputs.batches import batches, digests, labels_of, labels_offered
 from fastntk.inputs.images import Preprocessing, in_memory
 from fastntk.inputs.libraries import datasets
 from fastntk.inputs.sources import load_data
@@ -229,3 +229,25 @@ class Relabelled(Subset):
 def test_labels_are_those_of_the_items_whatever_is_beneath():
     data = Relabelled(TensorDataset(torch.zeros(4, 3, 2, 2), torch.tensor([2, 3, 2, 3])), [1, 2])
     assert labels_of(data).tolist() == [data[0][1], data[1][1]] == [1, 0]
+
+
+def test_torchvisions_own_labels_are_offered_where_nothing_changes_them(tmp_path):
+    from fastntk.inputs.libraries import torchvision
+
+    for label in "abb":
+        place = tmp_path / label / f"{len(list(tmp_path.rglob('*.png')))}.png"
+        place.parent.mkdir(exist_ok=True)
+        Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(place)
+    kind = torchvision().datasets.ImageFolder
+
+    class Own(kind):
+        """A user's, whose items may have others."""
+
+    assert labels_offered(kind(tmp_path)).tolist() == [0, 1, 1]
+    assert labels_offered(Subset(kind(tmp_path), [2, 0])).tolist() == [1, 0]
+    assert labels_offered(kind(tmp_path, transform=lambda image: image)).tolist() == [0, 1, 1]
+    for other in (kind(tmp_path, target_transform=lambda label: 1 - label), Own(tmp_path), [(0, 1)]):
+        assert labels_offered(other) is None
+    joint = kind(tmp_path)
+    joint.transforms = lambda image, label: (image, 1 - label)
+    assert labels_offered(joint) is None

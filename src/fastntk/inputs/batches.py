@@ -25,6 +25,13 @@ from fastntk.common.errors import InputError
 _DIGEST = 8  # bytes: two in 50,000 different images agree with a chance of 1e-10
 
 
+_OFFERING = {
+    *("ImageFolder", "ImageNet", "EuroSAT", "CIFAR10", "CIFAR100", "SVHN", "STL10"),
+    *("MNIST", "FashionMNIST", "KMNIST", "EMNIST", "USPS"),
+}
+"""Datasets of torchvision whose ``targets`` or ``labels`` are what its items have."""
+
+
 class Labelled(Dataset):
     """A dataset whose ``labels``, a tensor or None, are what its items have, known without making the items."""
 
@@ -81,14 +88,24 @@ def hard(labels: Tensor) -> Int[Tensor, " samples"]:
 
 def labels_offered(dataset: Dataset) -> Int[Tensor, " samples"] | None:
     """All labels, if the dataset is known to offer them without decoding images. The ``targets`` or ``labels`` of a
-    dataset of the user's may be other than what its items have (torchvision's with a ``target_transform``).
+    dataset of the user's may be other than what its items have; torchvision's are these, but with a transform of them.
     """
     if isinstance(dataset, TensorDataset) and type(dataset).__getitem__ is TensorDataset.__getitem__:
         return hard(dataset.tensors[1])
     if isinstance(dataset, Subset) and type(dataset).__getitem__ is Subset.__getitem__:
         whole = labels_offered(dataset.dataset)
         return None if whole is None else whole[list(dataset.indices)]
+    if type(dataset).__module__.startswith("torchvision.datasets.") and type(dataset).__name__ in _OFFERING:
+        return _of_torchvision(dataset)
     return dataset.labels if isinstance(dataset, Labelled) else None  # type: ignore[attr-defined]
+
+
+def _of_torchvision(dataset: Any) -> Int[Tensor, " samples"] | None:
+    """The labels of one of its own datasets; None where a transform may change them."""
+    plain = dataset.transforms is None or type(dataset.transforms).__name__ == "StandardTransform"
+    if not plain or dataset.target_transform is not None:
+        return None
+    return torch.as_tensor(dataset.targets if hasattr(dataset, "targets") else dataset.labels).long()
 
 
 class _Share(Sampler[list[int]]):
