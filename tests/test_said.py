@@ -4,13 +4,17 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from runs import RECIPE, prepared, refuse, succeed
 from test_data import photos
 
 import fastntk
 from fastntk.cli.commands import requests as commands
+from fastntk.cli.printing import forgetting
 from fastntk.cli.run import Run
 from fastntk.memory.disk.ledger import Ledger
 from fastntk.memory.memory import Memory
@@ -190,3 +194,17 @@ def test_a_fraction_is_between_0_and_1(fraction, run):
 
 def test_a_device_that_is_none_is_refused_by_the_demo_too(tmp_path):
     refuse("is not there", "demo", "--device", "tpu", "--out", tmp_path / "d")
+
+
+@pytest.mark.parametrize(
+    ("ids", "command"),
+    [
+        ([0, 1, 2], "forget 'a run' --ids 0,1"),
+        (["red/1.png", "it's.png"], "forget 'a run' --ids 'red/1.png,it'\"'\"'s.png'"),
+        (["a, b", "c"], "forget 'a run' --ids-file ids.txt"),
+        (["a b", "c"], "forget 'a run' --ids-file ids.txt"),
+    ],
+)
+def test_the_command_that_is_said_can_be_typed(ids, command):
+    state = SimpleNamespace(core=torch.tensor([], dtype=torch.long), members=SimpleNamespace(by_position=ids))
+    assert forgetting(Path("a run"), SimpleNamespace(state=state)) == f"fastntk {command}"

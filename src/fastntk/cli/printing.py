@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, NamedTuple
 
 from rich.console import Console
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from fastntk.cli.asked import Copies
     from fastntk.memory.certificate import Answer
     from fastntk.memory.disk.ledger import Request
+    from fastntk.memory.memory import Memory
     from fastntk.tuning.fitting import Fit
 
 
@@ -37,10 +39,21 @@ def table_of(requests: "Sequence[Request]") -> Table:
 
 
 class Solved(NamedTuple):
-    """Of a fit that forgets exactly: how many samples may be forgotten, and the seconds that all were solved for."""
+    """Of a fit that forgets exactly: how many samples may be forgotten, the seconds that all were solved for, and a
+    command that forgets some."""
 
     others: int
     seconds: float
+    like: str
+
+
+def forgetting(run: Path, memory: "Memory") -> str:
+    """The command that forgets two samples, where their ids can be typed."""
+    from fastntk.memory.exact import forgettable
+
+    ids = ",".join(map(str, forgettable(memory.state)[:2]))
+    named = f"--ids {quote(ids)}" if ids.count(",") == 1 and not set(ids) & set(" \n") else "--ids-file ids.txt"
+    return f"fastntk forget {quote(str(run))} {named}"
 
 
 def show_fit(run: Path, fit: "Fit", as_json: bool, solved: Solved | None = None) -> None:
@@ -59,13 +72,14 @@ def show_fit(run: Path, fit: "Fit", as_json: bool, solved: Solved | None = None)
         else f"Took over {count:,} tuned parameters; {'taken for true' if solved else 'the start was rebuilt'}: "
         f"{'; '.join(fit.assumed)}."
     )
-    following = f"Next: fastntk prepare {run}"
+    following = f"Next: fastntk prepare {quote(str(run))}"
     if solved:
         others = f"{solved.others:,} other samples were solved for in {solved.seconds:.1f} s"
         told += f"\nThat was the core. {others}, and can be forgotten exactly."
-        following = f"Next: fastntk forget {run} --ids 3,17\nThe weights with all of them: fastntk export {run}"
+        following = f"Next: {solved.like}\nThe weights with all of them: fastntk export {quote(str(run))}"
     tables = [table] if fit.losses else []
-    document |= {"assumed": fit.assumed, **({"solved": solved._asdict()} if solved else {})}
+    more = {"solved": {"others": solved.others, "seconds": solved.seconds}} if solved else {}
+    document |= {"assumed": fit.assumed, **more}
     show(document, as_json, *tables, f"{told}\n{following}")
 
 

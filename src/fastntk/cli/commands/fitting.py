@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from fastntk.cli import options
-from fastntk.cli.printing import Solved, show, show_fit
+from fastntk.cli.printing import Solved, forgetting, show, show_fit
 
 if TYPE_CHECKING:
     from fastntk.tuning.fitting import Fit
@@ -79,7 +79,8 @@ def _fitted(
         if given.core:
             started = time.perf_counter()
             memory = opened.prepare("auto", "auto", "auto", 0, Numerics())
-            solved = Solved(len(forgettable(memory.state)), time.perf_counter() - started)
+            others = len(forgettable(memory.state))
+            solved = Solved(others, time.perf_counter() - started, forgetting(run, memory))
         return (None, None) if distributed.rank() else (done, solved)
 
 

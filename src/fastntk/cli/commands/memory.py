@@ -1,12 +1,13 @@
 """Preparing a memory, its folder, and what comes of it."""
 
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fastntk.cli import options
-from fastntk.cli.printing import show, table_of
+from fastntk.cli.printing import forgetting, show, table_of
 from fastntk.common.errors import InputError
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def prepare(
     found = f" ({memory.calibration or ('chosen on the core' if exactly and ridge == 'auto' else 'given')})"
     text = f"The memory holds {document['samples']:,} samples, {memory.form} form, ridge {memory.ridge:.4g}{found}."
     first = "First see that it forgets exactly" if exactly else "First see how near retraining it comes"
-    following = f"Next: fastntk forget {run} --ids 3,17\n{first}: fastntk audit {run}"
+    following = f"Next: {forgetting(run, memory)}\n{first}: fastntk audit {quote(str(run))}"
     show(document, as_json, f"{text}\n{following}")
 
 
