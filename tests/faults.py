@@ -275,3 +275,21 @@ def run(words: Sequence[object], root: Path, at: int = 0, fault: str = "fails") 
             os._exit(status)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     return Outcome(status, int(counted.read_text() or 0) if status != KILLED else 0, said.read_text())
+
+
+class Killed(BaseException):
+    """As if the process ended here."""
+
+
+def failing(monkeypatch, module, name, call, error):
+    """The ``call``-th call of a function raises; those before it are as ever."""
+    real, calls = getattr(module, name), [0]
+
+    def sometimes(*arguments, **options):
+        calls[0] += 1
+        if calls[0] == call:
+            raise error
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(module, name, sometimes)
+    return calls

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from cases import CASES
-from test_memory import moved
+from memories import moved
 
 import fastntk
 from fastntk.common import distributed

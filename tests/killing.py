@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from cases import CASES
-from test_memory import moved
+from memories import moved
 
 import fastntk
 

@@ -7,6 +7,7 @@ import subprocess
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from fastntk.cli.main import main
 from fastntk.cli.run import Run
@@ -96,3 +97,11 @@ def run(given, tmp_path):
     made.fit(given, RECIPE)
     prepared(made)
     return made
+
+
+def photos(folder, *names, count=3, first=0):
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        for i in range(first, first + count):
+            Image.fromarray(np.full((9, 9, 3), i, dtype=np.uint8)).save(folder / name / f"{i}.png")
+    return folder

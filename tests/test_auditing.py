@@ -10,7 +10,7 @@ import pytest
 import torch
 from cases import CASES
 from fastntk.methods import Problem, Retrain
-from test_memory import LINEAR, close, moved, prepared
+from memories import LINEAR, close, moved, prepared
 from torch.func import functional_call
 from torch.utils.data import TensorDataset
 

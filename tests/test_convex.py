@@ -7,9 +7,9 @@ import oracles
 import pytest
 import torch
 from cases import CASES, Case, LinearInTuned
+from memories import LINEAR, close, moved
 from scipy.optimize import minimize
 from sklearn.linear_model import LogisticRegression
-from test_memory import close, moved
 from torch.utils.data import Subset, TensorDataset
 
 import fastntk
@@ -23,7 +23,6 @@ from fastntk.tuning.loss import contrasts, kept_of
 from fastntk.tuning.losses import CrossEntropy, SquaredLoss
 from fastntk.tuning.parameters import snapshot, tuned
 
-LINEAR = Case(LinearInTuned, ("head",))
 RIDGE = 0.3
 LOSSES = [CrossEntropy(), CrossEntropy(smoothing=0.1)]
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from cases import CASES
+from memories import moved
 from runs import MODEL, RATE, refuse, succeed
-from test_memory import moved
 from torch.utils.data import TensorDataset
 
 import fastntk

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import photos
 from torch.utils.data import Subset, TensorDataset
 
 import fastntk
@@ -171,14 +172,6 @@ def test_ids_from_a_column_name_each_sample_once(tmp_path):
         load_data(str(tmp_path / "d.npz"), PLAIN, id_column="when")
     with pytest.raises(fastntk.InputError, match="has no columns"):
         load_data(str(folder(tmp_path / "f")), PLAIN, id_column="who")
-
-
-def photos(folder, *names, count=3, first=0):
-    for name in names:
-        (folder / name).mkdir(parents=True)
-        for i in range(first, first + count):
-            Image.fromarray(np.full((9, 9, 3), i, dtype=np.uint8)).save(folder / name / f"{i}.png")
-    return folder
 
 
 def test_folders_that_are_no_classes(tmp_path):

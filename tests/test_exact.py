@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from cases import CASES
+from memories import close
 from runs import MODEL, RATE, refuse, succeed
-from test_memory import close
 from torch.func import functional_call, jacrev
 from torch.utils.data import Subset, TensorDataset
 

@@ -5,30 +5,12 @@ import errno
 import os
 
 import pytest
-from test_memory import close, prepared
-from test_store import reopened, saved
+from faults import Killed, failing
+from memories import close, prepared, reopened, saved
 
 import fastntk
 from fastntk.common import files
 from fastntk.memory.disk import ledger
-
-
-class Killed(BaseException):
-    """As if the process ended here."""
-
-
-def failing(monkeypatch, module, name, call, error):
-    """The ``call``-th call of a function raises; those before it are as ever."""
-    real, calls = getattr(module, name), [0]
-
-    def sometimes(*arguments, **options):
-        calls[0] += 1
-        if calls[0] == call:
-            raise error
-        return real(*arguments, **options)
-
-    monkeypatch.setattr(module, name, sometimes)
-    return calls
 
 
 def test_what_it_did_not_write_stays(tmp_path):

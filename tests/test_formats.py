@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import CASES
-from test_memory import close, moved, prepared
+from memories import close, moved, prepared
 
 import fastntk
 from fastntk.cli.run import Run

@@ -8,8 +8,8 @@ import torch
 from cases import CASES
 from fastntk.methods import FastNTK
 from fastntk.metrics import label_probability
+from memories import close
 from test_heads import problem
-from test_memory import close
 from torch.func import functional_call
 from torch.utils.data import Subset, TensorDataset
 

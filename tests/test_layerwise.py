@@ -6,7 +6,7 @@ import oracles
 import pytest
 import torch
 from cases import Attention, Case, Convolutional, Grouped, Prompted, SharedScale
-from test_memory import close, moved
+from memories import close, moved
 from torch.utils.data import TensorDataset
 
 import fastntk

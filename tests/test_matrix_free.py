@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases import CASES
-from test_memory import close, moved
+from memories import close, moved
 
 import fastntk
 from fastntk.jacobians import products

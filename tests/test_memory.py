@@ -5,38 +5,15 @@ from dataclasses import replace
 import oracles
 import pytest
 import torch
-from cases import CASES, Case, LinearInTuned
+from cases import CASES
+from memories import LINEAR, close, moved, prepared
 from torch import nn
 from torch.func import functional_call
 from torch.utils.data import Subset, TensorDataset
 
 import fastntk
 from fastntk.memory.members import Members
-from fastntk.memory.memory import Memory
-from fastntk.tuning.parameters import snapshot, tuned
-
-LINEAR = Case(LinearInTuned, ("head",))
-
-
-def moved(model, seed=5, size=0.05):
-    """Parameters some way off the model's, as if before fitting."""
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        name: tensor + size * torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
-        for name, tensor in snapshot(tuned(model)).items()
-    }
-
-
-def prepared(name="bn+head", form="auto", ridge=0.5, loss=fastntk.SquaredLoss(), **options) -> Memory:
-    case = CASES[name]
-    model = case.model()
-    return fastntk.prepare(model, case.data(), moved(model), ridge=ridge, form=form, loss=loss, **options)
-
-
-def close(left, right, tolerance=1e-9):
-    assert list(left) == list(right)
-    for name in left:
-        torch.testing.assert_close(left[name], right[name], rtol=tolerance, atol=tolerance)
+from fastntk.tuning.parameters import tuned
 
 
 @pytest.mark.parametrize("form", ["primal", "dual"])

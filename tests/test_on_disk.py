@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import CASES
-from test_memory import close, moved
+from memories import close, moved
 
 import fastntk
 from fastntk.common import files

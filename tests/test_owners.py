@@ -7,8 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from runs import MODEL, RECIPE, prepared, refuse, succeed
-from test_data import photos
+from runs import MODEL, RECIPE, photos, prepared, refuse, succeed
 
 import fastntk
 from fastntk.cli.batch import ANSWERED, REFUSED

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from test_memory import prepared
-from test_store import reopened, saved
+from memories import prepared, reopened, saved
 
 import fastntk
 

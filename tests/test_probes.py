@@ -1,7 +1,7 @@
 import pytest
 import torch
 from cases import CASES
-from test_memory import close, moved
+from memories import close, moved
 
 import fastntk
 from fastntk.jacobians.combinations import ClassProbes, error

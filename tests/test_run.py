@@ -9,9 +9,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from runs import NETWORK, RECIPE, prepared
-from test_data import photos
-from test_folder import Killed, failing
+from faults import Killed, failing
+from runs import NETWORK, RECIPE, photos, prepared
 
 import fastntk
 from fastntk.cli import preparing

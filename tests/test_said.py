@@ -8,8 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from runs import RECIPE, prepared, refuse, succeed
-from test_data import photos
+from runs import RECIPE, photos, prepared, refuse, succeed
 
 import fastntk
 from fastntk.cli.commands import requests as commands

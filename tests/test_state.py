@@ -5,7 +5,7 @@ from dataclasses import FrozenInstanceError, fields, replace
 
 import pytest
 import torch
-from test_memory import close, prepared
+from memories import close, prepared
 
 import fastntk
 from fastntk.jacobians.numerics import Numerics

@@ -16,7 +16,7 @@ from typing import ClassVar
 import pytest
 import torch
 from cases import CASES
-from test_memory import close, moved, prepared
+from memories import close, moved, prepared, reopened, saved
 from torch.utils.data import Subset, TensorDataset
 
 import fastntk
@@ -33,16 +33,6 @@ class Named(TensorDataset):
     """Samples with names."""
 
     ids: ClassVar[list[str]] = [f"people/anna-{place}.png" for place in range(14)]
-
-
-def saved(folder, form="primal", name="bn+head", **options):
-    memory = prepared(name, form, **options)
-    memory.save(folder)
-    return memory
-
-
-def reopened(memory, folder):
-    return fastntk.load(folder, memory.model, memory.state.members.source)
 
 
 def contents(folder):
