@@ -16,7 +16,7 @@ from runs import refuse, succeed
 
 import fastntk
 from fastntk.evidence import report as reports
-from fastntk.evidence.bench import grid, tables
+from fastntk.evidence.bench import choosing, grid, tables
 from fastntk.evidence.bench.config import Setting, read_config
 from fastntk.evidence.bench.results import Cell, Measured, Results
 from fastntk.evidence.bench.stored import StoredRetraining, fitted
@@ -195,12 +195,12 @@ def test_the_command(config, tmp_path):
     refuse("both have", "bench", "--summary", out)
 
 
-def test_settings_are_chosen_by_the_least_score_on_requests_that_nobody_asks_for(config, tmp_path):
+def test_settings_are_chosen_by_the_least_score_on_requests_that_nobody_asks_for(config, tmp_path, monkeypatch):
     read = read_config(written(tmp_path, {**config, **SELECT}))
     assert read.methods["tuned"].others == (FineTune(share=0.5, rate=0.1), FineTune(share=0.5, rate=3.0))
     assert len(read.methods["fast_ntk"].others) == 3
     setting = next(read.settings())
-    bench = grid._Bench(read, setting, tmp_path / "fits", "cpu")
+    bench = grid._Bench(read, setting, tmp_path / "fits", "cpu", {})
     asked = {request: set(bench._problem(request, 0)[0].forget) for request in ("class", "random 20%")}
     for trial, request in zip(bench.trials, SELECT["select"]["requests"], strict=True):
         assert set(trial.problem.forget) != asked[request]
@@ -221,7 +221,7 @@ def test_settings_are_chosen_by_the_least_score_on_requests_that_nobody_asks_for
         assert scores[choice.method] == pytest.approx(choice.score, rel=1e-4)
         assert choice.tried == len(scores)
         assert choice.seconds > 0
-    facts, report = bench.cell("class", Measured({}, {}))
+    facts, report = bench.cell("class", Measured({}, {}, {}))
     assert list(report.rows)[:4] == ["original", "retrain", "retrain_2", "retrain_3"]
     for name, choice in bench.choices.items():
         if choice.method == read.methods[name].default:
@@ -229,6 +229,14 @@ def test_settings_are_chosen_by_the_least_score_on_requests_that_nobody_asks_for
         said = facts["chosen"][name]
         assert said["method"] == [type(choice.method).__name__, asdict(choice.method)]
         assert said["seconds"] > choice.seconds, "with the models retrained for it"
+    tried, scored = [], choosing._scored
+    monkeypatch.setattr(choosing, "_scored", lambda *given: tried.append(given[1]) or scored(*given))
+    more = {**SELECT["methods"], "tuned": {"method": "FineTune", "share": 0.5, "choose": {"rate": [0.1, 3.0, 9.0]}}}
+    wider = read_config(written(tmp_path, {**config, **SELECT, "methods": more}))
+    again = grid._Bench(wider, setting, tmp_path / "fits", "cpu", facts["scores"])
+    assert tried == [FineTune(share=0.5, rate=9.0)], "what was scored already is not again"
+    assert again.choices["fast_ntk"] == bench.choices["fast_ntk"]
+    assert again.choices["tuned"].seconds > bench.choices["tuned"].seconds
     assert facts["audited"] == ["audited"]
     assert set(facts["prepared"]) == {"fast_ntk", "audited"}
 

@@ -70,26 +70,39 @@ class Trial:
 
 @dataclass(frozen=True)
 class Choice:
-    """The settings that were chosen for a method: their score, how many were tried, and the seconds of all of them."""
+    """The settings that were chosen for a method: their score, how many were tried, and the seconds of all of them; and
+    the score and the seconds of each, by its key."""
 
     method: Method
     score: float
     tried: int
     seconds: float
+    scores: Mapping[str, tuple[float, float]]
 
 
-def choose(tried: Mapping[str, Sequence[Method]], trials: Sequence[Trial]) -> dict[str, Choice]:
-    """Of every method's settings, by its name, those with the least score; of equal ones the first."""
+def choose(
+    tried: Mapping[str, Sequence[Method]],
+    trials: Sequence[Trial],
+    key_of: Callable[[Method], str],
+    known: Mapping[str, tuple[float, float]],
+) -> dict[str, Choice]:
+    """Of every method's settings, by its name, those with the least score, of equal ones the first. What is ``known``,
+    by its key, is not tried again."""
     chosen = {}
     for name, settings in track(tried.items(), "choosing settings"):
-        scores, seconds = [], 0.0
-        for method in settings:
-            answers = [(trial, measured(trial.kept(name, method), trial.problem)) for trial in trials]
-            scores.append(geometric_mean(trial.score(answer.parameters) for trial, answer in answers))
-            seconds += sum(answer.seconds or 0.0 for _, answer in answers)
-        least = min(scores)
-        chosen[name] = Choice(settings[scores.index(least)], least, len(settings), seconds)
+        keys = [key_of(each) for each in settings]
+        scores = {key: known.get(key) or _scored(name, each, trials) for key, each in zip(keys, settings, strict=True)}
+        best = min(keys, key=lambda key: scores[key][0])
+        seconds = sum(each for _, each in scores.values())
+        chosen[name] = Choice(settings[keys.index(best)], scores[best][0], len(settings), seconds, scores)
     return chosen
+
+
+def _scored(name: str, method: Method, trials: Sequence[Trial]) -> tuple[float, float]:
+    """The geometric mean of its scores over the requests, and the seconds of its answers."""
+    answers = [(trial, measured(trial.kept(name, method), trial.problem)) for trial in trials]
+    score = geometric_mean(trial.score(answer.parameters) for trial, answer in answers)
+    return score, sum(answer.seconds or 0.0 for _, answer in answers)
 
 
 def _gap(subject: Subject) -> float:

@@ -38,7 +38,7 @@ def run(config: Config, path: Path, device: torch.device | str = "cpu") -> Resul
     """Every cell of the grid that is not in the results at ``path`` yet, made with the same settings.
 
     Fits and the methods' answers are kept in the folder ``fits`` beside it, so that what was cut off goes on where it
-    was; of a cell with other methods or settings, answers that were measured already are not measured again. For every
+    was; of a cell with other methods or settings, answers that were measured or scored already are not again. For every
     fitted model the memory is audited once, on a random tenth, and settings are chosen once.
 
     Raises:
@@ -53,9 +53,11 @@ def run(config: Config, path: Path, device: torch.device | str = "cpu") -> Resul
             console.print(
                 f"{setting.data}, {setting.model}, {setting.per_class} a class, seed {setting.seed}, {setting.loss}"
             )
-            bench = _Bench(config, setting, path.parent / "fits", device)
+            before = {request: results.measured(setting, request) for request in config.requests}
+            known = {key: each for some in before.values() for key, each in some.scores.items()}
+            bench = _Bench(config, setting, path.parent / "fits", device, known)
             for request in missing:
-                facts, report = bench.cell(request, results.measured(setting, request))
+                facts, report = bench.cell(request, before[request])
                 results.add(setting, request, described, facts, report)
                 console.print(report.table(request))
     wanted = {(setting, request) for setting in config.settings() for request in config.requests}
@@ -67,7 +69,14 @@ def run(config: Config, path: Path, device: torch.device | str = "cpu") -> Resul
 class _Bench:
     """One fitted model with its memory, audited, and the settings that were chosen for it."""
 
-    def __init__(self, config: Config, setting: Setting, fits: Path, device: torch.device | str) -> None:
+    def __init__(
+        self,
+        config: Config,
+        setting: Setting,
+        fits: Path,
+        device: torch.device | str,
+        known: Mapping[str, tuple[float, float]],
+    ) -> None:
         self.config, self.setting = config, setting
         self.key = _digest(_described(config, setting))
         names = setting.data, setting.model, setting.per_class, setting.seed, setting.loss, self.key
@@ -82,7 +91,7 @@ class _Bench:
         select = config.select
         self.trials = [self._trial(request, select.retrained) for request in select.requests] if select else []
         tried = {name: [each.default, *each.others] for name, each in config.methods.items() if each.others}
-        self.choices = choose(tried, self.trials) if self.trials else {}
+        self.choices = choose(tried, self.trials, self._tried, known) if self.trials else {}
 
     def cell(self, request: str, before: Measured) -> tuple[dict[str, object], Report]:
         """What is known of a request and its report: every method as it is by default, and as it was chosen. What was
@@ -120,6 +129,10 @@ class _Bench:
 
         return Trial(problem, test, {name: kept(name, method)(problem) for name, method in models.items()}, kept)
 
+    def _tried(self, method: Method) -> str:
+        """What the score of settings depends on."""
+        return _digest([self.key, _compared(self.config)["select"], *_described_method(method)])
+
     def _kept(self, request: str, name: str, method: Method) -> StoredAnswer:
         """The method, with answers that are kept."""
         digest = _digest([self.key, *_described_method(method)])
@@ -145,13 +158,15 @@ class _Bench:
             "prepared": [name for name, each in methods.items() if getattr(each.default, "prepared", False)],
             "audited": [name for name, each in methods.items() if _audited(each)],
             "chosen": {name: self._chosen(choice) for name, choice in self.choices.items()},
+            "scores": {key: each for choice in self.choices.values() for key, each in choice.scores.items()},
             "device": device_name(problem.device),
         }
 
     def _chosen(self, choice: Choice) -> dict[str, object]:
         """What is said of a choice; its seconds are with those of retraining."""
         retraining = sum(each.seconds or 0.0 for trial in self.trials for each in trial.retrained.values())
-        return {**vars(choice), "method": _described_method(choice.method), "seconds": choice.seconds + retraining}
+        method, seconds = _described_method(choice.method), choice.seconds + retraining
+        return {"method": method, "score": choice.score, "tried": choice.tried, "seconds": seconds}
 
 
 def _prepared(model: nn.Module, train: Dataset, done: Fit) -> tuple[Memory, float]:

@@ -51,10 +51,12 @@ class Measured:
     Attributes:
         answers: a digest of what each row's answer depends on, by the row's name.
         rows: their measures.
+        scores: the score and seconds of settings on requests that nobody asks for, by a digest of what these depend on.
     """
 
     answers: Mapping[str, str]
     rows: Mapping[str, Measures]
+    scores: Mapping[str, tuple[float, float]]
 
     def of(self, answers: Mapping[str, str]) -> dict[str, Measures]:
         """Of rows that are to be, by the digests of their answers, those that were measured, with all measures that
@@ -97,8 +99,9 @@ class Results:
         with self._open() as database:
             facts = database.execute(f"SELECT facts FROM cells WHERE {_THESE}", key).fetchone()
             rows = database.execute(f"SELECT method, measures FROM rows WHERE {_THESE}", key).fetchall()
-        answers = json.loads(facts[0]).get("answers", {}) if facts else {}
-        return Measured(answers, {method: json.loads(measures) for method, measures in rows})
+        known = json.loads(facts[0]) if facts else {}
+        scores = {key: (score, seconds) for key, (score, seconds) in known.get("scores", {}).items()}
+        return Measured(known.get("answers", {}), {name: json.loads(measures) for name, measures in rows}, scores)
 
     def add(
         self,
