@@ -20,8 +20,8 @@ from memories import close, moved, prepared, reopened, saved
 from torch.utils.data import Subset, TensorDataset
 
 import fastntk
+from fastntk.common import files
 from fastntk.common.files import read_tensors
-from fastntk.memory.disk import folder as store
 from fastntk.memory.members import Members
 from fastntk.memory.request import hashed
 from fastntk.solve.forms import FORMS
@@ -151,7 +151,7 @@ def test_an_open_memory_sees_what_another_process_did(tmp_path):
 
 
 def test_a_locked_memory_fails_clearly(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "WAIT", 0.1)
+    monkeypatch.setattr(files, "_WAIT", 0.1)
     memory = saved(tmp_path / "m")
     other = reopened(memory, tmp_path / "m")
     with memory._folder.locked(), pytest.raises(fastntk.InputError, match="in use by another process"):

@@ -16,7 +16,6 @@ import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
-from datetime import datetime, timezone
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from fastntk.cli.options import text_of
 from fastntk.cli.run import Run
 from fastntk.common.errors import InputError
 from fastntk.common.files import read_json, writable, write, write_json
+from fastntk.common.machine import now
 from fastntk.common.progress import track
 from fastntk.evidence.pages import page
 from fastntk.inputs.ids import Id
@@ -155,7 +155,7 @@ def answer_all(
         if row["became"] == ANSWERED and (back := len(members.intersection(_named(everyone, whose, each)[0]))):
             row["back"] = back  # who was remembered since
     seconds = opened.purge(memory)
-    summary = {"run": str(opened.folder), "made": _now(), "requests": rows, "unowned": unowned}
+    summary = {"run": str(opened.folder), "made": now(), "requests": rows, "unowned": unowned}
     summary |= _kept(memory, seconds)
     write_json(out / "summary.json", summary)
     write(out / "summary.html", lambda file: file.write_text(page("requests.html", title=_TITLE, **summary)))
@@ -266,7 +266,3 @@ def _kept(memory: Memory, seconds: float) -> dict[str, Any]:
         "form": memory.form,
         "audit": None if audit is None else {"text": str(audit), "passed": audit.passed},
     }
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -17,7 +17,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from filelock import FileLock
 from torch import Tensor, nn
 
 from fastntk.cli import preparing
@@ -33,6 +32,7 @@ from fastntk.common.files import (
     digest,
     file_digest,
     held,
+    lock_of,
     read_tensors,
     settled,
     switching,
@@ -70,9 +70,6 @@ from fastntk.tuning.selectors import tune
 
 log = logging.getLogger(__name__)
 
-WAIT = 60.0
-"""Seconds that a process waits for another one to finish with the run."""
-
 _RUN, _TENSORS = "run.json", ("initial.safetensors", "model.safetensors")
 
 
@@ -104,7 +101,7 @@ class Run:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """No other process replaces the run's files meanwhile."""
-        with held(FileLock(self.folder / "lock", timeout=WAIT), self.folder):
+        with held(lock_of(self.folder), self.folder):
             complete(self.folder)
             yield
 

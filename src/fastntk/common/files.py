@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import BaseFileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -26,6 +26,8 @@ DECIDED = ".now"
 
 UNDERWAY = "underway"
 """In a folder, what says that something has begun there and is not done (``underway``)."""
+
+_WAIT = 60.0  # seconds
 
 _STAGED, _GONE = ".next", "gone.json"
 
@@ -130,6 +132,11 @@ def complete(folder: Path) -> None:
     except OSError as error:
         raise InputError(f"{folder} cannot be written ({error}). Make it writable; its new files are kept.") from error
     discard(decided)
+
+
+def lock_of(folder: Path) -> FileLock:
+    """A folder's, which waits for another process for a minute."""
+    return FileLock(folder / "lock", timeout=_WAIT)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from typing import Any
 
 import psutil
@@ -84,6 +85,11 @@ def synchronise(device: torch.device) -> None:
     """Until a device has done all that it was given; only GPUs are given work ahead."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def now() -> str:
+    """The time as ISO 8601 in UTC."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def elapsed(started: float, device: torch.device) -> float:

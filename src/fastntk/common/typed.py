@@ -10,12 +10,6 @@ from fastntk.common.errors import InputError
 _SAID = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
-def check_seed(seed: int) -> None:
-    """Raises ``InputError`` unless it is one that every generator takes."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise InputError(f"the seed must be a whole number from 0 to 2^63 - 1, not {seed!r}.")
-
-
 def check_types(instance: Any) -> None:
     """Raises ``InputError`` for a field of a dataclass whose value is not of the type that it says: numbers, texts,
     sequences of these, classes, and alternatives are told apart; nothing else is looked at."""

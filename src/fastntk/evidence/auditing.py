@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, Subset
 
 from fastntk.common.errors import InputError
 from fastntk.common.progress import track
-from fastntk.common.typed import check_seed
+from fastntk.common.seeds import check_seed, random_order
 from fastntk.evidence.gain import found, solved
 from fastntk.evidence.methods.retrain import retrained
 from fastntk.evidence.metrics import accuracy, label_probability, logit_distance
@@ -78,9 +78,7 @@ def audit(
     """
     state = current(memory)
     unseen = _checked(state, recipe, held_out, seed)
-    drawn = state.members.positions(_drawn(memory.ids, fraction, seed) if ids is None else ids)
-    if not len(drawn):
-        raise InputError("the audit's request is empty. Give a larger fraction.")
+    drawn = state.members.positions(_asked(ids, memory.ids, fraction, seed))
     state.check_complete()
     retain = Subset(state.members, state.positions[~torch.isin(state.positions, drawn)].tolist())
     started = time.perf_counter()
@@ -146,9 +144,7 @@ def audit_exact(memory: Memory, *, fraction: float = 0.1, ids: Iterable[Id] | No
     if state.core is None:
         raise InputError("this fit does not forget exactly: use fastntk.audit, which retrains.")
     check_seed(seed)
-    asked = _drawn(forgettable(state), fraction, seed) if ids is None else list(ids)
-    if not asked:
-        raise InputError("the audit's request is empty. Give a larger fraction.")
+    asked = _asked(ids, forgettable(state), fraction, seed)
     state.check_complete()
     answered = memory.preview(asked).parameters
     started = time.perf_counter()
@@ -186,12 +182,15 @@ def _check_leaves_out(state: State) -> None:
         )
 
 
-def _drawn(ids: list[Id], fraction: float, seed: int) -> list[Id]:
-    """A share of some ids, at random."""
-    if not 0 < fraction < 1:
-        raise InputError(f"the fraction of the samples must be between 0 and 1, not {fraction}.")
-    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
-    return [ids[place] for place in order[: round(fraction * len(ids))].tolist()]
+def _asked(ids: Iterable[Id] | None, of: list[Id], fraction: float, seed: int) -> list[Id]:
+    """The request of an audit: the ids that were given, or else a share of some, at random."""
+    if ids is None:
+        if not 0 < fraction < 1:
+            raise InputError(f"the fraction of the samples must be between 0 and 1, not {fraction}.")
+        ids = [of[place] for place in random_order(len(of), seed)[: round(fraction * len(of))].tolist()]
+    if not (asked := list(ids)):
+        raise InputError("the audit's request is empty. Give a larger fraction.")
+    return asked
 
 
 def _compared(
@@ -317,7 +316,7 @@ def _unseen(state: State, held_out: Dataset) -> Subset:
 
 def _some(state: State) -> Int[Tensor, " samples"]:
     """The positions of the members that are left out one by one."""
-    order = torch.randperm(len(state.positions), generator=torch.Generator().manual_seed(0))
+    order = random_order(len(state.positions))
     return state.positions[order[:_LEFT_OUT].sort().values]
 
 

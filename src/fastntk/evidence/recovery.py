@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
+from fastntk.common.seeds import random_order
 from fastntk.evidence.methods import Problem
 from fastntk.evidence.methods.descent import descend, shuffled
 from fastntk.evidence.metrics import accuracy
@@ -153,4 +154,4 @@ def _logits(problem: Problem, parameters: Mapping[str, Tensor], samples: Dataset
 def _some(samples: Dataset, most: int) -> Subset:
     """At most so many, the first of a fixed random order."""
     count = len(samples)  # type: ignore[arg-type]
-    return Subset(samples, torch.randperm(count, generator=torch.Generator().manual_seed(0))[:most].tolist())
+    return Subset(samples, random_order(count)[:most].tolist())

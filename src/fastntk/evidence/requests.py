@@ -1,9 +1,9 @@
 """What a benchmark asks a model to forget: a class, or a share of the images at random."""
 
-import torch
 from torch.utils.data import Dataset, Subset
 
 from fastntk.common.errors import InputError
+from fastntk.common.seeds import random_order
 from fastntk.inputs.batches import labels_of
 from fastntk.inputs.ids import Id, ids_of
 
@@ -28,7 +28,7 @@ def drawn(request: str, train: Dataset, test: Dataset, seed: int = 0, gone: int 
     count = round(part * len(labels))
     if not count:
         raise InputError(f"{request} of {len(labels)} images is none.")
-    places = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:count].sort().values
+    places = random_order(len(labels), seed)[:count].sort().values
     return [ids[place] for place in places.tolist()], test
 
 

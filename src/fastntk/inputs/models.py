@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from fastntk.common.errors import InputError, reason
-from fastntk.common.typed import check_seed
+from fastntk.common.seeds import check_seed
 from fastntk.inputs.called import called
 from fastntk.inputs.checks import check_logits, taking
 from fastntk.inputs.heads import reset_head

@@ -17,7 +17,7 @@ from fastntk.common import distributed
 from fastntk.common.errors import InputError
 from fastntk.common.files import room
 from fastntk.common.machine import free_bytes
-from fastntk.common.typed import check_seed
+from fastntk.common.seeds import check_seed, random_order
 from fastntk.inputs.batches import check_any, digests, hard
 from fastntk.inputs.called import apart
 from fastntk.jacobians import combinations
@@ -97,7 +97,7 @@ def prepared(
         pixels=digests(network.train, range(count), network.numerics.batch_size, network.numerics.workers),
         vector=network.layout.flatten(network.jacobian.parameters),
         head_shortfall=None,
-        order=torch.randperm(count, generator=torch.Generator().manual_seed(options["seed"])),
+        order=random_order(count, options["seed"]),
         calibration=solved.calibration,
         made={"versions": versions, "options": dict(options)},
         tail=tail(network),

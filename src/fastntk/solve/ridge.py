@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fastntk.common.seeds import random_order
 from fastntk.jacobians.rows import Point, Rows
 from fastntk.solve.gram import Gram, Krylov, Spectrum
 from fastntk.solve.kernel import Stored, kernel
@@ -104,7 +105,7 @@ def calibrate_stored(rows: Rows, u: Tensor) -> Calibration:
 
 def sampled(rows: Rows, size: int) -> Int[Tensor, " some"]:
     """The positions of samples with so many rows, chosen at random."""
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+    order = random_order(len(rows))
     return order[: max(1, size // rows.residual.shape[1])].sort().values
 
 

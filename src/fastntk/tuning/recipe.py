@@ -5,7 +5,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fastntk.common.errors import InputError
-from fastntk.common.typed import check_seed, check_types
+from fastntk.common.seeds import check_seed
+from fastntk.common.typed import check_types
 from fastntk.inputs.augmentations import check_augmentations
 from fastntk.tuning.loss import Loss
 from fastntk.tuning.losses import CrossEntropy

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
+from fastntk.common.seeds import random_order
 from fastntk.evidence.methods.descent import descend, shuffled
 from fastntk.evidence.methods.problem import Problem, Unlearned
 from fastntk.evidence.methods.random_label import Relabelled
@@ -59,6 +60,6 @@ class BadTeacher:
         gone = torch.zeros(len(problem.train), dtype=torch.long)  # type: ignore[arg-type]
         gone[problem.places] = 1
         kept = (gone == 0).nonzero()[:, 0]
-        order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(self.seed))
+        order = random_order(len(kept), self.seed)
         taking = torch.cat([problem.places, kept[order[: round(self.retained_share * len(kept))]]])
         return Subset(Relabelled(problem.train, gone), taking.tolist())

@@ -20,11 +20,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from torch import Tensor
 
 from fastntk.common.errors import InputError
-from fastntk.common.files import discard, file_digest, held, read_tensors, sync, writable, write_tensors
+from fastntk.common.files import discard, file_digest, held, lock_of, read_tensors, sync, writable, write_tensors
 from fastntk.common.formats import Document, Format
 from fastntk.memory.audit import Audit
 from fastntk.memory.certificate import Certificate
@@ -35,16 +34,13 @@ log = logging.getLogger(__name__)
 
 _LEFT_OVER = re.compile(r"\.?(base|journal)-\d+\.safetensors(\.new)?|\.ledger\.sqlite(\.sha256)?\.new")
 
-WAIT = 60.0
-"""Seconds that a process waits for another one to finish with the folder."""
-
 
 class Folder:
     """One folder. ``version`` is that of the contents which this process has in its own memory."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.ledger = folder, Ledger(folder / "ledger.sqlite")
-        self._lock = FileLock(folder / "lock", timeout=WAIT)
+        self._lock = lock_of(folder)
         self.version: object = None
 
     @contextmanager

@@ -13,12 +13,12 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 
 from fastntk.common.errors import InputError
 from fastntk.common.files import file_digest, read_json, write, write_json
 from fastntk.common.formats import Document
+from fastntk.common.machine import now
 from fastntk.memory.audit import Audit
 from fastntk.memory.certificate import Certificate
 from fastntk.memory.disk.format import ENTRY, LEDGER
@@ -149,7 +149,7 @@ class Ledger:
         if some:
             with self._writing() as database:
                 change = f"UPDATE requests SET state = 'purged', purged = ?, purge_seconds = ? WHERE {concerned}"
-                database.execute(change, (_now(), seconds))
+                database.execute(change, (now(), seconds))
                 database.execute(f"UPDATE requests SET state = 're-anchored' WHERE {before}")
 
     @contextmanager
@@ -275,15 +275,10 @@ def _enter(
     purged: bool = False,
 ) -> None:
     """Insert a row: answered now, or, where nothing is to be purged, purged now as well."""
-    time, state = _now(), "purged" if purged else "answered"
+    time, state = now(), "purged" if purged else "answered"
     row = None, request, kind, state, time, time if purged else None, seconds, None, file, _packed(certificate)
     database.execute(_INSERT, row)
 
 
 def _packed(certificate: Mapping[str, object]) -> str:
     return json.dumps(ENTRY.stamped(certificate))
-
-
-def _now() -> str:
-    """The time as ISO 8601 in UTC."""
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
