@@ -191,6 +191,9 @@ def test_the_command(config, tmp_path):
     refuse("answered by 'ours'.*fast_ntk, tuned", "bench", "--summary", out, "--ours", "ours")
     refuse("--methods goes with a CONFIG", "bench", "--summary", out, "--methods", "some.yaml")
     refuse("either which CONFIG.yaml", "bench")
+    asked["models"] = {"small": {**asked["models"]["small"], "model": "resnet999"}}
+    refuse("resnet999", "bench", written(tmp_path, asked), "--out", tmp_path / "none")
+    assert not list((tmp_path / "none").glob("*.sqlite")), "there is no cell to keep"
     (out / "again.sqlite").write_bytes((out / "config.sqlite").read_bytes())
     refuse("both have", "bench", "--summary", out)
 
@@ -485,10 +488,8 @@ def test_a_request_in_words():
 
 
 def test_results_of_an_older_version_are_refused(tmp_path):
-    Results(tmp_path / "old.sqlite")
     database = sqlite3.connect(tmp_path / "old.sqlite")
-    database.execute("UPDATE about SET format = 1")
-    database.commit()
+    database.executescript("CREATE TABLE about (format, fastntk); INSERT INTO about VALUES (1, '0.1.0')")
     database.close()
     with pytest.raises(fastntk.InputError, match=r"old.sqlite are of an older fastntk, 0.1.0. Run the grid anew"):
         Results(tmp_path / "old.sqlite")

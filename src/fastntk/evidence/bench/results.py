@@ -71,35 +71,28 @@ class Measured:
 
 
 class Results:
-    """A results file, made if it is not there."""
+    """A results file, made with its first cell."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with self._open() as database:
-            there = {name for (name,) in database.execute("SELECT name FROM sqlite_master")}
-            if not there:
-                database.executescript(_TABLES)
-                database.execute("INSERT INTO about VALUES (:format, :fastntk)", FORMAT.stamped({}))
-                return
-            query = "SELECT format, fastntk FROM about"
-            about = database.execute(query).fetchone() if "about" in there else (0, "before 0.1.0")
+        if not (tables := self._tables()):
+            return
+        [about] = self._read("SELECT format, fastntk FROM about") if "about" in tables else [(0, "before 0.1.0")]
         FORMAT.read(dict(zip(("format", "fastntk"), about, strict=True)), path)
         if about[0] < FORMAT.version:
             raise InputError(f"the results {path} are of an older fastntk, {about[1]}. Run the grid anew.")
 
     def holds(self, setting: Setting, request: str, settings: Mapping[str, object]) -> bool:
         """Whether the cell is there, made with these settings."""
-        with self._open() as database:
-            row = database.execute(f"SELECT settings FROM cells WHERE {_THESE}", _key(setting, request)).fetchone()
-        return row is not None and json.loads(row[0]) == settings
+        found = self._read(f"SELECT settings FROM cells WHERE {_THESE}", _key(setting, request))
+        return any(json.loads(text) == settings for (text,) in found)
 
     def measured(self, setting: Setting, request: str) -> Measured:
         """What the cell has, with whatever settings it was made."""
         key = _key(setting, request)
-        with self._open() as database:
-            facts = database.execute(f"SELECT facts FROM cells WHERE {_THESE}", key).fetchone()
-            rows = database.execute(f"SELECT method, measures FROM rows WHERE {_THESE}", key).fetchall()
-        known = json.loads(facts[0]) if facts else {}
+        facts = self._read(f"SELECT facts FROM cells WHERE {_THESE}", key)
+        rows = self._read(f"SELECT method, measures FROM rows WHERE {_THESE}", key)
+        known = json.loads(facts[0][0]) if facts else {}
         scores = {key: (score, seconds) for key, (score, seconds) in known.get("scores", {}).items()}
         return Measured(known.get("answers", {}), {name: json.loads(measures) for name, measures in rows}, scores)
 
@@ -113,7 +106,11 @@ class Results:
     ) -> None:
         """Enter a cell, in place of an earlier one. Logits are those on the forgotten samples, in half precision."""
         key = _key(setting, request)
+        first = not self._tables()
         with self._open() as database:
+            if first:
+                database.executescript(_TABLES)
+                database.execute("INSERT INTO about VALUES (:format, :fastntk)", FORMAT.stamped({}))
             for table in ("cells", "rows"):
                 database.execute(f"DELETE FROM {table} WHERE {_THESE}", key)
             made = (*key, json.dumps(settings), json.dumps(facts), _packed(report.labels["forget"], np.int16))
@@ -124,9 +121,8 @@ class Results:
 
     def cells(self) -> list[Cell]:
         """All of them, in order of their names."""
-        with self._open() as database:
-            cells = database.execute(f"SELECT {_KEY}, facts FROM cells ORDER BY {_KEY}").fetchall()
-            rows = database.execute(f"SELECT {_KEY}, method, measures FROM rows ORDER BY rowid").fetchall()
+        cells = self._read(f"SELECT {_KEY}, facts FROM cells ORDER BY {_KEY}")
+        rows = self._read(f"SELECT {_KEY}, method, measures FROM rows ORDER BY rowid")
         measures: dict[tuple, dict[str, Any]] = {}
         for *key, method, text in rows:
             measures.setdefault(tuple(key), {})[method] = self._document(text)
@@ -149,8 +145,17 @@ class Results:
 
     def _unpacked(self, query: str, key: tuple, kind: type[np.generic]) -> np.ndarray:
         """A blob's numbers."""
+        return np.frombuffer(self._read(query, key)[0][0], kind)
+
+    def _tables(self) -> set[str]:
+        return {name for (name,) in self._read("SELECT name FROM sqlite_master")}
+
+    def _read(self, query: str, key: tuple = ()) -> list[Any]:
+        """Rows; none of a file that is not there yet."""
+        if not self.path.exists():
+            return []
         with self._open() as database:
-            return np.frombuffer(database.execute(query, key).fetchone()[0], kind)
+            return database.execute(query, key).fetchall()
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
