@@ -14,6 +14,7 @@ import fastntk
 from fastntk.cli.commands import requests as commands
 from fastntk.cli.printing import forgetting
 from fastntk.cli.run import Run
+from fastntk.common.errors import reason
 from fastntk.memory.disk.ledger import Ledger
 from fastntk.memory.memory import Memory
 
@@ -206,3 +207,9 @@ def test_a_device_that_is_none_is_refused_by_the_demo_too(tmp_path):
 def test_the_command_that_is_said_can_be_typed(ids, command, monkeypatch):
     monkeypatch.setattr("fastntk.memory.exact.forgettable", lambda _: ids)
     assert forgetting(Path("a run"), SimpleNamespace(state=None)) == f"fastntk {command}"
+
+
+def test_what_a_library_says_at_length_is_cut():
+    assert reason(ValueError("no.\nmore")) == "no"
+    assert reason(KeyError()) == "KeyError"
+    assert len(reason(ValueError("a" * 10_000))) < 310

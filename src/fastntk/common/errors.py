@@ -1,5 +1,7 @@
 """The exception that a caller's mistake raises, and the one that the end of another process raises."""
 
+_LONGEST = 300
+
 
 class InputError(ValueError):
     """Something that was given cannot be used; the message names the cause and the remedy.
@@ -9,8 +11,9 @@ class InputError(ValueError):
 
 
 def reason(error: Exception) -> str:
-    """What an error says, in a line, for a message of ours."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    """What an error says, in a line that is not too long, for a message of ours."""
+    said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    return said if len(said) <= _LONGEST else f"{said[:_LONGEST]} ..."
 
 
 class PeerLost(RuntimeError):

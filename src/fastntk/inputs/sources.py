@@ -169,7 +169,8 @@ def _column(stored: Any, kind: type, path: Path) -> str:
     """The one column of that kind."""
     found = [name for name, feature in stored.features.items() if isinstance(feature, kind)]
     if len(found) != 1:
-        raise InputError(f"{path} needs one {kind.__name__} column, not {len(found)}. Cast or remove columns.")
+        encode = " Labels of another type: class_encode_column." if kind.__name__ == "ClassLabel" else ""
+        raise InputError(f"{path} needs one {kind.__name__} column, not {len(found)}. Cast or remove columns.{encode}")
     return found[0]
 
 
