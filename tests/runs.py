@@ -86,8 +86,8 @@ def given(tmp_path_factory):
     return Given(f"{place}/own.py:small", f"{place}/data.npz", None, ("bn", "head"), None)
 
 
-def prepared(run):
-    return run.prepare("auto", "auto", "auto", 0, Numerics())
+def prepared(run, form="auto"):
+    return run.prepare("auto", form, "auto", 0, Numerics())
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def run(given, tmp_path):
 
 def photos(folder, *names, count=3, first=0):
     for name in names:
-        (folder / name).mkdir(parents=True)
+        (folder / name).mkdir(parents=True, exist_ok=True)
         for i in range(first, first + count):
             Image.fromarray(np.full((9, 9, 3), i, dtype=np.uint8)).save(folder / name / f"{i}.png")
     return folder

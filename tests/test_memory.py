@@ -333,3 +333,42 @@ def test_whether_the_model_knows_its_samples_is_told(caplog):
             fastntk.prepare(model, TensorDataset(images, labels), moved(model), ridge=0.5)
         [told] = [record for record in caplog.records if "the model classifies" in record.getMessage()]
         assert (told.levelname, f"classifies {share} % rightly" in told.getMessage()) == (level, True)
+
+
+@pytest.mark.parametrize(
+    ("form", "loss"),
+    [
+        *((form, fastntk.SquaredLoss()) for form in ("primal", "dual", "matrix-free")),
+        *((form, fastntk.CrossEntropy()) for form in ("convex", "convex-disk", "layerwise")),
+    ],
+)
+def test_a_sample_whose_image_is_gone_can_leave_where_its_rows_are_held(form, loss, tmp_path):
+    """As it would with its image, and from a folder; nothing is measured on it."""
+    memory = prepared(form=form, loss=loss, checkpoint=tmp_path / "rows")
+    memory.save(tmp_path / "m")
+    source = memory.state.members.source
+    fewer = Kept(source, [each for each in range(len(source)) if each not in (2, 6)])
+    again = fastntk.load(tmp_path / "m", memory.model, fewer)
+    if form not in ("dual", "convex", "convex-disk"):
+        with pytest.raises(fastntk.InputError, match=r"no sample 2, which must be read once more.* convex"):
+            again.forget([2])
+        return
+    wanted = prepared(form=form, loss=loss, checkpoint=tmp_path / "other").forget([2, 5])
+    answer = again.forget([2, 5])
+    close(answer.parameters, wanted.parameters, 1e-6 if form == "convex-disk" else 1e-9)
+    assert (answer.certificate.lost, wanted.certificate.lost) == (1, 0)
+    assert "of 1 the image is gone" in answer.certificate.explanation
+    assert "lost" not in answer.certificate.to_ledger()
+    alone = again.forget([6]).certificate
+    assert (alone.lost, alone.departure_requested, alone.trusted) == (1, None, False)
+    assert "by an unmeasured part on the samples of the request (of 1 the image is gone" in alone.explanation
+    again.purge()
+    close(fastntk.load(tmp_path / "m", memory.model, fewer).parameters, again.parameters)
+
+
+class Kept(Subset):
+    """Some samples of a source, under the ids that they have there."""
+
+    @property
+    def ids(self):
+        return self.indices

@@ -193,9 +193,21 @@ def of_people(given, tmp_path):
     return made, tmp_path
 
 
-def test_nobody_is_passed_over_whose_image_is_gone(of_people, caplog):
-    """A request that names a member by owner, pattern or id is refused if the member's image cannot be read."""
+def test_who_is_asked_for_leaves_though_an_image_is_gone(of_people):
+    """By owner, in the form that holds all rows; nothing is measured on that image, which is said."""
     made, place = of_people
+    told = json.loads(succeed("forget", made.folder, "--owner", "Alice", "--owners", place / "owners.csv", "--json"))
+    assert (told["samples"], told["lost"], told["copies"]) == (2, 1, 2), "the dogs are of the same pixels"
+    assert told["purge_seconds"] is not None
+    assert "cat/alice/1.png" not in made.memory()[0].ids
+
+
+def test_nobody_is_passed_over_whose_image_is_gone(of_people, caplog):
+    """A request that names a member by owner, pattern or id is refused if the member's image must be read."""
+    made, place = of_people
+    photos(place / "photos" / "cat", "alice", count=2)
+    prepared(made, "primal")
+    (place / "photos" / "cat" / "alice" / "1.png").unlink()
     count = len(made.memory()[0].ids)
     lacks = "the data source has no sample 'cat/alice/1.png'"
     for how in (

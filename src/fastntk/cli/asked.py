@@ -27,8 +27,8 @@ _NAMED = 20  # copies in a text
 
 
 def absent_members(images: Images, memory: Memory) -> list[Id]:
-    """The members whose images are not in the data any more. A request that names one is refused, as its image must be
-    read once more: nobody is passed over."""
+    """The members whose images are not in the data any more. A request that names one is answered where the solution
+    holds its rows, and else refused: nobody is passed over."""
     here = set(images.ids)
     return [each for each in memory.ids if each not in here]
 

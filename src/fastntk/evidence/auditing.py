@@ -229,7 +229,7 @@ def _compared(
         deviation=100 * differ**0.5 / len(labels),
         distances=(distance(ours, one), distance(ours, other)),
         floor=floor,
-        departures=(certificate.departure_requested, certificate.departure_retained or 0.0),
+        departures=(certificate.departure_requested or 0.0, certificate.departure_retained or 0.0),
         gain=gain,
         accuracy_with_gain=accuracy(gained, labels),
         distances_with_gain=(distance(gained, one), distance(gained, other)),

@@ -32,7 +32,7 @@ def logits_around(
 class Observed(NamedTuple):
     """Fields of a ``Certificate`` that a forward pass gives."""
 
-    departure_requested: float
+    departure_requested: float | None
     departure_retained: float | None
     still: float | None
     doubt: float | None

@@ -1,6 +1,7 @@
 """What is known of one request: what is exact, how far the network did as the linear prediction said, and how near
 retrained models the memory's answers come."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, cast
@@ -23,7 +24,7 @@ LIMIT_STILL = 5.0
 """Percent of the samples of a class that no member is left of which may still be classified as it: a model that never
 saw the class has none."""
 
-_OF_SAMPLES = "salt", "doubt", "still", "copies"
+_OF_SAMPLES = "salt", "doubt", "still", "copies", "lost"
 """What a certificate says that is in no ledger."""
 
 LEFT = 1e-6
@@ -79,7 +80,7 @@ class Certificate:
         samples: how many the request names.
         retained: how many others the memory then holds.
         ridge: a total.
-        departure_requested: on F.
+        departure_requested: on F; None where none of its images is there any more.
         departure_retained: on the witnesses; None where the data source has none of it.
         inexactness: of the solve.
         limit: of the inexactness, above which the solve is not trusted.
@@ -101,6 +102,8 @@ class Certificate:
         copies: how many of the samples that stay have the very pixels of one that was forgotten; None where nothing
             was, and where a memory was prepared before that was kept. It is in no ledger: beside the folder it would
             tell something of an image that is gone.
+        lost: how many samples of F the data source has no image of any more: nothing is measured on these. It is in no
+            ledger.
         exact: whether the weights are those of the same procedure on what stays (``fastntk.memory.exact``).
         gradient: in an exact fit, the norm of what is left of the objective's gradient. The parameters are within that
             over the ridge of the optimum, in norm, since the objective is convex beyond the ridge. Else None.
@@ -113,7 +116,7 @@ class Certificate:
     samples: int
     retained: int
     ridge: float
-    departure_requested: float
+    departure_requested: float | None
     departure_retained: float | None
     inexactness: float
     limit: float
@@ -130,6 +133,7 @@ class Certificate:
     still: float | None = None
     doubt: float | None = None
     copies: int | None = None
+    lost: int = 0
     exact: bool = False
     gradient: float | None = None
     removal: Removal | None = None
@@ -166,7 +170,8 @@ class Certificate:
         if self.audit and not self.audit.passed:
             return "retrain needed"
         requested, retained = self.limits
-        if self.departure_requested <= requested and (self.departure_retained or 0) <= retained:
+        known = math.inf if self.departure_requested is None else self.departure_requested
+        if known <= requested and (self.departure_retained or 0) <= retained:
             if (self.still or 0) <= LIMIT_STILL:
                 return "trusted"
             if self.has_head:
@@ -195,10 +200,14 @@ class Certificate:
             advice["retrain needed"] = f" Retrain,{mended} or prepare with another ridge and audit again."
         audited = str(self.audit) if self.audit else "no audit has compared the memory's answers with retrained models"
         of_requested, of_retained = self.limits
-        retained = "an unmeasured part" if self.departure_retained is None else f"{self.departure_retained:.0%}"
+        requested, retained = (
+            "an unmeasured part" if each is None else f"{each:.0%}"
+            for each in (self.departure_requested, self.departure_retained)
+        )
+        lost = f" (of {self.lost:,} the image is gone: nothing is measured on these)" if self.lost else ""
         return (
-            f"{self.verdict}: the network departs from the linear prediction by {self.departure_requested:.0%} on the "
-            f"samples of the request (limit {of_requested:.0%}) and {retained} on witnesses among the retained ones "
+            f"{self.verdict}: the network departs from the linear prediction by {requested} on the samples of the "
+            f"request{lost} (limit {of_requested:.0%}) and {retained} on witnesses among the retained ones "
             f"(limit {of_retained:.0%}), in {self.unit}, as a share of the change predicted for the former; the linear "
             f"solve is exact to {self.inexactness:.0e} of its gradient over all {self.retained:,} others (limit "
             f"{self.limit:.0e}){self._left}; {audited}.{self._doubt}"

@@ -26,7 +26,7 @@ def copies(memory: Memory, ids: Iterable[Id]) -> list[Id] | None:
         InputError: as of ``Memory.forget``.
     """
     members = memory.state.members
-    found = same_pixels(memory.state, members.positions(ids))
+    found = same_pixels(memory.state, members.positions(ids, lost=True))
     return None if found is None else _ids(members, found)
 
 

@@ -79,11 +79,11 @@ class Members(Labelled):
         """Which positions have a member."""
         return torch.tensor([each is not None for each in self.by_position])
 
-    def positions(self, ids: Iterable[Id]) -> Int[Tensor, " some"]:
-        """The positions of members that are about to leave, checked.
+    def positions(self, ids: Iterable[Id], lost: bool = False) -> Int[Tensor, " some"]:
+        """The positions of members that are about to leave, checked; the images of some may be ``lost``.
 
         Raises:
-            InputError: an id twice, not a member, or not in the source; or nobody would remain.
+            InputError: an id twice, not a member, or, unless it may be lost, not in the source; or nobody would remain.
         """
         wanted = once(ids)
         place = {each: position for position, each in enumerate(self.by_position) if each is not None}
@@ -93,8 +93,11 @@ class Members(Labelled):
                     f"id {each!r} is not in the memory: it was never there, or it has been forgotten. The memory holds "
                     f"{len(place):,} samples. Leave it out of the request."
                 )
-            if each not in self._index:
-                raise InputError(f"the data source has no sample {each!r}, which must be read once more to forget it.")
+            if each not in self._index and not lost:
+                raise InputError(
+                    f"the data source has no sample {each!r}, which must be read once more. Put it back; or prepare in "
+                    "the dual, convex or convex-disk form, of which a sample can leave whose image is gone."
+                )
         if wanted and len(wanted) == len(place):
             raise InputError("the request would forget every sample. Use the parameters before fitting instead.")
         return torch.tensor(sorted(place[each] for each in wanted), dtype=torch.long)

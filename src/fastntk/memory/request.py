@@ -76,7 +76,7 @@ def draft(state: State, kind: str, ids: Iterable[Id], started: float) -> Draft:
         before, members = len(state.members), state.members.joined_by(ids)
         state, positions = state.with_members(members), torch.arange(before, len(members))
     else:
-        positions = state.members.positions(ids)
+        positions = state.members.positions(ids, lost=state.solution.holds)
         _check_outside_core(state, positions)
     state, update, inexactness = _update(state, positions, SIGNS[kind])
     joined = None
@@ -124,7 +124,7 @@ def _update(state: State, positions: Int[Tensor, " some"], sign: int) -> tuple[S
         return state, Update(torch.zeros_like(state.vector), positions, sign), solution.inexactness()
     rows = state.rows(positions) if solution.reads(sign) else None
     if sign < 0:
-        state.check(positions, rows.residual if rows else None)
+        state.check(state.members.available(positions), rows.residual if rows else None)
     update = solution.update(network, positions, sign, rows)
     inexactness = solution.inexactness(update)
     if inexactness > solution.limit:
@@ -162,12 +162,15 @@ def _certificate(
     state: State, kind: str, update: Update, parameters: Mapping[str, Tensor], inexactness: float
 ) -> Certificate:
     asked, before, change = update.positions.tolist(), state.parameters, update.change
+    there = state.members.available(update.positions).tolist()
     witnesses, retained = state.drawn_witnesses(update.positions), ~torch.isin(state.order, update.positions)
     known = update.rows.jacobian.matvec(change) if update.rows and state.network.of_logits else None
     audit, salt = state.audit if kind == "forget" else None, secrets.token_hex(16)
     gone = state.emptied(update.positions) if kind == "forget" else ()
     copies = same_pixels(state, update.positions) if kind == "forget" else None
-    seen = observed(state.network, change, before, parameters, asked, witnesses, known, audit, gone)
+    seen = observed(state.network, change, before, parameters, there, witnesses, known, audit, gone)
+    if asked and not there:
+        seen = seen._replace(departure_requested=None, departure_retained=None)
     return Certificate(
         request=str(uuid.uuid4()),
         kind=kind,
@@ -186,6 +189,7 @@ def _certificate(
         hashes=hashed((state.members.by_position[position] for position in asked), salt),
         audit=state.audit,
         copies=None if copies is None else len(copies),
+        lost=len(asked) - len(there),
         exact=state.core is not None,
         **_left(state, update, inexactness)._asdict(),
     )

@@ -65,6 +65,7 @@ class Convex:
     """
 
     name: ClassVar[str] = "convex"
+    holds: ClassVar[bool] = True
     leaves_out: ClassVar[bool] = True
     likeliest: ClassVar[bool] = True
     mapped: ClassVar[tuple[str, ...]] = ()

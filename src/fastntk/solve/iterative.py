@@ -54,6 +54,7 @@ class Iterative:
     """
 
     name: ClassVar[str] = "matrix-free"
+    holds: ClassVar[bool] = False
     leaves_out: ClassVar[bool] = False
     likeliest: ClassVar[bool] = False
     mapped: ClassVar[tuple[str, ...]] = ()

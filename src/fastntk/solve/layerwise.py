@@ -46,6 +46,7 @@ class Layerwise(Convex):
     """
 
     name: ClassVar[str] = "layerwise"
+    holds: ClassVar[bool] = False
     found: Float[Tensor, " p"]
 
     @classmethod

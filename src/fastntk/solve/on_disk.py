@@ -59,6 +59,7 @@ class OnDisk:
     """
 
     name: ClassVar[str] = "convex-disk"
+    holds: ClassVar[bool] = True
     leaves_out: ClassVar[bool] = False
     likeliest: ClassVar[bool] = True
     mapped: ClassVar[tuple[str, ...]] = ("rows.rest", "rows.features")

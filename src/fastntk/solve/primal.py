@@ -75,6 +75,7 @@ class Primal:
     """
 
     name: ClassVar[str] = "primal"
+    holds: ClassVar[bool] = False
     leaves_out: ClassVar[bool] = True
     likeliest: ClassVar[bool] = False
     mapped: ClassVar[tuple[str, ...]] = ("sums.rest", "schur", "factor")

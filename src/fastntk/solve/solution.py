@@ -106,6 +106,9 @@ class Solution(Protocol):
     mapped: ClassVar[tuple[str, ...]]
     """Which of its tensors are read from a mapped file where they are."""
 
+    holds: ClassVar[bool]
+    """Whether it has the rows of all its samples, so that one can leave whose image is gone."""
+
     leaves_out: ClassVar[bool]
     """Whether it knows what leaving out each sample ``alone`` changes."""
 

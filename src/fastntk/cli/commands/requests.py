@@ -110,7 +110,7 @@ def _check_refresh(memory: "Memory", chosen: "list[Id]", anchor: Mapping[str, An
         state = memory.state
         state.check_anchored("there is no anchor to be moved: leave out --refresh")
         ways(state, anchor["--gain"], anchor["--exact-head"])
-        staying = state.members.without(state.members.positions(chosen))
+        staying = state.members.without(state.members.positions(chosen, lost=True))
         check_enough(len(staying.ids))
         state.with_members(staying).check_complete()
 
