@@ -204,10 +204,12 @@ class Certificate:
             "an unmeasured part" if each is None else f"{each:.0%}"
             for each in (self.departure_requested, self.departure_retained)
         )
-        gone = f" (of {self.lost:,} the image is gone: an audit alone says what the answer is worth on these)"
+        gone = ""
+        if self.lost:
+            gone = f" (of {self.lost:,} the image is gone: an audit alone says what the answer is worth on these)"
         return (
             f"{self.verdict}: the network departs from the linear prediction by {requested} on the samples of the "
-            f"request{gone if self.lost else ''} (limit {of_requested:.0%}) and {retained} on witnesses among the retained ones "
+            f"request{gone} (limit {of_requested:.0%}) and {retained} on witnesses among the retained ones "
             f"(limit {of_retained:.0%}), in {self.unit}, as a share of the change predicted for the former; the linear "
             f"solve is exact to {self.inexactness:.0e} of its gradient over all {self.retained:,} others (limit "
             f"{self.limit:.0e}){self._left}; {audited}.{self._doubt}"
