@@ -236,7 +236,15 @@ def test_settings_are_chosen_by_the_least_score_on_requests_that_nobody_asks_for
     monkeypatch.setattr(choosing, "_scored", lambda *given: tried.append(given[1]) or scored(*given))
     more = {**SELECT["methods"], "tuned": {"method": "FineTune", "share": 0.5, "choose": {"rate": [0.1, 3.0, 9.0]}}}
     wider = read_config(written(tmp_path, {**config, **SELECT, "methods": more}))
-    again = grid._Bench(wider, setting, tmp_path / "fits", "cpu", facts["scores"])
+    results = Results(tmp_path / "kept.sqlite")
+    with monkeypatch.context() as patch, pytest.raises(fastntk.InputError, match="cannot be used"):
+        patch.setattr(json, "dumps", lambda made: "{}" if made is facts else object())  # what no row can hold
+        results.add(setting, "class", facts, facts, report)
+    assert Results(results.path).cells() == [], "all of a first cell or nothing"
+    results.add(setting, "class", {}, facts, report)
+    known = Results(results.path).measured(setting, "class").scores
+    assert known == facts["scores"]
+    again = grid._Bench(wider, setting, tmp_path / "fits", "cpu", known)
     assert tried == [FineTune(share=0.5, rate=9.0)], "what was scored already is not again"
     assert again.choices["fast_ntk"] == bench.choices["fast_ntk"]
     assert again.choices["tuned"].seconds > bench.choices["tuned"].seconds

@@ -241,6 +241,9 @@ def test_torchvisions_own_labels_are_offered_where_nothing_changes_them(tmp_path
     assert labels_offered(kind(tmp_path, transform=lambda image: image)).tolist() == [0, 1, 1]
     for other in (kind(tmp_path, target_transform=lambda label: 1 - label), Own(tmp_path), [(0, 1)]):
         assert labels_offered(other) is None
+    edited = kind(tmp_path)
+    edited.samples, edited.targets = [(edited.samples[2][0], 0), *edited.samples[:2]], [5, 5, 5]
+    assert labels_offered(edited).tolist() == [edited[place][1] for place in range(3)] == [0, 0, 1]
     joint = kind(tmp_path)
     joint.transforms = lambda image, label: (image, 1 - label)
     assert labels_offered(joint) is None

@@ -222,11 +222,12 @@ def test_purging_and_refreshing_name_what_was_written_before(run, caplog):
     run.memory()[0].forget([3])
     run.export(run.folder / "unlearned.safetensors")
     run.purge(run.memory()[0])
-    assert "from before" not in caplog.text  # it is of after the request
+    assert "have left since" not in caplog.text, "it is of after the request"
     os.utime(run.folder / "unlearned.safetensors", (0, 0))
+    (run.folder / "unlearned-gone.safetensors").symlink_to("nowhere")
     run.memory()[0].forget([5])
     run.purge(run.memory()[0])
-    assert re.search(r"from before, .* are in .*: unlearned.safetensors. Delete", caplog.text)
+    assert re.search(r"holds what tells of samples that have left since: .*unlearned.safetensors. Delete", caplog.text)
     caplog.clear()
     run.refresh()
     assert "unlearned.safetensors" in caplog.text

@@ -200,8 +200,9 @@ def test_a_device_that_is_none_is_refused_by_the_demo_too(tmp_path):
     [
         ([0, 1, 2], "forget 'a run' --ids 0,1"),
         (["red/1.png", "it's.png"], "forget 'a run' --ids 'red/1.png,it'\"'\"'s.png'"),
-        (["a, b", "c"], "forget 'a run' --ids-file ids.txt"),
-        (["a b", "c"], "forget 'a run' --ids-file ids.txt"),
+        (["a, b", "c"], "forget 'a run' --ids c"),
+        (["a b", "a\tc"], "forget 'a run' --ids-file ids.txt"),
+        ([3], "forget 'a run' --ids 3"),
     ],
 )
 def test_the_command_that_is_said_can_be_typed(ids, command, monkeypatch):

@@ -21,7 +21,7 @@ from fastntk.memory.memory import Memory
 
 log = logging.getLogger(__name__)
 
-_OUTPUTS = "unlearned*.safetensors", "report.json", "report.html", "*.svg"
+_OUTPUTS = "unlearned*.safetensors", "report.json", "report.html", "forgotten.svg"
 
 _NAMED = 20  # copies in a text
 
@@ -305,10 +305,12 @@ def warn_of_heads(memory: Memory, exact_head: bool) -> None:
 
 
 def warn_of_outputs(folder: Path, memory: Memory) -> None:
-    """Of what export and evaluate have written into a run before its latest request or refresh: it tells of who has
-    left since."""
-    changes = [each.answered for each in memory.requests() if each.kind != "audit"]
-    latest = datetime.fromisoformat(changes[-1]).timestamp() if changes else -math.inf
-    there = (each for name in _OUTPUTS for each in folder.glob(name) if each.stat().st_mtime < latest)
+    """Of what export and evaluate have written into a run, under their usual names, before its latest request or
+    refresh: it tells of who has left since."""
+    left = [each.answered for each in memory.requests() if each.kind in ("forget", "refresh")]
+    latest = datetime.fromisoformat(left[-1]).timestamp() if left else -math.inf
+    there = (each for name in _OUTPUTS for each in folder.glob(name) if each.lstat().st_mtime < latest)
     if names := ", ".join(sorted(each.name for each in there)):
-        log.warning("from before, and with what has left since, are in %s: %s. Delete or write anew.", folder, names)
+        log.warning(
+            "%s holds what tells of samples that have left since: %s. Delete it, or write it anew.", folder, names
+        )

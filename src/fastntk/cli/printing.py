@@ -48,11 +48,11 @@ class Solved(NamedTuple):
 
 
 def forgetting(run: Path, memory: "Memory") -> str:
-    """The command that forgets two samples, where their ids can be typed."""
+    """The command that forgets one or two samples, where their ids can be typed."""
     from fastntk.memory.exact import forgettable
 
-    ids = ",".join(map(str, forgettable(memory.state)[:2]))
-    named = f"--ids {quote(ids)}" if ids.count(",") == 1 and not set(ids) & set(" \n") else "--ids-file ids.txt"
+    ids = [text for text in map(str, forgettable(memory.state)[:2]) if text.isprintable() and not set(text) & set(", ")]
+    named = f"--ids {quote(','.join(ids))}" if ids else "--ids-file ids.txt"
     return f"fastntk forget {quote(str(run))} {named}"
 
 

@@ -259,17 +259,26 @@ class Run:
         """What preparing would take."""
         settings, model, images = self._opened()
         form, classes = preparing.form_and_classes(settings, form, classes)
-        recipe, checkpoint = settings.fitting(), self.folder / "partial"
-        task = partial(plan, model, images, loss=recipe.loss, epochs=recipe.epochs, checkpoint=checkpoint)
-        return task(form=form, classes=classes, numerics=numerics)
+        recipe = settings.fitting()
+        return plan(
+            model,
+            images,
+            form=form,
+            classes=classes,
+            loss=recipe.loss,
+            epochs=recipe.epochs,
+            checkpoint=self.folder / "partial",
+            numerics=numerics,
+        )
 
     def purge(self, memory: Memory) -> float:
         """Remove every trace of who has left, with partial sums and the digest of all ids; the seconds."""
         clear(self.folder / "partial")
         if self.settings().samples:
             self._change(partial(replace, samples=None))
+        seconds = memory.purge()
         warn_of_outputs(self.folder, memory)
-        return memory.purge()
+        return seconds
 
     def refresh(self, exact_head: bool | None = None, gain: bool = False) -> tuple[float, Memory]:
         """Re-anchor the memory at its answer, which becomes the run's model; the seconds, and the memory."""

@@ -29,7 +29,7 @@ _OFFERING = {
     *("ImageFolder", "ImageNet", "EuroSAT", "CIFAR10", "CIFAR100", "SVHN", "STL10"),
     *("MNIST", "FashionMNIST", "KMNIST", "EMNIST", "USPS"),
 }
-"""Datasets of torchvision whose ``targets`` or ``labels`` are what its items have."""
+"""Datasets of torchvision whose items have the labels of their ``samples``, ``targets`` or ``labels``."""
 
 
 class Labelled(Dataset):
@@ -105,6 +105,8 @@ def _of_torchvision(dataset: Any) -> Int[Tensor, " samples"] | None:
     plain = dataset.transforms is None or type(dataset.transforms).__name__ == "StandardTransform"
     if not plain or dataset.target_transform is not None:
         return None
+    if hasattr(dataset, "samples"):
+        return torch.tensor([label for _, label in dataset.samples], dtype=torch.long)
     return torch.as_tensor(dataset.targets if hasattr(dataset, "targets") else dataset.labels).long()
 
 

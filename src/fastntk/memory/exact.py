@@ -140,12 +140,14 @@ _SEEN = 512  # samples, at most, on which the core's weights and the solved ones
 
 
 def _tell_of(state: State) -> None:
-    """What solving has made of the network's accuracy on samples that are not of the core; a warning of a loss."""
+    """What solving has made of the network's accuracy on samples that are not of the core; a warning where more are
+    lost than twice the root of how many changed, as chance would."""
     others = state.order[~torch.isin(state.order, cast(Tensor, state.core))][:_SEEN]
     before, after, labels = logits_around(state.network, others.tolist(), state.anchor, state.parameters)
     was, now = (accuracy(logits.cpu(), labels) for logits in (before, after))
-    worse = now < was
-    advice = ": the step is too long for the network. Take a larger ridge, or a larger core." if worse else ""
+    changed = int((before.argmax(1) != after.argmax(1)).sum())
+    worse = (was - now) * len(labels) / 100 > 2 * changed**0.5
+    advice = "; where the step is too long for the network, a larger ridge or a larger core helps" if worse else ""
     log.log(
         logging.WARNING if worse else logging.INFO,
         "of %d samples that are not of the core its weights classify %.1f %% rightly, the solved ones %.1f %%%s",

@@ -86,14 +86,18 @@ def near_factor(matrix: Callable[[torch.dtype], Float[Tensor, "n n"]]) -> Float[
     return lower if cholesky_(lower) else factor_(matrix(torch.float64))
 
 
-def nearest_factor(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
-    """The factor to precondition with, of a matrix that rounding may have made indefinite: with as little more on its
-    diagonal, from nothing to its own size in steps of ten, as makes it definite. Raises like ``factor_`` for one that
-    is not finite."""
-    size = float(matrix.diagonal().abs().max()) if len(matrix) else 0.0
-    lower = matrix.to(torch.float32, copy=True)
+def regularised_factor(matrix: Float[Tensor, "n n"], dtype: torch.dtype | None = None) -> Float[Tensor, "n n"]:
+    """The factor to precondition with, of a matrix that rounding may have made indefinite: in a dtype (its own) where
+    it is definite there, else in float64 with as little more on its diagonal as makes it so, from 1e-15 of its largest
+    entry up by tens.
+
+    Raises:
+        InputError: it is not finite.
+    """
+    lower = matrix.to(dtype or matrix.dtype, copy=True)
     if cholesky_(lower):
         return lower
+    size = float(matrix.diagonal().abs().max())
     for digits in range(15, 0, -1):
         lower = shifted(matrix.double(), size * 10.0**-digits)
         if cholesky_(lower):

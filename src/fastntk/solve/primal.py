@@ -32,7 +32,7 @@ from fastntk.solve.linalg import (
     factor_,
     lower_of,
     mirror_,
-    nearest_factor,
+    regularised_factor,
     relative,
     ridge_inverse,
     square_of,
@@ -163,7 +163,7 @@ class Primal:
 
     @cached_property
     def _made_anew(self) -> "Primal":
-        return replace(self, factor=nearest_factor(self.schur), made=self.over)
+        return replace(self, factor=regularised_factor(self.schur, torch.float32), made=self.over)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything but the ridge, by name; of symmetric matrices the lower triangles, with the factor over S."""
@@ -204,7 +204,7 @@ class Primal:
         self, network: Linearised, positions: Int[Tensor, " samples"], sign: int, rows: Rows | None = None
     ) -> Update:
         """By conjugate gradients on the sums with and without the rows, preconditioned by Woodbury's identity; its
-        ``low_rank`` is the head's inverse after it, which there may not be."""
+        ``low_rank`` is the head's inverse after it. Raises like ``factor_`` where there is none."""
         self.ownership.check()
         these = cast(Rows, rows)
         jacobian, near = these.jacobian.to(torch.float64), _before(self, sign).near

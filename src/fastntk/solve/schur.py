@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastntk.jacobians.rows import Rows
-from fastntk.solve.linalg import add_product_, near_factor, nearest_factor, shifted, solved_by
+from fastntk.solve.linalg import add_product_, near_factor, regularised_factor, shifted, solved_by
 from fastntk.solve.sums import Sums
 
 Product = Callable[[Float[Tensor, " p"]], Float[Tensor, " p"]]
@@ -88,7 +88,7 @@ class Blockwise:
         jacobian = rows.jacobian.to(torch.float64)
         h, solved, reduced, upper = self.projected(rows)
         core = reduced.T @ upper + torch.kron(h @ solved, torch.eye(len(self.sums.cross)).to(h))
-        factor = nearest_factor(shifted(sign * core, 1.0))
+        factor = regularised_factor(shifted(sign * core, 1.0))
 
         def lifted(weights: Tensor) -> Tensor:
             """``B J'w``."""

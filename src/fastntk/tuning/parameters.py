@@ -32,13 +32,16 @@ def snapshot(parameters: dict[str, nn.Parameter] | dict[str, torch.Tensor]) -> d
 def check_values(values: object, parameters: Mapping[str, torch.Tensor], what: str, remedy: str) -> None:
     """Raises ``InputError``, with a remedy, unless ``values``, which are ``what``, are finite tensors for exactly these
     parameters, of their shapes."""
-    if not isinstance(values, Mapping) or not all(isinstance(each, torch.Tensor) for each in values.values()):
+    if not isinstance(values, Mapping):
         raise InputError(f"{what} must be tensors by name, not a {type(values).__name__}. {remedy}")
+    if odd := [name for name, each in values.items() if not isinstance(each, torch.Tensor)]:
+        raise InputError(f"{what} must be tensors by name, and {odd[0]!r} is none. {remedy}")
     if set(values) != set(parameters):
-        odd = sorted(map(str, set(values) ^ set(parameters)))[0]
-        raise InputError(f"{what} does not hold the model's tuned parameters: they differ in {odd!r}. {remedy}")
+        other = sorted(map(str, set(values) ^ set(parameters)))[0]
+        raise InputError(f"{what} does not hold the model's tuned parameters: they differ in {other!r}. {remedy}")
     for name, parameter in parameters.items():
         if values[name].shape != parameter.shape:
-            raise InputError(f"{what} has shape {list(values[name].shape)} for {name!r}, not {list(parameter.shape)}.")
+            shapes = f"{list(values[name].shape)} for {name!r}, not {list(parameter.shape)}"
+            raise InputError(f"{what} has shape {shapes}. {remedy}")
         if not torch.isfinite(values[name]).all():
             raise InputError(f"{what} has NaN or infinite values in {name!r}. {remedy}")

@@ -38,8 +38,8 @@ def run(config: Config, path: Path, device: torch.device | str = "cpu") -> Resul
     """Every cell of the grid that is not in the results at ``path`` yet, made with the same settings.
 
     Fits and the methods' answers are kept in the folder ``fits`` beside it, so that what was cut off goes on where it
-    was; of a cell with other methods or settings, answers that were measured or scored already are not again. For every
-    fitted model the memory is audited once, on a random tenth, and settings are chosen once.
+    was; of a cell with other methods or settings, what was measured or scored already is not measured or scored again.
+    For every fitted model the memory is audited once, on a random tenth, and settings are chosen once.
 
     Raises:
         InputError: the folder cannot be written, or a model or data cannot be had.

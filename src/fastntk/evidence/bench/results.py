@@ -23,15 +23,16 @@ FORMAT = Format("results", (unchanged, unchanged))
 
 _KEY = "data, model, per_class, seed, loss, request"
 _THESE = f"({_KEY}) = (?, ?, ?, ?, ?, ?)"
-_TABLES = f"""
-CREATE TABLE about (format INTEGER NOT NULL, fastntk TEXT NOT NULL);
-CREATE TABLE cells (
+_ANY = "SELECT name FROM sqlite_master"
+_TABLES = (
+    "CREATE TABLE about (format INTEGER NOT NULL, fastntk TEXT NOT NULL)",
+    f"""CREATE TABLE cells (
     data TEXT, model TEXT, per_class INTEGER, seed INTEGER, loss TEXT, request TEXT, settings TEXT NOT NULL,
-    facts TEXT NOT NULL, labels BLOB NOT NULL, PRIMARY KEY ({_KEY}));
-CREATE TABLE rows (
+    facts TEXT NOT NULL, labels BLOB NOT NULL, PRIMARY KEY ({_KEY}))""",
+    f"""CREATE TABLE rows (
     data TEXT, model TEXT, per_class INTEGER, seed INTEGER, loss TEXT, request TEXT, method TEXT,
-    measures TEXT NOT NULL, logits BLOB NOT NULL, PRIMARY KEY ({_KEY}, method));
-"""
+    measures TEXT NOT NULL, logits BLOB NOT NULL, PRIMARY KEY ({_KEY}, method))""",
+)
 
 
 @dataclass(frozen=True)
@@ -106,10 +107,11 @@ class Results:
     ) -> None:
         """Enter a cell, in place of an earlier one. Logits are those on the forgotten samples, in half precision."""
         key = _key(setting, request)
-        first = not self._tables()
         with self._open() as database:
-            if first:
-                database.executescript(_TABLES)
+            database.execute("BEGIN IMMEDIATE")  # the tables, if they are not there, with the cell or not at all
+            if not database.execute(_ANY).fetchone():
+                for table in _TABLES:
+                    database.execute(table)
                 database.execute("INSERT INTO about VALUES (:format, :fastntk)", FORMAT.stamped({}))
             for table in ("cells", "rows"):
                 database.execute(f"DELETE FROM {table} WHERE {_THESE}", key)
@@ -148,14 +150,14 @@ class Results:
         return np.frombuffer(self._read(query, key)[0][0], kind)
 
     def _tables(self) -> set[str]:
-        return {name for (name,) in self._read("SELECT name FROM sqlite_master")}
+        return {name for (name,) in self._read(_ANY)}
 
     def _read(self, query: str, key: tuple = ()) -> list[Any]:
-        """Rows; none of a file that is not there yet."""
+        """Rows; none of a file that is not there or empty."""
         if not self.path.exists():
             return []
         with self._open() as database:
-            return database.execute(query, key).fetchall()
+            return database.execute(query, key).fetchall() if database.execute(_ANY).fetchone() else []
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
