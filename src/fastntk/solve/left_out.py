@@ -6,9 +6,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fastntk.jacobians.jacobian import Operator
 from fastntk.jacobians.rows import Rows
 from fastntk.solve.linalg import factor_
-from fastntk.solve.newton import DualProblem, curvature
+from fastntk.solve.newton import DualProblem, across, curvature
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,12 @@ class Hessian:
         root = problem.root(z)
         lower = factor_(curvature(problem.kernel, root, problem.ridge))
         return cls(problem, root, lower, problem.loss.gradient_of(z, problem.kept))
+
+    def inverse(self, jacobian: Operator, v: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
+        """``H^-1 v = (v - J'L (ridge I + L'K L)^-1 L'J v) / ridge``, with the J of the rows."""
+        inside = across(self.root, jacobian.matvec(v).to(self.root).flatten(), transposed=True)
+        inside = torch.cholesky_solve(inside[:, None], self.lower)[:, 0]
+        return (v - jacobian.rmatvec(across(self.root, inside).view(self.root.shape[:2])).to(v)) / self.problem.ridge
 
     def left_out(self, own: Rows, positions: Int[Tensor, " some"]) -> Float[Tensor, "some outputs"]:
         """How the logits of each of some samples change when it leaves, by one step of Newton's method: ``M (I - W

@@ -1,13 +1,18 @@
 """One Newton step toward the retained optimum, from a fit that is taken to be optimal."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
 
+from fastntk.common.machine import free_bytes
 from fastntk.evidence.methods.problem import Problem, Unlearned
 from fastntk.jacobians.products import pull
+from fastntk.memory.state import State
+from fastntk.solve.convex import Convex
+from fastntk.solve.kernel import Stored
 from fastntk.solve.linalg import conjugate_gradients
 from fastntk.solve.passes import Passes
 
@@ -21,7 +26,7 @@ class Newton:
     ``G_R`` is the generalised Gauss-Newton matrix of all classes. Where the fit is stationary, ``b_D = ridge u``, and
     the loss is squared, it is ``s(R) - s(D)`` of ``fastntk.solve``; where it is not, it differs from it by what fitting
     fell short of. A memory whose rows are of the likeliest classes alone has another optimum: there the system is
-    solved by conjugate gradients, with passes over the retained samples.
+    solved by conjugate gradients, on rows of all classes, or by passes where these do not fit into memory.
 
     Attributes:
         ridge: a total; None takes the memory's.
@@ -36,7 +41,7 @@ class Newton:
 
     def __call__(self, problem: Problem) -> Unlearned:
         """Answer the request by one backward pass over all samples and a solve over the stored sums, or by one over the
-        forgotten and some forty passes over the retained."""
+        forgotten and the rows of the retained."""
         state, network = problem.state, problem.state.network
         ridge = state.ridge if self.ridge is None else self.ridge
         if state.solution.likeliest:
@@ -47,7 +52,19 @@ class Newton:
 
     @staticmethod
     def _solved(problem: Problem, ridge: float) -> Float[Tensor, " p"]:
-        """``(G_R + ridge I)^-1 b_F`` by passes."""
-        network, retained = problem.state.network, Passes(problem.state.network, problem.staying)
+        """``(G_R + ridge I)^-1 b_F``."""
+        network, staying = replace(problem.state.network, keep=None), problem.staying
+        size = len(staying) * network.classes * network.layout.size * network.dtype.itemsize
+        fits = 2 * size < free_bytes(network.device)
+        retained = Stored(network.rows(staying.tolist())) if fits else Passes(network, staying)
         forgotten = pull(network, network.residual(problem.positions.tolist()))
-        return conjugate_gradients(lambda v: retained.matvec(v) + ridge * v, forgotten, lambda v: v / ridge, _TOLERANCE)
+        near = _near(problem.state)
+        return conjugate_gradients(lambda v: retained.matvec(v) + ridge * v, forgotten, near, _TOLERANCE)
+
+
+def _near(state: State) -> Callable[[Float[Tensor, " p"]], Float[Tensor, " p"]]:
+    """Nearly the inverse: that of the likeliest classes, where the memory has it."""
+    if not isinstance(state.solution, Convex):
+        return lambda v: v / state.ridge
+    hessian, jacobian = state.solution.hessian, state.solution.jacobian(state.network)
+    return lambda v: hessian.inverse(jacobian, v)
