@@ -16,6 +16,7 @@ import fastntk
 from fastntk.cli.run import Run
 from fastntk.common.files import digest, file_digest, read_tensors, write_json, write_tensors
 from fastntk.common.formats import Document, Format, unchanged
+from fastntk.evidence.bench import results
 from fastntk.evidence.bench.results import Results
 from fastntk.memory.disk.packing import pack
 
@@ -150,7 +151,10 @@ def test_run_json_of_every_version(tmp_path):
 
 def test_results_of_every_version(tmp_path):
     path = tmp_path / "results.sqlite"
-    Results(path)
+    with sqlite3.connect(path) as database:
+        for table in results._TABLES:
+            database.execute(table)
+        database.execute("INSERT INTO about VALUES (:format, :fastntk)", results.FORMAT.stamped({}))
     before = digest({"file": torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)})
     assert Results(path).cells() == []
     assert digest({"file": torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)}) == before
