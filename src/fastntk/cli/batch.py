@@ -145,10 +145,11 @@ def answer_all(
     writable(out / "certificates")
     memory, images = opened.memory()
     everyone = nameable(images, memory)
-    whose = owners(images, absent_members(images, memory)) if any(each.owner for each in asked) else {}
+    by_owner = any(each.owner for each in asked)
+    whose = owners(images, absent_members(images, memory)) if by_owner else {}
     for each in asked:
         _check_own(memory, each, out)
-    unowned = len(set(memory.ids) - set(whose)) if any(each.owner for each in asked) else None
+    unowned = len(set(memory.ids) - set(whose)) if by_owner else None
     rows = [_told(memory, everyone, whose, each, out, copies) for each in track(asked, "requests")]
     members = set(memory.ids)
     for each, row in zip(asked, rows, strict=True):

@@ -44,7 +44,7 @@ class Solved(NamedTuple):
 
     others: int
     seconds: float
-    like: str
+    command: str
 
 
 def forgetting(run: Path, memory: "Memory") -> str:
@@ -76,7 +76,7 @@ def show_fit(run: Path, fit: "Fit", as_json: bool, solved: Solved | None = None)
     if solved:
         others = f"{solved.others:,} other samples were solved for in {solved.seconds:.1f} s"
         told += f"\nThat was the core. {others}, and can be forgotten exactly."
-        following = f"Next: {solved.like}\nThe weights with all of them: fastntk export {quote(str(run))}"
+        following = f"Next: {solved.command}\nThe weights with all of them: fastntk export {quote(str(run))}"
     tables = [table] if fit.losses else []
     more = {"solved": {"others": solved.others, "seconds": solved.seconds}} if solved else {}
     document |= {"assumed": fit.assumed, **more}

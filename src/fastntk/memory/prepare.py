@@ -31,6 +31,7 @@ from fastntk.solve.head import convex_shortfall
 from fastntk.solve.prices import Price, Workload
 from fastntk.solve.solution import Solution, Task
 from fastntk.tuning.loss import Loss, check_loss
+from fastntk.tuning.outputs import accuracy
 from fastntk.tuning.parameters import check_values, snapshot, tuned
 
 log = logging.getLogger(__name__)
@@ -113,17 +114,17 @@ def _tell_of(solution: Solution) -> None:
 
 def tell_of_fit(state: State) -> None:
     """How many of some samples the model classifies rightly; a warning where one label for all would do as well."""
-    network, right, labels = state.network, [], []
+    network, parts = state.network, []
     with torch.no_grad():
-        for images, its in network.images(state.order[:_SEEN].tolist()):
-            labels.append(hard(its))
-            right.append(network.logits(images.to(network.device)).argmax(1).cpu() == labels[-1])
-    known, most = torch.cat(right).double().mean(), torch.cat(labels).bincount().max() / len(torch.cat(labels))
-    told = f"of {len(torch.cat(labels))} of its samples the model classifies {100 * known:.1f} % rightly"
-    if known > most or known == 1:
+        for images, labels in network.images(state.order[:_SEEN].tolist()):
+            parts.append((network.logits(images.to(network.device)).cpu(), hard(labels)))
+    logits, asked = (torch.cat(each) for each in zip(*parts, strict=True))
+    known, most = accuracy(logits, asked), 100 * int(asked.bincount().max()) / len(asked)
+    told = f"of {len(asked)} of its samples the model classifies {known:.1f} % rightly"
+    if known > most or known == 100:
         log.info(told)
     else:
-        log.warning(f"{told}, and one label for all {100 * most:.1f} %: are these its weights, images and labels?")
+        log.warning(f"{told}, and one label for all {most:.1f} %: are these its weights, images and labels?")
 
 
 def with_head(state: State) -> State:
