@@ -86,7 +86,8 @@ def fit_exact(
         classes: of each sample that rows are kept of: a number, ``"all"``, or ``"auto"``: enough for the core.
         removal: add noise for certified removal, drawn by the system and not by the seed; it is in the folder. It holds
             where a certificate says ``certified``: no more of the gradient is left than ``LEFT`` of the ridge.
-        checkpoint, numerics: as for ``fastntk.prepare``.
+        checkpoint: as for ``fastntk.prepare``.
+        numerics: as for ``fastntk.prepare``.
 
     Raises:
         InputError: the core is empty or unknown, or everything; other images that are a core are among ``train`` too;
