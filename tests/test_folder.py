@@ -54,6 +54,26 @@ def test_a_link_is_not_taken_for_a_file(tmp_path):
         reopened(memory, tmp_path / "m")
 
 
+def test_a_folder_that_cannot_be_written_is_said_before_anything_is_worked_out(tmp_path, monkeypatch):
+    memory, computed = saved(tmp_path / "m"), []
+
+    def refused(**_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", refused)
+    monkeypatch.setattr(fastntk.memory.memory, "draft", lambda *_: computed.append("request"))
+    monkeypatch.setattr(fastntk.memory.memory, "refreshed", lambda *_: computed.append("refresh"))
+    for change in (
+        lambda: memory.forget([3]),
+        lambda: memory.remember([3]),
+        lambda: fastntk.refresh(memory),
+        lambda: fastntk.audit(memory, lambda *_: computed.append("retraining")),
+    ):
+        with pytest.raises(fastntk.InputError, match="cannot be written .*Make it writable"):
+            change()
+    assert not computed
+
+
 def test_a_seal_that_cannot_be_written_is_made_up_for(tmp_path, monkeypatch, caplog):
     memory = saved(tmp_path / "m")
     failing(monkeypatch, ledger, "write_json", 2, fastntk.InputError("the disk is full."))

@@ -58,7 +58,9 @@ def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(f"the folder {folder} cannot be written ({error.strerror}). Choose another one.") from error
+        raise InputError(
+            f"the folder {folder} cannot be written ({error.strerror}). Make it writable, or choose another one."
+        ) from error
 
 
 def write(path: Path, save: Callable[[Path], object]) -> None:
@@ -172,7 +174,7 @@ def discard(path: Path) -> None:
     try:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        else:
+        elif os.path.lexists(path):  # of what is not there a read-only file system says that it cannot be removed
             path.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"{path} cannot be removed ({error.strerror}).") from error

@@ -73,9 +73,10 @@ def audit(
         seed: of the draw; the retrained models' are the two after the recipe's, or 1 and 2.
 
     Raises:
-        InputError: the request is empty or everything, samples are missing or have changed, retraining returns other
-            parameters than the tuned ones, or the two retrained models are equal.
+        InputError: the request is empty or everything, samples are missing or have changed, the memory's folder cannot
+            be written to, retraining returns other parameters than the tuned ones, or two retrained models are equal.
     """
+    memory.check_writable()
     state = current(memory)
     unseen = _checked(state, recipe, held_out, seed)
     drawn = state.members.positions(_asked(ids, memory.ids, fraction, seed))
