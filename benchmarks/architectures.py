@@ -115,9 +115,9 @@ def prepared(make: partial[nn.Module], side: int) -> tuple[nn.Module, Tensor]:
         for parameter in model.parameters():
             scale = 0.1 if parameter.ndim < 2 else min(0.1, parameter[:1].numel() ** -0.5)
             if parameter.ndim < 2 or float(parameter.std(correction=0)) < 0.2 * scale:
-                parameter += torch.randn_like(parameter) * scale
+                parameter.add_(torch.randn_like(parameter) * scale)
         called = copy.deepcopy(model)
-        norms = [module for module in called.modules() if hasattr(module, "running_var")]
+        norms: list[Any] = [module for module in called.modules() if hasattr(module, "running_var")]
         for norm in norms:
             norm.train().momentum = 1.0
         called(x)
@@ -157,10 +157,10 @@ def compared(model: nn.Module, ranks: dict[str, int], images: Tensor) -> dict[st
         rows += [layout.flatten({name: each[c] for name, each in of_image.items()}) for c in range(CLASSES)]
     expected = torch.stack(rows).view_as(found)
     squares = [(each**2).sum((0, 1)) for each in (found - expected, expected)]
-    off, size = ([float(each.sum()) for each in layout.unflatten(of, parameters).values()] for of in squares)
-    one = max((a / b) ** 0.5 for a, b in zip(off, size, strict=True) if b > 1e-14 * sum(size))
+    off, whole = ([float(each.sum()) for each in layout.unflatten(of, parameters).values()] for of in squares)
+    one = max((a / b) ** 0.5 for a, b in zip(off, whole, strict=True) if b > 1e-14 * sum(whole))
     func = sum(parameters[name].numel() for name in layout.slow)
-    return {"tuned": layout.size, "func": func, "error": (sum(off) / sum(size)) ** 0.5, "one": one}
+    return {"tuned": layout.size, "func": func, "error": (sum(off) / sum(whole)) ** 0.5, "one": one}
 
 
 def measured(name: str, side: int, make: partial[nn.Module]) -> dict[str, Any]:

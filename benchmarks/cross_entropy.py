@@ -27,13 +27,16 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from statistics import mean, stdev
 
 from exactness import linear_model, peak_gib, solved_independently
+from fastntk.methods import Method
 from fastntk.metrics import accuracy, label_probability, logit_distance, probability_distance
 from fits import REQUESTS, Case, Setting, opened
+from memories import automatic
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -81,12 +84,15 @@ class Answers:
             retraining = StoredRetraining(case.model, case.fit, case.folder, case.key)
             fastntk.audit(self.memory, retraining, seed=case.setting.head + 1)
 
-    def of(self, request: str, ids: list) -> dict[str, tuple[dict[str, Tensor], float]]:
+    def of(self, request: str, ids: list) -> dict[str, tuple[dict[str, Tensor], float | None]]:
         """Every row but the retrained models, with seconds; of the verdict's answer first."""
         memory, problem = self.memory, Problem(self.memory, ids, self.case.fit.recipe)
         answer = memory.preview(ids)
         self.certificate = answer.certificate
-        found = {"original": (memory.anchor, 0.0), "step": (answer.parameters, answer.seconds)}
+        found: dict[str, tuple[dict[str, Tensor], float | None]] = {
+            "original": (memory.anchor, 0.0),
+            "step": (answer.parameters, answer.seconds),
+        }
         ways = {"step and exact head": False} | ({"gain": True, "gain and exact head": True} if self.others else {})
         for name, gain in ways.items():
             head = name.endswith("head")
@@ -95,7 +101,7 @@ class Answers:
             found[name] = done, answer.seconds + time.perf_counter() - started
         methods = {"fine-tuning": FineTune(), "salun": RandomLabel(0.5)} if self.others else {}
         for name, method in methods.items():
-            found[name] = self.case.kept(f"{request}-{name}", lambda m=method: m(problem).parameters, method), None
+            found[name] = self.case.kept(f"{request}-{name}", partial(_parameters, method, problem), method), None
         if self.old:
             found["one step"] = self.old.preview(ids).parameters, None
             golatkar = Golatkar()(Problem(self.old, ids, self.case.fit.recipe)).parameters
@@ -120,9 +126,13 @@ class Answers:
         return (audit.with_gain if method.startswith("gain") else audit).ratio
 
 
+def _parameters(method: Method, problem: Problem) -> dict[str, Tensor]:
+    return method(problem).parameters
+
+
 def cells(case: Case, others: bool) -> list[dict[str, object]]:
     """All rows of a fitted model."""
-    answers, rows = Answers(case, others), []
+    answers, rows = Answers(case, others), list[dict[str, object]]()
     problem = Problem(answers.memory, next(case.requests())[1], case.fit.recipe)
     started = time.perf_counter()
     Retrain(100)(problem)
@@ -156,7 +166,7 @@ def compared(
             "loss": case.setting.recipe,
             "images": len(case.train),
             "kept": state.network.keep,
-            "ridge_factor": answers.memory.calibration.factor,
+            "ridge_factor": automatic(answers.memory).factor,
             "gain": answers.memory.audit.gain if answers.memory.audit else None,
             "request": request,
             "method": method,

@@ -230,6 +230,8 @@ def certified(case: Case, model: nn.Module, eps: float) -> dict[str, float | boo
     memory = case.exact(model, case.others, eps=eps)
     accurate = case.accuracy(model, memory.parameters)
     certificate = memory.forget(case.others[::10]).certificate
+    if certificate.gradient is None:
+        raise TypeError("this is no exact fit's")
     left = certificate.gradient / memory.ridge
     return {"eps": eps, "accuracy": accurate, "left": left, "certified": certificate.certified}
 

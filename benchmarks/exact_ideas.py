@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from exact import AUGMENTED, NAMES, RECIPE, Case, Setting
 from fastntk.metrics import accuracy
@@ -62,7 +63,7 @@ class Tried:
         fastntk.fit(model, Subset(self.case.train, self.case.core), recipe)
         return model
 
-    def exact(self, model: nn.Module, recipe: fastntk.Recipe = RECIPE, **more: object) -> fastntk.Memory:
+    def exact(self, model: nn.Module, recipe: fastntk.Recipe = RECIPE, **more: Any) -> fastntk.Memory:
         """From a model that stands at the core."""
         train = self.case.named([*self.case.core, *self.case.others])
         return fit_exact(model, train, self.case.core, recipe, fitted=True, **more)

@@ -34,7 +34,8 @@ def linear_model(ridge: float = 0.7) -> float:
     logistic regression of the samples that are left."""
     generator = torch.Generator().manual_seed(0)
     features, labels = torch.randn(200, 1, 1, 20, generator=generator).double(), torch.arange(200) % 5
-    model = nn.Sequential(nn.Flatten(), nn.Linear(20, 5, bias=False)).double()
+    layer = nn.Linear(20, 5, bias=False)
+    model = nn.Sequential(nn.Flatten(), layer).double()
 
     def regression(stay: Tensor) -> Tensor:
         fit = LogisticRegression(C=1 / ridge, fit_intercept=False, tol=1e-14, max_iter=100_000, solver="newton-cg")
@@ -42,7 +43,7 @@ def linear_model(ridge: float = 0.7) -> float:
 
     everyone = torch.arange(200)
     with torch.no_grad():
-        model[1].weight.copy_(regression(everyone))
+        layer.weight.copy_(regression(everyone))
     initial = {"1.weight": torch.zeros(5, 20).double()}
     requests = [("forget", [3, 50, 120]), ("forget", list(range(0, 50, 7))), ("remember", [50]), ("forget", [9, 110])]
     worst = 0.0
@@ -89,7 +90,7 @@ def _optimum(
         d = torch.tensor(vector, requires_grad=True)
         value = len(labels) * LOSS(logits + dense @ d, labels) + ridge / 2 * (d + u).square().sum()
         value.backward()
-        return value.item(), d.grad.numpy()
+        return value.item(), torch.zeros_like(d).numpy() if d.grad is None else d.grad.numpy()
 
     options = {"maxiter": 50_000, "maxfun": 100_000, "ftol": 1e-17, "gtol": 1e-11, "maxcor": 60}
     return torch.tensor(minimize(objective, np.zeros(len(u)), jac=True, method="L-BFGS-B", options=options).x)

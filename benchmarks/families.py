@@ -22,18 +22,19 @@ from pathlib import Path
 from typing import Any
 
 from fastntk.methods import FastNTK, Problem
+from memories import automatic
 from pretrained import cifar, fingerprint, mobilenet_v2, vit_s14
 from rich.console import Console
 from rich.table import Table
 from scenarios import scenarios, stored_references
 from torch import nn
-from torch.utils.data import Dataset
 
 import fastntk
 from fastntk.common.files import read_json, writable, write_json
 from fastntk.common.machine import settle
 from fastntk.evidence.bench.stored import StoredRetraining, fitted
 from fastntk.evidence.compare import compare
+from fastntk.inputs.batches import Labelled
 from fastntk.inputs.images import Preprocessing
 from fastntk.inputs.packaged import pretrained
 from fastntk.tuning.fitting import Fit
@@ -49,7 +50,7 @@ FAMILIES: dict[str, tuple[Make, tuple[str, ...]]] = {
 }
 
 
-def opened(name: str, arguments: argparse.Namespace) -> tuple[nn.Module, Dataset, Dataset, Fit, Path, str]:
+def opened(name: str, arguments: argparse.Namespace) -> tuple[nn.Module, Labelled, Labelled, Fit, Path, str]:
     """A family's fitted model, training and test images, the fit, and where under which key its fits are kept."""
     make, select = FAMILIES[name]
     model, preprocessing = make()
@@ -77,7 +78,7 @@ def measured(name: str, arguments: argparse.Namespace) -> dict[str, dict[str, An
             "parameters": sum(tensor.numel() for tensor in fit.initial.values()),
             "images": len(train),
             "form": memory.form,
-            "ridge": memory.calibration.factor,
+            "ridge": automatic(memory).factor,
             "audit": audit.to_dict(),
             "verdict": notes["fastntk"].split(":")[0],
             "rows": report.rows,
@@ -86,7 +87,7 @@ def measured(name: str, arguments: argparse.Namespace) -> dict[str, dict[str, An
     return results
 
 
-def judged(scenario: str, rows: dict[str, dict[str, float]]) -> dict[str, float | bool]:
+def judged(scenario: str, rows: dict[str, dict[str, Any]]) -> dict[str, float | bool]:
     """Fastntk against the two retrained models."""
     ours, retrained = rows["fastntk"], [rows["retrain"], rows["retrain_2"]]
     means = {f"{part}_accuracy": sum(row[f"{part}_accuracy"] for row in retrained) / 2 for part in ("forget", "test")}

@@ -6,12 +6,14 @@ Which networks, with what tuned, and by which recipes: ``MODELS`` and ``RECIPES`
 import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from pretrained import cifar, fingerprint, mobilenet_v2, vit_s14
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset
 from widened import vit_b32
 
 import fastntk
@@ -19,6 +21,7 @@ from fastntk.common.files import read_tensors, writable, write_tensors
 from fastntk.evidence.bench.stored import fitted
 from fastntk.evidence.methods.retrain import retrained
 from fastntk.evidence.requests import drawn
+from fastntk.inputs.batches import Labelled
 from fastntk.inputs.ids import ids_of
 from fastntk.inputs.images import Preprocessing
 from fastntk.inputs.packaged import pretrained
@@ -67,8 +70,8 @@ class Case:
 
     setting: Setting
     model: nn.Module
-    train: Dataset
-    test: Dataset
+    train: Labelled | TensorDataset
+    test: Labelled | TensorDataset
     fit: Fit
     folder: Path
     key: str
@@ -97,15 +100,15 @@ class Case:
         retain = Members(self.train, [each for each in ids_of(self.train) if each not in gone])
 
         def make(seed: int) -> dict[str, Tensor]:
-            return retrained(self.model, self.fit.initial, retain, self.recipe(100 + seed))[0]
+            return retrained(self.model, self.fit.initial, retain, self.recipe(seed))[0]
 
-        return [self.kept(f"{request}-retrained-{k}", lambda k=k: make(k)) for k in range(count)]
+        return [self.kept(f"{request}-retrained-{k}", partial(make, 100 + k)) for k in range(count)]
 
     def recipe(self, seed: int) -> Recipe:
         """How it was fitted, in another order."""
         return replace(self.fit.recipe, seed=seed)
 
-    def prepared(self, **options: object) -> fastntk.Memory:
+    def prepared(self, **options: Any) -> fastntk.Memory:
         """Its memory."""
         fit = self.fit
         return fastntk.prepare(

@@ -185,11 +185,11 @@ class Bench:
         for kind in SELECT:
             for precision in PRECISIONS:
                 described = {"what": "Jacobians", "network": kind, "precision": precision}
-                yield described, lambda kind=kind, precision=precision: self.jacobian(kind, precision)
-            yield {"what": "vmap(jacrev)", "network": kind}, lambda kind=kind: self.vmap(kind)
+                yield described, partial(self.jacobian, kind, precision)
+            yield {"what": "vmap(jacrev)", "network": kind}, partial(self.vmap, kind)
         for case in prepared:
             names = ("network", "images", "classes", "loss", "precision")
-            yield {"what": "prepare", **dict(zip(names, case, strict=True))}, lambda case=case: self.prepare(*case)
+            yield {"what": "prepare", **dict(zip(names, case, strict=True))}, partial(self.prepare, *case)
 
 
 def tried(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:

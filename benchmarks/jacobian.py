@@ -67,7 +67,7 @@ def prepared(case: Case, dtype: torch.dtype = torch.float32) -> tuple[nn.Module,
     model = case.make().eval()
     randomise(model)
     images = torch.randn(case.batch, 3, case.size, case.size).to(dtype)
-    model = model.to(dtype).to(memory_format=torch.channels_last)
+    model = model.to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     tune(model, case.select)
     return model, snapshot(tuned(model)), images.contiguous(memory_format=torch.channels_last)
 

@@ -36,7 +36,7 @@ from torch.utils.data import Dataset, Subset
 
 import fastntk
 from fastntk.common.machine import settle
-from fastntk.inputs.batches import labels_of
+from fastntk.inputs.batches import Labelled, labels_of
 from fastntk.jacobians.linearised import Linearised
 from fastntk.jacobians.per_sample import PerSampleJacobian
 from fastntk.jacobians.products import pull
@@ -56,7 +56,7 @@ class Problem:
     fit: Fit
     linearised: Linearised
     memory: fastntk.Memory
-    train: Dataset
+    train: Labelled
     requests: dict[str, tuple[Tensor, Dataset, list[Tensor]]]
 
     def __post_init__(self) -> None:

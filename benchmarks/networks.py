@@ -11,8 +11,8 @@ def randomise(model: nn.Module) -> None:
     """Norms with scales and statistics, and linear layers with weights, that are not trivial."""
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.8, 1.2)
+            module.get_buffer("running_mean").normal_(0, 0.1)
+            module.get_buffer("running_var").uniform_(0.8, 1.2)
         if isinstance(module, nn.modules.batchnorm._BatchNorm | nn.LayerNorm):
             nn.init.normal_(module.weight, 1, 0.1)
             nn.init.normal_(module.bias, 0, 0.1)

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import torch
+from memories import automatic
 from pretrained import cifar, mobilenet_v2
 from timing import in_own_process
 
@@ -60,7 +61,7 @@ def one(arguments: argparse.Namespace) -> dict[str, object]:
     done.set()
     torch.save(changes, arguments.out / f"{arguments.form}.pt")
     inexact = answer.certificate.inexactness
-    return {**found, "peak_gib": peak[0] - before, "factor": memory.calibration.factor, "inexactness": inexact}
+    return {**found, "peak_gib": peak[0] - before, "factor": automatic(memory).factor, "inexactness": inexact}
 
 
 def main() -> None:

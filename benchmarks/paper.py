@@ -76,6 +76,16 @@ def network(name: str, method: str) -> tuple[nn.Module, dict[str, nn.Parameter],
     return model, fastntk.tune(model, *(efficient if few else ("all",))), size
 
 
+def _free(device: torch.device) -> int:
+    """What is left of the memory that every method has."""
+    return min(free_bytes(device), ROOM - psutil.Process().memory_info().rss)
+
+
+def _no_room(folder: Path | None = None) -> int:
+    """All is held in memory."""
+    return 0
+
+
 def cell(name: str, method: str, images: int) -> dict[str, Any]:
     """One, in this process."""
     settle()
@@ -91,13 +101,13 @@ def cell(name: str, method: str, images: int) -> dict[str, Any]:
     with torch.no_grad():
         for parameter in tuned.values():
             parameter.add_(0.01 * parameter.abs().mean() * torch.randn_like(parameter))
-    preparing.free_bytes = lambda device: min(free_bytes(device), ROOM - psutil.Process().memory_info().rss)
-    preparing.room = lambda folder: 0
-    form, loss = {"fastntk": "auto", "full": "layerwise"}.get(method, "dual"), fastntk.CrossEntropy()
+    preparing.free_bytes = _free  # type: ignore[attr-defined]
+    preparing.room = _no_room  # type: ignore[attr-defined]
+    form = {"fastntk": "auto", "full": "layerwise"}.get(method, "dual")
     started = time.perf_counter()
     try:
-        given = {"form": form, "loss": fastntk.SquaredLoss() if form == "dual" else loss}
-        memory = fastntk.prepare(model, train, initial, **given)
+        loss = fastntk.SquaredLoss() if form == "dual" else fastntk.CrossEntropy()
+        memory = fastntk.prepare(model, train, initial, form=form, loss=loss)
     except fastntk.InputError as error:
         return {**row, "done": False, "why": str(error).split(" Remedies")[0], "seconds": None, "peak_gib": None}
     memory.preview(range(5, 15))
@@ -109,15 +119,15 @@ def scale(arguments: argparse.Namespace, path: Path) -> list[dict[str, Any]]:
     """All cells, those that are known from the file."""
     stored = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     rows = {(row["model"], row["method"], row["images"]): row for row in stored}
-    counts = IMAGES[: 2 if arguments.quick else None]
-    counts = [each for each in counts if not arguments.images or each in arguments.images]
+    first = IMAGES[: 2 if arguments.quick else None]
+    counts = [each for each in first if not arguments.images or each in arguments.images]
     for name in arguments.networks or list(NETWORKS)[: 2 if arguments.quick else None]:
         for method in METHODS:
-            before = None
+            before: dict[str, Any] | None = None
             for images in counts:
-                row = known = rows.get((name, method, images))
-                if known is None or known["why"].startswith("about"):  # --limit may be another
-                    row = _next(arguments, name, method, images, before)
+                known = rows.get((name, method, images))
+                done = known and not known["why"].startswith("about")  # --limit may be another
+                row = known if known and done else _next(arguments, name, method, images, before)
                 if row != known:
                     rows[name, method, images] = row
                     with path.open("a") as file:
@@ -136,7 +146,8 @@ def _next(arguments: argparse.Namespace, name: str, method: str, images: int, be
     try:
         return in_own_process(__file__, "--cell", name, method, images)
     except SystemExit as error:
-        row = {"method": method, "model": name, "parameters": before and before["parameters"], "images": images}
+        parameters = before["parameters"] if before else None
+        row = {"method": method, "model": name, "parameters": parameters, "images": images}
         return {**row, "done": False, "why": f"failed: {str(error)[-200:]}", "seconds": None, "peak_gib": None}
 
 
@@ -190,7 +201,7 @@ def answers(case: Case, retrained: int = RETRAINED, found: Answers | None = None
         for name, each in subjects.items():
             apart = mean(probability_distance(each.logits["forget"], right.logits["forget"]) for right in rights)
             measured = {m: MEASURES[m](each) for m in ("forget_accuracy", "membership")}
-            right = {m: mean(MEASURES[m](other) for other in rights) for m in measured}
+            right = {m: float(np.mean([MEASURES[m](other) for other in rights])) for m in measured}
             seen = accuracy(each.logits["test"], each.labels["test"])
             rows.append(
                 {
@@ -250,7 +261,14 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axes.tick_params(labelsize=7)
     figure.axes[0].set_ylabel("seconds, with a first answer", fontsize=8)
     handles = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
+    figure.legend(
+        [*handles.values()],
+        [str(each) for each in handles],
+        loc="outside lower center",
+        ncols=len(handles),
+        fontsize=8,
+        frameon=False,
+    )
     path.write_text(svg(figure))
 
 

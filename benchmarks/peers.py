@@ -135,7 +135,7 @@ def torch_func_vjp(model: nn.Module, images: Tensor, batch: int = 32) -> Tensor:
 
     def rows(part: Tensor) -> Tensor:
         copies = {name: value.expand(len(part), *value.shape) for name, value in parameters.items()}
-        _, pull = vjp(lambda copies: vmap(logits)(copies, part), copies)
+        pull = vjp(lambda copies: vmap(logits)(copies, part), copies)[1]
         eye = torch.eye(CLASSES).to(part)[:, None].expand(-1, len(part), -1)
         return torch.cat([torch.cat([g.flatten(1) for g in pull(each)[0].values()], 1) for each in eye])
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
 
+from fastntk.inputs.batches import Labelled
 from fastntk.inputs.images import Preprocessing, in_memory
 from fastntk.inputs.libraries import timm
 from fastntk.inputs.models import load_model
@@ -93,11 +93,11 @@ def vit_from_onnx(path: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def cifar(path: str, preprocessing: Preprocessing, train: int, test: int = 100) -> tuple[Dataset, Dataset]:
+def cifar(path: Path | str, preprocessing: Preprocessing, train: int, test: int = 100) -> tuple[Labelled, Labelled]:
     """The first ``train`` training and ``test`` test images of each class of the file, in memory."""
     parts = []
     for split, count in (("train", train), ("test", test)):
-        parts.append(in_memory(load_data(path, preprocessing, split=split).part(0, count)))
+        parts.append(in_memory(load_data(str(path), preprocessing, split=split).part(0, count)))
     return parts[0], parts[1]
 
 

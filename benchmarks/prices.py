@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from memories import automatic
 from rich.console import Console
 from rich.table import Table
 from timing import in_own_process
@@ -63,7 +64,7 @@ def one(config: Config, setting: Setting) -> dict[str, Any]:
         "first": first / retraining,
         **{name: each / retraining for name, each in seconds.items()},
         "gib": peak.bytes / 2**30,
-        "ridge_factor": memory.calibration.factor,
+        "ridge_factor": automatic(memory).factor,
         "inexactness": memory.state.solution.inexactness(),
     }
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastntk.methods import FastNTK, Golatkar, Method, Problem, Unlearned
+from memories import automatic
 from pretrained import cifar, fingerprint, mobilenet_v2
 from rich.console import Console
 from scenarios import scenarios, stored_references
@@ -59,7 +60,7 @@ def one_seed(arguments: argparse.Namespace, per_class: int, seed: int) -> dict[s
     recipe = Recipe(seed=seed, loss=fastntk.SquaredLoss())
     fit = fitted(model, train, recipe, fits / "original.safetensors", key)
     memory = fastntk.prepare(model, train, fit.initial, loss=recipe.loss)
-    scale = memory.calibration.ridge / memory.calibration.factor
+    scale = memory.ridge / automatic(memory).factor
     results = {}
     for name, forget, held_out in scenarios(train, test, seed):
         problem = Problem(memory, forget, recipe)
@@ -67,7 +68,7 @@ def one_seed(arguments: argparse.Namespace, per_class: int, seed: int) -> dict[s
         report, notes = compare(problem, held_out, {**stored, **methods(scale, len(train))}, fit.seconds)
         Console().print(report.table(f"{name}, seed {seed}"))
         Console().print(f"ridge {memory.calibration}\n{notes['fastntk (automatic ridge)']}\n")
-        results[name] = {"rows": report.rows, "ridge_factor": memory.calibration.factor, "notes": notes}
+        results[name] = {"rows": report.rows, "ridge_factor": automatic(memory).factor, "notes": notes}
     return results
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from fastntk.methods import FastNTK, Problem
+from memories import automatic, rows_held
 from pretrained import cifar, fingerprint, mobilenet_v2, vit_s14
 from rich.console import Console
 from rich.table import Table
@@ -53,11 +54,11 @@ class Spectrum:
 
     @classmethod
     def of(cls, memory: Memory) -> "Spectrum":
-        rows, u = memory.state.solution.rows, memory.state.displacement
-        values, vectors = torch.linalg.eigh(memory.state.solution.optimum.kernel)
+        rows, u = rows_held(memory).rows, memory.state.displacement
+        values, vectors = torch.linalg.eigh(rows_held(memory).optimum.kernel)
         residual, image = rows.residual.double().flatten(), rows.jacobian.matvec(u).flatten()
-        parts = [vectors.T @ part for part in (residual + image, image, residual)]
-        return cls(values.clamp_min(0), vectors, *parts, float(u @ u), rows.residual.shape[1])
+        target, image, residual = (vectors.T @ part for part in (residual + image, image, residual))
+        return cls(values.clamp_min(0), vectors, target, image, residual, float(u @ u), rows.residual.shape[1])
 
 
 def relative_optimality(s: Spectrum, ridge: float) -> float:
@@ -126,7 +127,7 @@ RULES: dict[str, Callable[[Spectrum, float], float]] = {
 def chosen(memory: Memory) -> dict[str, float]:
     """The factor of the kernel's mean diagonal that every rule takes."""
     spectrum = Spectrum.of(memory)
-    scale = float(memory.state.solution.optimum.kernel.diagonal().mean())
+    scale = float(rows_held(memory).optimum.kernel.diagonal().mean())
     return {
         name: float(FACTORS[torch.tensor([rule(spectrum, float(factor) * scale) for factor in FACTORS]).argmax()])
         for name, rule in RULES.items()
@@ -146,7 +147,7 @@ def judged(name: str, arguments: argparse.Namespace) -> tuple[dict[str, float], 
     out = writable(arguments.out / "fits" / f"{name}-{key}")
     fit = fitted(model, train, recipe, out / "original.safetensors", key)
     memory = fastntk.prepare(model, train, fit.initial, form="dual", loss=recipe.loss)
-    scale, reports = memory.ridge / memory.calibration.factor, {}
+    scale, reports = memory.ridge / automatic(memory).factor, {}
     for request, forget, held_out in scenarios(train, test, forgotten_class=3 if name == "efficientnet_lite0" else 0):
         if request not in wanted:
             continue
@@ -157,7 +158,7 @@ def judged(name: str, arguments: argparse.Namespace) -> tuple[dict[str, float], 
         Console(width=120).print(report.table(f"{name}, {request}"))
         Console(width=120).print("\n".join(f"{row}: {note}" for row, note in notes.items()), "")
         reports[request] = report.rows
-    return chosen(memory) | {"prepare": memory.calibration.factor}, reports
+    return chosen(memory) | {"prepare": automatic(memory).factor}, reports
 
 
 def main() -> None:

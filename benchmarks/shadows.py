@@ -30,6 +30,7 @@ import json
 import sqlite3
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import bootstrap
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Subset
 
 import fastntk
 from fastntk import methods
@@ -51,7 +52,7 @@ from fastntk.common.progress import track
 from fastntk.evidence.auditing import left_out
 from fastntk.evidence.methods.retrain import retrained
 from fastntk.evidence.requests import drawn
-from fastntk.inputs.batches import labels_of
+from fastntk.inputs.batches import Labelled, labels_of
 from fastntk.inputs.packaged import digits, pretrained
 from fastntk.jacobians.products import lift, pull
 from fastntk.tuning.outputs import logits_of, model_at
@@ -82,8 +83,11 @@ class Noised:
         return methods.Unlearned(state.moved_by(step - state.resolve(gone[:0], state.displacement, state.ridge)))
 
 
-UNLEARNING = {"fast_ntk": methods.FastNTK(), "fast_ntk_exact_head": methods.FastNTK(exact_head=True)}
-METHODS = {
+UNLEARNING: dict[str, methods.Method] = {
+    "fast_ntk": methods.FastNTK(),
+    "fast_ntk_exact_head": methods.FastNTK(exact_head=True),
+}
+METHODS: dict[str, methods.Method] = {
     "fast_ntk, exact head, gain 1.5": methods.FastNTK(exact_head=True, gain=1.5),
     "fast_ntk, more steps": methods.Iterated(),
     **{f"fast_ntk, noise {scale}": Noised(scale) for scale in (0.03, 0.1, 0.3)},
@@ -144,9 +148,12 @@ class Case:
         _, self.train, self.test = self.opened(0)
         key = fingerprint(len(self.train), len(self.test), vars(self.recipe(0)), arguments.size)
         self.kept = Kept(writable(arguments.out) / "shadows.sqlite", key)
-        self.requests = {"random": drawn("random 10%", self.train, self.train)[0], "memorised": self.memorised()}
+        self.requests: dict[str, list] = {
+            "random": drawn("random 10%", self.train, self.train)[0],
+            "memorised": self.memorised(),
+        }
 
-    def opened(self, seed: int) -> tuple[nn.Module, Dataset, Dataset]:
+    def opened(self, seed: int) -> tuple[nn.Module, Labelled, Labelled]:
         """A network that is not fitted yet, and the images for training and for testing."""
         model, preprocessing = pretrained(seed, size=self.arguments.size)
         fastntk.tune(model, "bn", "head")
@@ -183,7 +190,7 @@ class Case:
             return
         model = self.opened(seed)[0]
         initial = fastntk.snapshot(tuned(model))
-        memory = self.memory(seed) if any(kind != "retrain" for _, kind in missing) else None
+        memory = cache(partial(self.memory, seed))  # made once, where one is asked for
         found = {}
         for request, kind in missing:
             ids = self.requests[request]
@@ -191,9 +198,10 @@ class Case:
                 staying = sorted(set(range(len(self.train))) - set(ids))
                 parameters = retrained(model, initial, Subset(self.train, staying), self.recipe(seed))[0]
             elif kind == "original":
-                parameters = memory.anchor
+                parameters = memory().anchor
             else:
-                parameters = {**UNLEARNING, **METHODS}[kind](methods.Problem(memory, ids, self.recipe(seed))).parameters
+                problem = methods.Problem(memory(), ids, self.recipe(seed))
+                parameters = {**UNLEARNING, **METHODS}[kind](problem).parameters
             answer, gone = model_at(model, parameters), Subset(self.train, ids)
             found[_name(seed, request, kind)] = {
                 "log_odds": log_odds(logits_of(answer, gone, "cpu"), labels_of(gone)).tolist(),

@@ -38,7 +38,7 @@ from fastntk.common.files import read_json, writable, write_json
 from fastntk.common.machine import device_name, peak_memory, settle
 from fastntk.evidence.bench.stored import fitted
 from fastntk.evidence.requests import drawn
-from fastntk.inputs.batches import labels_of
+from fastntk.inputs.batches import Labelled, labels_of
 from fastntk.tuning.parameters import snapshot, tuned
 
 SETTING, TWICE = Setting("vit_b32", "plain", 10, 500, 0), 2
@@ -56,9 +56,9 @@ class Photos(Case):
         photos = Subset(self.train, range(0, len(self.train), self.crops))
         for request in self.asked:
             ids, test = drawn(REQUESTS[request], photos, self.test, SETTING.head, gone=SETTING.head)
-            yield request, [self.crops * photo + crop for photo in ids for crop in range(self.crops)], test
+            yield request, [self.crops * int(photo) + crop for photo in ids for crop in range(self.crops)], test
 
-    def prepared(self, **options: object) -> fastntk.Memory:
+    def prepared(self, **options: Any) -> fastntk.Memory:
         """Its memory."""
         return super().prepared(precision=self.precision, **options)
 
@@ -79,9 +79,9 @@ def moved(images: Tensor, crop: int) -> Tensor:
     return part.flip(-1) if crop % 2 else part
 
 
-def cropped(photos: Dataset, crops: int, device: torch.device) -> Dataset:
+def cropped(photos: Labelled, crops: int, device: torch.device) -> TensorDataset:
     """All crops of all photos, in the device's memory."""
-    images = torch.stack([photos[i][0] for i in range(len(photos))]).to(device)  # type: ignore[arg-type]
+    images = torch.stack([photos[i][0] for i in range(len(photos))]).to(device)
     every = torch.stack([moved(images, crop) for crop in range(crops)], 1).flatten(0, 1)
     return TensorDataset(every, labels_of(photos).repeat_interleave(crops))
 

@@ -30,6 +30,7 @@ import torch
 from cross_entropy import SETTINGS
 from fastntk.metrics import accuracy, label_probability, probability_distance
 from fits import Case, opened
+from memories import rows_held
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -56,7 +57,7 @@ HEADS = (0.1, 10.0)
 
 def at_ridge(memory: Memory, ridge: float) -> Memory:
     """The same memory under another ridge."""
-    state, known = memory.state, memory.state.solution
+    state, known = memory.state, rows_held(memory)
     solution = replace(known.ready(), ridge=ridge).anew(state.network)
     center = state.layout.head_of(state.center)
     short = convex_shortfall(state.network, state.positions.tolist(), center, ridge)
@@ -113,7 +114,7 @@ class Ways:
 
     def of_ridges(self) -> Iterator[dict[str, object]]:
         """What every ridge does."""
-        scale = float(self.memory.state.solution.optimum.kernel.diagonal().mean())
+        scale = float(rows_held(self.memory).optimum.kernel.diagonal().mean())
         gaps = {}
         for factor in FACTORS:
             other = at_ridge(self.memory, factor * scale)
@@ -152,8 +153,10 @@ class Ways:
 
     def again(self, step: dict[str, Tensor], asked: bool) -> dict[str, Tensor]:
         """Solved once more at the outputs that the step led to, with the Jacobians of before."""
-        state, solution = self.memory.state, self.memory.state.solution
+        state, solution = self.memory.state, rows_held(self.memory)
         rows, loss, classes = solution.rows, solution.loss, solution.rows.jacobian.kept
+        if classes is None:
+            raise TypeError("this is for a loss that curves, by some classes")
         before, after = (self.logits(each, self.case.train).double() for each in (state.anchor, step))
         change = state.layout.flatten(step) - state.layout.flatten(state.anchor)
         foreseen = rows.jacobian.matvec(change) @ contrasts(classes.shape[1]).T
@@ -163,10 +166,11 @@ class Ways:
             predicted = before.scatter_add(1, classes, foreseen).softmax(1)
             labels[self.gone] = predicted[self.gone]
         kept = kept_of(loss, moved, labels, classes)
-        there = replace(rows, point=Point(moved.gather(1, classes) @ contrasts(classes.shape[1]), kept))
+        z = moved.gather(1, classes) @ contrasts(classes.shape[1])
+        there = replace(rows, point=Point(z, kept))
         present = torch.ones(len(rows), dtype=torch.bool)
         present[self.gone] = asked
-        start = there.point.z - there.jacobian.matvec(solution.displacement)
+        start = z - there.jacobian.matvec(solution.displacement)
         problem = DualProblem(loss, kept, start, solution.optimum.kernel, solution.ridge, present)
         a, _ = NewtonMethod().minimise(problem, solution.optimum.coefficients, solution.tolerance)
         found = rows.jacobian.rmatvec(a.view_as(rows.residual)) - solution.displacement
@@ -174,7 +178,7 @@ class Ways:
 
     def other_head(self, c: float) -> dict[str, Tensor]:
         """With the head pulled at ``c`` times as strongly: as if its inputs were ``c^-1/2`` as large."""
-        state, known = self.memory.state, self.memory.state.solution
+        state, known = self.memory.state, rows_held(self.memory)
         size, s = known.rows.jacobian.rest.shape[2], c**-0.5
         scaled = replace(known.rows.jacobian, features=known.rows.jacobian.features * s)
         rows, u = replace(known.rows, jacobian=scaled), known.displacement.clone()

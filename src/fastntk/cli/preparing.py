@@ -96,7 +96,7 @@ def _first_fit(
         if held_out is not None:
             raise InputError("the core has classes of its own, which --validation does not measure. Leave it out.")
         return _fitted_but_for_the_head(module, core, given, recipe)
-    data = in_memory(core if isinstance(core, Images) else images)
+    data: Dataset = in_memory(core if isinstance(core, Images) else images)
     if isinstance(core, list):
         place = {each: index for index, each in enumerate(images.ids)}
         data = Subset(data, [place[each] for each in core])

@@ -1,5 +1,6 @@
 """Batches of any map-style dataset of ``(image, label)``."""
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
@@ -33,7 +34,11 @@ _OFFERING = {
 
 
 class Labelled(Dataset):
-    """A dataset whose ``labels``, a tensor or None, are what its items have, known without making the items."""
+    """A dataset of known length whose ``labels``, a tensor or None, are what its items have, known without these."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """The number of its items."""
 
 
 def check_mapped(dataset: Dataset) -> Sized:

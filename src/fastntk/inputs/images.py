@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Subset, TensorDataset
+from torch.utils.data import Subset, TensorDataset
 
 from fastntk.common.errors import InputError
 from fastntk.common.progress import track
@@ -173,7 +173,7 @@ class _Joined:
         return self.first.source[index] if index < count else self.second.source[index - count]
 
 
-def in_memory(data: Images, limit: int = 2_000_000_000) -> Dataset:
+def in_memory(data: Images, limit: int = 2_000_000_000) -> Labelled:
     """``data`` preprocessed once and kept as tensors if that takes at most ``limit`` bytes, else ``data`` itself."""
     if len(data) * 3 * data.preprocessing.size**2 * 4 > limit:
         return data

@@ -6,9 +6,9 @@ from types import ModuleType
 
 import numpy as np
 from torch import nn
-from torch.utils.data import Dataset
 
 from fastntk.common.errors import InputError
+from fastntk.inputs.batches import Labelled
 from fastntk.inputs.images import Images, Preprocessing, in_memory
 from fastntk.inputs.models import load_model
 from fastntk.inputs.weights import load_weights, read_weights, rename_by_order
@@ -28,7 +28,7 @@ def pretrained(seed: int = 0, size: int = SIZE) -> tuple[nn.Module, Preprocessin
     return model, preprocessing
 
 
-def digits(preprocessing: Preprocessing, first: int, last: int) -> Dataset:
+def digits(preprocessing: Preprocessing, first: int, last: int) -> Labelled:
     """Images ``first`` to ``last`` of each class of ``mnist``, in memory; their ids count from 0."""
     images, labels = mnist()
     chosen = np.concatenate([np.flatnonzero(labels == c)[first:last] for c in range(10)])
