@@ -29,7 +29,7 @@ from fastntk.memory.audit import Audit
 from fastntk.memory.certificate import Answer
 from fastntk.memory.exact import forgettable, solved_anew
 from fastntk.memory.finish import multiplied
-from fastntk.memory.memory import Memory, current
+from fastntk.memory.memory import Memory, check_kept, current
 from fastntk.memory.state import State
 from fastntk.tuning.loss import check_labels, predictions
 from fastntk.tuning.outputs import logits_of, margins, model_at
@@ -76,7 +76,7 @@ def audit(
         InputError: the request is empty or everything, samples are missing or have changed, the memory's folder cannot
             be written to, retraining returns other parameters than the tuned ones, or two retrained models are equal.
     """
-    memory.check_writable()
+    check_kept(memory)
     state = current(memory)
     unseen = _checked(state, recipe, held_out, seed)
     drawn = state.members.positions(_asked(ids, memory.ids, fraction, seed))

@@ -175,7 +175,7 @@ class Memory:
         """Linearise the network anew at parameters that are found in the state; what is said of them goes into the
         ledger. See ``fastntk.refresh``."""
         settle()
-        self.check_writable()
+        check_kept(self)
         with self._exclusive():
             started, before = time.perf_counter(), digest(self.parameters)
             self.state.check_anchored("there is no anchor to be moved")
@@ -226,15 +226,10 @@ class Memory:
                 self.state = _opened(self._folder, self.model, self.state.members.source)
             yield
 
-    def check_writable(self) -> None:
-        """Raises ``InputError`` if the memory is kept in a folder that cannot be written to."""
-        if self._folder:
-            self._folder.check_writable()
-
     def _carry_out(self, kind: str, ids: Iterable[Id], full: bool) -> Answer:
         """Answer a request: work it out, make it durable, then take the state after it."""
         started = time.perf_counter()
-        self.check_writable()
+        check_kept(self)
         with self._exclusive():
             worked_out = draft(self.state, kind, ids, started)
             answer = worked_out.answer
@@ -324,6 +319,12 @@ def current(memory: Memory) -> State:
     """A memory's state, with what other processes did to the folder."""
     with memory._exclusive():
         return memory.state
+
+
+def check_kept(memory: Memory) -> None:
+    """Raises ``InputError`` if what a memory answers could not be kept: its folder, if any, cannot be written to."""
+    if memory._folder:
+        memory._folder.check_writable()
 
 
 def _kept(folder: Folder | None) -> Folder:
