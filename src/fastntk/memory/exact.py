@@ -76,8 +76,7 @@ def fit_exact(
     """Fit ``model`` to the core, in place, and solve for the rest; from then on every answer is exact.
 
     Args:
-        model: in eval mode, with the tuned parameters requiring gradients. It ends at ``theta_B``; the weights to serve
-            are ``memory.parameters``.
+        model: in eval mode; tuned parameters require gradients. It ends at ``theta_B``: serve ``memory.parameters``.
         train: B and S, a map-style dataset.
         core: the ids of B; or, if ``fitted``, the images that it was fitted to, of any classes, which are in no sum.
         recipe: how the core is fitted; its loss is l.
