@@ -376,8 +376,10 @@ def test_a_summary_has_the_medians_of_each_loss_and_kind_beside_the_retrained_mo
     found = found_in(three_twice)
     assert (found["loss"], found["kind"], found["requests"], found["unit"]) == ("squared", "class", 6, "logits")
     assert (found["ratio_logits"], found["ratio_probabilities"]) == (1.3, 2.6)
-    assert found["low"] == found["low_logits"] == 1.2
-    assert found["high_probabilities"] == 2.8
+    assert found["low"] == found["intervals"]["ratio_logits"][0] == 1.2
+    assert found["intervals"]["ratio_probabilities"][1] == 2.8
+    assert found["intervals"]["gap"] == [1.0, 2.0]
+    assert found["ratio_deviation"] == 0
     assert (found["gap"], found["gap_retrained"]) == (1.0, 1.0)
     assert found["off"] == pytest.approx((0 + 1 / 2 + 2 / 2) / 3)  # from 80 and 82: 3 and 1, 4.1 and 2.1, 6 and 4
     assert found["off_retrained"] == 0
@@ -426,11 +428,10 @@ def test_chosen_settings_stand_beside_the_default_ones_and_are_judged():
     assert found_in(cells, "tuned")["nearer"] == [pytest.approx(2 / 1.1), pytest.approx(2 / 0.9)]
     assert found_in(cells, "tuned", "chosen")["chosen_fraction"] == pytest.approx((10 + 45) / 15)
     assert found_in(cells, "tuned", "chosen")["prepared_fraction"] == pytest.approx(10 / 15)
-    first, verdicts = conclusions(summarise(cells, "fast_ntk"))
+    [first] = conclusions(summarise(cells, "fast_ntk"))
     assert first.startswith("**class, squared** (6 requests): fast_ntk, chosen lies 1.00 (0.90 to 1.10) times as far")
     assert "0 of 1 other methods are farther, by an interval that excludes it; open: tuned." in first
     assert first.endswith("Falls short: it is not nearer than every other method.")
-    assert verdicts.startswith("0 of 6 answers were off")
 
 
 def test_what_falls_short_is_said_first():
@@ -447,17 +448,18 @@ def test_the_summary_counts_what_was_off_and_what_was_flagged_and_doubted():
     cells = [
         cell(row(83.9, doubt=3.5)),  # 2.9 points off: good; 80 is beyond the doubt, 82 within
         cell(row(84.1, doubt=4.2), "retrain needed"),  # off, flagged, doubted; both within
-        cell(row(77.0)),  # off, not flagged
+        cell(row(77.0, doubt=1.0)),  # off, not flagged; none within
+        cell(row(77.0), "retrain needed"),  # nothing audited it
         cell(row(81.0, doubt=0.5), "refresh needed"),  # good, flagged; none within
     ]
     found = summarise(cells, "fast_ntk")
     bad = {"bad": 2, "bad_and_flagged": 1, "bad_and_doubted": 1}
     assert found["flags"] == {**bad, "good": 2, "good_and_flagged": 1, "good_and_doubted": 1}
-    assert found["doubt"] == {"models": 6, "within": 3}
+    assert found["doubt"] == {"models": 8, "within": 3}
     assert found["kinds"] == {"class": {"flags": found["flags"], "doubt": found["doubt"]}}
     assert conclusions(found)[-1] == (
-        "2 of 4 answers were off by more than 3 points from the retrained models' mean; the verdict had flagged 1 of "
-        "these, and 1 of the others. 3 of 6 retrained models lay within the doubt."
+        "Of 4 answers that an audit speaks of, 2 were off by more than 3 points from the retrained models' mean; the "
+        "verdict had flagged 1 of these, and 1 of the others. In 3 of 8 cases a retrained model lay within the doubt."
     )
 
 
@@ -477,7 +479,7 @@ def test_methods_that_came_to_the_same_count_once():
 
 
 def test_the_figures_of_each_model_are_over_its_requests():
-    first, second = cell(row(ratio=1.2)), cell(row(90.0, ratio=1.4))
+    first, second = cell(row(ratio=1.2, doubt=1.0)), cell(row(90.0, ratio=1.4, doubt=1.0))
     other = replace(cell(row(ratio=3.0)), setting=Setting("d", "another", 10, 0, "squared"))
     without = replace(first, rows={name: each for name, each in first.rows.items() if name != "fast_ntk"})
     table = by_model([first, second, other, without], "fast_ntk")
@@ -488,7 +490,7 @@ def test_the_figures_of_each_model_are_over_its_requests():
 
 
 def test_a_request_in_words():
-    told = in_words(cell(row(81.0, ratio=1.2), "retrain needed", request="random 1%"), "fast_ntk")
+    told = in_words(cell(row(81.0, ratio=1.2, doubt=1.0), "retrain needed", request="random 1%"), "fast_ntk")
     assert told == (
         "d, m, 10 a class, squared, seed 0, hundredth: 81.0 % of the forgotten images are still recognised, by "
         "retrained models 80.0 to 82.0 %; 1.20 times as far from these as they from each other, the original 4.00; "

@@ -6,7 +6,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fastntk.evidence.bench.summary import THEIRS, label_of
+from fastntk.evidence.bench.summary import THEIRS, is_ours, label_of
 from fastntk.evidence.drawings import COLOURS
 from fastntk.evidence.report import ORIGINAL, RETRAINED
 
@@ -14,20 +14,23 @@ _LEAST = 0.05  # points of gap, below which all are drawn alike
 
 
 def against_time(rows: Sequence[Mapping[str, Any]], ours: str) -> Figure:
-    """Of one loss and kind of request a point a row: time, of retraining, and average gap, medians; down and left is
-    better. Chosen settings are filled."""
+    """Of one loss and kind of request a point a row: time, of retraining, and average gap of accuracies, medians, with
+    the latter's 95 % interval; down and left is better. Chosen settings are filled."""
     figure, axes = _drawn(len(rows))
     for row in rows:
         time = 1.0 if row["method"] == THEIRS else row["request_fraction"]
         if time is not None and row["gap"] is not None:
             place = time, max(row["gap"], _LEAST)
             filled = "full" if row["settings"] == "chosen" else "none"
+            if (ends := row["intervals"]["gap"]) is not None:
+                low, high = (max(end, _LEAST) for end in ends)
+                axes.plot([time, time], [low, high], color=_colour(row, ours), linewidth=0.6, alpha=0.5)
             axes.plot(*place, "o", color=_colour(row, ours), fillstyle=filled, markersize=5)
             axes.annotate(row["method"], place, xytext=(5, -2), textcoords="offset points", fontsize=5.5)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("time of a request, of retraining", fontsize=7)
-    axes.set_ylabel("average gap to retrained models, points", fontsize=7)
+    axes.set_ylabel("average gap of accuracies to retrained models, points", fontsize=7)
     _plain(axes)
     return figure
 
@@ -68,6 +71,6 @@ def _plain(axes: Axes) -> None:
 
 
 def _colour(row: Mapping[str, Any], ours: str) -> str:
-    if row["method"] == ours:
+    if is_ours(row["method"], ours):
         return COLOURS["fastntk"]
     return {ORIGINAL: COLOURS[ORIGINAL], THEIRS: COLOURS[RETRAINED]}.get(row["method"], "#5b7db1")

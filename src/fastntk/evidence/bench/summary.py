@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import isfinite
-from statistics import mean, median
+from statistics import mean, median, stdev
 from typing import Any
 
 from fastntk.evidence.bench.config import CHOSEN
@@ -166,15 +166,15 @@ def summarise(cells: Sequence[Cell], ours: str) -> dict[str, Any]:
     """Of every loss, kind of request, method and settings the figures over its requests, and how ``ours`` did.
 
     ``rows``: with ``NUMBERS`` (medians) and ``SHARES`` (means); ``ratio`` is that in the loss's own unit, ``low`` and
-    ``high`` bound the 95 % interval of its median, ``low_logits`` and so on that in each (None below six requests);
+    ``high`` bound the 95 % interval of its median, ``intervals`` those of all medians (None below six requests);
     ``nearer`` is that of the median over requests of the ratio over that of ``ours``, with its chosen settings where
     there are any: above 1 throughout, ours is nearer to retraining. ``gap_retrained`` and ``off_retrained`` are the
-    retrained models' own.
+    retrained models' own, ``ratio_deviation`` the standard deviation of their own ratios (the median over requests).
 
-    ``flags``: of all requests, how many answers of ``ours`` were off by more than 3 points from the retrained models'
-    mean (``bad``), and how many of these and of the others the verdict had flagged. ``doubt``: how many of the
-    retrained models' accuracies on the forgotten samples lay within the doubt of the answer's. ``kinds``: both for each
-    kind of request.
+    ``flags``: of all answers of ``ours`` that an audit speaks of (``audited``), how many were off by more than 3 points
+    from the retrained models' mean (``bad``), and how many of these and of the others the verdict had flagged.
+    ``doubt``: how many of the retrained models' accuracies on the forgotten samples lay within the doubt of such an
+    answer's. ``kinds``: both for each kind of request.
     """
     rows = [
         _row(group, loss, kind, method, settings, ours)
@@ -183,7 +183,7 @@ def summarise(cells: Sequence[Cell], ours: str) -> dict[str, Any]:
         for settings in ("default", "chosen")
         if (method, settings) == (THEIRS, "default") or any(row_of(method, settings) in cell.rows for cell in group)
     ]
-    judged = [(cell, row) for cell in cells if (row := own_row(cell, ours)) in cell.rows]
+    judged = audited(cells, ours)
     kinds = {
         kind: {"flags": flags(some), "doubt": covered(some)}
         for kind in dict.fromkeys(map(kind_of, cells))
@@ -204,11 +204,23 @@ def own_row(cell: Cell, ours: str) -> str:
     return chosen if chosen in cell.rows else ours
 
 
+def is_ours(method: str, ours: str) -> bool:
+    """Whether it is ``ours``, or that and more: finished in another way."""
+    return method == ours or method.startswith(f"{ours}_")
+
+
+def audited(cells: Iterable[Cell], ours: str) -> list[tuple[Cell, str]]:
+    """The answers of ``ours``, however finished, that an audit speaks of: with its gain or none, not with another."""
+    pairs = ((cell, row) for cell in cells for row in cell.rows if is_ours(row.removesuffix(CHOSEN), ours))
+    return [(cell, row) for cell, row in pairs if value(cell, row, "doubt") is not None]
+
+
 def _row(group: Sequence[Cell], loss: str, kind: str, method: str, settings: str, ours: str) -> dict[str, Any]:
     row = row_of(method, settings)
     cells = [cell for cell in group if row == THEIRS or row in cell.rows]
     unit = cells[0].facts["unit"]
-    bounds = {each: _bounds(value(cell, row, name) for cell in cells) for each, name in RATIOS.items()}
+    intervals = {name: interval(number.of(cell, row) for cell in cells) for name, number in NUMBERS.items()}
+    low, high = intervals[f"ratio_{unit}"] or (None, None)
     return {
         "loss": loss,
         "kind": kind,
@@ -221,10 +233,10 @@ def _row(group: Sequence[Cell], loss: str, kind: str, method: str, settings: str
         "gap_retrained": middle(value(cell, THEIRS, "average_gap") for cell in cells),
         "off_retrained": middle((off(cell, THEIRS) for cell in cells), mean),
         "ratio": middle(value(cell, row, RATIOS[unit]) for cell in cells),
-        "low": bounds[unit][0],
-        "high": bounds[unit][1],
-        **{f"low_{each}": low for each, (low, _) in bounds.items()},
-        **{f"high_{each}": high for each, (_, high) in bounds.items()},
+        "ratio_deviation": middle(_deviation(cell, RATIOS[unit]) for cell in cells),
+        "low": low,
+        "high": high,
+        "intervals": intervals,
         "nearer": interval(_over_ours(cell, row, ours) for cell in cells),
     }
 
@@ -235,8 +247,10 @@ def _over_ours(cell: Cell, row: str, ours: str) -> float | None:
     return theirs / own if theirs is not None and own else None
 
 
-def _bounds(values: Iterable[float | None]) -> Sequence[float | None]:
-    return interval(values) or (None, None)
+def _deviation(cell: Cell, measure: str) -> float | None:
+    """The standard deviation of a measure over the retrained models."""
+    known = [each for name in retrained_of(cell) if (each := value(cell, name, measure)) is not None]
+    return stdev(known) if len(known) > 1 else None
 
 
 def flags(judged: Sequence[tuple[Cell, str]]) -> dict[str, int]:

@@ -10,7 +10,9 @@ from fastntk.evidence.bench.results import Cell
 from fastntk.evidence.bench.summary import (
     NUMBERS,
     THEIRS,
+    audited,
     flags,
+    is_ours,
     kind_of,
     label_of,
     middle,
@@ -52,16 +54,19 @@ def conclusions(found: Row) -> list[str]:
         own = [row for row in rows if row["method"] == found["ours"]]
         if own:
             told.append(_concluded(loss, kind, own[-1], rows))
-    flags, doubt = found["flags"], found["doubt"]
-    verdicts = (
-        f"{flags['bad']} of {flags['bad'] + flags['good']} answers were off by more than 3 points from the retrained "
-        f"models' mean; the verdict had flagged {flags['bad_and_flagged']} of these, and {flags['good_and_flagged']} "
-        "of the others."
-    )
-    within = (
-        f" {doubt['within']} of {doubt['models']} retrained models lay within the doubt." if doubt["models"] else ""
-    )
-    return [text for _, text in sorted(told, key=lambda each: not each[0])] + [verdicts + within]
+    return [text for _, text in sorted(told, key=lambda each: not each[0])] + _judged(found["flags"], found["doubt"])
+
+
+def _judged(flags: Mapping[str, int], doubt: Mapping[str, int]) -> list[str]:
+    """What is to be said of the verdicts, if an audit speaks of any answer."""
+    if not (answers := flags["bad"] + flags["good"]):
+        return []
+    return [
+        f"Of {answers} answers that an audit speaks of, {flags['bad']} were off by more than 3 points from the "
+        f"retrained models' mean; the verdict had flagged {flags['bad_and_flagged']} of these, and "
+        f"{flags['good_and_flagged']} of the others. In {doubt['within']} of {doubt['models']} cases a retrained model "
+        "lay within the doubt."
+    ]
 
 
 def _concluded(loss: str, kind: str, own: Row, rows: Sequence[Row]) -> tuple[bool, str]:
@@ -97,7 +102,7 @@ def _others(own: Row, rows: Sequence[Row]) -> list[Row]:
     """A row of every other method, with chosen settings where there are any; those called as ours and more are ours,
     and of those that came to the same (NegGrad+ with either loss, where the fit's is cross-entropy) one counts."""
     found = {row["method"]: row for row in rows if row["method"] not in (own["method"], ORIGINAL, THEIRS)}
-    others = [row for name, row in found.items() if not name.startswith(f"{own['method']}_")]
+    others = [row for name, row in found.items() if not is_ours(name, own["method"])]
     return list({(row["ratio_logits"], row["ratio_probabilities"], row["gap"]): row for row in others}.values())
 
 
@@ -113,7 +118,8 @@ def _overview(loss: str, kind: str, rows: Sequence[Row]) -> Table:
         f"Medians over {max(row['requests'] for row in rows)} requests; 95 %: of the ratio in {rows[0]['unit']}, by "
         "which rows are ordered; off: the share of retrained models from which an accuracy is off by more than 3 "
         "points; R within: in how many requests relearning on retained data lies in the range of theirs; over ours: "
-        "the 95 % interval of the ratio over that of ours on the same requests.",
+        "the 95 % interval of the ratio over that of ours on the same requests. The ratios of single retrained models "
+        f"have a standard deviation of {_text(rows[0]['ratio_deviation'])}.",
         columns,
         {label_of(row): _figures(row) for row in sorted(rows, key=lambda row: row["ratio"])},
     )
@@ -203,8 +209,9 @@ def by_model(cells: Iterable[Cell], ours: str) -> Table:
             found[f"{setting.data}, {setting.model}, {setting.per_class}, {setting.loss}"].append(cell)
     return Table(
         f"{ours}, by model",
-        "Medians over seeds and kinds of request; the gap beside the retrained models' own; how many answers were off "
-        "by more than 3 points of accuracy, and how many of these and of the others the verdict had flagged.",
+        "Medians over seeds and kinds of request; the gap beside the retrained models' own; of the answers that an "
+        "audit speaks of, how many were off by more than 3 points, and how many of these and of the others the verdict "
+        "had flagged.",
         ["requests", "ratio", "gap, retrained", "gap", "off, flagged", "others, flagged"],
         {name: _of_model(group, ours) for name, group in found.items()},
         "data, model, images a class, loss",
@@ -212,8 +219,7 @@ def by_model(cells: Iterable[Cell], ours: str) -> Table:
 
 
 def _of_model(cells: Sequence[Cell], ours: str) -> list[str]:
-    judged = [(cell, own_row(cell, ours)) for cell in cells]
-    count = flags(judged)
+    judged, count = [(cell, own_row(cell, ours)) for cell in cells], flags(audited(cells, ours))
     medians = [
         middle(value(*each, RATIOS[each[0].facts["unit"]]) for each in judged),
         middle(value(cell, THEIRS, "average_gap") for cell in cells),
@@ -228,7 +234,7 @@ def in_words(cell: Cell, ours: str) -> str:
     row, setting, kind = own_row(cell, ours), cell.setting, kind_of(cell)
     ratio, original = (value(cell, name, RATIOS[cell.facts["unit"]]) for name in (row, ORIGINAL))
     theirs = sorted(cell.rows[name]["forget_accuracy"] or 0.0 for name in retrained_of(cell))
-    verdict = verdict_of(cell, row)
+    verdict = None if value(cell, row, "doubt") is None else verdict_of(cell, row)
     return (
         f"{setting.data}, {setting.model}, {setting.per_class} a class, {setting.loss}, seed {setting.seed}, {kind}: "
         f"{_text(value(cell, row, 'forget_accuracy'), 1)} % of the forgotten images are still recognised, by retrained "
