@@ -218,7 +218,7 @@ def learn(
     device: options.Device = "cpu",
     as_json: options.Json = False,
 ) -> None:
-    """Add new images to the memory: as exact as forgetting, and as fast. Their ids begin with where they come from."""
+    """Add new images to the memory, as exact as forgetting. Their ids begin with where they come from."""
     from fastntk.cli.run import Run
 
     options.check_out(certificate)
