@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import CASES
-from fastntk.methods import FastNTK, Problem
+from fastntk.methods import FastNTK, HeadAlone, Problem
 from torch.utils.data import TensorDataset
 
 import fastntk
@@ -55,6 +55,8 @@ def test_it_is_ridge_regression_on_the_moved_features(select, form):
     new = ridge_regression(features(plain)[keep], targets[keep], start, 0.6)
     old = ridge_regression(features(anchor), targets, start, 0.6)
     torch.testing.assert_close(head(exact), head(anchor) + new - old)
+    alone = ridge_regression(features(anchor)[keep], targets[keep], start, 0.6)
+    torch.testing.assert_close(head(HeadAlone()(given).parameters), head(anchor) + alone - old)
     assert all(torch.equal(exact[name], plain[name]) for name in plain if not name.startswith("head"))
     assert not torch.allclose(head(exact), head(plain), rtol=1e-3)
 

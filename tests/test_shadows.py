@@ -48,6 +48,15 @@ def test_ulira_tells_kinds_apart_where_they_differ_and_only_there():
         ulira(normal(2, 4), normal(5, 4))
 
 
+def test_ulira_by_hand():
+    # asked about 4: the others of its kind have mean 1 and deviation 2 ** 0.5, those of the other kind 7 and 2
+    own, other = -(3**2) / 4 - math.log(2**0.5), -(3**2) / 8 - math.log(2)
+    assert own < other
+    left = torch.tensor([[0.0], [2.0], [4.0]], dtype=torch.float64)
+    assert ulira(left, left + 5)[:, 0].tolist() == [1, 1, 0, 0, 1, 1]
+    assert ulira(left, 9 - left)[:, 0].tolist() == [1, 1, 0, 1, 1, 0]
+
+
 def test_margins_that_do_not_vary_are_no_evidence():
     assert ulira(torch.ones(4, 3), torch.ones(4, 3)).tolist() == [[0.5] * 3] * 8
 

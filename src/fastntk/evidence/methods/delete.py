@@ -20,7 +20,8 @@ class Delete:
     """Minimise ``KL(q || student)`` over F, with q the fitted model's probabilities without the sample's class.
 
     The retained samples are not touched. The official code descends by SGD, for 20 epochs where fitting took 80 to 150
-    and at 0.0005 to 0.005 of its rate, and has no random requests.
+    and at 0.0005 to 0.005 of its rate, without random requests. Adam's steps have the length of its rate whatever the
+    gradient's, so the share of the fit's rate is another one here.
 
     Attributes:
         share: of the fit's epochs, over the forgotten samples.

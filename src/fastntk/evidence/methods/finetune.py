@@ -20,7 +20,7 @@ class FineTune:
         seed: of the order.
 
     The official code of l1-sparse lowers ``s_t`` by the epoch; by the step, as here, it is a third less in all where
-    there are two.
+    there are two. So few are usual here, that by the epoch there would be one step of it.
 
     Source: the usual baseline, as in Golatkar, Achille, Soatto 2020 (arXiv 1911.04933); for l1-sparse, Jia et al. 2023,
     "Model sparsity can simplify machine unlearning" (arXiv 2304.04934).

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import starmap
 from typing import ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
@@ -13,6 +14,8 @@ from torch import Tensor
 from fastntk.common.machine import elapsed
 from fastntk.evidence.methods.problem import Problem, Unlearned
 from fastntk.jacobians.jacobian import Jacobian
+from fastntk.memory.memory import Memory
+from fastntk.memory.state import State
 
 _ROW = 0.01  # the standard deviation of a class's row that nobody holds
 
@@ -31,7 +34,7 @@ class FisherForgetting:
 
     The exponent is the paper's. The official code has a variance of ``alpha / F``, so ``F^(-1/2)``, clamped, its mean
     taken over each output's weights, and ten times as large in the last layer and in norms (a class's row: 0.032 in
-    all); here every parameter has its own, and ``floor`` keeps it finite.
+    all); here every parameter has its own, as the paper's equation does, and ``floor`` keeps it finite.
 
     Source: Golatkar, Achille, Soatto 2020, "Eternal sunshine of the spotless net" (arXiv 1911.04933).
     """
@@ -66,8 +69,8 @@ class Dampening:
         threshold: ``a``, as a share of ``n / |F|``.
         strength: ``b``.
 
-    As in the official code ``I_D`` is taken for kept: the pass over all samples for it is not in a request's seconds;
-    where preparing counts, the memory's own, which is such a pass, stands for it.
+    As in the official code ``I_D`` is kept, for all requests to a memory: the pass over all samples for it is not in a
+    request's seconds; where preparing counts, the memory's own, which is such a pass, stands for it.
 
     Source: Foster, Schoepf, Brintrup 2024 (arXiv 2308.07707).
     """
@@ -79,7 +82,7 @@ class Dampening:
     def __call__(self, problem: Problem) -> Unlearned:
         """Answer the request by one pass over the forgotten samples."""
         layout, anchor = problem.state.layout, problem.state.anchor
-        everything = importance(problem, problem.state.positions)
+        everything = _kept_importance(problem)
         started = time.perf_counter()
         forgotten = importance(problem, problem.positions)
         most = len(problem.state.positions) / len(problem.positions)
@@ -107,6 +110,18 @@ def fisher(problem: Problem, positions: Tensor) -> Float[Tensor, " p"]:
         return torch.cat([jacobian.rest.double().square().sum((0, 1)), head.repeat(jacobian.rest.shape[1])])
 
     return _mean(problem, positions, of_batch)
+
+
+_KEPT = WeakKeyDictionary[Memory, tuple[State, Tensor]]()
+
+
+def _kept_importance(problem: Problem) -> Float[Tensor, " p"]:
+    """``I_D``, worked out once for a memory as it stands."""
+    state, found = _KEPT.get(problem.memory, (None, None))
+    if state is not problem.state or found is None:
+        found = importance(problem, problem.state.positions)
+        _KEPT[problem.memory] = problem.state, found
+    return found
 
 
 def importance(problem: Problem, positions: Tensor) -> Float[Tensor, " p"]:

@@ -18,8 +18,9 @@ class Golatkar:
 
     Its ridge is ``n_S weight_decay`` in the solve over S, so it is a different total for R and for D. The multiplier m
     is ``1 + 2 |<D, e>| / |D|^2`` for the step ``D = s_0(R) - s_0(D)`` and ``e = u - s_0(R)``, as in the official code,
-    or 1 without the ``trapezium``. Noise, in the official code, is of the Fisher information at the parameters after
-    the step, and a forgotten class's row is made anew; here it is of that at ``theta*``.
+    or 1 without the ``trapezium``. In that code noise is of the Fisher information at the parameters after the step,
+    and a forgotten class's row is made anew; here it is of that at ``theta*``, where the memory has the Jacobians, and
+    the row is what the step makes of it.
 
     Attributes:
         weight_decay: per sample; None takes the memory's ridge over the number of its samples.

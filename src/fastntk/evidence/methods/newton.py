@@ -28,6 +28,10 @@ class Newton:
     fell short of. A memory whose rows are of the likeliest classes alone has another optimum: there the system is
     solved by conjugate gradients, on rows of all classes, or by passes where these do not fit into memory.
 
+    Of Guo et al.'s code are not here: noise in the objective, which the fit would have to have had
+    (``fastntk.fit_exact`` does), and logistic regression on features that nothing private has trained. Koh and Liang
+    solve by a series on samples of the data; here the system is solved.
+
     Attributes:
         ridge: a total; None takes the memory's.
 

@@ -32,7 +32,7 @@ class Scrub:
     Of that code are not here: rates that fall tenfold after given epochs, weight decay, batches of another size over F,
     the choice of an earlier epoch by the accuracy on F (SCRUB+R), and the two sets of weights that it has, of small
     (Adam) and large experiments. ``L_R`` is the fit's loss: with squared loss ``a : g`` weigh otherwise than in the
-    source.
+    source. Rate and epochs are of the fit's, and without them, as every method's here (``descend``).
 
     Source: Kurmanji et al. 2023, "Towards unbounded machine unlearning" (arXiv 2302.09880).
     """
