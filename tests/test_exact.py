@@ -167,6 +167,20 @@ def test_nobody_is_both_in_a_core_of_other_images_and_among_those_who_can_be_for
     assert again.remember(["new 15"]).certificate.retained == 14
 
 
+def test_nobody_in_a_core_of_ids_has_a_twin_who_can_be_forgotten(tmp_path):
+    """Its image would stay in the core, which nothing forgets, and the answer would be called exact."""
+    model, twin = CASES["bn+head"].model(), Named([*range(14), 2])
+    twin.ids = [*range(14), "twin of 2"]
+    with pytest.raises(fastntk.InputError, match="1 of the samples have the very pixels of images of the core"):
+        fit_exact(model, twin, CORE, RECIPE)
+    close(snapshot(tuned(model)), snapshot(tuned(CASES["bn+head"].model())), 0)
+    made().save(tmp_path / "m")
+    again = fastntk.load(tmp_path / "m", CASES["bn+head"].model(), twin)
+    with pytest.raises(fastntk.InputError, match="1 of the samples have the very pixels of images of the core"):
+        again.remember(["twin of 2"])
+    assert fit_exact(model, twin, [*CORE, "twin of 2"], RECIPE).forget([9]).certificate.verdict == "exact"
+
+
 def test_what_no_fit_would_make_right_is_refused_before_it():
     """The model stays as it was."""
     model = CASES["bn+head"].model()
@@ -188,7 +202,7 @@ def test_what_has_no_place_is_refused():
     memory = made()
     state = memory.state
     for ids in ([2], [8, 2]):
-        with pytest.raises(fastntk.InputError, match="sample 2 is of the core"):
+        with pytest.raises(fastntk.InputError, match="1 of the . samples, 2 first, are of the core"):
             memory.forget(ids)
     for call, why in (
         (lambda: fastntk.refresh(memory), "no anchor to be moved"),
@@ -227,7 +241,7 @@ def test_an_audit_is_the_same_fit_anew(monkeypatch):
     assert (failed.passed, failed.to_dict()["verdict"]) == (False, "not exact")
     with pytest.raises(fastntk.InputError, match="use fastntk.audit, which retrains"):
         fastntk.audit_exact(ordinary())
-    with pytest.raises(fastntk.InputError, match="sample 2 is of the core"):
+    with pytest.raises(fastntk.InputError, match="1 of the . samples, 2 first, are of the core"):
         fastntk.audit_exact(memory, ids=[2])
     for empty in ({"ids": []}, {"fraction": 0.01}):
         with pytest.raises(fastntk.InputError, match="request is empty"):
@@ -325,12 +339,19 @@ def test_on_the_command_line(colours, tmp_path):
     never = shutil.copytree(run, tmp_path / "never")
     told = json.loads(succeed("forget", run, "--ids", "3,5", "--json"))
     assert (told["verdict"], told["exact"]) == ("exact", True)
-    refuse("is of the core", "forget", run, "--ids", "4")
+    refuse("are of the core", "forget", run, "--ids", "4")
     audited = json.loads(succeed("audit", run, "--json"))
     assert (audited["samples"], audited["verdict"], audited["passed"]) == (1, "exact", True)
     assert audited["difference"] < 1e-6
     assert "solved anew from the core's model" in succeed("audit", run, "--fraction", 0.5)
-    refuse("is of the core", "audit", run, "--class-name", "red")
+    refuse("are of the core", "audit", run, "--class-name", "red")
+    owners = tmp_path / "owners.csv"
+    owners.write_text("id,owner\n" + "".join(f"{each},{'ann' if each > 25 else each % 2}\n" for each in range(30)))
+    refuse("2 of the 4 samples, 26 first, are of the core", "forget", run, "--owner", "ann", "--owners", owners)
+    assert json.loads(succeed("forget", run, "--owner", "1", "--owners", owners, "--dry-run", "--json"))["exact"]
+    again = shutil.copytree(run, tmp_path / "again")
+    assert json.loads(succeed("remember", again, "--ids", "5", "--json"))["verdict"] == "exact"
+    assert json.loads(succeed("plan", run, "--json"))["form"] == "convex"
     refuse("leave out --refresh", "forget", run, "--ids", "7", "--refresh")
     refuse("this fit forgets exactly", "export", run, "--gain")
     asked = tmp_path / "asked.csv"

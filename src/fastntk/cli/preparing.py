@@ -21,9 +21,9 @@ from fastntk.inputs.sources import load_data
 from fastntk.inputs.weights import load_weights, read_weights
 from fastntk.jacobians.numerics import Numerics
 from fastntk.memory.certificate import Removal
-from fastntk.memory.exact import KEPT, fit_exact
+from fastntk.memory.exact import BATCH, KEPT, digests_apart, fit_exact
+from fastntk.memory.members import Members
 from fastntk.memory.memory import Memory, prepare
-from fastntk.memory.state import check_apart
 from fastntk.tuning.fitting import Fit, fit
 from fastntk.tuning.parameters import snapshot, tuned
 from fastntk.tuning.rebuilding import rebuilt_start
@@ -118,19 +118,16 @@ def core_sum(core: Core, samples: Images | None = None) -> str | None:
     """By which a core is known again, whatever its file, folder or pattern names by then: its ids, or its images.
 
     Raises:
-        InputError: other images that are a core are among the ``samples`` too.
+        InputError: some of the ``samples`` that are not of the core show the same as images of the core.
     """
     if core is None:
         return None
     if isinstance(core, list):
+        if samples is not None:
+            digests_apart(samples, Members(samples).positions(core))
         return sha256("\n".join(sorted(map(str, core))).encode(errors="surrogateescape")).hexdigest()
-    pixels = digests(core, range(len(core)), _BATCH)
-    if samples is not None:
-        check_apart(digests(samples, range(len(samples)), _BATCH), pixels)
+    pixels = digests(core, range(len(core)), BATCH) if samples is None else digests_apart(samples, core)
     return sha256(torch.stack([pixels, core.labels]).numpy().tobytes()).hexdigest()
-
-
-_BATCH = 64  # images that are read at a time
 
 
 def memory_of(

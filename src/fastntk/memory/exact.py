@@ -59,6 +59,9 @@ KEPT = 4, 10
 """Classes of a sample that rows are kept of, if nothing is said: at least and at most. The network is surer of the core
 than of the others, so fewer look enough (docs/exact.md)."""
 
+BATCH = 64
+"""Images that are read at a time."""
+
 
 def fit_exact(
     model: nn.Module,
@@ -97,7 +100,7 @@ def fit_exact(
     if isinstance(core, Dataset) and not fitted:
         raise InputError("a core of other data must be fitted already: fitted=True, with a head for these classes.")
     positions, images = _placed(train, core)
-    pixels = _apart(train, core, numerics.batch_size) if isinstance(core, Dataset) else None
+    pixels = digests_apart(train, core if isinstance(core, Dataset) else positions, numerics.batch_size)
     if not fitted:
         fit(model, images, recipe)
     network = linearised(model, train, recipe.loss, numerics)
@@ -129,9 +132,19 @@ def _placed(train: Dataset, core: Iterable[Id] | Dataset) -> tuple[Int[Tensor, "
     return positions, images
 
 
-def _apart(train: Dataset, core: Dataset, batch_size: int) -> Int[Tensor, " core"]:
-    """What the images of a core are known again by (``fastntk.inputs.batches.digests``): none is among the samples."""
-    known, others = (digests(data, range(len(data)), batch_size) for data in (core, train))  # type: ignore[arg-type]
+def digests_apart(
+    train: Dataset, core: Int[Tensor, " core"] | Dataset, batch_size: int = BATCH
+) -> Int[Tensor, " core"]:
+    """What the images of a core, by positions or apart, are known again by (``fastntk.inputs.batches.digests``).
+
+    Raises:
+        InputError: a sample that is not of the core has the very pixels of one.
+    """
+    others = digests(train, range(len(train)), batch_size)  # type: ignore[arg-type]
+    if isinstance(core, Dataset):
+        known = digests(core, range(len(core)), batch_size)  # type: ignore[arg-type]
+    else:
+        known, others = others[core], others[~torch.isin(torch.arange(len(others)), core)]
     check_apart(others, known)
     return known
 

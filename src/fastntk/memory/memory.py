@@ -234,8 +234,7 @@ class Memory:
             worked_out = draft(self.state, kind, ids, started)
             answer = worked_out.answer
             if self._folder:
-                seconds = self._folder.append(answer.certificate, worked_out.journal(), started)
-                answer = replace(answer, seconds=seconds)
+                answer = replace(answer, seconds=self._folder.append(answer.certificate, worked_out.journal(), started))
             self.state = worked_out.after()
             try:
                 if full:

@@ -91,13 +91,13 @@ def draft(state: State, kind: str, ids: Iterable[Id], started: float) -> Draft:
 
 
 def _check_outside_core(state: State, positions: Int[Tensor, " some"]) -> None:
-    """Raises ``InputError`` for a sample that an exact fit began from."""
-    if state.core is None:
-        return
-    for position in positions[torch.isin(positions, state.core)].tolist():
+    """Raises ``InputError`` for samples that an exact fit began from."""
+    within = positions[:0] if state.core is None else positions[torch.isin(positions, state.core)]
+    if len(within):
         raise InputError(
-            f"sample {state.members.by_position[position]!r} is of the core, which this fit began from and cannot "
-            "forget. Fit again with a core without it; no other answer would be exact."
+            f"{len(within):,} of the {len(positions):,} samples, {state.members.by_position[int(within[0])]!r} first, "
+            "are of the core, which this fit began from and cannot forget. Ask for the others alone, by their ids, or "
+            "fit again with a core without these; no other answer would be exact."
         )
 
 

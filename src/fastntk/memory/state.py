@@ -57,7 +57,7 @@ class State:
             samples, in a fit that forgets exactly of the core's; 0 where all are kept.
         core: in a fit that forgets exactly (``fastntk.memory.exact``), the positions of those who cannot be forgotten;
             None in any other.
-        core_pixels: digests of the images of a core that is not among the members, else None.
+        core_pixels: digests of the images of the core, members or not; None in any other fit.
         removal: what the noise in a fit that forgets exactly was drawn for; None without noise.
         audit: the latest one since the network was linearised, or None. It is in the ledger, not among what is kept.
     """
@@ -204,11 +204,11 @@ def same_pixels(state: State, asked: Int[Tensor, " some"]) -> Int[Tensor, " copi
     return same.index_fill(0, asked, False).nonzero()[:, 0]
 
 
-def check_apart(pixels: Int[Tensor, " others"], core: Int[Tensor, " core"] | None) -> None:
-    """Raises ``InputError`` if samples, by digests of their images, are images of a core that is not among them."""
-    count = 0 if core is None else int(torch.isin(pixels, core).sum())
+def check_apart(others: Int[Tensor, " others"], core: Int[Tensor, " core"] | None) -> None:
+    """Raises ``InputError`` if samples that are not of the core show, by digests, the same as images of the core."""
+    count = 0 if core is None else int(torch.isin(others, core).sum())
     if count:
         raise InputError(
             f"{count:,} of the samples have the very pixels of images of the core, which cannot be forgotten. Take "
-            "them out of one of the two."
+            "them out of one of the two, or add them to a core that is named by ids."
         )
