@@ -9,15 +9,15 @@ core and the ordinary fit alike. The core is a share of each class, the others e
 also a public core: 2,000 images of CIFAR-100's other classes, whose head is not taken.
 
 same       how far the weights after forgetting are from those of the same procedure on what stays, as a share of the
-           weights' norm: after one request (a tenth of the others), after 100 in any order, after a purge and opening
-           the folder again, after learning some of them again and forgetting them; and after one request beside the
-           procedure in another process on another number of threads
+           weights' norm: after one request (a tenth of the others), after 100 more in any order, after a purge and
+           opening the folder again, after learning these 100 again, and after learning the first too and forgetting
+           them; and after one request beside the procedure in another process on another number of threads
 removal    with noise for certified removal of some eps, and a delta of 1e-5: test accuracy; after forgetting a tenth of
            the others what is left of the gradient, over the ridge, and whether the removal is certified
 accuracy   on test images: of the core alone, of the exact fit, and of an ordinary fit to everything
 u-lira     the share that the attack places rightly of images that were forgotten and of models that never had them,
            with so many models a side, each of another half of the others; with a 95 % interval by the bootstrap over
-           images
+           models and images
 relearning the accuracy on the forgotten, in percent, to which training on what stays leads from the weights after a
            request, from those that never saw them, and the ratio of the two
 seconds    of one process; retrain is an ordinary fit to everything
@@ -41,6 +41,7 @@ from fastntk.metrics import accuracy, log_odds, ulira
 from fits import MODELS
 from pretrained import cifar, fingerprint
 from rich.console import Console
+from shadows import over_both
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
@@ -191,18 +192,18 @@ def sameness(
     found["other_process"] = distance(memory.parameters, elsewhere(case, model.state_dict(), memory.anchor, stays))
     for number in torch.randperm(len(more), generator=generator).tolist():
         memory.forget([more[number]])
+    fewer = case.exact(model, [each for each in stays if each not in set(more)]).parameters
+    found["after_requests"] = distance(memory.parameters, fewer)
     memory.purge()
-    found["after_purge"] = distance(
-        fastntk.load(folder, model, case.named([*case.core, *case.others])).parameters,
-        case.exact(model, [each for each in stays if each not in set(more)]).parameters,
-    )
+    opened = fastntk.load(folder, model, case.named([*case.core, *case.others]))
+    found["after_purge"] = distance(opened.parameters, fewer)
     with timed(seconds, "learn"):
         memory.remember(more[:50])
     memory.remember(more[50:])
-    found["after_requests"] = distance(memory.parameters, never)
+    found["after_learning"] = distance(memory.parameters, never)
     memory.remember(gone)
     memory.forget(gone)
-    found["after_learning"] = distance(memory.parameters, never)
+    found["after_learning_and_forgetting"] = distance(memory.parameters, never)
     return found, back
 
 
@@ -267,9 +268,8 @@ def attacked(case: Case, model: nn.Module, models: int, kept: Path) -> dict[str,
                 known[side].append(odds(number, forgets).tolist())
                 write_json(kept, known)
     forgot, never = (torch.tensor(known[side][:models], dtype=torch.float64) for side in ("forgot", "never"))
-    hits = ulira(forgot, never).double().mean(0)  # by image
-    boots = torch.stack([hits[torch.randint(len(hits), (len(hits),), generator=generator)].mean() for _ in range(2000)])
-    low, high = boots.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    hits = ulira(forgot, never).double().numpy()
+    low, high = over_both(hits, models)
     return {"auc": float(hits.mean()), "low": low, "high": high, "models": models}
 
 
