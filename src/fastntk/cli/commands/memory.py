@@ -86,7 +86,8 @@ def plan(
     """What prepare would take, in every form: peak memory, disk, and a time from a calibration of some seconds, beside
     that of a retraining.
 
-    For a run, or, before there is one, for a model and data: fastntk plan --model resnet18 --data DATA.
+    For a run, or, before there is one, for a model and data: fastntk plan --model resnet18 --data DATA. For a fit that
+    forgets exactly: --form convex --classes 4.
     """
     from fastntk.cli.run import Run
     from fastntk.cli.settings import Given
