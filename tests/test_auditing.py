@@ -200,7 +200,7 @@ def test_the_verdict_heeds_it():
     fastntk.audit(memory, near(memory), ids=IDS)
     certificate = memory.preview([1]).certificate
     assert certificate.trusted
-    assert "audited on 3 drawn samples" in certificate.explanation
+    assert "audited on 3 samples" in certificate.explanation
     assert certificate.to_dict()["audit"]["passed"]
     fastntk.audit(memory, near(memory, offset=0.1), ids=IDS)
     certificate = memory.preview([1]).certificate

@@ -13,6 +13,7 @@ from fastntk.cli import batch
 from fastntk.cli.asked import owned
 from fastntk.cli.batch import ANSWERED, GONE, REFUSED, UNKNOWN, Asked, read_requests
 from fastntk.cli.run import Run
+from fastntk.common import files
 from fastntk.inputs.owners import owners_of
 from fastntk.memory.memory import Memory
 from fastntk.memory.request import hashed
@@ -167,12 +168,31 @@ def test_requests_as_a_table_and_as_lines_of_json(asked, tmp_path):
 
 def test_a_file_in_another_encoding_is_refused(tmp_path):
     text = "request,owner\nr1,Zoë\n"
-    for encoding, message in (("latin-1", "request 1: its owner is no text in UTF-8"), ("utf-16", "no text in UTF-8")):
-        (tmp_path / "asked").write_text(text, encoding=encoding)
-        with pytest.raises(fastntk.InputError, match=message):
+    for row in ("r1,Zoë,", "Zoë,r1,", "r1,a,5. März"):
+        (tmp_path / "asked").write_text(f"request,owner,date\n{row}\n", encoding="latin-1")
+        with pytest.raises(fastntk.InputError, match="request 1: not all of it is text in UTF-8"):
             read_requests(tmp_path / "asked")
+    (tmp_path / "asked").write_text(text, encoding="utf-16")
+    with pytest.raises(fastntk.InputError, match="no text in UTF-8"):
+        read_requests(tmp_path / "asked")
     (tmp_path / "asked").write_text(text, encoding="utf-8-sig")
     assert read_requests(tmp_path / "asked")[0].owner == "Zoë"
+
+
+def test_lines_of_nothing_are_left_out(tmp_path):
+    (tmp_path / "asked").write_text("\n\nrequest,owner,ids,date\nr1,a,,\n,,,\n\nr2,,3,\n")
+    assert [each.request for each in read_requests(tmp_path / "asked")] == ["r1", "r2"]
+
+
+def test_two_do_not_answer_into_one_folder(fitted, colours, asked, tmp_path, monkeypatch):
+    folder, out = shutil.copytree(fitted, tmp_path / "run"), tmp_path / "out"
+    out.mkdir()
+    monkeypatch.setattr(files, "_WAIT", 0.01)
+    given = "forget", folder, "--requests", asked, "--out", out, "--owners", tmp_path / "owners.csv"
+    with files.lock_of(out):
+        refuse("out is in use by another process", *given)
+    assert not list((out / "certificates").iterdir())
+    assert not Run(folder).memory()[0].requests()
 
 
 def test_an_owner_is_known_in_either_form_of_unicode():

@@ -382,7 +382,7 @@ def test_on_the_command_line(colours, tmp_path):
     succeed("learn", never, "--data", new, "--fitted-to", elsewhere)
     elsewhere.rename(colours)
     new.rename(elsewhere)
-    refuse("put them back", "forget", never, "--ids", "3")
+    assert json.loads(succeed("forget", never, "--match", "new.npz/0", "--dry-run", "--json"))["lost"] == 1
     elsewhere.rename(new)
     assert "6 samples" in succeed("forget", run, "--match", "new.npz/*")
     close(Run(run).memory()[0].parameters, before, 1e-6)

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+from pathlib import Path
 
 import pytest
 from faults import Killed, failing
@@ -72,6 +73,16 @@ def test_a_folder_that_cannot_be_written_is_said_before_anything_is_worked_out(t
         with pytest.raises(fastntk.InputError, match="cannot be written .*Make it writable"):
             change()
     assert not computed
+
+
+def test_a_relative_folder_stays_where_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    memory = saved(Path("m"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    memory.forget([3])
+    assert not list((tmp_path / "elsewhere").iterdir())
+    assert 3 not in reopened(memory, tmp_path / "m").ids
 
 
 def test_a_seal_that_cannot_be_written_is_made_up_for(tmp_path, monkeypatch, caplog):

@@ -1,10 +1,13 @@
 """Every sample that can be in a memory can be named, and no name is taken for another."""
 
 import pytest
+import torch
+from torch.utils.data import Subset, TensorDataset
 
 import fastntk
 from fastntk.cli.asked import read_ids
 from fastntk.cli.options import text_of
+from fastntk.inputs.ids import ids_of
 
 
 @pytest.mark.parametrize(
@@ -21,10 +24,18 @@ from fastntk.cli.options import text_of
         (("zo\u00e9", "b"), "zoe\u0301", ["zo\u00e9"]),
         (("a\u2028b", "c"), "a\u2028b\nc", ["a\u2028b", "c"]),
         ((1, 2), "5, x", [5, "x"]),
+        ((1, 2), "02, \u0662", ["02", "\u0662"]),
     ],
 )
 def test_what_a_text_names(ids, text, expected):
     assert read_ids(text, ids) == expected
+
+
+def test_a_subset_has_the_names_of_what_it_is_of():
+    plain = TensorDataset(torch.zeros(5, 1))
+    assert list(ids_of(Subset(plain, [3, 1]))) == [0, 1]
+    plain.ids = list("abcde")
+    assert list(ids_of(Subset(Subset(plain, [4, 3, 1]), [2, 0]))) == ["b", "e"]
 
 
 @pytest.mark.parametrize("text", ["", " ", ",", "\n\n"])

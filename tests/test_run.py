@@ -6,11 +6,12 @@ import os
 import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from faults import Killed, failing
-from runs import NETWORK, RECIPE, photos, prepared
+from runs import NETWORK, RECIPE, photos, prepared, refuse, succeed
 
 import fastntk
 from fastntk.cli import preparing
@@ -301,14 +302,73 @@ def _between(monkeypatch, other):
 
 def test_learned_images_that_were_forgotten_may_be_deleted(run, more):
     memory = run.learn(more[0])[0]
-    os.rename(more[0], more[0] + ".away")
-    with pytest.raises(fastntk.InputError, match="put them back"):
-        run.memory()
-    os.rename(more[0] + ".away", more[0])
     memory.forget([f"new.npz/{place}" for place in range(4)])
     os.remove(more[0])
     assert len(run.memory()[0].forget([5]).parameters) > 0
     run.refresh()
+
+
+def test_learned_images_that_are_gone_can_be_forgotten_where_their_rows_are_held(given, run, more, tmp_path, caplog):
+    other = Run(tmp_path / "other")
+    other.fit(given, RECIPE)
+    prepared(other, "matrix-free")
+    for each in (run, other):
+        each.learn(more[0])
+    os.remove(more[0])
+    with pytest.raises(fastntk.InputError, match="learned from .*new.npz are in the memory: put them back there"):
+        other.memory()
+    memory = run.memory()[0]
+    assert "put them back there, or nothing can be measured on them" in caplog.text
+    assert memory.forget(["new.npz/0", 3]).certificate.lost == 1
+
+
+def test_learned_images_are_found_from_wherever_a_command_runs(run, more, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    memory = run.learn("new.npz")[0]
+    monkeypatch.chdir("/")
+    assert run.settings().added == [more[0]]
+    assert memory.forget(["new.npz/0"]).certificate.lost == 0
+    assert run.memory()[0].forget(["new.npz/1"]).certificate.lost == 0
+
+
+def test_a_runs_own_data_are_not_learned(run, given, tmp_path, monkeypatch):
+    """Who was forgotten would be in the memory again, under other names."""
+    run.memory()[0].forget([3])
+    monkeypatch.chdir(Path(given.data).parent)
+    for spelled in (given.data, "data.npz", "./data.npz"):
+        with pytest.raises(fastntk.InputError, match="are the run's own data.*fastntk remember"):
+            run.learn(spelled)
+    assert run.settings().added == []
+
+
+def test_a_run_does_not_take_the_place_of_a_memory(run, given, tmp_path):
+    memory, folder = run.memory()[0], tmp_path / "alone"
+    memory.save(folder)
+    memory.forget([3])
+    with pytest.raises(fastntk.InputError, match="holds no run, but ledger.sqlite"):
+        Run(folder).fit(given, RECIPE)
+
+
+def test_no_file_takes_the_place_of_one_of_the_runs_own(run, tmp_path):
+    run.memory()[0].forget([3])
+    for name in ("model.safetensors", "initial.safetensors", "memory/base-1.safetensors"):
+        with pytest.raises(fastntk.InputError, match="is the run's own. Name another file"):
+            run.export(run.folder / name)
+    for name, why in (("memory/new.json", "is the run's own. Name another file"), ("run.json", "is there already")):
+        refuse(why, "forget", run.folder, "--ids", 5, "--certificate", run.folder / name)
+    assert len(run.memory()[0].requests()) == 1
+
+
+def test_a_certificate_is_not_replaced_and_what_was_cut_off_is_named(run, tmp_path):
+    kept = tmp_path / "first.json"
+    succeed("forget", run.folder, "--ids", 5, "--certificate", kept, "--defer-purge")
+    first = kept.read_text()
+    again = "forget", run.folder, "--ids", 6, "--certificate", kept
+    refuse("first.json is there already.*a certificate is not replaced", *again)
+    assert kept.read_text() == first
+    refuse("not in the memory.*answered, and its trace not purged yet: fastntk purge", "forget", run.folder, "--ids", 5)
+    succeed("purge", run.folder)
+    assert "not purged" not in refuse("not in the memory", "forget", run.folder, "--ids", 5)
 
 
 def test_training_images_are_not_held_out_after_more_were_learned(given, more, tmp_path):

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -91,7 +92,7 @@ def owners_said(
 
 
 def core_of(images: Images, spec: str) -> list[Id] | Images:
-    """A core: the ids that a pattern matches, as ``public/*``, or that a file names, one a line, in the data's order;
+    """A core: the ids that a pattern matches, as ``*/public/*``, or that a file names, one a line, in the data's order;
     or other images, which a folder or an ``.npz`` holds.
 
     Raises:
@@ -124,7 +125,7 @@ def _where_known(others: Images, classes: Sequence[str]) -> Images:
 
 
 def matching(images: Images, patterns: Sequence[str], memory: Memory) -> list[Id]:
-    """The ids in the memory that match one of some patterns, as ``alice/*`` matches paths.
+    """The ids in the memory that match one of some patterns, as ``*/alice/*`` matches paths.
 
     Raises:
         InputError: a pattern matches no sample, or none that is in the memory still.
@@ -206,6 +207,9 @@ def wanted(ids: str | None, file: Path | None, known: Iterable[Id]) -> list[Id]:
     return read_ids(ids or "", known) if file is None else read_ids(text_of(file), known, lines=True)
 
 
+_NUMBER = re.compile("0|[1-9][0-9]{0,17}")
+
+
 def read_ids(text: str, known: Iterable[Id], lines: bool = False) -> list[Id]:
     """The ids that a text names, one a line; where a line is none, by commas between (or spaces, if all are numbers),
     but not of a file, of which every line is one (``lines``).
@@ -225,7 +229,7 @@ def read_ids(text: str, known: Iterable[Id], lines: bool = False) -> list[Id]:
         numbers = all(part.isdecimal() for word in words for part in word.split())
         found += [part for word in words for part in word.split()] if numbers else words
     ids = [
-        names.get(each, names.get(composed(each), int(each) if each.isdecimal() and len(each) < 19 else each))
+        names.get(each, names.get(composed(each), int(each) if _NUMBER.fullmatch(each) else each))
         for each in found
         if each
     ]

@@ -24,7 +24,7 @@ from fastntk.cli.asked import absent_members, nameable, owned, read_ids, with_co
 from fastntk.cli.options import text_of
 from fastntk.cli.run import Run
 from fastntk.common.errors import InputError
-from fastntk.common.files import read_json, writable, write, write_json
+from fastntk.common.files import held, lock_of, read_json, writable, write, write_json
 from fastntk.common.machine import now
 from fastntk.common.progress import track
 from fastntk.evidence.pages import page
@@ -89,8 +89,9 @@ def read_requests(path: Path) -> list[Asked]:
         asked = Asked(texts[0], texts[1], texts[2], texts[3], lines=listed is not None)
         if not asked.request or bool(asked.owner) == bool(asked.ids):
             raise InputError(f"{path}, request {number}: needs a name, and either an owner or ids.")
-        if any("\udc80" <= each <= "\udcff" for each in asked.owner):  # what stands for bytes that are no UTF-8
-            raise InputError(f"{path}, request {number}: its owner is no text in UTF-8. Save the file as that.")
+        said = asked.request + asked.owner + asked.date
+        if any("\ud800" <= each <= "\udfff" for each in said):  # what stands for bytes that are no UTF-8
+            raise InputError(f"{path}, request {number}: not all of it is text in UTF-8. Save the file as that.")
         if asked.request in found:
             raise InputError(f"{path}, request {number}: another one is called {asked.request!r} too.")
         found[asked.request] = asked
@@ -101,9 +102,10 @@ def read_requests(path: Path) -> list[Asked]:
 
 def _table(text: str, path: Path) -> list[Mapping[str, Any]]:
     try:
-        rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+        rows = list(csv.DictReader(io.StringIO(text.lstrip("\r\n"), newline=""), strict=True))
     except csv.Error as error:
         raise InputError(f"{path} cannot be read as a table ({error}).") from error
+    rows = [row for row in rows if any(row.values())]  # spreadsheets end with lines of nothing
     if any(None in row for row in rows):
         raise InputError(f"{path}: a row has more entries than there are columns. Put what has commas into quotes.")
     return list(rows)
@@ -140,9 +142,21 @@ def answer_all(
         copies: whether what shows the same image as a sample of a request is taken with it.
 
     Raises:
-        InputError: the folder cannot be written, or has the certificate of another request under a name.
+        InputError: the folder cannot be written, another process writes it, or it has the certificate of another
+            request under a name.
     """
     writable(out / "certificates")
+    with held(lock_of(out), out):
+        return _answer_all(opened, asked, out, owners, copies)
+
+
+def _answer_all(
+    opened: Run,
+    asked: Sequence[Asked],
+    out: Path,
+    owners: Callable[[Images, Sequence[Id]], Mapping[Id, str]],
+    copies: bool,
+) -> dict[str, Any]:
     memory, images = opened.memory()
     everyone = nameable(images, memory)
     by_owner = any(each.owner for each in asked)

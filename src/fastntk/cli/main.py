@@ -79,8 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 leave()
             raise
         console.print(
-            "interrupted. What the command had completed stays, and the same command goes on from there. Which "
-            "requests are answered, and which purged, says: fastntk ledger RUN."
+            "interrupted. What the command had completed stays, and long work goes on from there with the same "
+            "command. Which requests are answered, and which purged, says: fastntk ledger RUN."
         )
         sys.exit(_INTERRUPTED)
 

@@ -124,7 +124,7 @@ Core = Annotated[
     typer.Option(
         callback=said,
         help="Fit these alone in the ordinary way, and solve for the rest, which is then forgotten exactly: a pattern "
-        "of ids, as 'public/*', or a file of ids; or other images, also of other classes: a folder or an .npz. They "
+        "of ids, as '*/public/*', or a file of ids; or other images, also of other classes: a folder or an .npz. They "
         "themselves cannot be forgotten.",
     ),
 ]
@@ -151,7 +151,7 @@ Requests = Annotated[
     typer.Option(help="A file of requests: a CSV with the columns request, owner, ids and date, or lines of JSON."),
 ]
 Certificates = Annotated[Path | None, typer.Option(help="With --requests, the folder for certificates and a summary.")]
-Match = Annotated[list[str] | None, typer.Option(help="All samples whose id matches, repeatable: 'alice/*'.")]
+Match = Annotated[list[str] | None, typer.Option(help="All samples whose id matches, repeatable: '*/alice/*'.")]
 WithCopies = Annotated[
     bool, typer.Option("--with-copies", help="Take the samples too that show the very same image, pixel by pixel.")
 ]
@@ -279,14 +279,26 @@ def numerics(sums: str, precision: str, class_probes: int | None, workers: int) 
     return Numerics(precision=precision, dtype=dtype, workers=workers, class_probes=class_probes)
 
 
-def check_out(path: Path | None) -> None:
+_OF_RUN = "run.json", "initial.safetensors", "model.safetensors", "memory", "partial", "lock", "underway"
+
+
+def check_certificate(path: Path | None, run: Path) -> None:
+    """Like ``check_out``, for a certificate, which no other one takes the place of: each has a salt of its own."""
+    if path and path.is_file():
+        raise InputError(f"{path} is there already. Name a file for this request alone: a certificate is not replaced.")
+    check_out(path, run)
+
+
+def check_out(path: Path | None, run: Path) -> None:
     """Make ready for a file that is to be written later; what a killed command left of it goes.
 
     Raises:
-        InputError: it cannot be written.
+        InputError: it cannot be written, or would take the place of one of the run's own.
     """
     from fastntk.common.files import aside, check_writable, discard
 
+    if path and any(path.resolve().is_relative_to(run.resolve() / name) for name in _OF_RUN):
+        raise InputError(f"{path} is the run's own. Name another file.")
     if path and path.exists() and not path.is_file():
         raise InputError(f"{path} is a {'folder' if path.is_dir() else 'device or a pipe'}. Name a file.")
     if path:

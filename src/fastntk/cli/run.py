@@ -148,7 +148,7 @@ class Run:
         """Raises ``InputError`` if the folder cannot be written, holds somebody else's files, or a run whose memory has
         answered requests."""
         check_writable(self.folder)
-        others = [name for name in _TENSORS if (self.folder / name).exists()]
+        others = [name for name in (*_TENSORS, "ledger.sqlite") if (self.folder / name).exists()]
         if others and not (self.folder / _RUN).exists() and not (self.folder / DECIDED).is_dir():
             raise InputError(f"{self.folder} holds no run, but {others[0]}. Choose a folder that is empty or new.")
         Folder(self.folder / "memory").check_unused()
@@ -188,7 +188,7 @@ class Run:
         """
         fitted = snapshot(tuned(model))
         memory = load(self.folder / "memory", model, in_memory(images) if all_images else images)
-        settings.check_learned(images, memory.ids)
+        settings.check_learned(images, memory.ids, memory.state.solution.holds)
         if digest(fitted) != digest(memory.anchor):
             if not any(each.kind == "refresh" for each in memory.requests()):
                 raise InputError(f"the memory in {self.folder} was prepared for another fit. Prepare again.")
@@ -235,6 +235,7 @@ class Run:
         Raises:
             InputError: they are there already, of other classes, or cannot be read.
         """
+        data = self.here.source_of(data)
         settings, model, images = self._opened()
         if data not in images.by_source:
             images = images.joined_by(settings.images(images.preprocessing, data), data)
@@ -319,7 +320,7 @@ class Run:
         else:
             check_state_file(out)
         memory, images = self.memory()
-        check_out(None if hub else out)
+        check_out(None if hub else out, self.folder)
         if gain or held_out is not None or exact_head:
             memory.state.check_anchored("a gain or another head would make them others")
         taken = audited_gain(memory.state) if gain else None

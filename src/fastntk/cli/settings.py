@@ -1,5 +1,6 @@
 """What a run folder says of how its model was made: what it started from, and ``run.json``."""
 
+import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from hashlib import sha256
@@ -171,6 +172,18 @@ class Settings:
             return found
         return replace(found, root=data) if self.root else replace(found, data=data)
 
+    def source_of(self, data: str) -> str:
+        """What data to be added are known by: a whole path, wherever a command runs; or as they were added before.
+
+        Raises:
+            InputError: they are the run's own.
+        """
+        place = Path(data).resolve()
+        if place.exists() and place in (Path(self.data).resolve(), Path(self.root or self.data).resolve()):
+            raise InputError(f"{data} are the run's own data. Add what is new in them by: fastntk remember.")
+        known = [each for each in self.added if Path(each).resolve() == place]
+        return known[0] if known else str(place) if place.exists() else data
+
     def joined(self, data: str) -> "Settings":
         """The same with data that were added."""
         return replace(self, added=[*(each for each in self.added if each != data), data])
@@ -222,16 +235,20 @@ class Settings:
         """Raises ``InputError`` where the model was fitted to others: what is gone would stay in it unseen."""
         if self.samples not in (None, _sum(images)):
             raise InputError(
-                f"{self.data} has other samples or labels than those that the model was fitted to, which no request "
-                "could name. Put them back, or fit again."
+                "the data have other samples or labels than those that the model was fitted to, which no request could "
+                "name. Put them back, or fit again."
             )
 
-    def check_learned(self, images: Images, members: Collection[Id]) -> None:
-        """Raises ``InputError`` where data that were added are not among the images any more, and some are members."""
+    def check_learned(self, images: Images, members: Collection[Id], holds: bool) -> None:
+        """Raises ``InputError`` where data that were added are not among the images any more, and some are members;
+        warns where the memory ``holds`` their rows."""
         lacking = set(members).difference(images.ids)
         for each in set(self.added) - set(images.by_source):
             if any(str(name).startswith(f"{Path(each).name}/") for name in lacking):
-                raise InputError(f"images that were learned from {each} are in the memory: put them back there.")
+                told = f"images that were learned from {each} are in the memory: put them back there"
+                if not holds:
+                    raise InputError(f"{told}.")
+                logging.getLogger(__name__).warning("%s, or nothing can be measured on them", told)
 
     def held_out(self, images: Images, test: str | None) -> Dataset:
         """The test images: of ``test``, or the test split of the run's own data, whose training ``images`` these are.

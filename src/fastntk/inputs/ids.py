@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from fastntk.common.errors import InputError
 
@@ -16,13 +16,13 @@ Id = int | str
 
 
 def ids_of(source: Dataset) -> Sequence[Id]:
-    """What names each sample of a source: its ``ids``, or their indices.
+    """What names each sample of a source: its ``ids``, in a ``Subset`` those of what it is of, or their indices.
 
     Raises:
         InputError: they are not one a sample, each its own, whole numbers or text.
     """
     count = len(source)  # type: ignore[arg-type]
-    ids = getattr(source, "ids", None)
+    ids = _given(source)
     if ids is None:
         return range(count)
     if isinstance(ids, range):
@@ -32,6 +32,14 @@ def ids_of(source: Dataset) -> Sequence[Id]:
     if len(found) != count:
         raise InputError(f"the data source has {len(found)} ids for {count} samples. Give each sample one.")
     return found
+
+
+def _given(source: Dataset) -> Any:
+    """A source's own ids, or those of what it is a part of."""
+    if hasattr(source, "ids") or not isinstance(source, Subset):
+        return getattr(source, "ids", None)
+    known = _given(source.dataset)
+    return None if known is None else [known[index] for index in source.indices]
 
 
 def composed(text: str) -> str:

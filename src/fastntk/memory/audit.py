@@ -141,7 +141,7 @@ class Audit:
 
     def __str__(self) -> str:
         text = (
-            f"audited on {self.samples:,} drawn samples: the answer lay {self.ratio:.2f} times as far from two "
+            f"audited on {self.samples:,} samples: the answer lay {self.ratio:.2f} times as far from two "
             f"retrained models as they from each other, in {self.unit} (limit {LIMIT_RATIO[self.unit]:.2f}), accuracy "
             f"{self.accuracy:.1f} % against theirs of {sum(self.retrained) / 2:.1f} % (within {self.allowed:.1f} "
             f"points); the step times {self.gain:.2f}{self._at_an_end} as sure of their labels as they, at "

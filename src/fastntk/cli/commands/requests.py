@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fastntk.cli.asked import Copies
     from fastntk.cli.run import Run
     from fastntk.inputs.ids import Id
+    from fastntk.inputs.images import Images
     from fastntk.memory.certificate import Answer
     from fastntk.memory.memory import Memory
 
@@ -55,7 +56,7 @@ def forget(
     anchor = {"--refresh": refresh, "--gain": gain, "--exact-head": exact_head}
     modes = {"--dry-run": dry_run, "--requests": requests, "--out": out, "--owners": owners, "--near": near}
     _check_together(named, {**more, **anchor}, modes)
-    options.check_out(certificate)
+    options.check_certificate(certificate, run)
     opened = Run(run, device, data, model)
     if requests and out:
         _batch(opened, requests, out, owners, copies, as_json)
@@ -84,10 +85,28 @@ def _chosen(
 ) -> "tuple[Memory, list[Id], Copies]":
     """The memory, what a request takes, which exactly one of the options ``named`` names, and what is to be said of
     images that show the same, or within ``near`` the same."""
+    memory, images = opened.memory()
+    try:
+        return _found(opened, memory, images, named, owners, take, near)
+    except InputError as error:
+        if any(each.state == "answered" for each in memory.requests()):
+            done = "A request before this one is answered, and its trace not purged yet: fastntk purge"
+            raise InputError(f"{error} {done} {opened.folder}") from error
+        raise
+
+
+def _found(
+    opened: "Run",
+    memory: "Memory",
+    images: "Images",
+    named: Mapping[str, Any],
+    owners: str | None,
+    take: bool,
+    near: float | None,
+) -> "tuple[Memory, list[Id], Copies]":
     from fastntk.cli import asked
     from fastntk.memory.copies import near_copies
 
-    memory, images = opened.memory()
     if named["--class-name"] is not None:
         chosen = asked.of_class(images, named["--class-name"], memory)
     elif named["--owner"]:
@@ -200,7 +219,7 @@ def remember(
 
     if (ids is None) == (ids_file is None):
         raise InputError("say what to remember by exactly one of --ids and --ids-file.")
-    options.check_out(certificate)
+    options.check_certificate(certificate, run)
     opened = Run(run, device, data, model)
     memory, images = opened.memory()
     answer = memory.remember(wanted(ids, ids_file, images.ids), full=full)
@@ -221,7 +240,7 @@ def learn(
     """Add new images to the memory, as exact as forgetting. Their ids begin with where they come from."""
     from fastntk.cli.run import Run
 
-    options.check_out(certificate)
+    options.check_certificate(certificate, run)
     opened = Run(run, device, fitted_to, model)
     memory, answer = opened.learn(data, full)
     _answered(opened, memory, answer, certificate, defer_purge, as_json)

@@ -49,8 +49,8 @@ class Folder:
     """One folder. ``version`` is that of the contents which this process has in its own memory."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.ledger = folder, Ledger(folder / "ledger.sqlite")
-        self._lock = lock_of(folder)
+        self.folder = folder.absolute()  # wherever the process goes
+        self.ledger, self._lock = Ledger(self.folder / "ledger.sqlite"), lock_of(self.folder)
         self.version: object = None
 
     @contextmanager
