@@ -31,7 +31,7 @@ def prepared(form="primal"):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_very_same_pixels_whatever_the_label(form, tmp_path):
+def test_the_very_same_pixels_whatever_the_label(form, tmp_path, caplog):
     memory = prepared(form)
     memory.save(tmp_path / "m")
     images = memory.state.members.source.tensors[0]
@@ -42,7 +42,11 @@ def test_the_very_same_pixels_whatever_the_label(form, tmp_path):
     memory.purge()
     memory = fastntk.load(tmp_path / "m", memory.model, doubled())
     assert fastntk.copies(memory, [11]) == [0]
+    memory.forget([7])
+    memory.remember([7])
+    assert "show the same" not in caplog.text
     assert memory.remember([3]).certificate.copies is None
+    assert "1 of the samples show the same, pixel by pixel, as others in the memory" in caplog.text
     memory = fastntk.load(tmp_path / "m", memory.model, doubled())
     assert fastntk.copies(memory, [11]) == [0, 3]
     assert "copies" not in memory.requests()[-1].certificate

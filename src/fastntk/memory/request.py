@@ -84,10 +84,21 @@ def draft(state: State, kind: str, ids: Iterable[Id], started: float) -> Draft:
         residual = update.rows.residual if update.rows else state.network.residuals(positions.tolist())
         joined = _Joined(residual, digests(state.members, positions.tolist(), state.network.numerics.batch_size))
         check_apart(joined.pixels, state.core_pixels)
+        _warn_of_twins(state, joined.pixels)
     vector = state.vector + update.change
     parameters = state.layout.unflatten(vector, state.anchor)
     certificate = _certificate(state, kind, update, parameters, inexactness)
     return Draft(state, kind, update, vector, joined, Answer(parameters, time.perf_counter() - started, certificate))
+
+
+def _warn_of_twins(state: State, pixels: Int[Tensor, " some"]) -> None:
+    """Of who joins, who shows the same as a member."""
+    if twins := int(torch.isin(pixels, state.pixels[state.pixels != 0]).sum()):
+        log.warning(
+            "%d of the samples show the same, pixel by pixel, as others in the memory: to forget one of two is to keep "
+            "the other, unless both are named (--with-copies)",
+            twins,
+        )
 
 
 def _check_outside_core(state: State, positions: Int[Tensor, " some"]) -> None:
