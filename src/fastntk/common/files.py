@@ -59,7 +59,7 @@ def _writing(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(
-            f"the folder {folder} cannot be written ({error.strerror}). Make it writable, or choose another one."
+            f"the folder {folder} cannot be written ({error.strerror}). Choose another one, or make it writable."
         ) from error
 
 
