@@ -51,9 +51,8 @@ from fastntk.inputs.called import state_at
 from fastntk.inputs.hub import check_hub, write_hub
 from fastntk.inputs.ids import Id
 from fastntk.inputs.images import Images, in_memory
-from fastntk.inputs.models import load_model
 from fastntk.inputs.owners import owners_of
-from fastntk.inputs.weights import check_state_file, load_weights, write_state
+from fastntk.inputs.weights import check_state_file, write_state
 from fastntk.jacobians.numerics import Numerics
 from fastntk.memory.audit import Audit
 from fastntk.memory.certificate import Answer
@@ -66,7 +65,6 @@ from fastntk.tuning.fitting import Fit
 from fastntk.tuning.lora import merged
 from fastntk.tuning.parameters import snapshot, tuned
 from fastntk.tuning.recipe import Recipe
-from fastntk.tuning.selectors import tune
 
 log = logging.getLogger(__name__)
 
@@ -165,10 +163,7 @@ class Run:
         """Settings, the fitted model and its training data, of which no image is read."""
         settings = self.settings()
         here = settings.moved(*self._moved)
-        settings.check_files(self.folder)
-        model, preprocessing = load_model(here.model, len(settings.classes), size=settings.size or None)
-        tune(model, *settings.select)
-        load_weights(model, read_tensors(self.folder / "model.safetensors")[0], with_head=True)
+        model, preprocessing = here.network(self.folder)
         return settings, model.to(self.device), here.training(preprocessing)
 
     def memory(self, all_images: bool = False) -> tuple[Memory, Images]:

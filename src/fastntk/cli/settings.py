@@ -12,14 +12,17 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from fastntk.common.errors import InputError
-from fastntk.common.files import file_digest, read_json
+from fastntk.common.files import file_digest, read_json, read_tensors
 from fastntk.common.formats import Format, sealed, unchanged, unsealed
 from fastntk.inputs.ids import Id
 from fastntk.inputs.images import Images, Preprocessing, in_memory
+from fastntk.inputs.models import load_model
 from fastntk.inputs.sources import load_data
+from fastntk.inputs.weights import load_weights
 from fastntk.memory.certificate import Removal
 from fastntk.tuning.losses import loss_from
 from fastntk.tuning.recipe import Recipe
+from fastntk.tuning.selectors import tune
 from fastntk.tuning.start import start
 
 
@@ -208,6 +211,18 @@ class Settings:
         """
         found = load_data(source or self.data, preprocessing, split=split, root=self.root, id_column=self.id_column)
         return found.under(self.classes)
+
+    def network(self, folder: Path) -> tuple[nn.Module, Preprocessing]:
+        """The fitted model of the run in a folder, on the CPU.
+
+        Raises:
+            InputError: one of the run's files is missing or damaged, or the model is another.
+        """
+        self.check_files(folder)
+        model, preprocessing = load_model(self.model, len(self.classes), size=self.size or None)
+        tune(model, *self.select)
+        load_weights(model, read_tensors(folder / "model.safetensors")[0], with_head=True)
+        return model, preprocessing
 
     def training(self, preprocessing: Preprocessing) -> Images:
         """The training data, with all that was added and is there; the latter's ids begin with the name of where they

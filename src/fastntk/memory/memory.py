@@ -13,8 +13,9 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset
 
 from fastntk.common.errors import InputError
 from fastntk.common.files import digest
@@ -312,6 +313,14 @@ def load(folder: Path | str, model: nn.Module, train: Dataset) -> Memory:
         state = _opened(place, model, train)
     state.check(state.members.available(state.positions)[:_CHECKED])
     return Memory(state, place)
+
+
+def by_itself(folder: Path, model: nn.Module) -> Memory:
+    """The memory in a folder, to be purged: without its samples, which may be gone. Raises like ``load``."""
+    place, nobody = Folder(folder), TensorDataset(torch.zeros(0, 1), torch.zeros(0))
+    place.check_there()
+    with place.locked():
+        return Memory(_opened(place, model, nobody), place)
 
 
 def current(memory: Memory) -> State:

@@ -115,11 +115,12 @@ def purge(
     device: options.Device = "cpu",
     as_json: options.Json = False,
 ) -> None:
-    """Remove the trace of every request that is answered and not yet purged."""
+    """Remove the trace of every request that is answered and not yet purged. No image is read."""
     from fastntk.cli.run import Run
+    from fastntk.memory.memory import by_itself
 
     opened = Run(run, device, data, model)
-    memory, _ = opened.memory()
+    memory = by_itself(run / "memory", opened.here.network(run)[0].to(opened.device))
     pending = sum(each.state == "answered" for each in memory.requests())
     seconds = opened.purge(memory)
     text = f"Purged {pending} requests in {seconds:.2f} s." if pending else "There was nothing to purge."
