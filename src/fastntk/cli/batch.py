@@ -147,34 +147,24 @@ def answer_all(
     """
     writable(out / "certificates")
     with held(lock_of(out), out):
-        return _answer_all(opened, asked, out, owners, copies)
-
-
-def _answer_all(
-    opened: Run,
-    asked: Sequence[Asked],
-    out: Path,
-    owners: Callable[[Images, Sequence[Id]], Mapping[Id, str]],
-    copies: bool,
-) -> dict[str, Any]:
-    memory, images = opened.memory()
-    everyone = nameable(images, memory)
-    by_owner = any(each.owner for each in asked)
-    whose = owners(images, absent_members(images, memory)) if by_owner else {}
-    for each in asked:
-        _check_own(memory, each, out)
-    unowned = len(set(memory.ids) - set(whose)) if by_owner else None
-    rows = [_told(memory, everyone, whose, each, out, copies) for each in track(asked, "requests")]
-    members = set(memory.ids)
-    for each, row in zip(asked, rows, strict=True):
-        if row["became"] == ANSWERED and (back := len(members.intersection(_named(everyone, whose, each)[0]))):
-            row["back"] = back  # who was remembered since
-    seconds = opened.purge(memory)
-    summary = {"run": str(opened.folder), "made": now(), "requests": rows, "unowned": unowned}
-    summary |= _kept(memory, seconds)
-    write_json(out / "summary.json", summary)
-    write(out / "summary.html", lambda file: file.write_text(page("requests.html", title=_TITLE, **summary)))
-    return summary
+        memory, images = opened.memory()
+        everyone = nameable(images, memory)
+        by_owner = any(each.owner for each in asked)
+        whose = owners(images, absent_members(images, memory)) if by_owner else {}
+        for each in asked:
+            _check_own(memory, each, out)
+        unowned = len(set(memory.ids) - set(whose)) if by_owner else None
+        rows = [_told(memory, everyone, whose, each, out, copies) for each in track(asked, "requests")]
+        members = set(memory.ids)
+        for each, row in zip(asked, rows, strict=True):
+            if row["became"] == ANSWERED and (back := len(members.intersection(_named(everyone, whose, each)[0]))):
+                row["back"] = back  # who was remembered since
+        seconds = opened.purge(memory)
+        summary = {"run": str(opened.folder), "made": now(), "requests": rows, "unowned": unowned}
+        summary |= _kept(memory, seconds)
+        write_json(out / "summary.json", summary)
+        write(out / "summary.html", lambda file: file.write_text(page("requests.html", title=_TITLE, **summary)))
+        return summary
 
 
 def _check_own(memory: Memory, asked: Asked, out: Path) -> None:

@@ -177,7 +177,7 @@ NewHead = Annotated[
 ]
 Full = Annotated[bool, typer.Option("--full", help="Solve anew from the sums, to compare.")]
 CertificateFile = Annotated[
-    Path | None, typer.Option(help="Where to write the certificate (JSON), with the salt of its hashed ids.")
+    Path | None, typer.Option(help="A new file for the certificate (JSON), with the salt of its hashed ids.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from fastntk.common.errors import InputError
-from fastntk.common.files import digest
+from fastntk.common.files import check_writable, digest
 from fastntk.common.machine import settle
 from fastntk.inputs.ids import Id
 from fastntk.jacobians.numerics import Numerics
@@ -332,7 +332,7 @@ def current(memory: Memory) -> State:
 def check_kept(memory: Memory) -> None:
     """Raises ``InputError`` if what a memory answers could not be kept: its folder, if any, cannot be written to."""
     if memory._folder:
-        memory._folder.check_writable()
+        check_writable(memory._folder.folder)
 
 
 def _kept(folder: Folder | None) -> Folder:

@@ -1,6 +1,7 @@
 """Requests to a memory: to forget, to remember and to learn; and whose samples there are."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from fastntk.cli.asked import Copies
     from fastntk.cli.run import Run
     from fastntk.inputs.ids import Id
-    from fastntk.inputs.images import Images
     from fastntk.memory.certificate import Answer
     from fastntk.memory.memory import Memory
 
@@ -85,39 +85,34 @@ def _chosen(
 ) -> "tuple[Memory, list[Id], Copies]":
     """The memory, what a request takes, which exactly one of the options ``named`` names, and what is to be said of
     images that show the same, or within ``near`` the same."""
+    from fastntk.cli import asked
+    from fastntk.memory.copies import near_copies
+
     memory, images = opened.memory()
+    with _telling_of_unpurged(opened, memory):
+        if named["--class-name"] is not None:
+            chosen = asked.of_class(images, named["--class-name"], memory)
+        elif named["--owner"]:
+            whose = asked.owners_said(opened.here, images, asked.absent_members(images, memory), owners)
+            chosen = asked.of_owners(whose, named["--owner"], memory)
+        elif named["--match"]:
+            chosen = asked.matching(images, named["--match"], memory)
+        else:
+            chosen = asked.wanted(named["--ids"], named["--ids-file"], asked.nameable(images, memory))
+        chosen, found = asked.with_copies(memory, chosen, take)
+        return memory, chosen, found if near is None else replace(found, near=near_copies(memory, chosen, near))
+
+
+@contextmanager
+def _telling_of_unpurged(opened: "Run", memory: "Memory") -> Iterator[None]:
+    """An error says too that a request before is answered and not purged: it may be the same one, which was cut off."""
     try:
-        return _found(opened, memory, images, named, owners, take, near)
+        yield
     except InputError as error:
         if any(each.state == "answered" for each in memory.requests()):
             done = "A request before this one is answered, and its trace not purged yet: fastntk purge"
             raise InputError(f"{error} {done} {opened.folder}") from error
         raise
-
-
-def _found(
-    opened: "Run",
-    memory: "Memory",
-    images: "Images",
-    named: Mapping[str, Any],
-    owners: str | None,
-    take: bool,
-    near: float | None,
-) -> "tuple[Memory, list[Id], Copies]":
-    from fastntk.cli import asked
-    from fastntk.memory.copies import near_copies
-
-    if named["--class-name"] is not None:
-        chosen = asked.of_class(images, named["--class-name"], memory)
-    elif named["--owner"]:
-        whose = asked.owners_said(opened.here, images, asked.absent_members(images, memory), owners)
-        chosen = asked.of_owners(whose, named["--owner"], memory)
-    elif named["--match"]:
-        chosen = asked.matching(images, named["--match"], memory)
-    else:
-        chosen = asked.wanted(named["--ids"], named["--ids-file"], asked.nameable(images, memory))
-    chosen, found = asked.with_copies(memory, chosen, take)
-    return memory, chosen, found if near is None else replace(found, near=near_copies(memory, chosen, near))
 
 
 def _check_refresh(memory: "Memory", chosen: "list[Id]", anchor: Mapping[str, Any]) -> None:

@@ -23,17 +23,7 @@ from typing import Any
 from torch import Tensor
 
 from fastntk.common.errors import InputError
-from fastntk.common.files import (
-    check_writable,
-    discard,
-    file_digest,
-    held,
-    lock_of,
-    read_tensors,
-    sync,
-    writable,
-    write_tensors,
-)
+from fastntk.common.files import discard, file_digest, held, lock_of, read_tensors, sync, writable, write_tensors
 from fastntk.common.formats import Document, Format
 from fastntk.memory.audit import Audit
 from fastntk.memory.certificate import Certificate
@@ -70,10 +60,6 @@ class Folder:
     def readonly(self) -> bool:
         """Whether this process may read the folder and not write it: somebody else's, or a snapshot."""
         return self.folder.is_dir() and not os.access(self.folder, os.W_OK)
-
-    def check_writable(self) -> None:
-        """Raises ``InputError`` if the folder cannot be written to."""
-        check_writable(self.folder)
 
     def create(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any], audit: Audit | None) -> None:
         """A new memory, with the audit that it has had, if any, in place of an unused one.
