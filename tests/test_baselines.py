@@ -183,14 +183,16 @@ def test_fisher_forgetting_adds_noise_of_the_fourth_root(given):
     torch.testing.assert_close(noisy - plain, unfloored)
 
 
-def test_fisher_forgetting_leaves_nothing_of_the_row_of_a_class_that_goes(given):
+@pytest.mark.parametrize("method", [FisherForgetting(seed=4), Golatkar(noise=1e-3, seed=4)], ids=["fisher", "golatkar"])
+def test_noise_leaves_nothing_of_the_row_of_a_class_that_goes(given, method):
     layout, labels = given.memory.state.layout, labels_of(given.train)
     whole = replace(given, forget=[i for i in range(20) if labels[i] == 1])
-    before, after = (layout.flatten(each) for each in (given.memory.anchor, FisherForgetting(seed=4)(whole).parameters))
+    before, after = (layout.flatten(each) for each in (given.memory.anchor, method(whole).parameters))
     row = layout.head_of(after)[1]
     draw = torch.Generator().manual_seed(5)
     torch.testing.assert_close(row, 0.01 * torch.randn((1, len(row)), generator=draw)[0].double())
-    torch.testing.assert_close(layout.head_of(after)[0], layout.head_of(before)[0], rtol=0, atol=0.2)
+    plain = before if isinstance(method, FisherForgetting) else layout.flatten(Golatkar()(whole).parameters)
+    torch.testing.assert_close(layout.head_of(after)[0], layout.head_of(plain)[0], rtol=0, atol=0.2)
 
 
 def test_climbing_takes_cross_entropy_where_it_is_asked_for(given):

@@ -146,7 +146,10 @@ SELECT = {
     "select": {"requests": ["class", "random 20%"]},
     "requests": ["class", "random 10%"],
     "methods": {
-        "fast_ntk": {"method": "FastNTK", "choose": {"exact_head": [True], "gain": [1.5]}},
+        "fast_ntk": {
+            "method": "FastNTK",
+            "choose": [{"exact_head": [True]}, {"exact_head": [False, True], "gain": [1.5]}],
+        },
         "audited": {"method": "FastNTK", "gain": True},
         "tuned": {"method": "FineTune", "share": 0.5, "choose": {"rate": [0.1, 3.0]}},
     },
@@ -201,7 +204,11 @@ def test_the_command(config, tmp_path):
 def test_settings_are_chosen_by_the_least_score_on_requests_that_nobody_asks_for(config, tmp_path, monkeypatch):
     read = read_config(written(tmp_path, {**config, **SELECT}))
     assert read.methods["tuned"].others == (FineTune(share=0.5, rate=0.1), FineTune(share=0.5, rate=3.0))
-    assert len(read.methods["fast_ntk"].others) == 3
+    assert [(each.exact_head, each.gain) for each in read.methods["fast_ntk"].others] == [
+        (True, False),
+        (False, 1.5),
+        (True, 1.5),
+    ]
     setting = next(read.settings())
     bench = grid._Bench(read, setting, tmp_path / "fits", "cpu", {})
     asked = {request: set(bench._problem(request, 0)[0].forget) for request in ("class", "random 20%")}
@@ -293,6 +300,7 @@ def by_hand(trial, parameters):
         ("select has no field 'request'", {"select": {"request": ["class"]}}),
         ("select: there is no request", {"select": {"requests": []}}),
         ("method a: choose must be a table", {"methods": {"a": {"method": "Scrub", "choose": {"rate": 1.0}}}}),
+        ("method a: choose must be a table", {"methods": {"a": {"method": "Scrub", "choose": [{"rate": []}]}}}),
         ("method a has no field 'power'", {"methods": {"a": {"method": "Scrub", "choose": {"power": [1.0]}}}}),
         ("method a: rate must be above 0", {"methods": {"a": {"method": "Scrub", "choose": {"rate": [0.0]}}}}),
         ("this name is taken", {"methods": {"a, chosen": {"method": "Scrub"}}}),

@@ -13,12 +13,12 @@ models:
 requests: [class, random 10%]       # the class whose number is the seed's, modulo C; a share at random
 retrained: 4                        # models, for every request
 methods:
-  fast_ntk: {method: FastNTK, choose: {exact_head: [true], gain: [1.25, 1.5]}}   # of fastntk.evidence.methods
-  scrub: {method: Scrub, share: 0.5, choose: {rate: [0.2, 1.0]}}                 # with its fields
+  fast_ntk: {method: FastNTK, choose: {exact_head: [false, true], gain: [false, 1.5]}}   # of fastntk.evidence.methods
+  scrub: {method: Scrub, share: 0.5, choose: [{rate: [0.2, 1.0]}, {teaching: [0.001], fitting: [0.99]}]}
 select: {requests: [class, random 10%], retrained: 2}   # others than those, see choosing.py
 
-What is to ``choose`` from are all combinations of the values named, with the method's own. ``methods`` can also be the
-name of a file beside the configuration that holds such a table.
+What is to ``choose`` from are the method's own settings and all combinations of the values named, in a table or in each
+of a list of tables. ``methods`` can also be the name of a file beside the configuration that holds such a table.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -245,14 +245,21 @@ def _entry(entry: Any, name: Any) -> Entry:
     if name == ORIGINAL or is_retrained(name) or name.endswith(CHOSEN):
         raise InputError(f"method {name}: this name is taken by what every method is compared with.")
     given = dict(entry) if isinstance(entry, dict) else {}
-    choose = given.pop("choose", {})
-    if not isinstance(choose, dict) or not all(isinstance(values, list) and values for values in choose.values()):
-        raise InputError(f"method {name}: choose must be a table of fields, each with a list of values.")
+    choose = given.pop("choose", [])
+    tables = choose if isinstance(choose, list) else [choose]
+    if not all(isinstance(each, dict) and each and all(map(_filled, each.values())) for each in tables):
+        raise InputError(
+            f"method {name}: choose must be a table of fields, each with a list of values, or a list of such."
+        )
     default = _method(given, name)
-    own = {field: getattr(default, field, None) for field in choose}
-    combined = product(*([own[field], *values] for field, values in choose.items()))
-    made = [_method({**given, **dict(zip(choose, values, strict=True))}, name) for values in combined]
+    combined = [dict(zip(each, values, strict=True)) for each in tables for values in product(*each.values())]
+    made = [_method({**given, **values}, name) for values in combined]
     return Entry(default, tuple({repr(each): each for each in made if each != default}.values()))
+
+
+def _filled(values: Any) -> bool:
+    """Whether it is a list with something in it."""
+    return isinstance(values, list) and bool(values)
 
 
 def _method(given: Mapping[str, Any], name: str) -> Method:

@@ -29,8 +29,8 @@ class BadTeacher:
         rate: of Adam, constant, as a factor of the fit's.
         seed: of the order, and of which retained samples take part.
 
-    The official code takes one epoch with Adam at a tenth of the fit's rate, as the defaults do (of the body's: its
-    head was fitted at ten times that).
+    The official code takes one epoch, after fits of five, with Adam at a tenth of the fit's rate, as the defaults do
+    (of the body's: its head was fitted at ten times that); a share of 0.2 is as much of the fit as there.
 
     Source: Chundawat et al. 2023, "Can bad teaching induce forgetting?" (arXiv 2205.08096).
     """

@@ -27,9 +27,9 @@ def descend(
     """Adam along one loss after the other; the problem's model is not changed.
 
     Official codes of most methods descend by SGD with momentum and weight decay, in training mode, over all parameters
-    (Golatkar et al.'s fine-tuning and SCRUB's small experiments in eval mode). Here every method moves what the fit
-    tuned, by the fit's default optimiser and without weight decay, and norms keep the statistics that the network is
-    used with, so that answers differ in the method alone.
+    (Golatkar et al.'s fine-tuning and the baselines of SCRUB's small experiments in eval mode). Here every method
+    moves what the fit tuned, by the fit's default optimiser and without weight decay, and norms keep the statistics
+    that the network is used with, so that answers differ in the method alone.
 
     Args:
         problem: the request.

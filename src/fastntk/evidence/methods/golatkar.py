@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fastntk.evidence.methods.fisher import FisherForgetting, fisher_noise
+from fastntk.evidence.methods.fisher import FisherForgetting
 from fastntk.evidence.methods.problem import Problem, Unlearned
 
 
@@ -18,9 +18,10 @@ class Golatkar:
 
     Its ridge is ``n_S weight_decay`` in the solve over S, so it is a different total for R and for D. The multiplier m
     is ``1 + 2 |<D, e>| / |D|^2`` for the step ``D = s_0(R) - s_0(D)`` and ``e = u - s_0(R)``, as in the official code,
-    or 1 without the ``trapezium``. In that code noise is of the Fisher information at the parameters after the step,
-    and a forgotten class's row is made anew; here it is of that at ``theta*``, where the memory has the Jacobians, and
-    the row is what the step makes of it.
+    or 1 without the ``trapezium``. That code's system under cross-entropy is ``J'J + n_S weight_decay`` over all
+    classes, without the loss's Hessian and with the fit's own decay; here it is the memory's, with its ridge. Its noise
+    is of the Fisher information at the parameters after the step; here it is of that at ``theta*``, where the memory
+    has the Jacobians. With it the row of a class that goes whole is made anew, as there.
 
     Attributes:
         weight_decay: per sample; None takes the memory's ridge over the number of its samples.
@@ -47,9 +48,9 @@ class Golatkar:
         step = step_retain - step_all
         if self.trapezium:
             step = step * trapezium_factor(step, state.displacement - step_retain)
-        if self.noise:
-            step = step + fisher_noise(problem, self.noise, FisherForgetting.floor, self.seed)
-        return Unlearned(state.moved_by(step))
+        if not self.noise:
+            return Unlearned(state.moved_by(step))
+        return FisherForgetting(self.noise, seed=self.seed).hidden(problem, step)
 
 
 def trapezium_factor(step: Float[Tensor, " p"], error: Float[Tensor, " p"]) -> float:

@@ -25,12 +25,13 @@ class Newton:
 
     ``G_R`` is the generalised Gauss-Newton matrix of all classes. Where the fit is stationary, ``b_D = ridge u``, and
     the loss is squared, it is ``s(R) - s(D)`` of ``fastntk.solve``; where it is not, it differs from it by what fitting
-    fell short of. A memory whose rows are of the likeliest classes alone has another optimum: there the system is
+    fell short of. The ridge is one total for D and for R; Guo et al.'s code has one a sample, whose share the removed
+    take with them. A memory whose rows are of the likeliest classes alone has another optimum: there the system is
     solved by conjugate gradients, on rows of all classes, or by passes where these do not fit into memory.
 
     Of Guo et al.'s code are not here: noise in the objective, which the fit would have to have had
     (``fastntk.fit_exact`` does), and logistic regression on features that nothing private has trained. Koh and Liang
-    solve by a series on samples of the data; here the system is solved.
+    solve by conjugate gradients, as here, or by a series on samples of the data.
 
     Attributes:
         ridge: a total; None takes the memory's.

@@ -29,10 +29,12 @@ class Scrub:
         rate: of Adam, constant, as a factor of the fit's.
         seed: of the order.
 
-    Of that code are not here: rates that fall tenfold after given epochs, weight decay, batches of another size over F,
-    the choice of an earlier epoch by the accuracy on F (SCRUB+R), and the two sets of weights that it has, of small
-    (Adam) and large experiments. ``L_R`` is the fit's loss: with squared loss ``a : g`` weigh otherwise than in the
-    source. Rate and epochs are of the fit's, and without them, as every method's here (``descend``).
+    Weights and temperature are those of that code's ResNet-50 (Adam); its large experiments have 0.001 and 0.99, its
+    small ones a T of 2. Of it are not here: rates that fall tenfold after given epochs, weight decay, batches of
+    another size over F, and the choice of an earlier epoch by the accuracy on F (SCRUB+R), as a request comes with no
+    held-out images of its classes. ``L_R`` is the fit's loss: with squared loss ``a : g`` weigh otherwise than in the
+    source. Rate and epochs are of the fit's (there 3 to 10 epochs after fits of 31), as every method's here
+    (``descend``).
 
     Source: Kurmanji et al. 2023, "Towards unbounded machine unlearning" (arXiv 2302.09880).
     """
