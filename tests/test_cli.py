@@ -188,6 +188,8 @@ COMMANDS = [
 @pytest.mark.parametrize("command", [[], *([each] for each in COMMANDS)])
 def test_help_explains_every_command(command):
     text = succeed(*command, "--help")
+    if pattern := {"forget": "*/alice/*", "fit": "*/public/*"}.get("".join(command)):
+        assert pattern in text, "as it is to be typed"
     assert "Usage" in text
     assert "--json" in text or not command
 

@@ -205,6 +205,28 @@ def test_a_rebuilt_start_is_the_pretrained_one_but_for_the_head():
         fastntk.rebuilt_start(model, pretrained, head="drawn")
 
 
+def test_a_rebuilt_start_is_none_where_more_was_trained_than_is_tuned(caplog):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 3)).eval()
+    fastntk.tune(model, "bn", "head")
+    pretrained = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    rounded = {name: tensor.half() for name, tensor in pretrained.items()}
+    assert not [said for said in fastntk.rebuilt_start(model, rounded).assumed if "not trained" in said]
+    tuned_alone = fastntk.rebuilt_start(model, {name: pretrained[name] for name in tuned(model)})
+    assert "'0.weight' was not trained (2 such, not tuned, and not in these weights)" in tuned_alone.assumed
+    assert "moved" not in caplog.text
+    model[1].running_mean.add_(1)
+    fastntk.rebuilt_start(model, pretrained)
+    assert "1.running_mean moved with the training (1 such)" in caplog.text
+    with torch.no_grad():
+        model[0].bias[2] *= 1 + 1e-3
+    with pytest.raises(fastntk.InputError, match=r"'0.bias' has moved, and is not selected .* Select everything"):
+        fastntk.rebuilt_start(model, pretrained)
+    model.load_state_dict(pretrained)
+    fastntk.tune(model, "bn")
+    with pytest.raises(fastntk.InputError, match=r"'3.bias' has moved, and is not selected to be tuned \(2 such\)"):
+        fastntk.rebuilt_start(model, {**pretrained, "3.weight": torch.zeros(9, 4 * 36), "3.bias": torch.zeros(9)})
+
+
 def test_loras_rebuilt_start_has_no_product():
     model = nn.Sequential(nn.Flatten(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -339,6 +339,32 @@ def test_whether_the_model_knows_its_samples_is_told(caplog):
     ("form", "loss"),
     [
         *((form, fastntk.SquaredLoss()) for form in ("primal", "dual", "matrix-free")),
+        *((form, fastntk.CrossEntropy()) for form in ("primal", "matrix-free", "convex", "convex-disk", "layerwise")),
+    ],
+)
+def test_a_certificate_says_what_the_solve_is_no_optimum_of(form, loss, tmp_path):
+    certificate = prepared(form=form, loss=loss, checkpoint=tmp_path / "rows").preview([2]).certificate
+    curved = loss == fastntk.CrossEntropy()
+    expected = (
+        "one step" if curved and form in ("primal", "matrix-free") else ""
+    )  # float64 rows are not rounded on disk
+    assert certificate.form == form
+    assert certificate.approximation.startswith(expected)
+    assert bool(certificate.approximation) == bool(expected)
+    assert (f", by {certificate.approximation}" in certificate.explanation) == bool(expected)
+
+
+def test_rows_on_disk_of_a_network_in_float32_are_rounded_and_said_to_be(tmp_path):
+    model, (images, labels) = CASES["bn+head"].model().float(), CASES["bn+head"].data(12).tensors
+    data = TensorDataset(images.float(), labels)
+    memory = fastntk.prepare(model, data, moved(model), ridge=0.5, form="convex-disk", checkpoint=tmp_path / "rows")
+    assert "by rows that are rounded to bfloat16" in memory.preview([2]).certificate.explanation
+
+
+@pytest.mark.parametrize(
+    ("form", "loss"),
+    [
+        *((form, fastntk.SquaredLoss()) for form in ("primal", "dual", "matrix-free")),
         *((form, fastntk.CrossEntropy()) for form in ("convex", "convex-disk", "layerwise")),
     ],
 )

@@ -32,6 +32,7 @@ from fastntk.inputs.ids import Id
 from fastntk.inputs.images import Images
 from fastntk.memory.memory import Memory
 from fastntk.memory.request import hashed
+from fastntk.memory.state import approximation
 
 log = logging.getLogger(__name__)
 
@@ -269,5 +270,6 @@ def _kept(memory: Memory, seconds: float) -> dict[str, Any]:
         "samples_left": len(memory.ids),
         "exact": memory.state.core is not None,
         "form": memory.form,
+        "approximation": approximation(memory.state),
         "audit": None if audit is None else {"text": str(audit), "passed": audit.passed},
     }

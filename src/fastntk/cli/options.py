@@ -124,7 +124,7 @@ Core = Annotated[
     typer.Option(
         callback=said,
         help="Fit these alone in the ordinary way, and solve for the rest, which is then forgotten exactly: a pattern "
-        "of ids, as '*/public/*', or a file of ids; or other images, also of other classes: a folder or an .npz. They "
+        "of ids, as `*/public/*`, or a file of ids; or other images, also of other classes: a folder or an .npz. They "
         "themselves cannot be forgotten.",
     ),
 ]
@@ -151,7 +151,7 @@ Requests = Annotated[
     typer.Option(help="A file of requests: a CSV with the columns request, owner, ids and date, or lines of JSON."),
 ]
 Certificates = Annotated[Path | None, typer.Option(help="With --requests, the folder for certificates and a summary.")]
-Match = Annotated[list[str] | None, typer.Option(help="All samples whose id matches, repeatable: '*/alice/*'.")]
+Match = Annotated[list[str] | None, typer.Option(help="All samples whose id matches, repeatable: `*/alice/*`.")]
 WithCopies = Annotated[
     bool, typer.Option("--with-copies", help="Take the samples too that show the very same image, pixel by pixel.")
 ]

@@ -14,7 +14,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastntk.cli.run import Run
@@ -24,6 +23,7 @@ from fastntk.common.files import discard, read_tensors, writable, write_tensors
 from fastntk.inputs.libraries import torchvision, transformers
 from fastntk.inputs.weights import load_weights, named_as
 from fastntk.jacobians.numerics import Numerics
+from fastntk.tuning.frozen import check_frozen
 from fastntk.tuning.lora import adapters
 from fastntk.tuning.loss import Loss
 from fastntk.tuning.losses import CrossEntropy
@@ -92,24 +92,12 @@ class _Recorder:
         load_weights(module, read_tensors(self._begun)[0], with_head=True)
         initial, before = snapshot(tuned(module)), {name: each.clone() for name, each in module.state_dict().items()}
         load_weights(module, _state(model), with_head=True)
-        self._check_frozen(before, module)
+        check_frozen(module, before, "Tune the model as it is selected, or say select=.")
         log.info("the run's recipe: %s", recipe)
         run.write(Settings.of(self.given, images, recipe), initial, module)
         if self.prepare:
             run.prepare("auto", "auto", "auto", 0, Numerics())
         discard(self._begun)
-
-    def _check_frozen(self, before: Mapping[str, Tensor], module: nn.Module) -> None:
-        moved = {name for name, each in module.state_dict().items() if not torch.equal(each, before[name])}
-        moved -= set(tuned(module))
-        if parameters := sorted(moved & {name for name, _ in module.named_parameters()}):
-            raise InputError(f"{parameters[0]!r} has moved, and is not selected to be tuned ({len(parameters)} such).")
-        if moved:
-            log.warning(
-                "%s moved with the training (%d such): what they learned stays whatever is forgotten. Train with "
-                "norms in eval mode.",
-                *(min(moved), len(moved)),
-            )
 
 
 def trainer_callback(

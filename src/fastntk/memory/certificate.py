@@ -32,6 +32,8 @@ LEFT = 1e-6
 
 HEAD_NEEDED = "exact head needed"
 
+_FIRST = "before a first request is answered"
+
 VERDICTS = "exact", "trusted", HEAD_NEEDED, "refresh needed", "retrain needed"
 """Of a certificate; see ``Certificate.verdict``."""
 
@@ -109,6 +111,9 @@ class Certificate:
             over the ridge of the optimum, in norm, since the objective is convex beyond the ridge. Else None.
         removal: the (eps, delta) that the fit's noise was drawn for (``fastntk.fit_exact``); None without noise.
         allowed: of the gradient, by that noise.
+        form: of the memory.
+        approximation: what stands in place of the loss's optimum over the rows as they are, or nothing: one step over
+            the generalised Gauss-Newton matrix, or rows that are rounded.
     """
 
     request: str
@@ -138,6 +143,8 @@ class Certificate:
     gradient: float | None = None
     removal: Removal | None = None
     allowed: float | None = None
+    form: str = ""
+    approximation: str = ""
 
     @property
     def certified(self) -> bool:
@@ -192,12 +199,12 @@ class Certificate:
             "trusted": "",
             HEAD_NEEDED: " Finish the answer with an exact head (export --exact-head), or retrain.",
             "refresh needed": " Refresh the memory at the current weights, or retrain.",
-            "retrain needed": " Retrain, ask for fewer samples, or prepare with a larger ridge.",
+            "retrain needed": f" Retrain, ask for fewer samples, or, {_FIRST}, prepare with a larger ridge.",
         }
         if self.audit and not self.audit.passed:
             passes = self.audit.gain > 1 and self.audit.with_gain.passed
             mended = " take the answer with the gain, which passes (export --gain)," if passes else ""
-            advice["retrain needed"] = f" Retrain,{mended} or prepare with another ridge and audit again."
+            advice["retrain needed"] = f" Retrain,{mended} or, {_FIRST}, prepare with another ridge and audit again."
         audited = str(self.audit) if self.audit else "no audit has compared the memory's answers with retrained models"
         of_requested, of_retained = self.limits
         requested, retained = (
@@ -238,9 +245,10 @@ class Certificate:
 
     @property
     def _left(self) -> str:
-        """What is known of classes that are left out, and of one that is gone."""
+        """What the solve is no optimum of, what is known of classes that are left out, and of one that is gone."""
         apart = f"{100 * self.tail:.1f} points a sample"
-        out = f", without classes whose probabilities and targets differ by {apart} in sum" if self.tail else ""
+        out = f", by {self.approximation}" if self.approximation else ""
+        out += f", without classes whose probabilities and targets differ by {apart} in sum" if self.tail else ""
         if self.still is None and self.kind == "forget":
             return f"{out}; whether a class is left without samples is not known, as the data do not offer all labels"
         if not self.still:

@@ -22,7 +22,7 @@ from fastntk.inputs.ids import Id
 from fastntk.jacobians.rows import Rows
 from fastntk.memory.agreement import observed
 from fastntk.memory.certificate import Answer, Certificate, Removal, gradient_allowed
-from fastntk.memory.state import State, check_apart, same_pixels
+from fastntk.memory.state import State, approximation, check_apart, same_pixels
 from fastntk.solve.convex import Convex
 from fastntk.solve.newton import gradient_of
 from fastntk.solve.solution import Update
@@ -202,6 +202,8 @@ def _certificate(
         copies=None if copies is None else len(copies),
         lost=len(asked) - len(there),
         exact=state.core is not None,
+        form=state.solution.name,
+        approximation=approximation(state),
         **_left(state, update, inexactness)._asdict(),
     )
 

@@ -15,6 +15,7 @@ from fastntk.jacobians.rows import Rows
 from fastntk.memory.audit import Audit
 from fastntk.memory.certificate import Removal
 from fastntk.memory.members import Members
+from fastntk.solve.on_disk import OnDisk
 from fastntk.solve.ridge import Calibration
 from fastntk.solve.solution import Solution
 
@@ -193,6 +194,14 @@ class State:
         if missing:
             raise InputError(f"the data source lacks {missing:,} of the memory's {len(self.positions):,} samples.")
         self.check(self.positions)
+
+
+def approximation(state: State) -> str:
+    """See ``Certificate``: a form without rows of the likeliest classes solves one linear system, whatever the loss."""
+    if state.network.loss.curved and not state.solution.likeliest:
+        return "one step over the generalised Gauss-Newton matrix in place of the loss's optimum"
+    rounded = isinstance(state.solution, OnDisk) and state.network.dtype == torch.float32
+    return "rows that are rounded to bfloat16" if rounded else ""
 
 
 def same_pixels(state: State, asked: Int[Tensor, " some"]) -> Int[Tensor, " copies"] | None:

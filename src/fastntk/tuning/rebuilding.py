@@ -11,6 +11,7 @@ from fastntk.common.errors import InputError
 from fastntk.inputs.heads import head_parameters
 from fastntk.inputs.models import load_model
 from fastntk.inputs.weights import named_as, read_weights
+from fastntk.tuning.frozen import check_frozen
 from fastntk.tuning.parameters import tuned
 from fastntk.tuning.prompts import NAME
 
@@ -44,17 +45,21 @@ def rebuilt_start(model: nn.Module, weights: Mapping[str, Tensor] | Path | str, 
         head: one of ``HEADS``.
 
     Raises:
-        InputError: a tuned parameter is in none of these, or of another shape, or the weights cannot be had.
+        InputError: a tuned parameter is in none of these, or of another shape; one that is not tuned is not as it was
+            there, so that it was trained too; or the weights cannot be had.
     """
     if head not in HEADS:
         raise InputError(f"the head's start is {' or '.join(HEADS)}, not {head!r}.")
     known, own = named_as(model.state_dict(), _read(weights)), head_parameters(model)
+    check_frozen(model, known, "Select everything that was trained, or give the weights that it was trained from.")
     initial: dict[str, Tensor] = {}
     assumed: dict[str, None] = {}
     for name, parameter in tuned(model).items():
         value, said = _start_of(name, parameter.detach(), known, own, head)
         initial[name] = value.to(parameter).clone()
         assumed[said] = None
+    if unknown := [name for name, _ in model.named_parameters() if name not in initial and name not in known]:
+        assumed[f"{unknown[0]!r} was not trained ({len(unknown)} such, not tuned, and not in these weights)"] = None
     return RebuiltStart(initial, list(assumed))
 
 
