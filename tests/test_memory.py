@@ -344,10 +344,8 @@ def test_whether_the_model_knows_its_samples_is_told(caplog):
 )
 def test_a_certificate_says_what_the_solve_is_no_optimum_of(form, loss, tmp_path):
     certificate = prepared(form=form, loss=loss, checkpoint=tmp_path / "rows").preview([2]).certificate
-    curved = loss == fastntk.CrossEntropy()
-    expected = (
-        "one step" if curved and form in ("primal", "matrix-free") else ""
-    )  # float64 rows are not rounded on disk
+    one_step = loss == fastntk.CrossEntropy() and form in ("primal", "matrix-free")
+    expected = "one step" if one_step else ""  # on disk rows in float64 are not rounded
     assert certificate.form == form
     assert certificate.approximation.startswith(expected)
     assert bool(certificate.approximation) == bool(expected)
