@@ -20,7 +20,8 @@ u-lira     the share that the attack places rightly of images that were forgotte
            models and images
 relearning the accuracy on the forgotten, in percent, to which training on what stays leads from the weights after a
            request, from those that never saw them, and the ratio of the two
-seconds    of one process; retrain is an ordinary fit to everything
+seconds    of one process each; retrain is an ordinary fit to everything, made once for a model and head, like the
+           core's own fit, and kept
 
 Results are kept under --out, setting by setting; the last line is JSON.
 """
@@ -308,9 +309,9 @@ def main() -> None:
         key = fingerprint(*known, *([recipe] if arguments.augmented else []))
         path = writable(arguments.out) / f"{setting}-{key}.json"
         if not path.exists():
-            case, every = Case(setting, arguments.data, per_class, recipe), setting in thoroughly
-            found = measured(case, every and not arguments.augmented, arguments.out / f"{setting}-{key}", arguments)
-            write_json(path, found)
+            case = Case(setting, arguments.data, per_class, recipe)
+            whole = setting in thoroughly and not arguments.augmented
+            write_json(path, measured(case, whole, arguments.out / f"{setting}-{key}", arguments))
         rows.append(read_json(path))
         Console().print(rows[-1])
     thorough = next((row for row in rows if "same" in row), {})

@@ -14,6 +14,7 @@ import fastntk
 from fastntk.inputs.augmentations import augmented
 from fastntk.inputs.batches import labels_of
 from fastntk.tuning.losses import CrossEntropy, SquaredLoss
+from fastntk.tuning.frozen import check_frozen
 from fastntk.tuning.parameters import snapshot, tuned
 from fastntk.tuning.recipe import Recipe
 
@@ -211,6 +212,8 @@ def test_a_rebuilt_start_is_none_where_more_was_trained_than_is_tuned(caplog):
     pretrained = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     rounded = {name: tensor.half() for name, tensor in pretrained.items()}
     assert not [said for said in fastntk.rebuilt_start(model, rounded).assumed if "not trained" in said]
+    with pytest.raises(fastntk.InputError, match=r"'0.bias' has moved"):  # of one training, where nothing rounds
+        check_frozen(model, {name: tensor.float() for name, tensor in rounded.items()}, "")
     tuned_alone = fastntk.rebuilt_start(model, {name: pretrained[name] for name in tuned(model)})
     assert "'0.weight' was not trained (2 such, not tuned, and not in these weights)" in tuned_alone.assumed
     assert "moved" not in caplog.text

@@ -200,7 +200,7 @@ def approximation(state: State) -> str:
     """See ``Certificate``: a form without rows of the likeliest classes solves one linear system, whatever the loss."""
     if state.network.loss.curved and not state.solution.likeliest:
         return "one step over the generalised Gauss-Newton matrix in place of the loss's optimum"
-    rounded = isinstance(state.solution, OnDisk) and state.network.dtype == torch.float32
+    rounded = isinstance(state.solution, OnDisk) and state.solution.rows.jacobian.rest.dtype == torch.bfloat16
     return "rows that are rounded to bfloat16" if rounded else ""
 
 

@@ -51,7 +51,9 @@ def rebuilt_start(model: nn.Module, weights: Mapping[str, Tensor] | Path | str, 
     if head not in HEADS:
         raise InputError(f"the head's start is {' or '.join(HEADS)}, not {head!r}.")
     known, own = named_as(model.state_dict(), _read(weights)), head_parameters(model)
-    check_frozen(model, known, "Select everything that was trained, or give the weights that it was trained from.")
+    numbers = {name: each for name, each in known.items() if each.is_floating_point()}  # no counters, which files lack
+    remedy = "Select everything that was trained, or give the weights that it was trained from."
+    check_frozen(model, numbers, remedy, _but_for_rounding)
     initial: dict[str, Tensor] = {}
     assumed: dict[str, None] = {}
     for name, parameter in tuned(model).items():
@@ -61,6 +63,15 @@ def rebuilt_start(model: nn.Module, weights: Mapping[str, Tensor] | Path | str, 
     if unknown := [name for name, _ in model.named_parameters() if name not in initial and name not in known]:
         assumed[f"{unknown[0]!r} was not trained ({len(unknown)} such, not tuned, and not in these weights)"] = None
     return RebuiltStart(initial, list(assumed))
+
+
+def _but_for_rounding(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same, or one is the other as a file in half precision has it."""
+    if one.shape != other.shape:
+        return False
+    kinds = one.dtype, other.dtype, torch.float16, torch.bfloat16
+    pairs = (one, other.to(one.device)), (other.to(one.device), one)
+    return any(torch.equal(a, b.to(kind).to(a.dtype)) for kind in kinds for a, b in pairs)
 
 
 def _start_of(
