@@ -13,8 +13,8 @@ from torch.utils.data import TensorDataset
 import fastntk
 from fastntk.inputs.augmentations import augmented
 from fastntk.inputs.batches import labels_of
-from fastntk.tuning.losses import CrossEntropy, SquaredLoss
 from fastntk.tuning.frozen import check_frozen
+from fastntk.tuning.losses import CrossEntropy, SquaredLoss
 from fastntk.tuning.parameters import snapshot, tuned
 from fastntk.tuning.recipe import Recipe
 
